@@ -1,0 +1,67 @@
+"""Routing and experts over all tokens at once; experts that nobody chose are not touched."""
+
+import torch
+from torch import Tensor
+
+
+def route(
+    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Chooses experts by corrected scores and weighs them by uncorrected ones.
+
+    Args:
+        scores: [num_tokens, num_experts], sigmoid of the router logits, float64 (or float32).
+        bias: [num_experts], score correction; it takes part in the choice only.
+        top_k: experts per token.
+        num_groups, top_groups: with more than one group, only the `top_groups` groups with the largest sum of their
+            two best corrected scores stay eligible; the others' corrected scores become 0.
+        normalise: divide the weights of a token by their sum.
+        scale: factor on all weights.
+
+    Returns:
+        Expert ids int64 [num_tokens, top_k] and their weights in the dtype of `scores`.
+
+    Source: DeepSeek-V3 (2024), section 2.1.2; modeling_nemotron_h.py, NemotronHTopkRouter.
+    """
+    choice = scores + bias
+    if num_groups > 1:
+        grouped = choice.unflatten(-1, (num_groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+        kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
+        choice = grouped.masked_fill(~kept[..., None], 0.0).flatten(-2)
+    expert_ids = choice.topk(top_k, dim=-1, sorted=False).indices
+    weights = scores.gather(-1, expert_ids)
+    if normalise:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return expert_ids, weights * scale
+
+
+def grouped_experts(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """Weighted sum of `down(relu(up(x))^2)` over the experts each token chose.
+
+    Args:
+        x: [num_tokens, hidden].
+        up: [num_experts, width, hidden]; any strides.
+        down: [num_experts, hidden, width]; any strides.
+        expert_ids: int64 [num_tokens, top_k], distinct within a token.
+        expert_weights: [num_tokens, top_k]; the sum over experts runs in this dtype (float64 as published).
+
+    Returns:
+        [num_tokens, hidden] in the dtype of `x`.
+    """
+    num_tokens, top_k = expert_ids.shape
+    flat_ids = expert_ids.flatten()
+    order = flat_ids.argsort()
+    counts = flat_ids.bincount(minlength=up.shape[0]).tolist()
+    # Rows of one expert stand together; the loop visits only experts that were chosen.
+    rows = x[order // top_k] if num_tokens > 1 else x.expand(top_k, -1)
+    spans, start = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            spans.append((expert, start, start + count))
+            start += count
+    hidden = torch.cat([torch.mm(rows[i:j], up[e].t()) for e, i, j in spans]).relu().square()
+    outputs = torch.cat([torch.mm(hidden[i:j], down[e].t()) for e, i, j in spans])
+    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
+    per_token = outputs[back].view(num_tokens, top_k, -1).to(expert_weights.dtype)
+    return torch.bmm(expert_weights[:, None, :], per_token)[:, 0].to(x.dtype)

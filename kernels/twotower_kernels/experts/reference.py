@@ -1,0 +1,37 @@
+"""Routing and experts, one token and one expert at a time."""
+
+import torch
+from torch import Tensor
+
+
+def route_reference(
+    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """What `route` computes, token by token. Same arguments and results."""
+    ids, weights = [], []
+    for token_scores in scores:
+        choice = token_scores + bias
+        if num_groups > 1:
+            groups = choice.view(num_groups, -1)
+            group_scores = groups.topk(2, dim=-1).values.sum(-1)
+            kept = set(group_scores.topk(top_groups).indices.tolist())
+            choice = torch.stack([g if i in kept else torch.zeros_like(g) for i, g in enumerate(groups)]).flatten()
+        chosen = choice.topk(top_k).indices
+        weight = token_scores[chosen]
+        if normalise:
+            weight = weight / (weight.sum() + 1e-20)
+        ids.append(chosen)
+        weights.append(weight * scale)
+    return torch.stack(ids), torch.stack(weights)
+
+
+def grouped_experts_reference(
+    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
+) -> Tensor:
+    """What `grouped_experts` computes, token by token. Same arguments and result."""
+    output = expert_weights.new_zeros(x.shape)
+    for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), expert_weights, strict=True)):
+        for expert, weight in zip(ids, weights, strict=True):
+            hidden = torch.relu(up[expert] @ x[token]).square()
+            output[token] += weight * (down[expert] @ hidden).to(weight.dtype)
+    return output.to(x.dtype)

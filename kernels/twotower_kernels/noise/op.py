@@ -1,0 +1,51 @@
+"""Gumbel noise over a vocabulary, without any random state."""
+
+import torch
+from torch import Tensor
+
+
+def gumbel_noise(seeds: Tensor, positions: Tensor, draw: int, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise for every token of the vocabulary; argmax of `logits + noise` samples from softmax.
+
+    The same arguments give the same numbers whatever else is in the batch.
+
+    Args:
+        seeds: int64 [num_rows].
+        positions: int64 [num_rows], index of the token in its sequence.
+        draw: distinguishes repeated draws at the same position (the denoising step).
+        vocab_size: token ids 0 to vocab_size - 1.
+
+    Returns:
+        float32 [num_rows, vocab_size].
+
+    Source: the finaliser of MurmurHash3 (public domain) over a counter; Gumbel-max trick.
+    """
+    key = _finalise(_int32(seeds) ^ _constant(0x9E3779B9))
+    key = _finalise(key ^ _int32(seeds >> 32))
+    key = _finalise(key ^ _int32(positions))
+    key = _finalise(key ^ draw)[:, None]
+    other = _finalise(key ^ _constant(0x7F4A7C15))
+    tokens = torch.arange(vocab_size, device=seeds.device, dtype=torch.int32) * _constant(0x9E3779B1)
+    bits = _finalise(_finalise(tokens ^ key) + other)
+    uniform = (((bits >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    return uniform.log_().neg_().log_().neg_()
+
+
+def _constant(value: int) -> int:
+    """The signed 32-bit integer with the bits of an unsigned one."""
+    return value - (1 << 32) if value >= 1 << 31 else value
+
+
+def _int32(values: Tensor) -> Tensor:
+    """The low 32 bits of int64 values, as int32."""
+    low = values & 0xFFFFFFFF
+    return torch.where(low >= 1 << 31, low - (1 << 32), low).to(torch.int32)
+
+
+def _finalise(h: Tensor) -> Tensor:
+    """MurmurHash3's 32-bit finaliser; int32 products wrap, and the masks make the shifts logical."""
+    h = h ^ ((h >> 16) & 0xFFFF)
+    h = h * _constant(0x85EBCA6B)
+    h = h ^ ((h >> 13) & 0x7FFFF)
+    h = h * _constant(0xC2B2AE35)
+    return h ^ ((h >> 16) & 0xFFFF)

@@ -1,0 +1,14 @@
+"""Checkpoints in the published layout: finding, reading and writing safetensors, nothing else."""
+
+from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor, resolve_checkpoint
+from twotower_spec.checkpoint.loading import compare_with_index, load_tensors
+from twotower_spec.checkpoint.saving import save_checkpoint
+
+__all__ = [
+    "CheckpointIndex",
+    "StoredTensor",
+    "compare_with_index",
+    "load_tensors",
+    "resolve_checkpoint",
+    "save_checkpoint",
+]

@@ -1,0 +1,149 @@
+"""Which tensor lives in which shard, and to which part of the model it belongs; reads headers only."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+
+from twotower_spec.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+# Time conditioning belongs to the denoiser: it is placed and loaded with it.
+PARTS = {
+    "context": ("context_tower.", "context_lm_head."),
+    "denoiser": ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables."),
+}
+
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where one tensor is and what it looks like."""
+
+    shard: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the stored tensor."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def part_of(name: str) -> str | None:
+    """`context`, `denoiser`, or None for a name that belongs to neither."""
+    for part, prefixes in PARTS.items():
+        if name.startswith(prefixes):
+            return part
+    return None
+
+
+def resolve_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
+    """The local directory of a checkpoint; a hub id is downloaded (safetensors, json and tokenizer files only).
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id that can be had.
+    """
+    directory = Path(name_or_path)
+    if directory.is_dir():
+        return directory
+    if directory.exists():
+        raise CheckpointError(f"{directory} is a file; give the directory that holds config.json and the weights")
+    try:
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=_DOWNLOADED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise CheckpointError(
+            f"{str(name_or_path)!r} is neither a directory here nor a hub id that can be downloaded ({reason}); "
+            f"check the path, or download the checkpoint first"
+        ) from error
+
+
+class CheckpointIndex(Mapping[str, StoredTensor]):
+    """Every tensor of a checkpoint by its published name.
+
+    Attributes:
+        directory: where the checkpoint is.
+        problems: disagreements between the index file and the shards, one sentence each.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Reads the headers of all shards.
+
+        Raises:
+            CheckpointError: no safetensors there, or a shard is missing, truncated, corrupt or of an unknown dtype.
+        """
+        self.directory = directory
+        self.problems: list[str] = []
+        self._tensors: dict[str, StoredTensor] = {}
+        listed = self._listed_shards()
+        for shard in sorted(set(listed.values())) if listed else [SINGLE_FILE]:
+            for name, tensor in _read_header(directory / shard):
+                if listed and listed.get(name) != shard:
+                    self.problems.append(f"{name} is in {shard} but {INDEX_FILE} places it in {listed.get(name)}")
+                self._tensors[name] = tensor
+        for name, shard in listed.items():
+            if name not in self._tensors:
+                self.problems.append(f"{name} is not in {shard}, where {INDEX_FILE} places it")
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        return self._tensors[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def _listed_shards(self) -> dict[str, str]:
+        """Tensor names to shard file names by the index file; empty for a single file."""
+        path = self.directory / INDEX_FILE
+        if not path.is_file():
+            if not (self.directory / SINGLE_FILE).is_file():
+                raise CheckpointError(_no_safetensors(self.directory))
+            return {}
+        try:
+            listed = json.loads(path.read_text())["weight_map"]
+            shards = {str(name): str(shard) for name, shard in listed.items()}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{path} is not a safetensors index ({error!r}); download it again") from error
+        absent = sorted({shard for shard in shards.values() if not (self.directory / shard).is_file()})
+        if absent:
+            raise CheckpointError(f"{path} names shards that are not there: {', '.join(absent)}; download them again")
+        return shards
+
+
+def _no_safetensors(directory: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in directory.glob(pattern))
+    if pickles:
+        return (
+            f"{directory} holds weights as {', '.join(pickles)}, which can run code when read; only safetensors is "
+            f"read here, convert them first"
+        )
+    return f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}; give the directory of a TwoTower checkpoint"
+
+
+def _read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
+    try:
+        with safe_open(shard, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                piece = opened.get_slice(name)
+                if piece.get_dtype() not in _DTYPES:
+                    raise CheckpointError(
+                        f"{name} in {shard.name} has dtype {piece.get_dtype()}; allowed are {', '.join(_DTYPES)}, "
+                        f"quantised weights are not supported"
+                    )
+                yield name, StoredTensor(shard, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error

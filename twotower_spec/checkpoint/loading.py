@@ -1,0 +1,95 @@
+"""Reads tensors straight into the modules' own memory; reports everything that does not fit, together."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor
+from twotower_spec.errors import CheckpointError
+
+# A shard is mapped into memory while it is read. Opening it anew after this many bytes lets go of the pages already
+# copied, so that a load needs the memory of the weights and no more.
+_WINDOW_BYTES = 128 << 20
+
+
+def compare_with_index(index: CheckpointIndex, expected: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> list[str]:
+    """What is missing, unexpected or misshaped, one line per tensor, and the index's own problems.
+
+    Args:
+        index: the checkpoint.
+        expected: destinations (or meta tensors) by published name.
+        ignored: names that may be present without a destination.
+    """
+    problems = list(index.problems)
+    problems += [f"missing: {name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in index]
+    known = set(expected) | set(ignored)
+    problems += [f"unexpected: {name} {list(stored.shape)}" for name, stored in index.items() if name not in known]
+    for name, tensor in expected.items():
+        if name in index and index[name].shape != tuple(tensor.shape):
+            problems.append(
+                f"misshaped: {name} is {list(index[name].shape)}, config.json makes it {list(tensor.shape)}"
+            )
+    return problems
+
+
+def load_tensors(
+    index: CheckpointIndex, destinations: Mapping[str, Tensor], ignored: Iterable[str] = (), progress: bool = False
+) -> None:
+    """Copies every tensor into its destination, converting dtype and device on the way.
+
+    Args:
+        index: the checkpoint.
+        destinations: published name to the tensor (any strides, any device) that receives it.
+        ignored: names in the checkpoint that are not wanted.
+        progress: show a bar on stderr.
+
+    Raises:
+        CheckpointError: the names or shapes do not agree (all of them are named), or a shard cannot be read.
+    """
+    problems = compare_with_index(index, destinations, ignored)
+    if problems:
+        raise CheckpointError(
+            f"{index.directory} does not fit its config.json, {len(problems)} tensors disagree; use the config.json "
+            f"the weights were made with:\n  " + "\n  ".join(problems)
+        )
+    wanted = {name: index[name] for name in destinations}
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar:
+        task = bar.add_task("reading weights", total=sum(stored.nbytes for stored in wanted.values()))
+        for shard, names in _windows(wanted):
+            try:
+                with safe_open(shard, framework="pt") as opened:
+                    for name in names:
+                        destinations[name].copy_(opened.get_tensor(name))
+                        bar.advance(task, wanted[name].nbytes)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error
+
+
+def stored_dtypes(index: CheckpointIndex, names: Iterable[str]) -> dict[str, torch.dtype]:
+    """The dtype each tensor has on disk."""
+    return {name: index[name].dtype for name in names}
+
+
+def _windows(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
+    """Names shard by shard, in groups of about `_WINDOW_BYTES`."""
+    by_shard: dict[Path, list[str]] = {}
+    for name, stored in wanted.items():
+        by_shard.setdefault(stored.shard, []).append(name)
+    for shard, names in by_shard.items():
+        window: list[str] = []
+        size = 0
+        for name in names:
+            window.append(name)
+            size += wanted[name].nbytes
+            if size >= _WINDOW_BYTES:
+                yield shard, window
+                window, size = [], 0
+        if window:
+            yield shard, window

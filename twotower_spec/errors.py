@@ -1,0 +1,21 @@
+"""The exceptions callers may catch. Each message is one sentence: value received, what is allowed, remedy."""
+
+
+class TwoTowerError(Exception):
+    """Base class of everything this library raises on purpose."""
+
+
+class ConfigError(TwoTowerError, ValueError):
+    """A model configuration is missing, contradicts itself, or asks for what is not supported."""
+
+
+class CheckpointError(TwoTowerError):
+    """A checkpoint cannot be found, read, matched with its configuration, or written."""
+
+
+class ArgumentError(TwoTowerError, ValueError):
+    """An argument of a public function or of the command line is outside what is allowed."""
+
+
+class StateFullError(TwoTowerError):
+    """A state pool has no free slot or not enough free KV pages for what was asked."""

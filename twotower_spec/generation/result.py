@@ -1,0 +1,123 @@
+"""What generation gives back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class PhaseTimes:
+    """Wall-clock seconds by phase.
+
+    Attributes:
+        prefill_s: context tower over the prompts.
+        extend_s: context tower over committed tokens.
+        denoise_s: denoiser passes (mask diffusion and mock-AR), with the choice of tokens.
+    """
+
+    prefill_s: float = 0.0
+    extend_s: float = 0.0
+    denoise_s: float = 0.0
+
+    @property
+    def total_s(self) -> float:
+        """Sum of all phases."""
+        return self.prefill_s + self.extend_s + self.denoise_s
+
+    @contextmanager
+    def measure(self, phase: str, device: torch.device) -> Iterator[None]:
+        """Adds the time of the enclosed work on `device` to `phase` ("prefill", "extend" or "denoise")."""
+        start = time.perf_counter()
+        yield
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        name = f"{phase}_s"
+        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+
+
+@dataclass(frozen=True)
+class BlockTrace:
+    """How one block of one row came about.
+
+    Attributes:
+        xt: the block before the first step and after every step.
+        t: masked fraction fed to each step.
+        commits: positions committed by each step.
+    """
+
+    xt: list[list[int]]
+    t: list[float]
+    commits: list[int]
+
+
+@dataclass(frozen=True)
+class CommittedBlock:
+    """Tokens that one row has gained for good.
+
+    Attributes:
+        row: index of the prompt.
+        block_index: counts from 0 per row.
+        token_ids: one token (AR, mock-AR) or a block, cut at `max_new_tokens`.
+        num_denoiser_passes: denoiser passes this row took for the block.
+        finished: the row ends with this block.
+        trace: steps of the block, if asked for.
+    """
+
+    row: int
+    block_index: int
+    token_ids: list[int]
+    num_denoiser_passes: int
+    finished: bool
+    trace: BlockTrace | None = None
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """Everything one call generated.
+
+    Attributes:
+        prompts: token ids per row, as given.
+        token_ids: new token ids per row. Generation ends at an end-of-sequence token, which is kept; a diffusion block
+            that contains one is kept whole, also what follows it.
+        num_denoiser_passes: denoiser passes per row (NFE); 0 for AR.
+        times: seconds per phase, of the whole batch.
+        traces: per row, one `BlockTrace` per block; None unless asked for.
+    """
+
+    prompts: list[list[int]]
+    token_ids: list[list[int]]
+    num_denoiser_passes: list[int]
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+    traces: list[list[BlockTrace]] | None = None
+
+    @property
+    def sequences(self) -> list[list[int]]:
+        """Prompt and new tokens per row, as the published functions return them."""
+        return [[*prompt, *new] for prompt, new in zip(self.prompts, self.token_ids, strict=True)]
+
+    @property
+    def num_new_tokens(self) -> int:
+        """New tokens of all rows together."""
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_denoiser_pass(self) -> float | None:
+        """New tokens per denoiser pass (tokens per NFE), rows counted separately; None without denoiser passes."""
+        passes = sum(self.num_denoiser_passes)
+        return self.num_new_tokens / passes if passes else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all rows per second of all phases."""
+        return self.num_new_tokens / self.times.total_s if self.times.total_s else 0.0
+
+    def to_tensor(self, pad_token_id: int = 0) -> Tensor:
+        """`sequences` as int64 [num_reqs, longest], padded on the right."""
+        rows = [torch.tensor(row) for row in self.sequences]
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad_token_id)

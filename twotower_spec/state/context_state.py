@@ -1,0 +1,351 @@
+"""The pool: who owns which slot and pages, how far each request is computed, and how it moves on or back."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import TwoTowerConfig
+from twotower_spec.errors import ArgumentError, StateFullError
+from twotower_spec.state.block_context import BlockContext
+from twotower_spec.state.extension import ExtensionPass, RaggedLayout
+from twotower_spec.state.kv_cache import PagedKVCache
+from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.towers import ContextTower
+
+RequestId = Hashable
+LogitsWanted = Literal["last", "all", "none"]
+
+DEFAULT_PAGE_SIZE = 16
+DEFAULT_TOKEN_BUDGET = 2048
+
+
+@dataclass
+class RequestEntry:
+    """What the pool knows of one request."""
+
+    slot: int
+    pages: list[int] = field(default_factory=list)
+    token_ids: list[int] = field(default_factory=list)
+    last_used: int = 0
+
+
+@dataclass
+class Extension:
+    """Result of a context pass.
+
+    Attributes:
+        logits: float32 [num_wanted, vocab] in request order: one row per request ("last"), one per token ("all"), or
+            None.
+    """
+
+    logits: Tensor | None
+    _state: ContextState
+    _pass: ExtensionPass
+    _increments: dict[RequestId, list[int]]
+
+    def accept(self, num_accepted: Mapping[RequestId, int]) -> None:
+        """Keeps the first tokens of a provisional pass per request and forgets the rest.
+
+        The Mamba states are replayed from the state before the pass; keys beyond the accepted ones are left to be
+        overwritten.
+
+        Raises:
+            ArgumentError: a number is missing or out of range.
+        """
+        for request_id, tokens in self._increments.items():
+            count = num_accepted.get(request_id, -1)
+            if not 0 <= count <= len(tokens):
+                raise ArgumentError(
+                    f"num_accepted of request {request_id!r} is {count}; the pass had {len(tokens)} tokens, give 0 to "
+                    f"{len(tokens)}"
+                )
+        self._pass.replay([num_accepted[request_id] for request_id in self._increments])
+        for request_id, tokens in self._increments.items():
+            self._state.entry(request_id).token_ids.extend(tokens[: num_accepted[request_id]])
+
+
+class ContextState:
+    """Context tower state of many requests, allocated once.
+
+    Slots are claimed by request id. When slots or pages run out, the least recently used request that the call does
+    not need is evicted; the evicted one simply starts over when it comes back.
+    """
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        num_slots: int,
+        num_pages: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        page_size: int = DEFAULT_PAGE_SIZE,
+    ) -> None:
+        """Allocates the pool.
+
+        Args:
+            config: geometry.
+            num_slots: requests that can be held at once.
+            num_pages: KV pages of `page_size` tokens, shared by all requests.
+            dtype: dtype of keys, values and convolution histories; SSM states are float32 (float64 for float64).
+            device: where the context tower is.
+            page_size: tokens per page.
+        """
+        device = torch.device(device)
+        self.config = config
+        self.mamba = MambaState(config, num_slots, dtype, device)
+        self.kv_cache = PagedKVCache(config, num_pages, page_size, dtype, device)
+        self.num_evictions = 0
+        self._entries: dict[RequestId, RequestEntry] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._clock = itertools.count(1)
+        kinds = config.layer_kinds
+        self._layer_slot = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+
+    def __contains__(self, request_id: RequestId) -> bool:
+        return request_id in self._entries
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors of the pool."""
+        tensors = (self.mamba.conv, self.mamba.ssm, self.kv_cache.keys, self.kv_cache.values)
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def entry(self, request_id: RequestId) -> RequestEntry:
+        """Bookkeeping of a request that is held.
+
+        Raises:
+            ArgumentError: it is not.
+        """
+        if request_id not in self._entries:
+            raise ArgumentError(f"request {request_id!r} has no state here; claim it first")
+        return self._entries[request_id]
+
+    def num_computed_tokens(self, request_id: RequestId) -> int:
+        """Tokens whose state is held for a request, 0 if it is not held."""
+        entry = self._entries.get(request_id)
+        return len(entry.token_ids) if entry else 0
+
+    def claim(self, request_id: RequestId, num_tokens: int = 0, keep: Sequence[RequestId] = ()) -> None:
+        """Gives a request a slot with the empty state, and pages for `num_tokens` tokens.
+
+        Args:
+            request_id: a request that is held already keeps its state and only gains pages.
+            num_tokens: length to reserve pages for; more are taken later as needed.
+            keep: requests that must not be evicted for it.
+
+        Raises:
+            StateFullError: everything is held by requests in `keep`.
+        """
+        keep = (*keep, request_id)
+        if request_id not in self._entries:
+            while not self._free_slots:
+                self._evict_one(keep, "slot")
+            slot = self._free_slots.pop()
+            self.mamba.reset(slot)
+            self._entries[request_id] = RequestEntry(slot)
+        entry = self._entries[request_id]
+        entry.last_used = next(self._clock)
+        missing = self.kv_cache.pages_for(num_tokens) - len(entry.pages)
+        while missing > self.kv_cache.num_free_pages:
+            self._evict_one(keep, f"room for {num_tokens} tokens")
+        if missing > 0:
+            entry.pages.extend(self.kv_cache.allocate(missing))
+
+    def release(self, request_id: RequestId) -> None:
+        """Forgets a request; unknown ids are ignored."""
+        entry = self._entries.pop(request_id, None)
+        if entry is not None:
+            self._free_slots.append(entry.slot)
+            self._free_slots.sort(reverse=True)
+            self.kv_cache.release(entry.pages)
+
+    @torch.inference_mode()
+    def extend(
+        self,
+        tower: ContextTower,
+        increments: Mapping[RequestId, Sequence[int]],
+        logits: LogitsWanted = "last",
+        provisional: bool = False,
+    ) -> Extension:
+        """Runs the context tower over new tokens of several requests, in one pass.
+
+        Args:
+            tower: on the device of the pool.
+            increments: at least one new token per request; requests that are not held are claimed.
+            logits: at which tokens logits are computed.
+            provisional: leave the state where it is until `Extension.accept` says how many tokens count.
+
+        Returns:
+            The logits, and the handle to accept a provisional pass.
+
+        Raises:
+            ArgumentError: a request brings no token.
+            StateFullError: the requests of this call do not fit together.
+        """
+        ids = list(increments)
+        tokens = {request_id: list(increments[request_id]) for request_id in ids}
+        if not ids or not all(tokens.values()):
+            raise ArgumentError("an increment is empty; leave out requests that bring no token")
+        for request_id in ids:
+            self.claim(request_id, self.num_computed_tokens(request_id) + len(tokens[request_id]), keep=ids)
+        entries = [self._entries[request_id] for request_id in ids]
+        device = tower.device
+        layout = RaggedLayout([len(tokens[request_id]) for request_id in ids], device)
+        step = ExtensionPass(
+            layer_slot=self._layer_slot,
+            mamba=self.mamba,
+            kv_cache=self.kv_cache,
+            slots=self.mamba.index([entry.slot for entry in entries]),
+            page_lists=[entry.pages for entry in entries],
+            prefix_lens=[len(entry.token_ids) for entry in entries],
+            layout=layout,
+            provisional=provisional,
+        )
+        flat = torch.tensor([t for request_id in ids for t in tokens[request_id]], device=device)
+        shape = (len(ids), -1) if layout.uniform else (1, -1)
+        positions = None
+        if logits == "last":
+            positions = layout.last_positions(device)
+        elif logits == "none":
+            positions = flat.new_empty(0)
+        out = tower(flat.view(shape), step, positions=positions)
+        if not provisional:
+            for request_id, entry in zip(ids, entries, strict=True):
+                entry.token_ids.extend(tokens[request_id])
+        return Extension(None if logits == "none" else out, self, step, tokens)
+
+    def extend_in_chunks(
+        self,
+        tower: ContextTower,
+        increments: Mapping[RequestId, Sequence[int]],
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        want_logits: bool = True,
+    ) -> dict[RequestId, Tensor]:
+        """Runs the context tower over any number of new tokens, at most `token_budget` of them in one pass.
+
+        Returns:
+            Logits [vocab] at the last new token of every request; empty without `want_logits`.
+        """
+        left = {request_id: list(tokens) for request_id, tokens in increments.items() if len(tokens)}
+        last: dict[RequestId, Tensor] = {}
+        while left:
+            chunk = take_within_budget(left, token_budget)
+            finished = [request_id for request_id, tokens in chunk.items() if len(tokens) == len(left[request_id])]
+            result = self.extend(tower, chunk, logits="last" if want_logits and finished else "none")
+            if result.logits is not None:
+                rows = dict(zip(chunk, result.logits, strict=True))
+                last.update({request_id: rows[request_id] for request_id in finished})
+            for request_id, tokens in chunk.items():
+                del left[request_id][: len(tokens)]
+                if not left[request_id]:
+                    del left[request_id]
+        return last
+
+    def advance(
+        self, tower: ContextTower, rows: Mapping[RequestId, Sequence[int]], token_budget: int = DEFAULT_TOKEN_BUDGET
+    ) -> dict[RequestId, Tensor]:
+        """Brings every request up to its row of token ids, within one pass of at most `token_budget` tokens.
+
+        A request whose row does not continue what was computed for it is started over, alone.
+
+        Args:
+            tower: on the device of the pool.
+            rows: all token ids of each request so far.
+            token_budget: most tokens of this call; requests that do not fit go on with the next one.
+
+        Returns:
+            Logits [vocab] of the last token for every request that is complete now and had new tokens.
+        """
+        increments: dict[RequestId, list[int]] = {}
+        for request_id, row in rows.items():
+            row = list(row)
+            entry = self._entries.get(request_id)
+            if entry is not None and entry.token_ids != row[: len(entry.token_ids)]:
+                self.release(request_id)
+            done = self.num_computed_tokens(request_id)
+            if len(row) > done:
+                increments[request_id] = row[done:]
+        chunk = take_within_budget(increments, token_budget)
+        if not chunk:
+            return {}
+        result = self.extend(tower, chunk)
+        assert result.logits is not None
+        complete = {request_id for request_id, tokens in chunk.items() if len(tokens) == len(increments[request_id])}
+        return {rid: row for rid, row in zip(chunk, result.logits, strict=True) if rid in complete}
+
+    @torch.inference_mode()
+    def block_context(
+        self, request_ids: Sequence[RequestId], block_size: int, device: torch.device | None = None
+    ) -> BlockContext:
+        """The read-only state of some requests for one block, moved to the denoiser's device in one go.
+
+        Args:
+            request_ids: requests that are held.
+            block_size: tokens of the block.
+            device: the denoiser's device; None for the pool's.
+        """
+        entries = [self.entry(request_id) for request_id in request_ids]
+        for entry in entries:
+            entry.last_used = next(self._clock)
+        device = device or self.mamba.conv.device
+        slots = self.mamba.index([entry.slot for entry in entries])
+        lens = [len(entry.token_ids) for entry in entries]
+        span = self.kv_cache.span([entry.pages for entry in entries], max(lens))
+        keys, values = (
+            _behind_room_for_block(span.take(cache), block_size, device)
+            for cache in (self.kv_cache.keys, self.kv_cache.values)
+        )
+        return BlockContext(
+            layer_slot=self._layer_slot,
+            conv=self.mamba.conv[:, slots].to(device),
+            ssm=self.mamba.ssm[:, slots].to(device),
+            keys=keys,
+            values=values,
+            context_lens=lens,
+            block_size=block_size,
+        )
+
+    def _evict_one(self, keep: Sequence[RequestId], what: str) -> None:
+        candidates = [request_id for request_id in self._entries if request_id not in keep]
+        if not candidates:
+            raise StateFullError(
+                f"no {what} is left for {len(keep)} requests at once (slots {self.mamba.conv.shape[1]}, pages "
+                f"{self.kv_cache.keys.shape[1] // self.kv_cache.page_size} of {self.kv_cache.page_size} tokens); give "
+                f"the state more, or pass fewer requests"
+            )
+        self.release(min(candidates, key=lambda request_id: self._entries[request_id].last_used))
+        self.num_evictions += 1
+
+
+def take_within_budget(increments: Mapping[RequestId, list[int]], token_budget: int) -> dict[RequestId, list[int]]:
+    """The first tokens of each request, in order, until the budget is used up.
+
+    Raises:
+        ArgumentError: the budget is below 1.
+    """
+    if token_budget < 1:
+        raise ArgumentError(f"token_budget {token_budget} is not allowed; give at least 1")
+    chunk: dict[RequestId, list[int]] = {}
+    for request_id, tokens in increments.items():
+        if token_budget == 0:
+            break
+        chunk[request_id] = tokens[:token_budget]
+        token_budget -= len(chunk[request_id])
+    return chunk
+
+
+def _behind_room_for_block(context: Tensor, block_size: int, device: torch.device) -> Tensor:
+    """Copies [layers, reqs, tokens, ...] behind `block_size` free tokens, on `device`."""
+    layers, reqs, tokens, *rest = context.shape
+    workspace = torch.zeros((layers, reqs, block_size + tokens, *rest), dtype=context.dtype, device=device)
+    workspace[:, :, block_size:] = context
+    return workspace

@@ -1,0 +1,117 @@
+"""One batched pass of the context tower: reads each request's state, writes what the pass adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from twotower_kernels.block_attention import attention, causal_mask
+from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
+
+from twotower_spec.state.kv_cache import PagedKVCache
+from twotower_spec.state.mamba_state import MambaState, Slots
+
+
+class RaggedLayout:
+    """How tokens of requests with unequal numbers of new tokens stand in one row, and back.
+
+    Attributes:
+        query_lens: new tokens per request.
+        uniform: all requests bring the same number; then nothing is moved.
+    """
+
+    def __init__(self, query_lens: Sequence[int], device: torch.device) -> None:
+        self.query_lens = list(query_lens)
+        self.max_len = max(query_lens)
+        self.uniform = min(query_lens) == self.max_len
+        self.lens_tensor: Tensor | None = None
+        if not self.uniform:
+            lens = torch.tensor(self.query_lens, device=device)
+            self.lens_tensor = lens
+            valid = torch.arange(self.max_len, device=device) < lens[:, None]
+            self._packed = valid.flatten().nonzero()[:, 0]
+            starts = lens.cumsum(0) - lens
+            self._unpacked = (starts[:, None] + torch.arange(self.max_len, device=device)).masked_fill_(~valid, 0)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, num_tokens, ...] to [num_reqs, max_len, ...]; padding repeats a valid token."""
+        return x if self.uniform else x[0][self._unpacked]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[num_reqs, max_len, ...] to [1, num_tokens, ...]."""
+        return x if self.uniform else x.flatten(0, 1)[self._packed][None]
+
+    def last_positions(self, device: torch.device) -> Tensor:
+        """Flat index of the last token of every request."""
+        return torch.tensor(self.query_lens, device=device).cumsum(0) - 1
+
+
+@dataclass
+class ExtensionPass:
+    """The `Prefix` of a context pass.
+
+    Attributes:
+        provisional: Mamba states are left as they are and the scan's inputs kept, so that any prefix of the pass's
+            tokens can be accepted afterwards.
+    """
+
+    layer_slot: Sequence[int]
+    mamba: MambaState
+    kv_cache: PagedKVCache
+    slots: Slots
+    page_lists: list[list[int]]
+    prefix_lens: Sequence[int]
+    layout: RaggedLayout
+    provisional: bool = False
+    kept: dict[int, tuple[Tensor, Tensor, ScanWeights]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        device = self.mamba.conv.device
+        query_lens = self.layout.query_lens
+        index: list[int] = []
+        for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
+            index.extend(self.kv_cache.token_index(pages, start, start + length))
+        self._written = torch.tensor(index, device=device)
+        self._num_keys = max(p + q for p, q in zip(self.prefix_lens, query_lens, strict=True))
+        alone = self.layout.max_len == 1 and len(set(self.prefix_lens)) == 1
+        prefix = torch.tensor(self.prefix_lens, device=device)
+        self._mask = None if alone else causal_mask(prefix, self.layout.max_len, self._num_keys)
+        self._span = self.kv_cache.span(self.page_lists, self._num_keys)
+
+    def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
+        """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
+        slot = self.layer_slot[layer]
+        conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
+        u, delta = self.layout.unpack(u), self.layout.unpack(delta)
+        lens = self.layout.lens_tensor
+        y, new_conv, new_ssm = block_scan(
+            u, delta, conv[self.slots], ssm[self.slots], weights, lens, return_state=not self.provisional
+        )
+        if self.provisional:
+            self.kept[layer] = (u, delta, weights)
+        else:
+            assert new_conv is not None and new_ssm is not None
+            conv[self.slots] = new_conv
+            ssm[self.slots] = new_ssm
+        return self.layout.pack(y)
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Appends the new keys and attends causally; see `Prefix.attend`."""
+        slot = self.layer_slot[layer]
+        self.kv_cache.write(slot, self._written, key.flatten(0, 1), value.flatten(0, 1))
+        keys, values = self._span.take(self.kv_cache.keys[slot]), self._span.take(self.kv_cache.values[slot])
+        out = attention(self.layout.unpack(query), keys, values, self._mask)
+        return self.layout.pack(out)
+
+    def replay(self, num_accepted: Sequence[int]) -> None:
+        """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""
+        accepted = torch.tensor(num_accepted, device=self.mamba.conv.device)
+        for layer, (u, delta, weights) in self.kept.items():
+            slot = self.layer_slot[layer]
+            conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
+            conv[self.slots], ssm[self.slots] = replay_scan(
+                u, delta, conv[self.slots], ssm[self.slots], weights, accepted
+            )
+        self.kept.clear()

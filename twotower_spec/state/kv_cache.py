@@ -1,0 +1,115 @@
+"""Keys and values of the attention layers, in pages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import TwoTowerConfig
+from twotower_spec.errors import StateFullError
+
+
+class PagedKVCache:
+    """Keys and values of all attention layers; requests own pages of `page_size` tokens.
+
+    Attributes:
+        keys, values: [num_attention_layers, num_pages * page_size, kv_heads, head_dim].
+    """
+
+    def __init__(
+        self, config: TwoTowerConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.page_size = page_size
+        shape = (len(config.attention_layers), num_pages * page_size, config.num_key_value_heads, config.head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self._free = list(range(num_pages - 1, -1, -1))
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that no request owns."""
+        return len(self._free)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that `num_tokens` tokens occupy."""
+        return -(-num_tokens // self.page_size)
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Takes pages, consecutive ones where they are.
+
+        Raises:
+            StateFullError: fewer pages are free.
+        """
+        if num_pages > len(self._free):
+            raise StateFullError(
+                f"{num_pages} KV pages were asked for and {len(self._free)} are free; release a request or give the "
+                f"state more pages"
+            )
+        return [self._free.pop() for _ in range(num_pages)]
+
+    def release(self, pages: list[int]) -> None:
+        """Gives pages back."""
+        self._free.extend(pages)
+        self._free.sort(reverse=True)
+
+    def write(self, layer: int, token_index: Tensor, key: Tensor, value: Tensor) -> None:
+        """Stores keys and values [num_tokens, kv_heads, head_dim] of one layer at flat token indices [num_tokens]."""
+        self.keys[layer].index_copy_(0, token_index, key)
+        self.values[layer].index_copy_(0, token_index, value)
+
+    def token_index(self, pages: list[int], start: int, stop: int) -> list[int]:
+        """Flat indices of the tokens `start` to `stop - 1` of the request that owns `pages`."""
+        size = self.page_size
+        return [pages[t // size] * size + t % size for t in range(start, stop)]
+
+    def span(self, page_lists: list[list[int]], num_tokens: int) -> TokenSpan:
+        """Where the first `num_tokens` tokens of several requests are."""
+        num_pages = self.pages_for(num_tokens)
+        run = _as_run(page_lists, num_pages)
+        if run is not None:
+            first, stride = run
+            return TokenSpan(len(page_lists), num_tokens, first * self.page_size, stride * self.page_size)
+        padded = [(pages + [0] * num_pages)[:num_pages] for pages in page_lists]
+        starts = torch.tensor(padded, device=self.keys.device) * self.page_size
+        index = (starts[:, :, None] + torch.arange(self.page_size, device=starts.device)).flatten(1)[:, :num_tokens]
+        return TokenSpan(len(page_lists), num_tokens, index=index)
+
+
+@dataclass(frozen=True)
+class TokenSpan:
+    """The first tokens of several requests in a paged cache: equally spaced runs, or an index [num_reqs, num_tokens]."""
+
+    num_reqs: int
+    num_tokens: int
+    first: int = 0
+    stride: int = 0
+    index: Tensor | None = None
+
+    def take(self, cache: Tensor) -> Tensor:
+        """Reads [..., cache tokens, kv_heads, head_dim] as [..., num_reqs, num_tokens, kv_heads, head_dim].
+
+        A view where the requests are runs, else a copy. Beyond a request's own length it holds whatever is there.
+        """
+        if self.index is not None:
+            return cache[..., self.index, :, :]
+        *batch, token, head, one = cache.stride()
+        shape = (*cache.shape[:-3], self.num_reqs, self.num_tokens, *cache.shape[-2:])
+        offset = cache.storage_offset() + self.first * token
+        return cache.as_strided(shape, (*batch, self.stride * token, token, head, one), offset)
+
+
+def _as_run(page_lists: list[list[int]], num_pages: int) -> tuple[int, int] | None:
+    """First page and distance between requests, if their first `num_pages` pages form one arithmetic pattern."""
+    if num_pages == 0:
+        return 0, 0
+    if any(len(pages) < num_pages for pages in page_lists):
+        return None
+    first = page_lists[0][0]
+    stride = page_lists[1][0] - first if len(page_lists) > 1 else num_pages
+    for row, pages in enumerate(page_lists):
+        start = first + row * stride
+        if stride < 1 or pages[:num_pages] != list(range(start, start + num_pages)):
+            return None
+    return first, stride

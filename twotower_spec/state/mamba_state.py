@@ -1,0 +1,35 @@
+"""Convolution histories and SSM states of the Mamba layers, one slot per request."""
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+
+Slots = Tensor | slice
+
+
+class MambaState:
+    """States of all Mamba layers.
+
+    Attributes:
+        conv: [num_mamba_layers, num_slots, taps - 1, d_conv_channels], raw convolution inputs, oldest first.
+        ssm: [num_mamba_layers, num_slots, heads, head_dim, state_size], float32 (float64 in a float64 model).
+    """
+
+    def __init__(self, config: TwoTowerConfig, num_slots: int, dtype: torch.dtype, device: torch.device) -> None:
+        layers = len(config.mamba_layers)
+        conv_shape = (layers, num_slots, config.conv_kernel - 1, config.d_conv_channels)
+        ssm_shape = (layers, num_slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        self.conv = torch.zeros(conv_shape, dtype=dtype, device=device)
+        self.ssm = torch.zeros(ssm_shape, dtype=accumulation_dtype(dtype), device=device)
+
+    def index(self, slots: list[int]) -> Slots:
+        """Index for a list of slots: a slice (reads become views) where they are consecutive."""
+        if slots == list(range(slots[0], slots[0] + len(slots))):
+            return slice(slots[0], slots[0] + len(slots))
+        return torch.tensor(slots, device=self.conv.device)
+
+    def reset(self, slot: int) -> None:
+        """The state at the start of a sequence."""
+        self.conv[:, slot] = 0
+        self.ssm[:, slot] = 0

@@ -1,0 +1,136 @@
+"""The hybrid layer stack that both towers share, built from the layer pattern."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
+
+from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig
+from twotower_spec.towers.layers import Attention, DenseMLP, Mamba2, MixtureOfExperts
+from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
+from twotower_spec.towers.prefix import Prefix
+
+
+class Layer(nn.Module):
+    """Norm, mixer and residual of one layer; with time modulation in the denoiser."""
+
+    def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.index, self.eps, self.dtype = index, config.norm_eps, dtype
+        kind = config.layer_kinds[index]
+        self.stateless = kind in STATELESS_LAYERS
+        self.norm = parameter(config.hidden_size, dtype=dtype, device=device)
+        self.mixer: Mamba2 | Attention | MixtureOfExperts | DenseMLP
+        if kind == MAMBA:
+            self.mixer = Mamba2(config, dtype, device)
+        elif kind == ATTENTION:
+            self.mixer = Attention(config, dtype, device)
+        elif kind == MOE:
+            self.mixer = MixtureOfExperts(config, dtype, device)
+        else:
+            self.mixer = DenseMLP(config.hidden_size, config.intermediate_size, dtype, device)
+
+    def forward(self, x: Tensor, prefix: Prefix, modulation: Tensor | None) -> Tensor:
+        """One layer.
+
+        Args:
+            x: residual stream, [num_reqs, num_tokens, hidden].
+            prefix: the context.
+            modulation: [num_reqs, 3, hidden], rows shift, 1 + scale, gate; None leaves the layer plain.
+
+        Returns:
+            The residual stream after the layer.
+        """
+        if modulation is None:
+            return x + self.mix(rms_norm(x.to(self.dtype), self.norm, self.eps), prefix)
+        shift, scale_plus_one, gate = modulation.unbind(1)
+        # The order follows where the published training code fuses its norms: before expert layers, after modulation
+        # everywhere else.
+        order = norm_then_modulate if self.stateless else modulate_then_norm
+        mixed = self.mix(order(x, shift, scale_plus_one, self.norm, self.eps, self.dtype), prefix)
+        return gated_residual(x, mixed, gate)
+
+    def mix(self, h: Tensor, prefix: Prefix) -> Tensor:
+        """The mixer alone, [..., hidden] to [..., hidden]."""
+        mixer = self.mixer
+        if isinstance(mixer, Mamba2):
+            gate, u, delta = mixer.project(h)
+            return mixer.output(prefix.scan(self.index, u, delta, mixer.scan_weights), gate)
+        if isinstance(mixer, Attention):
+            return mixer.output(prefix.attend(self.index, *mixer.project(h)))
+        out: Tensor = mixer(h)
+        return out
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views under the published names."""
+        yield "norm.weight", self.norm
+        yield from prefixed("mixer", self.mixer.checkpoint_tensors())
+
+
+class Backbone(nn.Module):
+    """Embeddings, layers, final norm and head of one tower.
+
+    Source: modeling_nemotron_h.py, NemotronHModel.
+    """
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.eps, self.dtype = config.norm_eps, dtype
+        self.residual_dtype = torch.float32 if config.residual_in_fp32 and dtype != torch.float64 else dtype
+        self.embeddings = parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = nn.ModuleList(Layer(config, i, dtype, device) for i in range(config.num_hidden_layers))
+        self.norm_f = parameter(config.hidden_size, dtype=dtype, device=device)
+        self.head = matrix(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        mixing = [i for i, kind in enumerate(config.layer_kinds) if kind not in STATELESS_LAYERS]
+        self.num_mixing_layers = mixing[-1] + 1 if mixing else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tower is."""
+        return self.embeddings.device
+
+    def forward(
+        self, token_ids: Tensor, prefix: Prefix, modulation: Tensor | None = None, positions: Tensor | None = None
+    ) -> Tensor:
+        """Logits of a pass.
+
+        Args:
+            token_ids: int64 [num_reqs, num_tokens].
+            prefix: the context.
+            modulation: [num_reqs, num_layers, 3, hidden] or None, see `Layer.forward`.
+            positions: int64 [num_positions], flat indices into [num_reqs * num_tokens] whose logits are wanted;
+                None for all.
+
+        Returns:
+            Logits [num_positions, vocab], float32 (float64 in a float64 model).
+        """
+        x = F.embedding(token_ids, self.embeddings).to(self.residual_dtype)
+        for layer in self.layers[: self.num_mixing_layers]:
+            x = layer(x, prefix, None if modulation is None else modulation[:, layer.index])
+        # What follows the last mixing layer treats tokens one by one: only those asked for go on.
+        num_tokens = token_ids.shape[1]
+        x = x.flatten(0, 1)
+        if positions is not None:
+            x = x[positions]
+        if modulation is not None and self.num_mixing_layers < len(self.layers):
+            rows = torch.arange(token_ids.numel(), device=x.device) if positions is None else positions
+            modulation = modulation[rows // num_tokens]
+        x = x[:, None]
+        for layer in self.layers[self.num_mixing_layers :]:
+            x = layer(x, prefix, None if modulation is None else modulation[:, layer.index])
+        return self.logits(x[:, 0])
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Final norm and head: [num_positions, hidden] to [num_positions, vocab]."""
+        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        return F.linear(rms_norm(x, self.norm_f, self.eps).to(self.dtype), self.head).to(wide)
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views under the published names; the head stands outside the tower there and is not among them."""
+        yield "embeddings.weight", self.embeddings
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            yield from prefixed(f"layers.{layer.index}", layer.checkpoint_tensors())
+        yield "norm_f.weight", self.norm_f

@@ -1,0 +1,80 @@
+"""Mixture of experts with a shared expert, and the dense MLP: squared ReLU, no gate projection."""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from twotower_kernels.experts import grouped_experts, route
+
+from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
+
+
+class DenseMLP(nn.Module):
+    """`down(relu(up(x))^2)`: the `-` layer and the shared expert."""
+
+    def __init__(self, hidden_size: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.up = matrix(width, hidden_size, dtype=dtype, device=device)
+        self.down = matrix(hidden_size, width, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] to [..., hidden]."""
+        return F.linear(F.linear(x, self.up).relu().square(), self.down)
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views under the published names."""
+        yield "up_proj.weight", self.up
+        yield "down_proj.weight", self.down
+
+
+class MixtureOfExperts(nn.Module):
+    """Routed experts, weighed and summed in float64, plus the unscaled shared expert in the model's dtype.
+
+    Source: modeling_nemotron_h.py, NemotronHMOE, with the float64 router of the two-tower release.
+    """
+
+    def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
+        self.num_groups, self.top_groups = config.n_group, config.topk_group
+        self.normalise = config.norm_topk_prob
+        experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
+        wide = accumulation_dtype(dtype)
+        self.router = parameter(experts, hidden, dtype=wide, device=device)
+        self.score_correction = parameter(experts, dtype=wide, device=device)
+        self.up = matrix(experts, width, hidden, dtype=dtype, device=device)
+        self.down = matrix(experts, hidden, width, dtype=dtype, device=device)
+        self.shared = DenseMLP(hidden, config.moe_shared_expert_intermediate_size, dtype=dtype, device=device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., hidden] to [..., hidden]."""
+        tokens = x.flatten(0, -2)
+        if tokens.shape[0] == 0:
+            return x
+        expert_ids, expert_weights = self.route(tokens)
+        routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights)
+        return routed.view_as(x) + self.shared(x)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Expert ids and float64 weights [num_tokens, top_k] of tokens [num_tokens, hidden]."""
+        scores = F.linear(tokens.double(), self.router.double()).sigmoid()
+        return route(
+            scores,
+            self.score_correction.double(),
+            top_k=self.top_k,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            normalise=self.normalise,
+            scale=self.scale,
+        )
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views under the published names; each expert is a slice of the stacked tensors."""
+        yield "gate.weight", self.router
+        yield "gate.e_score_correction_bias", self.score_correction
+        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
+            yield f"experts.{expert}.up_proj.weight", up
+            yield f"experts.{expert}.down_proj.weight", down
+        yield from prefixed("shared_experts", self.shared.checkpoint_tensors())

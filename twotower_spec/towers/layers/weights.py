@@ -1,0 +1,33 @@
+"""How weights are held: parameters without gradients, and views of them under the published tensor names."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised parameter; weights come from a checkpoint or from `initialise_`."""
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+def matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised weight [..., out, in] laid out for the fastest product of few tokens with it.
+
+    In float32 on a CPU that is input-major: measured with MKL, products of 4 to 16 tokens with matrices that fit a
+    core's cache take 0.5 to 0.65 of the time they take with the output-major layout, and others the same.
+    """
+    if device.type == "cpu" and dtype in (torch.float32, torch.float64):
+        *batch, out_features, in_features = shape
+        held = torch.empty((*batch, in_features, out_features), dtype=dtype, device=device).transpose(-1, -2)
+    else:
+        held = torch.empty(shape, dtype=dtype, device=device)
+    return nn.Parameter(held, requires_grad=False)
+
+
+def prefixed(prefix: str, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
+    """The same tensors with `prefix.` in front of their names."""
+    for name, tensor in tensors:
+        yield f"{prefix}.{name}", tensor

@@ -1,0 +1,105 @@
+"""Both towers and their heads, nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from twotower_spec.config import TwoTowerConfig
+from twotower_spec.errors import ArgumentError
+from twotower_spec.towers.context import ContextTower
+from twotower_spec.towers.denoiser import DenoiserTower
+
+
+class TwoTowers(nn.Module):
+    """The context tower and, unless only it was asked for, the denoiser tower.
+
+    Attributes:
+        config: geometry of both.
+        context: the context tower.
+        dtype: dtype of the weights.
+    """
+
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        dtype: torch.dtype = torch.float32,
+        context_device: torch.device | str = "cpu",
+        denoiser_device: torch.device | str | None = None,
+        with_denoiser: bool = True,
+    ) -> None:
+        """Allocates uninitialised weights.
+
+        Args:
+            config: geometry.
+            dtype: dtype of the weights; decay rates, time steps and the router stay float32 at least.
+            context_device: where the context tower is.
+            denoiser_device: where the denoiser tower is; None for the same place.
+            with_denoiser: False leaves the denoiser out, with its memory.
+        """
+        super().__init__()
+        self.config, self.dtype = config, dtype
+        context_device = usable_device(context_device)
+        self.context = ContextTower(config, dtype, context_device)
+        self._denoiser: DenoiserTower | None = None
+        if with_denoiser:
+            self._denoiser = DenoiserTower(config, dtype, usable_device(denoiser_device or context_device))
+
+    @property
+    def has_denoiser(self) -> bool:
+        """Whether the denoiser tower is there."""
+        return self._denoiser is not None
+
+    @property
+    def denoiser(self) -> DenoiserTower:
+        """The denoiser tower.
+
+        Raises:
+            ArgumentError: the model has only the context tower.
+        """
+        if self._denoiser is None:
+            raise ArgumentError('this model was loaded with towers="context" and has no denoiser; load it with '
+                                'towers="both" for mask diffusion and mock-AR')
+        return self._denoiser
+
+    def place_towers_on_devices(
+        self, ctx_device: torch.device | str = "cuda:0", den_device: torch.device | str = "cuda:1"
+    ) -> TwoTowers:
+        """Moves the context tower and the denoiser tower (with the time conditioning); the devices may be equal.
+
+        Raises:
+            ArgumentError: a device is not there.
+        """
+        ctx_device, den_device = usable_device(ctx_device), usable_device(den_device)
+        self.context.to(ctx_device)
+        if self._denoiser is not None:
+            self._denoiser.to(den_device)
+        return self
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Views of all weights under the published tensor names."""
+        yield from self.context.checkpoint_tensors()
+        if self._denoiser is not None:
+            yield from self._denoiser.checkpoint_tensors()
+
+
+def usable_device(device: torch.device | str) -> torch.device:
+    """A device of this machine.
+
+    Raises:
+        ArgumentError: it is no device name, or not there.
+    """
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise ArgumentError(f"device {device!r} is not a device name; give cpu, cuda or cuda:N") from error
+    if wanted.type == "cuda":
+        count = torch.cuda.device_count()
+        if (wanted.index or 0) >= count:
+            raise ArgumentError(f"device {device} is not there; this machine has {count} CUDA devices, give one of "
+                                f"them or cpu")
+    elif wanted.type not in ("cpu", "meta"):
+        raise ArgumentError(f"device {device} is not supported; give cpu, cuda or cuda:N")
+    return wanted
