@@ -1,1 +1,1 @@
-"""Operations of the TwoTower drafter. Each folder is one op: `reference.py` says what it computes, `op.py` is what callers use."""
+"""Operations of the TwoTower drafter, one folder each: `reference.py` says what is computed, callers use `op.py`."""

@@ -18,7 +18,9 @@ from twotower_spec.errors import CheckpointError
 _WINDOW_BYTES = 128 << 20
 
 
-def compare_with_index(index: CheckpointIndex, expected: Mapping[str, Tensor], ignored: Iterable[str] = ()) -> list[str]:
+def compare_with_index(
+    index: CheckpointIndex, expected: Mapping[str, Tensor], ignored: Iterable[str] = ()
+) -> list[str]:
     """What is missing, unexpected or misshaped, one line per tensor, and the index's own problems.
 
     Args:

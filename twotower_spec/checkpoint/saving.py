@@ -57,13 +57,18 @@ def save_checkpoint(
                 save_file({n: t.contiguous() for n, t in content.items()}, draft / file, metadata={"format": "pt"})
             if len(files) > 1:
                 weight_map = {n: file for file, names in zip(files, shards, strict=True) for n in names}
-                index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(weight_map.items()))}
+                index = {
+                    "metadata": {"total_size": sum(sizes.values())},
+                    "weight_map": dict(sorted(weight_map.items())),
+                }
                 (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             (draft / "config.json").write_text(config_json)
             _move_into_place(draft, directory)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"the checkpoint could not be saved in {directory} ({error}); free space or give "
-                              f"another directory, nothing was left there") from error
+        raise CheckpointError(
+            f"the checkpoint could not be saved in {directory} ({error}); free space or give "
+            f"another directory, nothing was left there"
+        ) from error
 
 
 def _check_space(directory: Path, needed: int) -> None:

@@ -107,9 +107,7 @@ def _sampler(temperature: float, top_k: int | None, top_p: float | None) -> Samp
     return Sampler(temperature, top_k, top_p)
 
 
-def _ar_batch(
-    towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds
-) -> Batch:
+def _ar_batch(towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds) -> Batch:
     return Batch(towers, input_ids, max_new_tokens, eos_token_id, seed, state_tokens=max(max_new_tokens - 1, 0))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.result import CommittedBlock, GenerationResult, PhaseTimes
+from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult, PhaseTimes
 from twotower_spec.state import BlockContext, ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
 from twotower_spec.towers.model import TwoTowers
@@ -120,7 +121,7 @@ class Batch:
     def collect(self, blocks: Iterable[CommittedBlock], with_traces: bool = False) -> GenerationResult:
         """Runs the loop to its end."""
         passes = [0] * len(self.prompts)
-        traces: list[list] = [[] for _ in self.prompts]
+        traces: list[list[BlockTrace]] = [[] for _ in self.prompts]
         for block in blocks:
             passes[block.row] += block.num_denoiser_passes
             if block.trace is not None:
@@ -134,10 +135,10 @@ def parse_prompts(input_ids: Prompts, vocab_size: int) -> list[list[int]]:
     Raises:
         ArgumentError: no prompt, an empty prompt, or an id outside the vocabulary.
     """
-    rows = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
+    rows: list[Any] = input_ids.tolist() if isinstance(input_ids, Tensor) else list(input_ids)
     if rows and isinstance(rows[0], int):
         rows = [rows]
-    prompts = [[*(row.tolist() if isinstance(row, Tensor) else row)] for row in rows]
+    prompts: list[list[int]] = [row.tolist() if isinstance(row, Tensor) else list(row) for row in rows]
     if not prompts:
         raise ArgumentError("no prompt was given; give at least one")
     for i, prompt in enumerate(prompts):

@@ -8,9 +8,9 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
-from twotower_kernels.unmasking import choose_commits, pick_tokens
 
-from twotower_spec.config import DEFAULT_MASK_TOKEN_ID, DiffusionConfig
+from twotower_kernels.unmasking import choose_commits, pick_tokens
+from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
@@ -55,7 +55,7 @@ class DenoisedBlocks:
 
 
 class BlockDenoiser:
-    """Fills masked blocks by the published schedule. Rows have their own time, and leave the loop when they are done."""
+    """Fills masked blocks by the published schedule; rows have their own time and leave the loop when done."""
 
     def __init__(self, denoiser: DenoiserTower, config: DiffusionConfig) -> None:
         """Computes the time modulation for every number of masked positions once."""
@@ -113,9 +113,7 @@ class BlockDenoiser:
                 full_logits = self.denoiser(xt, context, modulation)
                 logits = full_logits[positions]
             before = xt
-            xt, commits = self._update(
-                xt, masked, positions, logits, seeds[active], first_positions[active], step
-            )
+            xt, commits = self._update(xt, masked, positions, logits, seeds[active], first_positions[active], step)
             block[active] = xt
             if recorder is not None:
                 recorder.add([active[row] for row in open_rows], block, num_masked[open_rows], commits[open_rows])
@@ -150,9 +148,7 @@ class BlockDenoiser:
         picks, confidence = pick_tokens(logits, config.mask_token_id, scores)
         all_picks = xt.flatten().index_copy(0, positions, picks).view_as(xt)
         all_confidence = confidence.new_zeros(xt.numel()).index_copy_(0, positions, confidence).view_as(xt)
-        commits = choose_commits(
-            all_confidence, masked, config.confidence_threshold, config.steps_per_block - step
-        )
+        commits = choose_commits(all_confidence, masked, config.confidence_threshold, config.steps_per_block - step)
         return torch.where(commits, all_picks, xt), commits
 
 
@@ -266,12 +262,9 @@ def _diffusion_batch(
             f"mask_token_id {config.mask_token_id} is outside the vocabulary; allowed are 0 to "
             f"{towers.config.vocab_size - 1}"
         )
-    denoiser = towers.denoiser  # says so before anything is allocated when it is not loaded
-    del denoiser
-    if isinstance(max_new_tokens, int):
-        state_tokens = max(max_new_tokens - 1, 0) // config.block_size * config.block_size
-    else:
-        state_tokens = 0
+    towers.require_denoiser()
+    check_integer("max_new_tokens", max_new_tokens, minimum=0)
+    state_tokens = max(max_new_tokens - 1, 0) // config.block_size * config.block_size
     return Batch(towers, input_ids, max_new_tokens, eos_token_id, seed, state_tokens)
 
 

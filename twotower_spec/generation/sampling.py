@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from twotower_kernels.noise import gumbel_noise
 
 

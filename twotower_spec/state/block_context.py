@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
 from twotower_kernels.block_attention import attention, padding_mask
 from twotower_kernels.block_scan import ScanWeights, block_scan
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.towers import ContextTower
 
 RequestId = Hashable
+RequestT = TypeVar("RequestT", bound=Hashable)
 LogitsWanted = Literal["last", "all", "none"]
 
 DEFAULT_PAGE_SIZE = 16
@@ -47,7 +48,7 @@ class Extension:
     logits: Tensor | None
     _state: ContextState
     _pass: ExtensionPass
-    _increments: dict[RequestId, list[int]]
+    _increments: Mapping[RequestId, list[int]]
 
     def accept(self, num_accepted: Mapping[RequestId, int]) -> None:
         """Keeps the first tokens of a provisional pass per request and forgets the rest.
@@ -172,7 +173,7 @@ class ContextState:
     def extend(
         self,
         tower: ContextTower,
-        increments: Mapping[RequestId, Sequence[int]],
+        increments: Mapping[RequestT, Sequence[int]],
         logits: LogitsWanted = "last",
         provisional: bool = False,
     ) -> Extension:
@@ -221,22 +222,22 @@ class ContextState:
         if not provisional:
             for request_id, entry in zip(ids, entries, strict=True):
                 entry.token_ids.extend(tokens[request_id])
-        return Extension(None if logits == "none" else out, self, step, tokens)
+        return Extension(None if logits == "none" else out, self, step, dict(tokens.items()))
 
     def extend_in_chunks(
         self,
         tower: ContextTower,
-        increments: Mapping[RequestId, Sequence[int]],
+        increments: Mapping[RequestT, Sequence[int]],
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         want_logits: bool = True,
-    ) -> dict[RequestId, Tensor]:
+    ) -> dict[RequestT, Tensor]:
         """Runs the context tower over any number of new tokens, at most `token_budget` of them in one pass.
 
         Returns:
             Logits [vocab] at the last new token of every request; empty without `want_logits`.
         """
         left = {request_id: list(tokens) for request_id, tokens in increments.items() if len(tokens)}
-        last: dict[RequestId, Tensor] = {}
+        last: dict[RequestT, Tensor] = {}
         while left:
             chunk = take_within_budget(left, token_budget)
             finished = [request_id for request_id, tokens in chunk.items() if len(tokens) == len(left[request_id])]
@@ -251,8 +252,8 @@ class ContextState:
         return last
 
     def advance(
-        self, tower: ContextTower, rows: Mapping[RequestId, Sequence[int]], token_budget: int = DEFAULT_TOKEN_BUDGET
-    ) -> dict[RequestId, Tensor]:
+        self, tower: ContextTower, rows: Mapping[RequestT, Sequence[int]], token_budget: int = DEFAULT_TOKEN_BUDGET
+    ) -> dict[RequestT, Tensor]:
         """Brings every request up to its row of token ids, within one pass of at most `token_budget` tokens.
 
         A request whose row does not continue what was computed for it is started over, alone.
@@ -265,7 +266,7 @@ class ContextState:
         Returns:
             Logits [vocab] of the last token for every request that is complete now and had new tokens.
         """
-        increments: dict[RequestId, list[int]] = {}
+        increments: dict[RequestT, list[int]] = {}
         for request_id, row in rows.items():
             row = list(row)
             entry = self._entries.get(request_id)
@@ -326,7 +327,7 @@ class ContextState:
         self.num_evictions += 1
 
 
-def take_within_budget(increments: Mapping[RequestId, list[int]], token_budget: int) -> dict[RequestId, list[int]]:
+def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: int) -> dict[RequestT, list[int]]:
     """The first tokens of each request, in order, until the budget is used up.
 
     Raises:
@@ -334,7 +335,7 @@ def take_within_budget(increments: Mapping[RequestId, list[int]], token_budget: 
     """
     if token_budget < 1:
         raise ArgumentError(f"token_budget {token_budget} is not allowed; give at least 1")
-    chunk: dict[RequestId, list[int]] = {}
+    chunk: dict[RequestT, list[int]] = {}
     for request_id, tokens in increments.items():
         if token_budget == 0:
             break

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
 from twotower_kernels.block_attention import attention, causal_mask
 from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
-
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState, Slots
 

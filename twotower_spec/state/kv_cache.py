@@ -79,7 +79,7 @@ class PagedKVCache:
 
 @dataclass(frozen=True)
 class TokenSpan:
-    """The first tokens of several requests in a paged cache: equally spaced runs, or an index [num_reqs, num_tokens]."""
+    """The first tokens of several requests in a paged cache: equally spaced runs, or an index per token."""
 
     num_reqs: int
     num_tokens: int

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
 
+from twotower_kernels.linear import linear
+from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
 from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig
 from twotower_spec.towers.layers import Attention, DenseMLP, Mamba2, MixtureOfExperts
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
@@ -107,25 +108,24 @@ class Backbone(nn.Module):
             Logits [num_positions, vocab], float32 (float64 in a float64 model).
         """
         x = F.embedding(token_ids, self.embeddings).to(self.residual_dtype)
-        for layer in self.layers[: self.num_mixing_layers]:
-            x = layer(x, prefix, None if modulation is None else modulation[:, layer.index])
+        for i in range(self.num_mixing_layers):
+            x = self.layers[i](x, prefix, None if modulation is None else modulation[:, i])
         # What follows the last mixing layer treats tokens one by one: only those asked for go on.
-        num_tokens = token_ids.shape[1]
         x = x.flatten(0, 1)
         if positions is not None:
             x = x[positions]
-        if modulation is not None and self.num_mixing_layers < len(self.layers):
-            rows = torch.arange(token_ids.numel(), device=x.device) if positions is None else positions
-            modulation = modulation[rows // num_tokens]
         x = x[:, None]
-        for layer in self.layers[self.num_mixing_layers :]:
-            x = layer(x, prefix, None if modulation is None else modulation[:, layer.index])
+        if modulation is not None:
+            everything = torch.arange(token_ids.numel(), device=x.device)
+            rows = (everything if positions is None else positions) // token_ids.shape[1]
+        for i in range(self.num_mixing_layers, len(self.layers)):
+            x = self.layers[i](x, prefix, None if modulation is None else modulation[rows, i])
         return self.logits(x[:, 0])
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: [num_positions, hidden] to [num_positions, vocab]."""
         wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return F.linear(rms_norm(x, self.norm_f, self.eps).to(self.dtype), self.head).to(wide)
+        return linear(rms_norm(x, self.norm_f, self.eps).to(self.dtype), self.head).to(wide)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names; the head stands outside the tower there and is not among them."""

@@ -36,7 +36,7 @@ class DenoiserTower(Backbone):
         """
         modulation = None if t is None else self.time_conditioning(t.to(self.device))
         logits: Tensor = self(block.to(self.device), prefix, modulation)
-        return logits.unflatten(0, tuple(block.shape))
+        return logits.view(*block.shape, -1)
 
     def initial_block(self, num_reqs: int, block_size: int, mask_token_id: int) -> Tensor:
         """A block of nothing but mask tokens, int64 [num_reqs, block_size]."""

@@ -54,14 +54,20 @@ class TwoTowers(nn.Module):
 
     @property
     def denoiser(self) -> DenoiserTower:
+        """The denoiser tower; errors as `require_denoiser`."""
+        return self.require_denoiser()
+
+    def require_denoiser(self) -> DenoiserTower:
         """The denoiser tower.
 
         Raises:
             ArgumentError: the model has only the context tower.
         """
         if self._denoiser is None:
-            raise ArgumentError('this model was loaded with towers="context" and has no denoiser; load it with '
-                                'towers="both" for mask diffusion and mock-AR')
+            raise ArgumentError(
+                'this model was loaded with towers="context" and has no denoiser; load it with '
+                'towers="both" for mask diffusion and mock-AR'
+            )
         return self._denoiser
 
     def place_towers_on_devices(
@@ -98,8 +104,9 @@ def usable_device(device: torch.device | str) -> torch.device:
     if wanted.type == "cuda":
         count = torch.cuda.device_count()
         if (wanted.index or 0) >= count:
-            raise ArgumentError(f"device {device} is not there; this machine has {count} CUDA devices, give one of "
-                                f"them or cpu")
+            raise ArgumentError(
+                f"device {device} is not there; this machine has {count} CUDA devices, give one of them or cpu"
+            )
     elif wanted.type not in ("cpu", "meta"):
         raise ArgumentError(f"device {device} is not supported; give cpu, cuda or cuda:N")
     return wanted

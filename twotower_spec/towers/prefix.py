@@ -3,6 +3,7 @@
 from typing import Protocol
 
 from torch import Tensor
+
 from twotower_kernels.block_scan import ScanWeights
 
 

@@ -47,14 +47,16 @@ class TimeConditioning(nn.Module):
         return torch.stack([shift, 1 + scale, gate], dim=2)
 
     def for_block_size(self, block_size: int) -> Tensor:
-        """Modulation for every number of masked positions: [block_size + 1, num_layers, 3, hidden], row k for k masked."""
+        """Modulation for every number of masked positions: [block_size + 1, num_layers, 3, hidden]."""
         masked = torch.arange(block_size + 1, device=self.b1.device, dtype=accumulation_dtype(self.dtype))
-        return self(masked / block_size)
+        modulation: Tensor = self(masked / block_size)
+        return modulation
 
     def shift_scale_gate(self, t: Tensor) -> Tensor:
         """[num_reqs, num_layers, 3, hidden], rows shift, scale, gate as the published code has them."""
         embedded = self.embed(self.sinusoid(t))
-        return self.project(embedded).unflatten(-1, (1, 3, -1)) + self.tables
+        table: Tensor = self.project(embedded).unflatten(-1, (1, 3, -1)) + self.tables
+        return table
 
     def sinusoid(self, t: Tensor) -> Tensor:
         """[num_reqs, 256]: cosines first. In bfloat16 both t and 1000 t are rounded, as published."""

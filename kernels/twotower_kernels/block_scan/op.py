@@ -83,7 +83,7 @@ def replay_scan(
     weights: ScanWeights,
     num_accepted: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """States after the first `num_accepted` tokens of a block, from the state before it: no matrix product of the layer.
+    """States after the first `num_accepted` tokens of a block, from the state before it; no projection is repeated.
 
     Args:
         u, delta, conv_state, ssm_state, weights: as `block_scan` was given them.
@@ -103,8 +103,10 @@ def _check(u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weig
     num_reqs, num_tokens, channels = u.shape
     heads, head_dim, state_size = ssm_state.shape[1:]
     if channels != heads * head_dim + 2 * weights.num_groups * state_size:
-        raise ValueError(f"u has {channels} channels; {heads} heads of {head_dim} and 2 x {weights.num_groups} groups of "
-                         f"{state_size} need {heads * head_dim + 2 * weights.num_groups * state_size}")
+        raise ValueError(
+            f"u has {channels} channels; {heads} heads of {head_dim} and 2 x {weights.num_groups} groups of "
+            f"{state_size} need {heads * head_dim + 2 * weights.num_groups * state_size}"
+        )
     taps = weights.conv_weight.shape[1]
     if conv_state.shape != (num_reqs, taps - 1, channels):
         raise ValueError(f"conv_state is {tuple(conv_state.shape)}; expected {(num_reqs, taps - 1, channels)}")
@@ -116,14 +118,17 @@ def _scan_inputs(
     u: Tensor, delta: Tensor, window: Tensor, ssm_state: Tensor, weights: ScanWeights, query_lens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Convolution, SiLU and softplus: x [r, t, h, p], B and C [r, t, g, n], time step [r, t, h]; padding has step 0."""
-    num_reqs, num_tokens, _ = u.shape
+    num_tokens = u.shape[1]
     heads, head_dim, state_size = ssm_state.shape[1:]
     acc = ssm_state.dtype
-    taps = weights.conv_weight.to(acc).unbind(1)
+    taps = weights.conv_weight.to(acc).t()
     window = window.to(acc)
-    mixed = window[:, :num_tokens] * taps[0]
-    for k in range(1, len(taps)):
-        mixed = torch.addcmul(mixed, window[:, k : k + num_tokens], taps[k])
+    if num_tokens == 1:
+        mixed = (window * taps).sum(1, keepdim=True)
+    else:
+        mixed = window[:, :num_tokens] * taps[0]
+        for k in range(1, len(taps)):
+            mixed = torch.addcmul(mixed, window[:, k : k + num_tokens], taps[k])
     if weights.conv_bias is not None:
         mixed = mixed + weights.conv_bias.to(acc)
     # The convolution kernel of the published code returns its input dtype; the scan then widens again.
@@ -159,9 +164,10 @@ def _one_token(
     groups = weights.num_groups
     step = step[:, 0]
     decay = torch.exp(step * -torch.exp(weights.a_log.to(step.dtype)))
-    drive = (step[:, :, None] * x[:, 0]).view(num_reqs, groups, -1, 1)
-    state = (ssm_state * decay[:, :, None, None]).view(num_reqs, groups, -1, state_size)
-    state = torch.addcmul(state, drive, b[:, 0, :, None, :])
+    drive = (step[:, :, None] * x[:, 0]).reshape(num_reqs * groups, -1, 1)
+    decayed = (ssm_state * decay[:, :, None, None]).view(num_reqs * groups, -1, state_size)
+    state = torch.baddbmm(decayed, drive, b[:, 0].reshape(num_reqs * groups, 1, state_size))
+    state = state.view(num_reqs, groups, -1, state_size)
     y = torch.matmul(state, c[:, 0, :, :, None])
     return y.view(num_reqs, 1, heads, head_dim), state.view_as(ssm_state)
 

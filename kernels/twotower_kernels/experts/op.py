@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from twotower_kernels.linear import linear
+
 
 def route(
     scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
@@ -50,18 +52,22 @@ def grouped_experts(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, exp
         [num_tokens, hidden] in the dtype of `x`.
     """
     num_tokens, top_k = expert_ids.shape
+    if num_tokens == 1:
+        chosen = expert_ids[0].tolist()
+        hidden = torch.cat([linear(x, up[expert]) for expert in chosen]).relu().square()
+        outputs = torch.cat([linear(hidden[i : i + 1], down[expert]) for i, expert in enumerate(chosen)])
+        return torch.mm(expert_weights, outputs.to(expert_weights.dtype)).to(x.dtype)
+    # Rows of one expert stand together; the loop visits only experts that were chosen.
     flat_ids = expert_ids.flatten()
     order = flat_ids.argsort()
-    counts = flat_ids.bincount(minlength=up.shape[0]).tolist()
-    # Rows of one expert stand together; the loop visits only experts that were chosen.
-    rows = x[order // top_k] if num_tokens > 1 else x.expand(top_k, -1)
+    rows = x[order // top_k]
     spans, start = [], 0
-    for expert, count in enumerate(counts):
+    for expert, count in enumerate(flat_ids.bincount(minlength=up.shape[0]).tolist()):
         if count:
             spans.append((expert, start, start + count))
             start += count
-    hidden = torch.cat([torch.mm(rows[i:j], up[e].t()) for e, i, j in spans]).relu().square()
-    outputs = torch.cat([torch.mm(hidden[i:j], down[e].t()) for e, i, j in spans])
+    hidden = torch.cat([linear(rows[i:j], up[expert]) for expert, i, j in spans]).relu().square()
+    outputs = torch.cat([linear(hidden[i:j], down[expert]) for expert, i, j in spans])
     back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
     per_token = outputs[back].view(num_tokens, top_k, -1).to(expert_weights.dtype)
     return torch.bmm(expert_weights[:, None, :], per_token)[:, 0].to(x.dtype)

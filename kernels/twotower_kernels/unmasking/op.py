@@ -26,9 +26,7 @@ def pick_tokens(logits: Tensor, mask_token_id: int, scores: Tensor | None = None
     return picks, torch.exp(best - torch.logsumexp(logits, dim=-1))
 
 
-def choose_commits(
-    confidence: Tensor, masked: Tensor, confidence_threshold: float, remaining_steps: int
-) -> Tensor:
+def choose_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float, remaining_steps: int) -> Tensor:
     """Which masked positions are fixed in this step.
 
     Of the m masked positions of a row the n most confident are committed,
@@ -50,5 +48,7 @@ def choose_commits(
     floor = (num_masked + remaining_steps - 1) // remaining_steps
     quota = torch.minimum(num_masked, torch.maximum(above, floor).clamp(min=1))
     order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(-1, order, torch.arange(masked.shape[1], device=masked.device).expand_as(order))
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(masked.shape[1], device=masked.device).expand_as(order)
+    )
     return masked & (rank >= masked.shape[1] - quota[:, None])

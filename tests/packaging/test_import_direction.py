@@ -1,0 +1,66 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+# Imports a package with all its submodules and prints the top-level names that are then loaded. `__main__` modules are
+# left out: importing one would run its command.
+IMPORT_EVERYTHING = """
+import importlib, pkgutil, sys
+package = importlib.import_module(sys.argv[1])
+for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+    if not module.name.endswith(".__main__"):
+        importlib.import_module(module.name)
+print("\\n".join({name.partition(".")[0] for name in sys.modules}))
+"""
+
+IMPORT_PACKAGE_ONLY = """
+import importlib, sys
+importlib.import_module(sys.argv[1])
+print("\\n".join({name.partition(".")[0] for name in sys.modules}))
+"""
+
+
+def loaded_top_level_names(code: str, package: str) -> set[str]:
+    """Runs `code` on a package in a fresh interpreter and returns what it says is loaded."""
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin"))
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code, package],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return set(result.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("package", "above"),
+    [
+        ("twotower_kernels", {"transformers", "vllm", "vllm_twotower", "twotower_spec"}),
+        ("twotower_spec", {"vllm", "vllm_twotower"}),
+    ],
+)
+def test_package_imports_nothing_that_stands_above_it(package: str, above: set[str]) -> None:
+    loaded = loaded_top_level_names(IMPORT_EVERYTHING, package)
+    assert package in loaded
+    assert not loaded & above
+
+
+def test_importing_vllm_twotower_does_not_import_vllm() -> None:
+    """vLLM loads it while starting, and `cpu_install` runs where vLLM cannot be imported."""
+    loaded = loaded_top_level_names(IMPORT_PACKAGE_ONLY, "vllm_twotower")
+    assert "vllm_twotower" in loaded
+    assert "vllm" not in loaded
+
+
+@pytest.mark.parametrize("folder", ["kernels", "vllm_plugin"])
+def test_folder_that_holds_a_package_is_not_a_package_itself(folder: str) -> None:
+    """An `__init__.py` in kernels/ would hide the PyPI package `kernels`, which transformers imports."""
+    assert (ROOT / folder).is_dir()
+    assert not (ROOT / folder / "__init__.py").exists()

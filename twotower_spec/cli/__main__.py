@@ -1,0 +1,5 @@
+"""`python -m twotower_spec.cli`."""
+
+from twotower_spec.cli.app import main
+
+main()

@@ -1,0 +1,33 @@
+"""Puts the commands together, and turns the library's errors into one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from twotower_spec.cli.generate import generate
+from twotower_spec.cli.inspect import inspect
+from twotower_spec.errors import TwoTowerError
+
+app = typer.Typer(
+    name="twotower-spec",
+    help="Nemotron-Labs-TwoTower: generate with it, look into its checkpoints.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command()(generate)
+app.command()(inspect)
+
+
+def main() -> None:
+    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    try:
+        app()
+    except TwoTowerError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; a run with --output goes on where it stopped when started again", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,210 @@
+"""`twotower-spec generate`: one prompt or a bulk run, in any of the three modes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PreTrainedTokenizerBase
+
+from twotower_spec.checkpoint import resolve_checkpoint
+from twotower_spec.cli.output import ResumableOutput
+from twotower_spec.cli.prompts import Prompt, encode, load_tokenizer, read_prompts
+from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer, check_sampling
+from twotower_spec.generation import GenerationResult
+from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds
+from twotower_spec.model import TwoTowerModel, as_dtype
+from twotower_spec.towers.model import usable_device
+
+
+class Mode(StrEnum):
+    """The three published ways to generate."""
+
+    AR = "ar"
+    MOCK_AR = "mock-ar"
+    MASK_DIFFUSION = "mask-diffusion"
+
+
+def generate(
+    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
+    prompt: Annotated[list[str] | None, typer.Argument(help="Prompts as text.", show_default=False)] = None,
+    mode: Annotated[Mode, typer.Option(help="How to generate.")] = Mode.MASK_DIFFUSION,
+    token_ids: Annotated[list[str] | None, typer.Option(help="A prompt as ids: 12,44,7. Repeatable.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help='One prompt per line; .jsonl with "prompt", "text" or "token_ids".')
+    ] = None,
+    output: Annotated[Path | None, typer.Option(help="Write JSON lines here; a stopped run goes on.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.")] = 128,
+    block_size: Annotated[int, typer.Option("--block-size", "-S", help="Tokens per diffusion block.")] = 16,
+    steps_per_block: Annotated[
+        int, typer.Option("--steps-per-block", "--steps", help="Most denoising steps per block.")
+    ] = 16,
+    confidence_threshold: Annotated[
+        float, typer.Option("--confidence-threshold", "--gamma", help="Commit picks more probable than this.")
+    ] = 0.8,
+    mask_token_id: Annotated[int | None, typer.Option(help="Default: the checkpoint's, else 3.")] = None,
+    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.0,
+    top_k: Annotated[int | None, typer.Option(help="Sample among the k most probable tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample among tokens up to this probability.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the sampling noise; prompt i uses seed + i.")] = 0,
+    eos_token_id: Annotated[
+        list[int] | None, typer.Option(help="Ids that end a row. Default: the tokenizer's. Repeatable.")
+    ] = None,
+    ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Run to --max-new-tokens.")] = False,
+    batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64; default: stored.")] = None,
+    context_device: Annotated[str, typer.Option(help="Where the context tower runs.")] = "cpu",
+    denoiser_device: Annotated[str | None, typer.Option(help="Where the denoiser runs; default: same.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Generate text or token ids.
+
+    A row ends at an end-of-sequence token. A diffusion block that holds one is kept whole in token_ids; printed text
+    stops at it.
+    """
+    # Everything that can be refused is checked before weights are read.
+    check_integer("--batch-size", batch_size, minimum=1)
+    check_integer("--max-new-tokens", max_new_tokens, minimum=1)
+    check_sampling(temperature, top_k, top_p)
+    as_dtype(dtype)
+    usable_device(context_device)
+    usable_device(denoiser_device or context_device)
+    prompts = read_prompts(prompt or [], token_ids or [], prompt_file)
+    directory = resolve_checkpoint(model, revision)
+    config = TwoTowerConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    prompts = encode(prompts, tokenizer)
+    rows = parse_prompts([p.token_ids or [] for p in prompts], config.vocab_size)
+    if mask_token_id is not None:
+        config = config.replace(mask_token_id=mask_token_id)
+    options: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "eos_token_id": _eos(tokenizer, eos_token_id or [], ignore_eos, config.vocab_size),
+    }
+    if mode is Mode.MASK_DIFFUSION:
+        diffusion = DiffusionConfig(
+            block_size, steps_per_block, confidence_threshold, temperature, top_k, top_p, config.mask_token_id
+        )
+        options |= asdict(diffusion)
+    run = _fingerprint(directory, config, mode, dtype, seed, options, rows)
+    seeds = parse_seeds(seed, len(rows))
+    with ResumableOutput(output, run, overwrite) if output else nullcontext() as sink:
+        left = [i for i in range(len(rows)) if sink is None or i not in sink.done]
+        if not left:
+            print(f"all {len(rows)} rows are in {output} already", file=sys.stderr)
+            return
+        towers = TwoTowerModel.from_pretrained(
+            directory,
+            towers="context" if mode is Mode.AR else "both",
+            dtype=dtype,
+            context_device=context_device,
+            denoiser_device=denoiser_device,
+        )
+        with _progress() as bar:
+            task = bar.add_task("generating", total=len(rows), completed=len(rows) - len(left))
+            for start in range(0, len(left), batch_size):
+                indices = left[start : start + batch_size]
+                result = _run(towers, mode, [rows[i] for i in indices], [seeds[i] for i in indices], options)
+                records = list(_records(indices, prompts, result, tokenizer, options["eos_token_id"]))
+                if sink:
+                    sink.append(records)
+                else:
+                    _print(records, as_json)
+                bar.advance(task, len(indices))
+
+
+def _run(
+    towers: TwoTowerModel, mode: Mode, rows: list[list[int]], seeds: list[int], options: dict[str, Any]
+) -> GenerationResult:
+    if mode is Mode.AR:
+        return towers.generate_ar(rows, seed=seeds, **options)
+    if mode is Mode.MOCK_AR:
+        return towers.generate_mock_ar(rows, seed=seeds, **options)
+    return towers.generate_mask_diffusion(rows, seed=seeds, **options)
+
+
+def _records(
+    indices: list[int],
+    prompts: list[Prompt],
+    result: GenerationResult,
+    tokenizer: PreTrainedTokenizerBase | None,
+    eos_token_ids: list[int],
+) -> Iterator[dict[str, Any]]:
+    """One JSON object per row; times and speed are those of the batch, the speed counting the row's own tokens."""
+    for row, index in enumerate(indices):
+        tokens, passes = result.token_ids[row], result.num_denoiser_passes[row]
+        record: dict[str, Any] = {
+            "index": index,
+            "token_ids": tokens,
+            "num_denoiser_passes": passes,
+            "tokens_per_denoiser_pass": len(tokens) / passes if passes else None,
+            "tokens_per_s": len(tokens) / result.times.total_s,
+            "prefill_s": result.times.prefill_s,
+            "denoise_s": result.times.denoise_s,
+            "extend_s": result.times.extend_s,
+            "batch_size": len(indices),
+        }
+        if prompts[index].text is not None:
+            record["prompt"] = prompts[index].text
+        if tokenizer is not None:
+            ends = [i for i, token in enumerate(tokens) if token in eos_token_ids]
+            shown = tokens[: ends[0]] if ends else tokens
+            record["text"] = tokenizer.decode(shown, skip_special_tokens=True)
+        yield record
+
+
+def _print(records: list[dict[str, Any]], as_json: bool) -> None:
+    for record in records:
+        if as_json:
+            line = json.dumps(record)
+        else:
+            line = record.get("text", ",".join(map(str, record["token_ids"])))
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+
+
+def _progress() -> Progress:
+    """A bar on stderr, where rows do not go; nothing when stderr is no terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    return Progress(
+        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    )
+
+
+def _eos(tokenizer: PreTrainedTokenizerBase | None, given: list[int], ignore: bool, vocab_size: int) -> list[int]:
+    """Ids that end a row: those given, else the tokenizer's, else none (as the published script does)."""
+    if ignore:
+        return []
+    if not given and tokenizer is not None and tokenizer.eos_token_id is not None:
+        given = [tokenizer.eos_token_id]
+    return sorted(parse_eos(given, vocab_size))
+
+
+def _fingerprint(
+    directory: Path,
+    config: TwoTowerConfig,
+    mode: Mode,
+    dtype: str | None,
+    seed: int,
+    options: dict[str, Any],
+    rows: list[list[int]],
+) -> str:
+    """Identifies what a bulk run computes; batch size and devices are free to change between starts."""
+    content = [str(directory.resolve()), config.to_dict(), mode, dtype, seed, options, rows]
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

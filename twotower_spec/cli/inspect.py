@@ -1,0 +1,106 @@
+"""`twotower-spec inspect`: configuration, tensors, memory and problems of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from twotower_spec.config import check_integer
+from twotower_spec.inspection import Inspection, MemoryEstimate, PartSummary, inspect_checkpoint
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help="A directory or a hub id.")],
+    num_requests: Annotated[int, typer.Option(help="Requests held at once.")] = 1,
+    context_length: Annotated[int, typer.Option(help="Tokens per request.")] = 4096,
+    dtype: Annotated[str | None, typer.Option(help="Dtype in memory; default: as stored.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Show what is in a checkpoint, what it needs in memory, and what is wrong with it (then the exit code is 2)."""
+    check_integer("--num-requests", num_requests, minimum=0)
+    check_integer("--context-length", context_length, minimum=0)
+    found = inspect_checkpoint(
+        checkpoint, revision=revision, dtype=dtype, num_requests=num_requests, context_length=context_length
+    )
+    if as_json:
+        print(json.dumps(_as_dict(found)))
+    else:
+        _show(found, Console())
+    if found.problems:
+        raise typer.Exit(2)
+
+
+def _as_dict(found: Inspection) -> dict[str, object]:
+    memory = None
+    if found.memory:
+        memory = {
+            **asdict(found.memory),
+            "context_device": found.memory.context_device,
+            "denoiser_device": found.memory.denoiser_device,
+        }
+    return {
+        "directory": str(found.directory),
+        "config": found.config.to_dict() if found.config else None,
+        "parts": {name: asdict(part) for name, part in found.parts.items()},
+        "memory": memory,
+        "problems": found.problems,
+    }
+
+
+def _show(found: Inspection, console: Console) -> None:
+    console.print(f"[bold]{found.directory}[/bold]", soft_wrap=True)
+    if found.config:
+        table = Table("field", "value", title="configuration", title_justify="left")
+        for name, value in found.config.to_dict().items():
+            table.add_row(name, json.dumps(value))
+        console.print(table)
+    if found.parts:
+        console.print(_parts_table(found.parts))
+    if found.memory:
+        console.print(_memory_table(found.memory))
+    if found.problems:
+        console.print(f"[bold red]{len(found.problems)} problems[/bold red]")
+        for problem in found.problems:
+            console.print(f"  {problem}", soft_wrap=True, markup=False, highlight=False)
+    else:
+        console.print("[green]nothing wrong: config.json and tensors agree[/green]")
+
+
+def _parts_table(parts: dict[str, PartSummary]) -> Table:
+    table = Table("tower", "tensors", "parameters", "bytes", "dtypes", title="stored tensors", title_justify="left")
+    for name, part in parts.items():
+        dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
+        table.add_row(name, str(part.num_tensors), f"{part.num_parameters:,}", _bytes(part.num_bytes), dtypes)
+    return table
+
+
+def _memory_table(memory: MemoryEstimate) -> Table:
+    title = f"memory in {memory.dtype}: {memory.num_requests} requests of {memory.context_length} tokens"
+    table = Table("device of", "weights", "per request", "together", title=title, title_justify="left")
+    table.add_row(
+        "context tower", _bytes(memory.context_weights), _bytes(memory.state_per_request), _bytes(memory.context_device)
+    )
+    table.add_row(
+        "denoiser tower",
+        _bytes(memory.denoiser_weights),
+        _bytes(memory.block_context_per_request),
+        _bytes(memory.denoiser_device),
+    )
+    table.add_section()
+    table.add_row("both", "", "", _bytes(memory.context_device + memory.denoiser_device))
+    return table
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

@@ -1,0 +1,81 @@
+"""A JSON-lines file that a bulk run can stop in and go on with."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO
+
+from twotower_spec.errors import ArgumentError
+
+
+class ResumableOutput:
+    """Rows by prompt index, appended batch by batch and synced to disk, so that a kill loses no finished batch.
+
+    Every row carries the fingerprint of the run: a file is only gone on with by the run that began it.
+    """
+
+    def __init__(self, path: Path, run: str, overwrite: bool = False) -> None:
+        """Opens or creates the file; a half-written last line is cut off.
+
+        Raises:
+            ArgumentError: it cannot be written, is in use, or belongs to a run with other prompts or settings.
+        """
+        self.path, self.run = path, run
+        self.done: set[int] = set()
+        try:
+            self._file: BinaryIO = path.open("ab+")
+        except OSError as error:
+            raise ArgumentError(f"output file {path} cannot be written ({error.strerror}); give another") from error
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._file.close()
+            raise ArgumentError(f"output file {path} is being written by another run; give another file") from error
+        try:
+            if overwrite:
+                self._file.truncate(0)
+            self._read_done()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def __enter__(self) -> ResumableOutput:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+    def append(self, rows: Iterable[dict[str, Any]]) -> None:
+        """Writes finished rows; they are on disk when this returns."""
+        lines = [json.dumps({**row, "run": self.run}) + "\n" for row in rows]
+        self._file.write("".join(lines).encode())
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def _read_done(self) -> None:
+        self._file.seek(0)
+        content = self._file.read()
+        whole = content[: content.rfind(b"\n") + 1]
+        for number, line in enumerate(whole.splitlines(), start=1):
+            try:
+                row = json.loads(line)
+                index, run = row["index"], row["run"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ArgumentError(
+                    f"{self.path}:{number} is not a row of such a run; give another --output, or --overwrite"
+                ) from error
+            if run != self.run:
+                raise ArgumentError(
+                    f"{self.path} was begun with other prompts or settings (run {run}, now {self.run}); give another "
+                    f"--output, or --overwrite"
+                )
+            self.done.add(index)
+        if len(whole) < len(content):
+            self._file.truncate(len(whole))
