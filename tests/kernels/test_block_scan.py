@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch import Tensor
-from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
-from twotower_kernels.block_scan.reference import block_scan_reference
 
 from tests.support.tolerances import FLOAT32_OP, FLOAT64
+from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
+from twotower_kernels.block_scan.reference import block_scan_reference
 
 HEADS, HEAD_DIM, GROUPS, STATE = 6, 3, 2, 5
 CHANNELS = HEADS * HEAD_DIM + 2 * GROUPS * STATE

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from scipy import stats
+
 from twotower_kernels.noise import gumbel_noise
 from twotower_kernels.noise.reference import gumbel_noise_reference
 

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch import Tensor
+
+from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT64
 from twotower_kernels.block_attention import attention, causal_mask, padding_mask
 from twotower_kernels.block_attention.reference import attention_reference
 from twotower_kernels.experts import grouped_experts, route
@@ -13,8 +15,6 @@ from twotower_kernels.time_modulation import modulate_then_norm, norm_then_modul
 from twotower_kernels.time_modulation.reference import modulate_reference, rms_norm_reference
 from twotower_kernels.unmasking import choose_commits, pick_tokens
 from twotower_kernels.unmasking.reference import choose_commits_reference, pick_tokens_reference
-
-from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT64
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
