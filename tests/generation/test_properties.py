@@ -1,5 +1,6 @@
 """What must hold for any batch, any split and any order (hypothesis; float64, so that bounds are tight)."""
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -61,7 +62,7 @@ def test_any_split_of_a_prompt_equals_the_whole(length: int, cuts: list[int]) ->
     bounds = sorted({0, length, *(min(cut, length) for cut in cuts)})
     whole, split = (ContextState(model.config, 1, 10, model.dtype) for _ in range(2))
     expected = whole.extend(model.context, {0: ids}).logits
-    for start, stop in zip(bounds, bounds[1:], strict=False):
+    for start, stop in pairwise(bounds):
         logits = split.extend(model.context, {0: ids[start:stop]}).logits
     assert expected is not None and logits is not None
     for actual, wanted in (

@@ -63,9 +63,19 @@ def test_experts_equal_the_sum_written_out(num_tokens: int) -> None:
     torch.testing.assert_close(grouped_experts(x, up, down, ids, weights), expected, atol=FLOAT64, rtol=FLOAT64)
 
 
+@pytest.mark.parametrize("num_tokens", [2, 17])
+def test_experts_in_bfloat16_equal_the_sum_written_out(num_tokens: int) -> None:
+    x, up, down = (t.bfloat16() for t in (randn(num_tokens, 7), randn(6, 5, 7, seed=1), randn(6, 7, 5, seed=2)))
+    ids, weights = route(randn(num_tokens, 6, seed=3).sigmoid(), torch.zeros(6).double(), 3, 1, 1, True, 1.0)
+    actual = grouped_experts(x, up, down, ids, weights).double()
+    expected = grouped_experts_reference(x.double(), up.double(), down.double(), ids, weights)
+    assert ((actual - expected).norm() / expected.norm()).item() < BFLOAT16_RELATIVE
+
+
 def test_experts_nobody_chose_are_not_read() -> None:
     x, up, down = randn(5, 7), randn(6, 5, 7, seed=1), randn(6, 7, 5, seed=2)
-    up[3:], down[3:] = torch.nan, torch.nan
+    up[3:] = torch.nan
+    down[3:] = torch.nan
     ids = torch.tensor([[0, 2]] * 5)
     assert torch.isfinite(grouped_experts(x, up, down, ids, torch.full((5, 2), 0.5).double())).all()
 
