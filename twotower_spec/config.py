@@ -126,13 +126,15 @@ class TwoTowerConfig:
             raise ConfigError(f"{directory} has no config.json; give the directory of a TwoTower checkpoint")
         try:
             raw, _ = PretrainedConfig.get_config_dict(str(name_or_path), revision=revision)
+            raw.pop("_commit_hash", None)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(
                 f"no readable config.json at {str(name_or_path)!r} ({reason}); "
                 f"give a checkpoint directory or a hub id that can be reached"
             ) from error
-        raw.pop("_commit_hash", None)
+        except (AttributeError, TypeError) as error:  # transformers takes it for granted that the file holds an object
+            raise ConfigError(f"config.json at {str(name_or_path)!r} holds no JSON object; download it again") from error
         return cls.from_dict(raw)
 
     @classmethod
@@ -299,7 +301,7 @@ def _is_required(f: Any) -> bool:
 
 def _check_architecture(raw: Mapping[str, Any]) -> None:
     architectures = raw.get("architectures") or [ARCHITECTURE]
-    if ARCHITECTURE not in architectures:
+    if not isinstance(architectures, list | tuple) or ARCHITECTURE not in architectures:
         raise ConfigError(
             f"architectures {architectures} is not a TwoTower checkpoint; config.json must name {ARCHITECTURE}"
         )
@@ -324,9 +326,8 @@ def _check_unsupported(raw: Mapping[str, Any]) -> None:
                 f"{name} {raw[name]!r} is not supported; TwoTower checkpoints are published with {allowed[0]!r}"
             )
     limit = raw.get("time_step_limit")
-    if limit is not None and not (isinstance(limit, list | tuple) and len(limit) == 2 and limit[0] <= 0.0):
-        raise ConfigError(f"time_step_limit {limit!r} is not supported; the time step is not clamped: [0.0, Infinity]")
-    if limit is not None and _as_float(limit[1]) != math.inf:
+    pair = limit if isinstance(limit, list | tuple) and len(limit) == 2 else (math.nan, math.nan)
+    if limit is not None and not (_as_float(pair[0]) <= 0.0 and _as_float(pair[1]) == math.inf):
         raise ConfigError(f"time_step_limit {limit!r} is not supported; the time step is not clamped: [0.0, Infinity]")
 
 
@@ -346,7 +347,12 @@ def _check_types(config: TwoTowerConfig) -> None:
         value = getattr(config, f.name)
         if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and f.type != "bool")):
             raise ConfigError(f"{f.name} {value!r} is of the wrong type; config.json needs {f.type}")
-    if config.torch_dtype is not None and config.torch_dtype not in TORCH_DTYPES:
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        value = getattr(config, name)
+        for token in value if isinstance(value, tuple) and name == "eos_token_id" else (value,):
+            if token is not None and (isinstance(token, bool) or not isinstance(token, int)):
+                raise ConfigError(f"{name} {value!r} is of the wrong type; config.json needs a token id")
+    if config.torch_dtype is not None and config.torch_dtype not in list(TORCH_DTYPES):  # a list takes any type
         raise ConfigError(f"torch_dtype {config.torch_dtype!r} is not supported; allowed are {', '.join(TORCH_DTYPES)}")
 
 

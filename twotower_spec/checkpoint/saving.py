@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -63,6 +64,7 @@ def save_checkpoint(
                 }
                 (draft / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
             (draft / "config.json").write_text(config_json)
+            _make_readable(draft)
             _move_into_place(draft, directory)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
@@ -93,6 +95,14 @@ def _file_names(count: int) -> list[str]:
     if count == 1:
         return [SINGLE_FILE]
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def _make_readable(draft: Path) -> None:
+    """Gives every file the permissions a new file has by default; safetensors makes them private to the user."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in draft.iterdir():
+        path.chmod(0o666 & ~mask)
 
 
 def _move_into_place(draft: Path, directory: Path) -> None:

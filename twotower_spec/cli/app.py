@@ -28,6 +28,7 @@ def main() -> None:
     except TwoTowerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted; a run with --output goes on where it stopped when started again", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == 130:  # how typer ends after Ctrl-C, without a word
+            print("interrupted; a run with --output goes on where it stopped when started again", file=sys.stderr)
+        raise

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
 
 from twotower_spec.errors import ArgumentError
 
@@ -27,8 +27,11 @@ class ResumableOutput:
         """
         self.path, self.run = path, run
         self.done: set[int] = set()
+        if path.exists() and not path.is_file():
+            raise ArgumentError(f"output file {path} is not a regular file; give another")
         try:
-            self._file: BinaryIO = path.open("ab+")
+            # Unbuffered: after a failed write nothing is held back that closing would try to write again.
+            self._file = path.open("ab+", buffering=0)
         except OSError as error:
             raise ArgumentError(f"output file {path} cannot be written ({error.strerror}); give another") from error
         try:
@@ -53,11 +56,21 @@ class ResumableOutput:
         self._file.close()
 
     def append(self, rows: Iterable[dict[str, Any]]) -> None:
-        """Writes finished rows; they are on disk when this returns."""
-        lines = [json.dumps({**row, "run": self.run}) + "\n" for row in rows]
-        self._file.write("".join(lines).encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Writes finished rows; they are on disk when this returns.
+
+        Raises:
+            ArgumentError: the disk is full or fails; rows written earlier are kept.
+        """
+        left = "".join(json.dumps({**row, "run": self.run}) + "\n" for row in rows).encode()
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise ArgumentError(
+                f"output file {self.path} cannot be written ({error.strerror}); free space and start again, "
+                f"finished rows are kept"
+            ) from error
 
     def _read_done(self) -> None:
         self._file.seek(0)

@@ -45,7 +45,8 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
         return [Prompt(token_ids=_parse_ids(ids)) for ids in token_ids]
     assert prompt_file is not None
     try:
-        lines = prompt_file.read_text(encoding="utf-8").splitlines()
+        # utf-8-sig drops a byte order mark. Not splitlines(): JSON strings may hold the other line separators of Unicode.
+        lines = prompt_file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"prompt file {prompt_file} cannot be read ({error}); give a UTF-8 text file") from error
     parse = _parse_json if prompt_file.suffix == ".jsonl" else _parse_line

@@ -89,8 +89,8 @@ def _visited_experts(rows: Tensor, up: Tensor, down: Tensor, counts: list[int]) 
 def _all_experts(rows: Tensor, up: Tensor, down: Tensor, ordered_ids: Tensor, counts: Tensor, longest: int) -> Tensor:
     """The same as one batched product over all experts, rows padded to the longest.
 
-    bfloat16 on a CPU spends more time on entering oneDNN than on the few rows of an expert: one call for 16 experts takes
-    half the time of 16 calls.
+    bfloat16 on a CPU spends more time on entering oneDNN than on the few rows of an expert: one call for 16 experts
+    takes half the time of 16 calls.
     """
     place = torch.arange(len(rows), device=rows.device) - (counts.cumsum(0) - counts)[ordered_ids]
     padded = rows.new_zeros(up.shape[0], longest, rows.shape[1])
