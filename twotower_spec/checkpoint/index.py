@@ -116,6 +116,8 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         try:
             listed = json.loads(path.read_text())["weight_map"]
             shards = {str(name): str(shard) for name, shard in listed.items()}
+            if not shards:
+                raise ValueError("weight_map is empty")
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not a safetensors index ({error!r}); download it again") from error
         absent = sorted({shard for shard in shards.values() if not (self.directory / shard).is_file()})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -98,11 +97,10 @@ def _file_names(count: int) -> list[str]:
 
 
 def _make_readable(draft: Path) -> None:
-    """Gives every file the permissions a new file has by default; safetensors makes them private to the user."""
-    mask = os.umask(0)
-    os.umask(mask)
+    """Gives every file the permissions of a usual new file: safetensors makes its files private to the user."""
+    usual = (draft / "config.json").stat().st_mode
     for path in draft.iterdir():
-        path.chmod(0o666 & ~mask)
+        path.chmod(usual)
 
 
 def _move_into_place(draft: Path, directory: Path) -> None:
