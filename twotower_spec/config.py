@@ -134,7 +134,9 @@ class TwoTowerConfig:
                 f"give a checkpoint directory or a hub id that can be reached"
             ) from error
         except (AttributeError, TypeError) as error:  # transformers takes it for granted that the file holds an object
-            raise ConfigError(f"config.json at {str(name_or_path)!r} holds no JSON object; download it again") from error
+            raise ConfigError(
+                f"config.json at {str(name_or_path)!r} holds no JSON object; download it again"
+            ) from error
         return cls.from_dict(raw)
 
     @classmethod

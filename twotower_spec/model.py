@@ -49,6 +49,7 @@ class TwoTowerModel(TwoTowers):
         revision: str | None = None,
         towers: Literal["both", "context"] = "both",
         dtype: torch.dtype | str | None = None,
+        denoiser_dtype: torch.dtype | str | None = None,
         context_device: torch.device | str = "cpu",
         denoiser_device: torch.device | str | None = None,
         progress: bool | None = None,
@@ -62,6 +63,7 @@ class TwoTowerModel(TwoTowers):
             revision: branch, tag or commit of a hub id.
             towers: "context" reads the context tower alone; autoregressive generation needs no more.
             dtype: of the weights (float32, bfloat16, float16, float64); None for the one they are stored in.
+            denoiser_dtype: of the denoiser's weights; None for the same as the context tower's.
             context_device: where the context tower goes.
             denoiser_device: where the denoiser goes; None for the same place.
             progress: show a bar; None for on a terminal.
@@ -81,6 +83,7 @@ class TwoTowerModel(TwoTowers):
             dtype=as_dtype(dtype) or stored_dtype(index, config),
             context_device=context_device,
             denoiser_device=denoiser_device,
+            denoiser_dtype=as_dtype(denoiser_dtype),
             with_denoiser=towers == "both",
         )
         destinations = dict(model.checkpoint_tensors())

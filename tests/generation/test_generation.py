@@ -182,6 +182,17 @@ def test_bfloat16_runs_in_every_mode(mode: str) -> None:
     assert [len(row) for row in tokens] == [9, 9, 9]
 
 
+@pytest.mark.parametrize("mode", ["generate_mock_ar", "generate_mask_diffusion"])
+def test_towers_may_differ_in_dtype(mode: str) -> None:
+    both = tiny_model("float64")
+    mixed = TwoTowerModel(both.config, torch.float64, denoiser_dtype=torch.float32)
+    mixed.load_state_dict(both.state_dict())
+    assert mixed.context.dtype == torch.float64
+    assert mixed.denoiser.dtype == torch.float32
+    options = {"max_new_tokens": 10, **small_blocks(mode)}
+    assert getattr(mixed, mode)(PROMPTS, **options).token_ids == getattr(both, mode)(PROMPTS, **options).token_ids
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("pattern", ["E-", "*", "M", "ME*-M"])
 def test_any_mix_of_layers_generates_the_same_in_both_precisions(mode: str, pattern: str) -> None:

@@ -65,6 +65,7 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Run to --max-new-tokens.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
     dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64; default: stored.")] = None,
+    denoiser_dtype: Annotated[str | None, typer.Option(help="The denoiser's; default: the same.")] = None,
     context_device: Annotated[str, typer.Option(help="Where the context tower runs.")] = "cpu",
     denoiser_device: Annotated[str | None, typer.Option(help="Where the denoiser runs; default: same.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
@@ -79,6 +80,7 @@ def generate(
     check_integer("--max-new-tokens", max_new_tokens, minimum=1)
     check_sampling(temperature, top_k, top_p)
     as_dtype(dtype)
+    as_dtype(denoiser_dtype)
     usable_device(context_device)
     usable_device(denoiser_device or context_device)
     prompts = read_prompts(prompt or [], token_ids or [], prompt_file)
@@ -101,7 +103,7 @@ def generate(
             block_size, steps_per_block, confidence_threshold, temperature, top_k, top_p, config.mask_token_id
         )
         options |= asdict(diffusion)
-    run = _fingerprint(directory, config, mode, dtype, seed, options, rows)
+    run = _fingerprint(directory, config, mode, [dtype, denoiser_dtype], seed, options, rows)
     seeds = parse_seeds(seed, len(rows))
     with ResumableOutput(output, run, overwrite) if output else nullcontext() as sink:
         left = [i for i in range(len(rows)) if sink is None or i not in sink.done]
@@ -112,6 +114,7 @@ def generate(
             directory,
             towers="context" if mode is Mode.AR else "both",
             dtype=dtype,
+            denoiser_dtype=denoiser_dtype,
             context_device=context_device,
             denoiser_device=denoiser_device,
         )
@@ -200,11 +203,11 @@ def _fingerprint(
     directory: Path,
     config: TwoTowerConfig,
     mode: Mode,
-    dtype: str | None,
+    dtypes: list[str | None],
     seed: int,
     options: dict[str, Any],
     rows: list[list[int]],
 ) -> str:
     """Identifies what a bulk run computes; batch size and devices are free to change between starts."""
-    content = [str(directory.resolve()), config.to_dict(), mode, dtype, seed, options, rows]
+    content = [str(directory.resolve()), config.to_dict(), mode, dtypes, seed, options, rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -95,7 +95,8 @@ class Batch:
 
     def block_context(self, block_size: int) -> BlockContext:
         """Context state of the active rows, for the denoiser."""
-        return self.state.block_context(self.active, block_size, self.towers.denoiser.device)
+        denoiser = self.towers.denoiser
+        return self.state.block_context(self.active, block_size, denoiser.device, denoiser.dtype)
 
     def active_seeds(self, device: torch.device) -> Tensor:
         """Seeds int64 [num_active]."""

@@ -10,7 +10,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_spec.config import TwoTowerConfig
+from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.errors import ArgumentError, StateFullError
 from twotower_spec.state.block_context import BlockContext
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
@@ -285,7 +285,11 @@ class ContextState:
 
     @torch.inference_mode()
     def block_context(
-        self, request_ids: Sequence[RequestId], block_size: int, device: torch.device | None = None
+        self,
+        request_ids: Sequence[RequestId],
+        block_size: int,
+        device: torch.device | None = None,
+        dtype: torch.dtype | None = None,
     ) -> BlockContext:
         """The read-only state of some requests for one block, moved to the denoiser's device in one go.
 
@@ -293,22 +297,23 @@ class ContextState:
             request_ids: requests that are held.
             block_size: tokens of the block.
             device: the denoiser's device; None for the pool's.
+            dtype: the denoiser's dtype; None for the pool's.
         """
         entries = [self.entry(request_id) for request_id in request_ids]
         for entry in entries:
             entry.last_used = next(self._clock)
-        device = device or self.mamba.conv.device
+        device, dtype = device or self.mamba.conv.device, dtype or self.mamba.conv.dtype
         slots = self.mamba.index([entry.slot for entry in entries])
         lens = [len(entry.token_ids) for entry in entries]
         span = self.kv_cache.span([entry.pages for entry in entries], max(lens))
         keys, values = (
-            _behind_room_for_block(span.take(cache), block_size, device)
+            _behind_room_for_block(span.take(cache), block_size, device, dtype)
             for cache in (self.kv_cache.keys, self.kv_cache.values)
         )
         return BlockContext(
             layer_slot=self._layer_slot,
-            conv=self.mamba.conv[:, slots].to(device),
-            ssm=self.mamba.ssm[:, slots].to(device),
+            conv=self.mamba.conv[:, slots].to(device, dtype),
+            ssm=self.mamba.ssm[:, slots].to(device, accumulation_dtype(dtype)),
             keys=keys,
             values=values,
             context_lens=lens,
@@ -344,9 +349,9 @@ def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: i
     return chunk
 
 
-def _behind_room_for_block(context: Tensor, block_size: int, device: torch.device) -> Tensor:
-    """Copies [layers, reqs, tokens, ...] behind `block_size` free tokens, on `device`."""
+def _behind_room_for_block(context: Tensor, block_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Copies [layers, reqs, tokens, ...] behind `block_size` free tokens, on `device` and in `dtype`."""
     layers, reqs, tokens, *rest = context.shape
-    workspace = torch.zeros((layers, reqs, block_size + tokens, *rest), dtype=context.dtype, device=device)
+    workspace = torch.zeros((layers, reqs, block_size + tokens, *rest), dtype=dtype, device=device)
     workspace[:, :, block_size:] = context
     return workspace

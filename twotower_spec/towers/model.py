@@ -19,7 +19,7 @@ class TwoTowers(nn.Module):
     Attributes:
         config: geometry of both.
         context: the context tower.
-        dtype: dtype of the weights.
+        dtype: dtype of the context tower's weights and of the state.
     """
 
     def __init__(
@@ -28,6 +28,7 @@ class TwoTowers(nn.Module):
         dtype: torch.dtype = torch.float32,
         context_device: torch.device | str = "cpu",
         denoiser_device: torch.device | str | None = None,
+        denoiser_dtype: torch.dtype | None = None,
         with_denoiser: bool = True,
     ) -> None:
         """Allocates uninitialised weights.
@@ -37,6 +38,7 @@ class TwoTowers(nn.Module):
             dtype: dtype of the weights; decay rates, time steps and the router stay float32 at least.
             context_device: where the context tower is.
             denoiser_device: where the denoiser tower is; None for the same place.
+            denoiser_dtype: dtype of the denoiser's weights; None for the same. State is converted once per block.
             with_denoiser: False leaves the denoiser out, with its memory.
         """
         super().__init__()
@@ -45,7 +47,8 @@ class TwoTowers(nn.Module):
         self.context = ContextTower(config, dtype, context_device)
         self._denoiser: DenoiserTower | None = None
         if with_denoiser:
-            self._denoiser = DenoiserTower(config, dtype, usable_device(denoiser_device or context_device))
+            device = usable_device(denoiser_device or context_device)
+            self._denoiser = DenoiserTower(config, denoiser_dtype or dtype, device)
 
     @property
     def has_denoiser(self) -> bool:
