@@ -278,8 +278,16 @@ def test_diffusion_value_out_of_range_is_refused_by_name(name: str, value: Any) 
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("block_size", 1), ("steps_per_block", 1), ("confidence_threshold", 0), ("confidence_threshold", 1.0)]
-    + [("top_k", 0), ("top_p", 1), ("mask_token_id", 0), ("temperature", 0)],
+    [
+        ("block_size", 1),
+        ("steps_per_block", 1),
+        ("confidence_threshold", 0),
+        ("confidence_threshold", 1.0),
+        ("top_k", 0),
+        ("top_p", 1),
+        ("mask_token_id", 0),
+        ("temperature", 0),
+    ],
 )
 def test_diffusion_value_at_its_limit_is_allowed(name: str, value: Any) -> None:
     assert getattr(DiffusionConfig(**{name: value}), name) == value

@@ -1,5 +1,6 @@
 """Both towers against a second implementation, over geometries that the golden fixtures do not have."""
 
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -35,7 +36,8 @@ def new_state(model: TwoTowerModel) -> ContextState:
 
 
 def with_uneven_routing(model: TwoTowerModel) -> TwoTowerModel:
-    """Correction biases that change the choice of experts; a random model has zeros there."""
+    """A copy whose correction biases change the choice of experts; a random model has zeros there."""
+    model = deepcopy(model)
     generator = torch.Generator().manual_seed(5)
     for name, tensor in model.checkpoint_tensors():
         if name.endswith("e_score_correction_bias"):

@@ -90,8 +90,10 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         listed = self._listed_shards()
         for shard in sorted(set(listed.values())) if listed else [SINGLE_FILE]:
             for name, tensor in _read_header(directory / shard):
-                if listed and listed.get(name) != shard:
-                    self.problems.append(f"{name} is in {shard} but {INDEX_FILE} places it in {listed.get(name)}")
+                if listed and name not in listed:
+                    self.problems.append(f"{name} is in {shard} but {INDEX_FILE} does not list it")
+                elif listed and listed[name] != shard:
+                    self.problems.append(f"{name} is in {shard} but {INDEX_FILE} places it in {listed[name]}")
                 self._tensors[name] = tensor
         for name, shard in listed.items():
             if name not in self._tensors:

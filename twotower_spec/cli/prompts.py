@@ -45,7 +45,7 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
         return [Prompt(token_ids=_parse_ids(ids)) for ids in token_ids]
     assert prompt_file is not None
     try:
-        # utf-8-sig drops a byte order mark. Not splitlines(): JSON strings may hold the other line separators of Unicode.
+        # utf-8-sig drops a byte order mark. Not splitlines(): JSON strings may hold Unicode's other line separators.
         lines = prompt_file.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ArgumentError(f"prompt file {prompt_file} cannot be read ({error}); give a UTF-8 text file") from error

@@ -49,6 +49,8 @@ class Extension:
     _state: ContextState
     _pass: ExtensionPass
     _increments: Mapping[RequestId, list[int]]
+    _entries: Mapping[RequestId, RequestEntry]
+    _open: bool
 
     def accept(self, num_accepted: Mapping[RequestId, int]) -> None:
         """Keeps the first tokens of a provisional pass per request and forgets the rest.
@@ -57,18 +59,27 @@ class Extension:
         overwritten.
 
         Raises:
-            ArgumentError: a number is missing or out of range.
+            ArgumentError: a number is missing or out of range, the pass was not provisional or has been accepted, or a
+                request was released or extended since. Nothing is changed then.
         """
-        for request_id, tokens in self._increments.items():
+        if not self._open:
+            raise ArgumentError("this pass was not provisional or has been accepted; nothing is left to accept")
+        for (request_id, tokens), start in zip(self._increments.items(), self._pass.prefix_lens, strict=True):
+            entry = self._entries[request_id]
+            if self._state.entry(request_id) is not entry or len(entry.token_ids) != start:
+                raise ArgumentError(
+                    f"request {request_id!r} was released or extended since the pass; accept a pass first of all"
+                )
             count = num_accepted.get(request_id, -1)
             if not 0 <= count <= len(tokens):
                 raise ArgumentError(
                     f"num_accepted of request {request_id!r} is {count}; the pass had {len(tokens)} tokens, give 0 to "
                     f"{len(tokens)}"
                 )
+        self._open = False
         self._pass.replay([num_accepted[request_id] for request_id in self._increments])
         for request_id, tokens in self._increments.items():
-            self._state.entry(request_id).token_ids.extend(tokens[: num_accepted[request_id]])
+            self._entries[request_id].token_ids.extend(tokens[: num_accepted[request_id]])
 
 
 class ContextState:
@@ -222,7 +233,14 @@ class ContextState:
         if not provisional:
             for request_id, entry in zip(ids, entries, strict=True):
                 entry.token_ids.extend(tokens[request_id])
-        return Extension(None if logits == "none" else out, self, step, dict(tokens.items()))
+        return Extension(
+            logits=None if logits == "none" else out,
+            _state=self,
+            _pass=step,
+            _increments=dict(tokens.items()),
+            _entries=dict(zip(ids, entries, strict=True)),
+            _open=provisional,
+        )
 
     def extend_in_chunks(
         self,

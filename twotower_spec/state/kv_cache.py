@@ -49,8 +49,12 @@ class PagedKVCache:
             )
         return [self._free.pop() for _ in range(num_pages)]
 
+    @torch.inference_mode()
     def release(self, pages: list[int]) -> None:
-        """Gives pages back."""
+        """Gives pages back, emptied: masked keys count zero times, but zero times NaN would be NaN."""
+        index = torch.tensor(pages, dtype=torch.long, device=self.keys.device)
+        for cache in (self.keys, self.values):
+            cache.unflatten(1, (-1, self.page_size)).index_fill_(1, index, 0)
         self._free.extend(pages)
         self._free.sort(reverse=True)
 
@@ -71,7 +75,8 @@ class PagedKVCache:
         if run is not None:
             first, stride = run
             return TokenSpan(len(page_lists), num_tokens, first * self.page_size, stride * self.page_size)
-        padded = [(pages + [0] * num_pages)[:num_pages] for pages in page_lists]
+        # Padding repeats a page of the request itself: what it holds is masked, but must not be another one's NaN.
+        padded = [(pages + (pages[:1] or [0]) * num_pages)[:num_pages] for pages in page_lists]
         starts = torch.tensor(padded, device=self.keys.device) * self.page_size
         index = (starts[:, :, None] + torch.arange(self.page_size, device=starts.device)).flatten(1)[:, :num_tokens]
         return TokenSpan(len(page_lists), num_tokens, index=index)
