@@ -9,7 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
-from tests.golden_files import NAMES, checkpoint
+from tests.support.golden_files import NAMES, checkpoint
 from twotower_spec import ArgumentError, ConfigError, DiffusionConfig, TwoTowerConfig
 
 REQUIRED = [

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.golden_files import checkpoint
+from tests.support.golden_files import checkpoint
 
 INDEX = "model.safetensors.index.json"
 

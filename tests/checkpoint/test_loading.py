@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoint.files import change_shard, copy_checkpoint, stored_tensors
-from tests.golden_files import NAMES, checkpoint, generation_cases, generation_options
+from tests.support.golden_files import NAMES, checkpoint, generation_cases, generation_options
 from twotower_spec import ArgumentError, CheckpointError, TwoTowerModel
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]

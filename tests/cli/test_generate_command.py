@@ -14,7 +14,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tests.golden_files import NAMES, checkpoint, generation_cases
+from tests.support.golden_files import NAMES, checkpoint, generation_cases
 from twotower_spec.cli import main
 from twotower_spec.model import TwoTowerModel
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.golden_files import NAMES, checkpoint, golden_model
+from tests.support.golden_files import NAMES, checkpoint, golden_model
 from twotower_spec.cli import main
 
 

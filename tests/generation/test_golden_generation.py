@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from tests.golden_files import NAMES, generation_cases, generation_options, golden_model
+from tests.support.golden_files import NAMES, generation_cases, generation_options, golden_model
 
 CASES = [(name, index) for name in NAMES for index in range(len(generation_cases(name)))]
 

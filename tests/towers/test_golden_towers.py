@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.golden_files import (
+from tests.support.golden_files import (
     CONTEXT_TOLERANCE,
     DENOISER_TOLERANCE,
     FLOAT64_TOLERANCE,

@@ -342,7 +342,7 @@ class ContextState:
         candidates = [request_id for request_id in self._entries if request_id not in keep]
         if not candidates:
             raise StateFullError(
-                f"no {what} is left for {len(keep)} requests at once (slots {self.mamba.conv.shape[1]}, pages "
+                f"no {what} is left for {len(set(keep))} requests at once (slots {self.mamba.conv.shape[1]}, pages "
                 f"{self.kv_cache.keys.shape[1] // self.kv_cache.page_size} of {self.kv_cache.page_size} tokens); give "
                 f"the state more, or pass fewer requests"
             )

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower_spec import TwoTowerModel
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = ("T1", "T2")
 
 # Absolute tolerances of tests/golden/README.md for float32 runs with upcast weights, and why.

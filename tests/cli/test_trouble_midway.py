@@ -1,0 +1,155 @@
+"""What a user meets when files, disks or patience give out: one sentence, no traceback, nothing lost."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.cli.conftest import Command
+from tests.golden_files import checkpoint
+
+BASE = ["generate", "--model", checkpoint("T1"), "--mode", "ar", "--max-new-tokens", 5]
+
+
+def rows(file: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def prompts(count: int) -> list[str]:
+    return [arg for i in range(count) for arg in ("--token-ids", f"{6 + i},9,17")]
+
+
+def assert_one_sentence(result: tuple[int, str, str], *named: str) -> None:
+    code, out, err = result
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert [text for text in named if text not in err] == []
+
+
+def test_full_disk_keeps_finished_rows_and_the_next_start_adds_the_others(command: Command, tmp_path: Path) -> None:
+    whole, file = tmp_path / "whole.jsonl", tmp_path / "out.jsonl"
+    assert command(*BASE, *prompts(5), "--output", whole)[0] == 0
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for two rows and a part of the third.
+    room = sum(len(line) for line in whole.read_bytes().splitlines(keepends=True)[:2]) + 100
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, limits[1]))
+    try:
+        stopped = command(*BASE, *prompts(5), "--output", file)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_one_sentence(stopped, f"output file {file} cannot be written", "finished rows are kept")
+    assert 0 < file.read_bytes().count(b"\n") < 5
+    assert command(*BASE, *prompts(5), "--output", file)[0] == 0
+    assert [(r["index"], r["token_ids"]) for r in rows(file)] == [(r["index"], r["token_ids"]) for r in rows(whole)]
+
+
+# Reading a device back, as a resumed run does, would never end.
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null", "/dev/zero"])
+def test_device_as_output_is_refused(device: str, command: Command) -> None:
+    assert_one_sentence(command(*BASE, *prompts(1), "--output", device), f"{device} is not a regular file")
+
+
+def test_directory_as_output_is_refused(command: Command, tmp_path: Path) -> None:
+    assert_one_sentence(command(*BASE, *prompts(1), "--output", tmp_path), f"{tmp_path} is not a regular file")
+
+
+def test_interrupt_says_how_to_go_on_and_the_next_start_adds_the_others(command: Command, tmp_path: Path) -> None:
+    file, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
+    # Long enough to be interrupted: the rows so far are counted while it runs.
+    args = [*map(str, BASE[:-1]), "60", *prompts(40), "--output"]
+    installed = Path(sys.executable).with_name("twotower-spec")
+    process = subprocess.Popen([installed, *args, str(file)], stderr=subprocess.PIPE, text=True)
+    while not (file.exists() and file.read_bytes().count(b"\n") >= 3):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "interrupted; a run with --output goes on where it stopped when started again\n"
+    assert 3 <= len(rows(file)) < 40
+    assert command(*args, file)[0] == 0
+    assert command(*args, whole)[0] == 0
+    assert [(r["index"], r["token_ids"]) for r in rows(file)] == [(r["index"], r["token_ids"]) for r in rows(whole)]
+
+
+def test_byte_order_mark_of_a_prompt_file_is_no_part_of_the_prompt(command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text('{"token_ids": [6, 9, 17]}\r\n', encoding="utf-8-sig", newline="")
+    code, out, _ = command(*BASE, "--prompt-file", file)
+    assert (code, out) == (0, command(*BASE, *prompts(1))[1])
+
+
+@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
+def test_line_separator_inside_a_json_string_does_not_end_the_line(
+    separator: str, command: Command, tmp_path: Path
+) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(json.dumps({"note": f"a{separator}b", "token_ids": [6, 9, 17]}, ensure_ascii=False) + "\n")
+    assert command(*BASE, "--prompt-file", file)[0] == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n\t\n", b"\xff\xfe\x00"])
+def test_prompt_file_without_a_readable_prompt_is_refused(content: bytes, command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "p.txt"
+    file.write_bytes(content)
+    assert_one_sentence(command(*BASE, "--prompt-file", file), f"prompt file {file}")
+
+
+@pytest.mark.parametrize("ids", ["[]", "[5, true]", "[-1]", "[256]", "[" + "9" * 30 + "]"])
+def test_bad_ids_in_a_prompt_file_are_refused(ids: str, command: Command, tmp_path: Path) -> None:
+    file = tmp_path / "p.jsonl"
+    file.write_text(f'{{"token_ids": {ids}}}\n')
+    assert_one_sentence(command(*BASE, "--prompt-file", file), "prompt 0")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"model": {"type": "Unheard"}}'])
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_broken_tokenizer_is_refused(file: str, content: str, command: Command, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(checkpoint("T1"), tmp_path / "T1"))
+    (directory / file).write_text(content)
+    result = command("generate", "--model", directory, "some text")
+    assert_one_sentence(result, f"the tokenizer in {directory} cannot be read")
+
+
+@pytest.mark.parametrize("seed", [str(1 << 63), "-" + str((1 << 63) + 1)])
+def test_seed_beyond_64_bits_is_refused(seed: str, command: Command) -> None:
+    assert_one_sentence(command(*BASE, *prompts(1), f"--seed={seed}"), f"seed {seed}")
+
+
+@pytest.mark.parametrize(
+    "args", [["generate"], ["generate", "--model"], ["generate", "--batch-size", "x"], ["inspect"], ["nonsense"]]
+)
+def test_wrong_usage_exits_with_2_and_no_traceback(args: list[str], command: Command) -> None:
+    code, out, err = command(*args)
+    assert (code, out) == (2, "")
+    assert "Traceback" not in err and "Error" in err
+
+
+@pytest.mark.parametrize("command_name", ["generate", "inspect"])
+def test_help_names_every_option(command_name: str, command: Command) -> None:
+    code, out, _ = command(command_name, "--help")
+    assert code == 0
+    assert "--dtype" in out and "--json" in out and "--revision" in out
+
+
+def test_broken_weights_are_reported_without_a_traceback(command: Command, tmp_path: Path) -> None:
+    directory = Path(shutil.copytree(checkpoint("T1"), tmp_path / "T1"))
+    weights = directory / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-17])
+    result = command("generate", "--model", directory, *prompts(1))
+    assert_one_sentence(result, f"{weights} is truncated or corrupt")
+
+
+def test_broken_weights_do_not_empty_the_output_that_was_to_be_overwritten(command: Command, tmp_path: Path) -> None:
+    directory, file = Path(shutil.copytree(checkpoint("T1"), tmp_path / "T1")), tmp_path / "out.jsonl"
+    args = ["generate", "--model", directory, "--mode", "ar", "--max-new-tokens", 5, *prompts(2), "--output", file]
+    assert command(*args)[0] == 0
+    before = file.read_bytes()
+    (directory / "model.safetensors").write_bytes(b"")
+    assert command(*args, "--overwrite")[0] == 2
+    assert file.read_bytes() == before

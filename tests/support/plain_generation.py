@@ -1,0 +1,75 @@
+"""The three ways to generate one row, on top of the plain towers: the published loops, greedy, written out."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tests.support.plain_model import PlainTower
+from twotower_spec import TwoTowerModel
+
+Memory = dict[int, list[Tensor]]
+
+
+@dataclass
+class PlainBlocks:
+    """Tokens of a row, and per block what `BlockTrace` records."""
+
+    token_ids: list[int] = field(default_factory=list)
+    xt: list[list[list[int]]] = field(default_factory=list)
+    t: list[list[float]] = field(default_factory=list)
+
+
+def plain_ar(model: TwoTowerModel, prompt: list[int], max_new_tokens: int) -> list[int]:
+    tower, memory, new = PlainTower(model, "context_tower"), Memory(), list[int]()
+    tokens = prompt
+    for _ in range(max_new_tokens):
+        new.append(int(tower.run(tokens, memory, t=None, causal=True)[-1].argmax()))
+        tokens = new[-1:]
+    return new
+
+
+def plain_mock_ar(model: TwoTowerModel, prompt: list[int], max_new_tokens: int) -> list[int]:
+    context, denoiser = PlainTower(model, "context_tower"), PlainTower(model, "denoiser_tower")
+    memory, row = Memory(), list(prompt)
+    if row[:-1]:
+        context.run(row[:-1], memory, t=None, causal=True)
+    for _ in range(max_new_tokens):
+        last = row[-1:]
+        row.append(int(denoiser.run(last, copy.deepcopy(memory), t=None, causal=True)[-1].argmax()))
+        context.run(last, memory, t=None, causal=True)
+    return row[len(prompt) :]
+
+
+def plain_mask_diffusion(
+    model: TwoTowerModel, prompt: list[int], num_blocks: int, block_size: int, steps: int, threshold: float
+) -> PlainBlocks:
+    context, denoiser = PlainTower(model, "context_tower"), PlainTower(model, "denoiser_tower")
+    mask, memory, result = model.config.mask_token_id, Memory(), PlainBlocks()
+    context.run(prompt, memory, t=None, causal=True)
+    for _ in range(num_blocks):
+        block = [mask] * block_size
+        xt, times = [list(block)], []
+        for step in range(steps):
+            masked = [i for i, token in enumerate(block) if token == mask]
+            if not masked:
+                break
+            times.append(len(masked) / block_size)
+            logits = denoiser.run(block, copy.deepcopy(memory), t=times[-1], causal=False)
+            logits[:, mask] = -math.inf
+            probabilities = torch.softmax(logits, -1)
+            confidence = {i: float(probabilities[i].max()) for i in masked}
+            above = sum(value > threshold for value in confidence.values())
+            quota = min(len(masked), max(1, above, math.ceil(len(masked) / (steps - step))))
+            for i in sorted(masked, key=lambda i: confidence[i], reverse=True)[:quota]:
+                block[i] = int(probabilities[i].argmax())
+            xt.append(list(block))
+        result.token_ids.extend(block)
+        result.xt.append(xt)
+        result.t.append(times)
+        context.run(block, memory, t=None, causal=True)
+    return result
