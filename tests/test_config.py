@@ -101,6 +101,10 @@ def test_dtype_under_its_newer_name_is_read_and_written_back_under_it() -> None:
     assert config.to_dict() == raw
 
 
+def test_both_names_of_the_dtype_may_agree() -> None:
+    assert TwoTowerConfig.from_dict({**raw_config(), "dtype": "bfloat16"}).dtype == torch.bfloat16
+
+
 def test_epsilon_is_read_from_either_name() -> None:
     raw = {**raw_config(), "layer_norm_epsilon": 3e-6}
     del raw["norm_eps"]

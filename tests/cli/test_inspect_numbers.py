@@ -9,7 +9,7 @@ import torch
 
 from tests.checkpoint.files import change_shard, copy_checkpoint
 from tests.cli.conftest import Command
-from tests.golden_files import NAMES, checkpoint, golden_model
+from tests.support.golden_files import NAMES, checkpoint, golden_model
 from twotower_spec import TwoTowerConfig
 
 

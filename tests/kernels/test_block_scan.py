@@ -113,3 +113,47 @@ def test_wrong_shapes_are_named() -> None:
         block_scan(u, delta, conv[:, 1:], ssm, weights)
     with pytest.raises(ValueError, match="delta is"):
         block_scan(u, delta[:, 1:], conv, ssm, weights)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6, 17])
+def test_replay_accepts_every_length_row_by_row(num_tokens: int) -> None:
+    lengths = torch.arange(num_tokens + 1)
+    u, delta, conv, ssm, weights = inputs(num_tokens + 1, num_tokens)
+    states = replay_scan(u, delta, conv, ssm, weights, lengths)
+    assert_all_close(states, block_scan_reference(u, delta, conv, ssm, weights, lengths)[1:], FLOAT64)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 3, 5])
+def test_ragged_rows_work_with_any_number_of_taps(taps: int) -> None:
+    # Rows shorter than the history keep part of the old one.
+    case, query_lens = inputs(4, 6, taps), torch.tensor([0, 1, 2, 6])
+    assert_all_close(block_scan(*case, query_lens)[1:], block_scan_reference(*case, query_lens)[1:], FLOAT64)
+
+
+def test_padding_is_never_read() -> None:
+    u, delta, conv, ssm, weights = inputs(2, 70)
+    lens = torch.tensor([3, 66])
+    expected = block_scan(u, delta, conv, ssm, weights, lens)
+    for row, length in enumerate(lens.tolist()):
+        u[row, length:], delta[row, length:] = 1e3, -1e3
+    actual = block_scan(u, delta, conv, ssm, weights, lens)
+    assert_all_close(actual[1:], (expected[1], expected[2]), FLOAT64)  # type: ignore[arg-type]
+    for row, length in enumerate(lens.tolist()):
+        torch.testing.assert_close(actual[0][row, :length], expected[0][row, :length], atol=FLOAT64, rtol=FLOAT64)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 1000])
+def test_result_does_not_depend_on_the_length_of_a_chunk(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = inputs(2, 33)
+    expected = block_scan_reference(*case)
+    monkeypatch.setattr("twotower_kernels.block_scan.op.SCAN_CHUNK", chunk)
+    assert_all_close(block_scan(*case), expected, FLOAT64)
+
+
+@pytest.mark.parametrize("shift", [-100.0, 100.0])
+def test_extreme_decays_equal_the_recurrence_over_several_chunks(shift: float) -> None:
+    u, delta, conv, ssm, weights = inputs(1, 150)
+    case = (u, delta + shift, conv, ssm, weights)
+    expected = block_scan_reference(*case)
+    scale = max(1.0, expected[2].abs().max().item())
+    assert_all_close(block_scan(*case), expected, FLOAT64 * scale)

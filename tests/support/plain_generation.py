@@ -65,7 +65,7 @@ def plain_mask_diffusion(
             confidence = {i: float(probabilities[i].max()) for i in masked}
             above = sum(value > threshold for value in confidence.values())
             quota = min(len(masked), max(1, above, math.ceil(len(masked) / (steps - step))))
-            for i in sorted(masked, key=lambda i: confidence[i], reverse=True)[:quota]:
+            for i in sorted(masked, key=lambda i: (confidence[i], i), reverse=True)[:quota]:
                 block[i] = int(probabilities[i].argmax())
             xt.append(list(block))
         result.token_ids.extend(block)

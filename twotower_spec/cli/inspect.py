@@ -46,7 +46,8 @@ def _as_dict(found: Inspection) -> dict[str, object]:
         }
     return {
         "directory": str(found.directory),
-        "config": found.config.to_dict() if found.config else None,
+        # Infinity, which config.json may hold, is no JSON: it becomes a string.
+        "config": json.loads(found.config.to_json(), parse_constant=str) if found.config else None,
         "parts": {name: asdict(part) for name, part in found.parts.items()},
         "memory": memory,
         "problems": found.problems,

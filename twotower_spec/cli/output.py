@@ -22,11 +22,14 @@ class ResumableOutput:
     def __init__(self, path: Path, run: str, overwrite: bool = False) -> None:
         """Opens or creates the file; a half-written last line is cut off.
 
+        With `overwrite` the present content goes when the first new rows are there, not before.
+
         Raises:
             ArgumentError: it cannot be written, is in use, or belongs to a run with other prompts or settings.
         """
         self.path, self.run = path, run
         self.done: set[int] = set()
+        self._begin_anew = overwrite
         if path.exists() and not path.is_file():
             raise ArgumentError(f"output file {path} is not a regular file; give another")
         try:
@@ -40,9 +43,8 @@ class ResumableOutput:
             self._file.close()
             raise ArgumentError(f"output file {path} is being written by another run; give another file") from error
         try:
-            if overwrite:
-                self._file.truncate(0)
-            self._read_done()
+            if not overwrite:
+                self._read_done()
         except BaseException:
             self._file.close()
             raise
@@ -63,6 +65,9 @@ class ResumableOutput:
         """
         left = "".join(json.dumps({**row, "run": self.run}) + "\n" for row in rows).encode()
         try:
+            if self._begin_anew:
+                self._file.truncate(0)
+                self._begin_anew = False
             while left:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())

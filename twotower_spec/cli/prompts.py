@@ -69,8 +69,8 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
         if (directory / "tokenizer_config.json").is_file():
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
             return tokenizer
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except Exception as error:  # tokenizers raises Exception itself; transformers whatever a malformed file leads to
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ArgumentError(f"the tokenizer in {directory} cannot be read ({reason}); repair its files") from error
     return None
 
