@@ -194,7 +194,7 @@ def test_towers_may_differ_in_dtype(mode: str) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("pattern", ["E-", "*", "M", "ME*-M"])
+@pytest.mark.parametrize("pattern", ["M", "M-*E", "ME*-M"])
 def test_any_mix_of_layers_generates_the_same_in_both_precisions(mode: str, pattern: str) -> None:
     options = {"max_new_tokens": 10, **small_blocks(mode)}
     exact = getattr(tiny_model("float64", hybrid_override_pattern=pattern), mode)(PROMPTS, **options).token_ids

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from tests.support.builders import random_ids, tiny_model
-from tests.support.plain_generation import plain_ar, plain_mask_diffusion, plain_mock_ar
+from tests.support.plain_generation import Noise, plain_ar, plain_mask_diffusion, plain_mock_ar
 
 GEOMETRIES: dict[str, dict[str, Any]] = {
     "every kind of layer": {},
@@ -79,3 +79,30 @@ def test_positions_that_nothing_tells_apart_are_committed_alike() -> None:
     tokens = model.generate_mask_diffusion(PROMPTS, max_new_tokens=10, **options).token_ids
     assert tokens == expected
     assert all(len(set(row[:5])) == 1 for row in tokens)
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**62 + 5])
+def test_samples_are_those_of_the_plain_loops(seed: int) -> None:
+    model, noise = tiny_model(), Noise(temperature=1.2, seed=seed)
+    options = {"temperature": 1.2, "seed": [seed] * len(PROMPTS), "max_new_tokens": 6}
+    assert model.generate_ar(PROMPTS, **options).token_ids == [plain_ar(model, p, 6, noise) for p in PROMPTS]
+    assert model.generate_mock_ar(PROMPTS, **options).token_ids == [plain_mock_ar(model, p, 6, noise) for p in PROMPTS]
+
+
+@pytest.mark.parametrize("seed", [0, -3, 2**62 + 5])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_sampled_blocks_draw_anew_at_every_position_and_step(seed: int, steps: int) -> None:
+    model = tiny_model()
+    expected = [plain_mask_diffusion(model, p, 2, 5, steps, 0.1, Noise(temperature=1.2, seed=seed)) for p in PROMPTS]
+    result = model.generate_mask_diffusion(
+        PROMPTS,
+        max_new_tokens=10,
+        block_size=5,
+        steps_per_block=steps,
+        confidence_threshold=0.1,
+        temperature=1.2,
+        seed=[seed] * len(PROMPTS),
+        return_traces=True,
+    )
+    assert result.traces is not None
+    assert [[trace.xt for trace in row] for row in result.traces] == [row.xt for row in expected]

@@ -157,3 +157,15 @@ def test_extreme_decays_equal_the_recurrence_over_several_chunks(shift: float) -
     expected = block_scan_reference(*case)
     scale = max(1.0, expected[2].abs().max().item())
     assert_all_close(block_scan(*case), expected, FLOAT64 * scale)
+
+
+def test_small_decays_after_huge_ones_keep_their_precision() -> None:
+    # In float32 a running sum of 10 000 has steps of 1e-3: its differences would lose the small decays that follow.
+    u, delta, conv, ssm, weights = inputs(1, 64, dtype=torch.float32)
+    delta[:, :40], delta[:, 40:] = 300.0, -5.0
+    expected = block_scan_reference(u.double(), delta.double(), conv.double(), ssm.double(), weights)
+    y, _, state = block_scan(u, delta, conv, ssm, weights)
+    assert state is not None
+    for actual, wanted in ((y[:, 40:], expected[0][:, 40:]), (state, expected[2])):
+        scale = wanted.abs().max().item()
+        assert (actual - wanted).abs().max().item() < FLOAT32_OP * scale
