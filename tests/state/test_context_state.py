@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor
 
+from tests.state.steps import assert_same, logits_after
 from tests.support.builders import random_ids, tiny_config, tiny_model
-from tests.support.tolerances import FLOAT64
 from twotower_spec import ArgumentError, StateFullError, TwoTowerConfig, TwoTowerModel
 from twotower_spec.state import ContextState
 
@@ -37,16 +36,6 @@ def model() -> TwoTowerModel:
 
 def new_state(model: TwoTowerModel, num_slots: int = 3, num_pages: int = 30, page_size: int = 4) -> ContextState:
     return ContextState(model.config, num_slots, num_pages, model.dtype, page_size=page_size)
-
-
-def logits_after(model: TwoTowerModel, state: ContextState, request: object, ids: list[int]) -> Tensor:
-    logits = state.extend(model.context, {request: ids}).logits
-    assert logits is not None
-    return logits[0]
-
-
-def assert_same(actual: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(actual, expected, atol=FLOAT64, rtol=FLOAT64)
 
 
 def test_real_geometry_needs_what_the_architecture_says() -> None:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from twotower_kernels.linear import linear
 from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
-from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig
+from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers import Attention, DenseMLP, Mamba2, MixtureOfExperts
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
 from twotower_spec.towers.prefix import Prefix
@@ -124,7 +124,7 @@ class Backbone(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Final norm and head: [num_positions, hidden] to [num_positions, vocab]."""
-        wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        wide = accumulation_dtype(self.dtype)
         return linear(rms_norm(x, self.norm_f, self.eps).to(self.dtype), self.head).to(wide)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
