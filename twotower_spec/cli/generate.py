@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import resolve_checkpoint
+from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.output import ResumableOutput
-from twotower_spec.cli.prompts import Prompt, encode, load_tokenizer, read_prompts
+from twotower_spec.cli.prompts import Prompt, encode, read_prompts
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer, check_sampling
 from twotower_spec.generation import GenerationResult
 from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.errors import ArgumentError
 
@@ -54,25 +54,6 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
     if not prompts:
         raise ArgumentError(f"prompt file {prompt_file} holds no prompt; give at least one line")
     return prompts
-
-
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the weights, or None if there is none.
-
-    Raises:
-        ArgumentError: its files cannot be read.
-    """
-    try:
-        if (directory / "tokenizer.json").is_file():
-            fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(directory)
-            return fast
-        if (directory / "tokenizer_config.json").is_file():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
-            return tokenizer
-    except Exception as error:  # tokenizers raises Exception itself; transformers whatever a malformed file leads to
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArgumentError(f"the tokenizer in {directory} cannot be read ({reason}); repair its files") from error
-    return None
 
 
 def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:

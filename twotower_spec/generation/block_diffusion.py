@@ -73,6 +73,7 @@ class BlockDenoiser:
         with_traces: bool = False,
         step_callback: StepCallback | None = None,
         block_idx: int = 0,
+        first_tokens: Tensor | None = None,
     ) -> DenoisedBlocks:
         """Denoises one block per row.
 
@@ -83,10 +84,13 @@ class BlockDenoiser:
             with_traces: record every step.
             step_callback: called around every step; then all rows stay in the loop and all logits are computed.
             block_idx: handed to the callback.
+            first_tokens: int64 [num_reqs], the first token of every block where it is known already; None masks it.
         """
         config = self.config
         num_reqs = len(context.context_lens)
         block = self.denoiser.initial_block(num_reqs, config.block_size, config.mask_token_id)
+        if first_tokens is not None:
+            block[:, 0] = first_tokens
         num_passes = [0] * num_reqs
         recorder = _Recorder(block.tolist()) if with_traces else None
         active, xt = list(range(num_reqs)), block

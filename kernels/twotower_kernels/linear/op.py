@@ -4,6 +4,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# With more tokens than this the usual order of operands is the faster one again.
+MOST_TOKENS_ON_THE_RIGHT = 512
+
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
     """Product of tokens with a weight matrix, for a few tokens at a time.
@@ -21,6 +24,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
+    if tokens.shape[0] > MOST_TOKENS_ON_THE_RIGHT:
+        return F.linear(x, weight)
     if tokens.shape[0] == 1:
         return torch.mv(weight, tokens[0]).view(*x.shape[:-1], weight.shape[0])
     return torch.mm(weight, tokens.t()).t().reshape(*x.shape[:-1], weight.shape[0])

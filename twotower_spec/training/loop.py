@@ -1,0 +1,181 @@
+"""The training loop: a fixed number of steps, a log, and checkpoints from which it goes on bit for bit."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from twotower_spec.errors import ArgumentError
+from twotower_spec.training.data import Mixture
+from twotower_spec.training.optimiser import Optimiser
+from twotower_spec.training.recipe import TrainingConfig
+
+LOG_EVERY = 10
+
+
+@dataclass(frozen=True)
+class StepLoss:
+    """Loss of one step, and what else is worth logging.
+
+    Attributes:
+        loss: scalar, differentiated.
+        details: scalars by name.
+    """
+
+    loss: Tensor
+    details: dict[str, Tensor]
+
+
+Loss = Callable[[Tensor, int], StepLoss]
+
+
+class TrainingRun:
+    """One model's training in a directory of its own.
+
+    Args:
+        name: shown and logged.
+        directory: for log, checkpoint and loss curve.
+        config: schedule.
+        fingerprint: what a checkpoint must have been made with to be taken up again.
+    """
+
+    def __init__(self, name: str, directory: Path, config: TrainingConfig, fingerprint: str) -> None:
+        self.name, self.directory, self.config, self.fingerprint = name, directory, config, fingerprint
+        self.log_file = directory / "log.jsonl"
+        self.checkpoint_file = directory / "checkpoint.safetensors"
+
+    def train(
+        self,
+        loss: Loss,
+        optimiser: Optimiser,
+        data: Mixture,
+        device: torch.device,
+        after_step: Callable[[], None] | None = None,
+        stop_after: int | None = None,
+    ) -> None:
+        """Trains from the last checkpoint, or from the start, to the last step.
+
+        Args:
+            loss: of a batch [batch_size, sequence_length + 1] at a step.
+            optimiser: over the weights.
+            data: batches by step.
+            device: of the model.
+            after_step: called after every update.
+            stop_after: end early, with a checkpoint, after this step.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        start = self._resume(optimiser)
+        end = self.config.steps if stop_after is None else min(stop_after, self.config.steps)
+        if start >= end:
+            return
+        tokens_per_step = self.config.batch_size * self.config.sequence_length
+        with _progress() as bar, self.log_file.open("a", encoding="utf-8") as log:
+            task = bar.add_task(self.name, total=self.config.steps, completed=start, loss="")
+            began, pending = time.perf_counter(), []
+            for step in range(start, end):
+                with torch.autocast(device.type, torch.bfloat16):
+                    result = loss(data.batch(step).to(device), step)
+                result.loss.backward()
+                norm = optimiser.step(step)
+                if after_step:
+                    after_step()
+                pending.append(
+                    {"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.details.items()}}
+                )
+                done = step + 1
+                if done % LOG_EVERY == 0 or done == end:
+                    elapsed = time.perf_counter() - began
+                    record = _means(pending)
+                    speed = len(pending) * tokens_per_step / elapsed
+                    entry = {"step": done, "tokens": done * tokens_per_step, **record, "gradient_norm": norm}
+                    entry |= {"learning_rate_scale": optimiser.scale(step), "tokens_per_s": speed, "seconds": elapsed}
+                    log.write(json.dumps({name: _rounded(value) for name, value in entry.items()}) + "\n")
+                    log.flush()
+                    bar.update(task, completed=done, loss=f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s")
+                    began, pending = time.perf_counter(), []
+                if done % self.config.checkpoint_every == 0 or done == end:
+                    self._save(optimiser, done)
+        draw_loss_curve(self.log_file, self.directory / "loss.png", self.name)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The log so far."""
+        return list(_read_log(self.log_file))
+
+    def _save(self, optimiser: Optimiser, step: int) -> None:
+        tensors = {f"weights.{name}": leaf.detach().contiguous() for name, leaf in optimiser.leaves.items()}
+        tensors |= {name: value.contiguous() for name, value in optimiser.state_tensors().items()}
+        partial = self.checkpoint_file.with_suffix(".partial")
+        save_file(tensors, partial, {"step": str(step), "fingerprint": self.fingerprint})
+        partial.replace(self.checkpoint_file)
+
+    def _resume(self, optimiser: Optimiser) -> int:
+        """Restores the last checkpoint; returns the step it was made after."""
+        if not self.checkpoint_file.is_file():
+            self.log_file.unlink(missing_ok=True)
+            return 0
+        with safe_open(self.checkpoint_file, "pt") as stored:
+            metadata = stored.metadata()
+            if metadata["fingerprint"] != self.fingerprint:
+                raise ArgumentError(
+                    f"the checkpoint in {self.directory} was made with another recipe or other data; give another "
+                    f"--output, or remove it to train anew"
+                )
+            weights, state = {}, {}
+            for name in stored.keys():  # noqa: SIM118 - not a dict
+                place = weights if name.startswith("weights.") else state
+                place[name.removeprefix("weights.")] = stored.get_tensor(name)
+        with torch.no_grad():
+            for name, leaf in optimiser.leaves.items():
+                leaf.copy_(weights[name])
+        optimiser.load_state_tensors(state)
+        step = int(metadata["step"])
+        entries = [entry for entry in _read_log(self.log_file) if entry["step"] <= step]
+        self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        return step
+
+
+def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
+    """Losses of a log over tokens, as a PNG."""
+    from matplotlib.figure import Figure
+
+    entries = list(_read_log(log_file))
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    for name in [name for name in entries[0] if "loss" in name]:
+        axes.plot([e["tokens"] / 1e6 for e in entries], [e[name] for e in entries], label=name.replace("_", " "))
+    axes.set(title=title, xlabel="tokens (millions)", ylabel="nats per token", yscale="log")
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.savefig(image, dpi=110)
+
+
+def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:  # the line a kill cut short; its steps are trained again
+                return
+
+
+def _means(records: list[dict[str, float]]) -> dict[str, float]:
+    return {name: sum(record[name] for record in records) / len(records) for name in records[0]}
+
+
+def _rounded(value: float) -> float:
+    return value if isinstance(value, int) else float(f"{value:.6g}")
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())

@@ -1,0 +1,263 @@
+"""How well drafts match a verifier: acceptance length on its own text, for the towers and their rivals.
+
+The verifier's text is fixed first. A drafter then walks over it as in speculative decoding: at every verify step the
+drafts that agree with the text from the left are accepted, and the next token comes from the verifier. For greedy
+text this is what decoding does; for text sampled at a temperature it is decoding with coupled noise, whose expected
+acceptance is that of the exact one-hot rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from scipy.stats import bootstrap
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from twotower_spec.config import DiffusionConfig
+from twotower_spec.generation.block_diffusion import BlockDenoiser
+from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state import ContextState
+from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
+from twotower_spec.towers.model import TwoTowers
+from twotower_spec.training.sampling import continue_prompts
+
+NGRAM_LENGTHS = (3, 2)
+CONFIDENCE_LEVEL = 0.95
+
+
+@dataclass(frozen=True)
+class VerifierText:
+    """A prompt and what the verifier wrote after it, in token ids."""
+
+    prompt: list[int]
+    text: list[int]
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Both."""
+        return self.prompt + self.text
+
+
+class Drafter(Protocol):
+    """Proposes tokens after each of several rows; a new object for every walk."""
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """At most `num_tokens` drafts per row.
+
+        Args:
+            rows: all tokens so far, by row number; a row only ever grows.
+            num_tokens: drafts wanted per row.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """Result of a walk.
+
+    Attributes:
+        tokens, verify_steps: per text; the first token of a text comes from the verifier's prefill and is not counted.
+        by_position: share of the verify steps in which the draft at each position was accepted.
+        num_denoiser_passes: of all verify steps, 0 for other drafters.
+    """
+
+    tokens: list[int]
+    verify_steps: list[int]
+    by_position: list[float]
+    num_denoiser_passes: int
+
+    @property
+    def length(self) -> float:
+        """Acceptance length: tokens per verify step, the verifier's own included."""
+        return sum(self.tokens) / sum(self.verify_steps)
+
+    def interval(self) -> tuple[float, float]:
+        """Bootstrap interval of the acceptance length at 95 %, over texts; its ends are `length` for a single text."""
+        if len(self.tokens) < 2:
+            return self.length, self.length
+        result = bootstrap(
+            (np.array(self.tokens), np.array(self.verify_steps)),
+            lambda tokens, steps, axis=-1: tokens.sum(axis) / steps.sum(axis),
+            paired=True,
+            confidence_level=CONFIDENCE_LEVEL,
+            method="percentile",
+            n_resamples=1000,
+            rng=np.random.default_rng(0),
+        )
+        return float(result.confidence_interval.low), float(result.confidence_interval.high)
+
+
+def write_texts(
+    verifier: PreTrainedModel,
+    prompts: Sequence[list[int]],
+    max_new_tokens: int,
+    temperature: float,
+    eos_token_ids: Sequence[int],
+    batch_size: int = 32,
+) -> list[VerifierText]:
+    """The verifier's continuations of prompts, greedy at temperature 0; prompt i has seed i."""
+    sampler = Sampler(temperature)
+    texts: list[VerifierText] = []
+    for start in range(0, len(prompts), batch_size):
+        rows = prompts[start : start + batch_size]
+        seeds = range(start, start + len(rows))
+        new = continue_prompts(verifier, rows, max_new_tokens, sampler, eos_token_ids, seeds)
+        texts.extend(VerifierText(list(row), text) for row, text in zip(rows, new, strict=True))
+    return texts
+
+
+def measure_acceptance(drafter: Drafter, texts: Sequence[VerifierText], num_tokens: int) -> Acceptance:
+    """Walks over all texts at once with `num_tokens` drafts per verify step."""
+    position = {row: len(text.prompt) + 1 for row, text in enumerate(texts) if len(text.text) > 1}
+    tokens, steps = [0] * len(texts), [0] * len(texts)
+    accepted_at, num_drafts = np.zeros(num_tokens), 0
+    while position:
+        drafts = drafter.draft({row: texts[row].token_ids[:end] for row, end in position.items()}, num_tokens)
+        for row, end in list(position.items()):
+            left = texts[row].token_ids[end:]
+            accepted = agreeing(drafts[row], left)
+            accepted_at[:accepted] += 1
+            gained = min(accepted + 1, len(left))
+            tokens[row] += gained
+            steps[row] += 1
+            num_drafts += 1
+            position[row] = end + gained
+            if gained == len(left):
+                del position[row]
+    passes = drafter.num_denoiser_passes if isinstance(drafter, BlockDiffusionDrafter) else 0
+    kept = [i for i, count in enumerate(steps) if count]
+    return Acceptance(
+        [tokens[i] for i in kept], [steps[i] for i in kept], (accepted_at / max(num_drafts, 1)).tolist(), passes
+    )
+
+
+def agreeing(drafts: Sequence[int], text: Sequence[int]) -> int:
+    """How many drafts agree with the text, from the left."""
+    for i, (draft, token) in enumerate(zip(drafts, text, strict=False)):
+        if draft != token:
+            return i
+    return min(len(drafts), len(text))
+
+
+def repeated_4gram_fraction(texts: Sequence[VerifierText]) -> float:
+    """Share of the 4-grams of a continuation that occurred in it before, over all texts."""
+    repeated = total = 0
+    for text in texts:
+        grams = [tuple(text.text[i : i + 4]) for i in range(len(text.text) - 3)]
+        repeated += len(grams) - len(set(grams))
+        total += len(grams)
+    return repeated / total if total else 0.0
+
+
+class ContextTowerState:
+    """The context tower's states of all rows of a walk.
+
+    Args:
+        towers: the model.
+        num_rows, longest: what the state must hold.
+    """
+
+    def __init__(self, towers: TwoTowers, num_rows: int, longest: int) -> None:
+        self.towers = towers
+        pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
+        self.state = ContextState(towers.config, num_rows, pages, towers.dtype, towers.context.device)
+
+    def extend(self, rows: dict[int, list[int]]) -> Tensor:
+        """Brings the states up to the rows; the context tower's next tokens, int64 [num_rows]."""
+        for row in [row for row in range(len(self.state)) if row in self.state and row not in rows]:
+            self.state.release(row)
+        new = {row: tokens[self.state.num_computed_tokens(row) :] for row, tokens in rows.items()}
+        last = self.state.extend_in_chunks(self.towers.context, new)
+        return torch.stack([last[row] for row in rows]).argmax(-1)
+
+
+class BlockDiffusionDrafter:
+    """Drafts of the denoiser tower.
+
+    Args:
+        towers: the model.
+        num_rows, longest: rows of the walk and tokens of the longest.
+        diffusion: block size, most steps and confidence threshold.
+        first_from_context: take the first token from the context tower, whose logits the extension yields anyway.
+    """
+
+    def __init__(
+        self, towers: TwoTowers, num_rows: int, longest: int, diffusion: DiffusionConfig, first_from_context: bool
+    ) -> None:
+        self._context = ContextTowerState(towers, num_rows, longest)
+        self._denoiser = BlockDenoiser(towers.denoiser, diffusion)
+        self._first_from_context = first_from_context
+        self.num_denoiser_passes = 0
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """See `Drafter.draft`."""
+        first = self._context.extend(rows)
+        size = self._denoiser.config.block_size
+        device = self._denoiser.denoiser.device
+        block_context = self._context.state.block_context(list(rows), size, device)
+        zeros = torch.zeros(len(rows), dtype=torch.long, device=device)
+        done = self._denoiser.denoise(
+            block_context, zeros, zeros, first_tokens=first.to(device) if self._first_from_context else None
+        )
+        self.num_denoiser_passes += sum(done.num_passes)
+        blocks = done.token_ids[:, :num_tokens].tolist()
+        return dict(zip(rows, blocks, strict=True))
+
+
+class ContextTowerDrafter:
+    """Drafts of the context tower alone, one token after the other.
+
+    Args:
+        towers: the model.
+        num_rows, longest: rows of the walk and tokens of the longest.
+    """
+
+    def __init__(self, towers: TwoTowers, num_rows: int, longest: int) -> None:
+        self._context = ContextTowerState(towers, num_rows, longest)
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """See `Drafter.draft`."""
+        drafts = {row: [token] for row, token in zip(rows, self._context.extend(rows).tolist(), strict=True)}
+        state, tower = self._context.state, self._context.towers.context
+        for _ in range(num_tokens - 1):
+            # Every pass reads all drafts again from the state of the accepted tokens, which stays as it is.
+            extension = state.extend(tower, drafts, provisional=True)
+            assert extension.logits is not None
+            following = extension.logits.argmax(-1).tolist()
+            extension.accept(dict.fromkeys(rows, 0))
+            drafts = {row: [*drafts[row], token] for row, token in zip(rows, following, strict=True)}
+        return drafts
+
+
+@dataclass(frozen=True)
+class ModelDrafter:
+    """Drafts of an autoregressive draft model."""
+
+    model: PreTrainedModel
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """See `Drafter.draft`."""
+        new = continue_prompts(self.model, list(rows.values()), num_tokens, Sampler(), [], [0] * len(rows))
+        return dict(zip(rows, new, strict=True))
+
+
+class NgramDrafter:
+    """What followed the last occurrence of the newest tokens: three of them, else two."""
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """See `Drafter.draft`."""
+        return {row: self._lookup(tokens, num_tokens) for row, tokens in rows.items()}
+
+    @staticmethod
+    def _lookup(tokens: list[int], num_tokens: int) -> list[int]:
+        for length in NGRAM_LENGTHS:
+            newest = tokens[-length:]
+            for start in range(len(tokens) - length - 1, -1, -1):
+                if tokens[start : start + length] == newest:
+                    return tokens[start + length : start + length + num_tokens]
+        return []

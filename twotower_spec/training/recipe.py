@@ -1,0 +1,242 @@
+"""A recipe: everything that decides what a training run gives, read from one TOML file."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from twotower_spec.config import TwoTowerConfig
+from twotower_spec.errors import ArgumentError, ConfigError
+
+Section = TypeVar("Section")
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The corpus of the bundled trio.
+
+    Attributes:
+        maths, python: generated documents per domain.
+        gsm8k, standard_library: whether the real texts are among it.
+    """
+
+    maths: int = 40000
+    python: int = 40000
+    gsm8k: bool = True
+    standard_library: bool = True
+
+
+@dataclass(frozen=True)
+class TokenizerConfig:
+    """Byte-level BPE.
+
+    Attributes:
+        vocab_size: special tokens and bytes included.
+    """
+
+    vocab_size: int = 2048
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Geometry of a Qwen3-style model, under the field names of its config.json."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """One training run.
+
+    Attributes:
+        steps: optimiser steps.
+        batch_size: rows per step.
+        sequence_length: tokens per row.
+        sources: weight of every text source in a batch.
+        muon_lr, adam_lr: peak learning rates of hidden matrices and of everything else.
+        weight_decay: of the hidden matrices.
+        warmup, decay: shares of the steps.
+        clip_norm: largest norm of the gradients.
+        checkpoint_every: steps between checkpoints.
+        compile: let torch.compile fuse the step; worth its start-up on a GPU.
+    """
+
+    steps: int
+    sources: Mapping[str, float]
+    batch_size: int = 4
+    sequence_length: int = 512
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    weight_decay: float = 0.1
+    warmup: float = 0.03
+    decay: float = 0.35
+    clip_norm: float = 1.0
+    checkpoint_every: int = 100
+    compile: bool = False
+
+
+@dataclass(frozen=True)
+class LanguageModelRecipe:
+    """A Qwen3-style model and its training."""
+
+    model: LanguageModelConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True)
+class MaskingConfig:
+    """What of a block is masked in training.
+
+    Attributes:
+        block_sizes: steps take them in turn.
+        all_masked: share of blocks of which nothing is given.
+        first_given: share of blocks of which the first token alone is given, as the context tower gives it.
+        position_decay: in those two, the weight of a position relative to the one before it; drafts are accepted from
+            the left.
+    """
+
+    block_sizes: tuple[int, ...] = (16,)
+    all_masked: float = 0.15
+    first_given: float = 0.15
+    position_decay: float = 1.0
+
+
+@dataclass(frozen=True)
+class DenoiserRecipe:
+    """The denoiser's training; its geometry is the context tower's."""
+
+    training: TrainingConfig
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """Text sampled from the verifier.
+
+    Attributes:
+        documents: per text source, how many beginnings are continued.
+        max_new_tokens: most tokens of a continuation.
+        temperature: of the sampled half; the other half is greedy.
+        greedy: share of greedy continuations.
+        batch_size: continuations made together.
+        prompt_tokens: how much of a document of real text is given.
+    """
+
+    documents: Mapping[str, int]
+    max_new_tokens: int = 160
+    temperature: float = 0.7
+    greedy: float = 0.5
+    batch_size: int = 64
+    prompt_tokens: int = 48
+
+
+@dataclass(frozen=True)
+class DistillRecipe:
+    """What is sampled from the verifier, and how the context tower goes on with it."""
+
+    sampling: SamplingConfig
+    training: TrainingConfig
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole trio.
+
+    Attributes:
+        two_tower: geometry of both towers, fields of config.json; `vocab_size` comes from the tokenizer.
+        context: training of the context tower.
+        verifier: None where the user brings one.
+        draft: the AR draft model, None to leave it out.
+        distill: None to train on the corpus alone.
+        seed: of all randomness.
+    """
+
+    two_tower: Mapping[str, Any]
+    context: TrainingConfig
+    denoiser: DenoiserRecipe
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    verifier: LanguageModelRecipe | None = None
+    draft: LanguageModelRecipe | None = None
+    distill: DistillRecipe | None = None
+    seed: int = 0
+
+    def two_tower_config(self, vocab_size: int) -> TwoTowerConfig:
+        """The towers' configuration for a tokenizer.
+
+        Raises:
+            ConfigError: the recipe's geometry is refused.
+        """
+        pattern = str(self.two_tower.get("hybrid_override_pattern", ""))
+        return TwoTowerConfig(
+            **{**self.two_tower, "num_hidden_layers": len(pattern), "vocab_size": vocab_size, "torch_dtype": "bfloat16"}
+        )
+
+
+def load_recipe(path: Path | None) -> Recipe:
+    """Reads a recipe; None for the one of the bundled trio.
+
+    Raises:
+        ArgumentError: the file cannot be read, or a field is unknown, missing or of the wrong type.
+    """
+    try:
+        if path is None:
+            text = (files("twotower_spec.training") / "data" / "trio.toml").read_text()
+        else:
+            text = path.read_text()
+        table = tomllib.loads(text)
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ArgumentError(f"recipe {path} cannot be read ({error}); give a TOML file") from error
+    recipe = _section(Recipe, table, "recipe")
+    try:
+        recipe.two_tower_config(recipe.tokenizer.vocab_size)
+    except (ConfigError, TypeError) as error:
+        raise ArgumentError(f"two_tower of the recipe is refused: {error}; correct its fields") from error
+    return recipe
+
+
+def _section(kind: type[Section], table: Any, where: str) -> Section:
+    """A dataclass from a table, its own sections included."""
+    if not isinstance(table, dict):
+        raise ArgumentError(f"{where} is {table!r}; give a table")
+    hints = get_type_hints(kind)
+    unknown = sorted(set(table) - set(hints))
+    if unknown:
+        raise ArgumentError(f"{where} has no field {unknown[0]!r}; allowed are {', '.join(sorted(hints))}")
+    values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in table.items()}
+    try:
+        return kind(**values)
+    except TypeError as error:
+        names = [f.name for f in fields(kind)] if is_dataclass(kind) else []
+        missing = [name for name in names if f"'{name}'" in str(error)]
+        raise ArgumentError(f"{where} lacks {', '.join(missing)}; add it") from error
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = [option for option in getattr(hint, "__args__", ()) if is_dataclass(option)]
+    if is_dataclass(hint) and isinstance(hint, type):
+        return _section(hint, value, where)
+    if options:
+        return _section(options[0], value, where)  # type: ignore[arg-type]
+    if hint is float and type(value) is int:
+        return float(value)
+    if hint in (int, float, bool, str):
+        if type(value) is not hint:
+            raise ArgumentError(f"{where} is {value!r}; give a value of type {hint.__name__}")
+        if hint in (int, float) and value < 0:
+            raise ArgumentError(f"{where} is {value!r}; give a number that is not negative")
+        return value
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, dict):
+        raise ArgumentError(f"{where} is {value!r}; give a table")
+    return value
