@@ -2,29 +2,18 @@
 
 from __future__ import annotations
 
-import platform
-import subprocess
 from functools import cache
 from typing import Any
 
 import pytest
-import torch
-import transformers
 
 from benchmarks.shapes import MID_SIZE
 from twotower_spec import TwoTowerModel
+from twotower_spec.machine import machine_info as describe
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    machine_info |= {
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    machine_info |= describe()
 
 
 @cache

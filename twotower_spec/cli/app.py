@@ -6,19 +6,23 @@ import sys
 
 import typer
 
+from twotower_spec.cli.demo import demo
 from twotower_spec.cli.generate import generate
 from twotower_spec.cli.inspect import inspect
+from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
 
 app = typer.Typer(
     name="twotower-spec",
-    help="Nemotron-Labs-TwoTower: generate with it, look into its checkpoints.",
+    help="Nemotron-Labs-TwoTower: generate with it, look into its checkpoints, train small ones.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.command()(demo)
 app.command()(generate)
 app.command()(inspect)
+app.add_typer(train, name="train")
 
 
 def main() -> None:

@@ -21,6 +21,7 @@ from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.cli.prompts import Prompt, encode, read_prompts
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer, check_sampling
+from twotower_spec.demo import trio_path
 from twotower_spec.generation import GenerationResult
 from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds
 from twotower_spec.model import TwoTowerModel, as_dtype
@@ -36,8 +37,10 @@ class Mode(StrEnum):
 
 
 def generate(
-    model: Annotated[str, typer.Option(help="Checkpoint: a directory or a hub id.")],
     prompt: Annotated[list[str] | None, typer.Argument(help="Prompts as text.", show_default=False)] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint: a directory or a hub id; default: the bundled small one.")
+    ] = None,
     mode: Annotated[Mode, typer.Option(help="How to generate.")] = Mode.MASK_DIFFUSION,
     token_ids: Annotated[list[str] | None, typer.Option(help="A prompt as ids: 12,44,7. Repeatable.")] = None,
     prompt_file: Annotated[
@@ -84,7 +87,7 @@ def generate(
     usable_device(context_device)
     usable_device(denoiser_device or context_device)
     prompts = read_prompts(prompt or [], token_ids or [], prompt_file)
-    directory = resolve_checkpoint(model, revision)
+    directory = resolve_checkpoint(model or trio_path("twotower"), revision)
     config = TwoTowerConfig.from_pretrained(directory)
     tokenizer = load_tokenizer(directory)
     prompts = encode(prompts, tokenizer)

@@ -6,6 +6,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,6 @@ class TrainingRun:
                     self._save(optimiser, done)
         draw_loss_curve(self.log_file, self.directory / "loss.png", self.name)
 
-    def log(self) -> list[dict[str, Any]]:
-        """The log so far."""
-        return list(_read_log(self.log_file))
-
     def _save(self, optimiser: Optimiser, step: int) -> None:
         tensors = {f"weights.{name}": leaf.detach().contiguous() for name, leaf in optimiser.leaves.items()}
         tensors |= {name: value.contiguous() for name, value in optimiser.state_tensors().items()}
@@ -130,7 +127,8 @@ class TrainingRun:
                     f"the checkpoint in {self.directory} was made with another recipe or other data; give another "
                     f"--output, or remove it to train anew"
                 )
-            weights, state = {}, {}
+            weights: dict[str, Tensor] = {}
+            state: dict[str, Tensor] = {}
             for name in stored.keys():  # noqa: SIM118 - not a dict
                 place = weights if name.startswith("weights.") else state
                 place[name.removeprefix("weights.")] = stored.get_tensor(name)
@@ -139,16 +137,16 @@ class TrainingRun:
                 leaf.copy_(weights[name])
         optimiser.load_state_tensors(state)
         step = int(metadata["step"])
-        entries = [entry for entry in _read_log(self.log_file) if entry["step"] <= step]
+        entries = [entry for entry in read_log(self.log_file) if entry["step"] <= step]
         self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
         return step
 
 
 def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
     """Losses of a log over tokens, as a PNG."""
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # part of the extra "train" alone
 
-    entries = list(_read_log(log_file))
+    entries = list(read_log(log_file))
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name in [name for name in entries[0] if "loss" in name]:
@@ -159,12 +157,13 @@ def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
     figure.savefig(image, dpi=110)
 
 
-def _read_log(path: Path) -> Iterator[dict[str, Any]]:
+def read_log(path: Path) -> Iterator[dict[str, Any]]:
+    """The entries of a log, up to a line that a kill cut short; its steps are trained again."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 yield json.loads(line)
-            except json.JSONDecodeError:  # the line a kill cut short; its steps are trained again
+            except json.JSONDecodeError:
                 return
 
 
@@ -178,4 +177,5 @@ def _rounded(value: float) -> float:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn())
+    # A worker of `train_all` leaves the terminal to its parent.
+    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=parent_process() is not None)

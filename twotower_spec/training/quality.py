@@ -14,7 +14,6 @@ from typing import Protocol
 
 import numpy as np
 import torch
-from scipy.stats import bootstrap
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -78,6 +77,8 @@ class Acceptance:
 
     def interval(self) -> tuple[float, float]:
         """Bootstrap interval of the acceptance length at 95 %, over texts; its ends are `length` for a single text."""
+        from scipy.stats import bootstrap  # a second of import, and part of the extra "train" alone
+
         if len(self.tokens) < 2:
             return self.length, self.length
         result = bootstrap(

@@ -35,7 +35,7 @@ TOKENIZER_CHARACTERS = 4_000_000
 SEEDS = {"verifier": 1, "context": 2, "context-distilled": 3, "denoiser": 4, "draft": 5}
 
 
-def train_tokenizer_stage(workspace: Workspace) -> Path:
+def train_tokenizer_stage(workspace: Workspace, _device: torch.device) -> Path:
     """Trains the tokenizer on a part of every source."""
     place = workspace.directory / "tokenizer"
     texts = itertools.chain.from_iterable(_beginning(workspace, source) for source in workspace.sources())
@@ -67,7 +67,8 @@ def train_draft_stage(workspace: Workspace, device: torch.device) -> Path:
 
 def _train_language_model(workspace: Workspace, name: str, recipe: LanguageModelRecipe, device: torch.device) -> Path:
     tokenizer = workspace.tokenizer()
-    model = build_language_model(recipe.model, len(tokenizer), workspace.recipe.seed + SEEDS[name]).to(device)
+    model = build_language_model(recipe.model, len(tokenizer), workspace.recipe.seed + SEEDS[name])
+    model.to(device)  # type: ignore[arg-type]
     optimiser = Optimiser(model, language_model_tensors(model), recipe.training)
     _train(workspace, name, recipe.training, NextTokenLoss(model), optimiser, model, device, None, asdict(recipe.model))
     place = workspace.directory / name
@@ -115,7 +116,7 @@ def sample_verifier_stage(workspace: Workspace, device: torch.device) -> Path:
     assert distill is not None
     place = workspace.stream_directory(VERIFIER_SAMPLES)
     if not TokenStream.is_saved(place):
-        verifier = load_verifier(workspace.require("verifier", "verifier"), device)
+        verifier = load_verifier(workspace.require("verifier", "verifier"), device, torch.bfloat16)
         documents = sample_continuations(workspace, verifier, distill.sampling)
         TokenStream.from_documents(documents).save(place)
     return place
@@ -126,7 +127,8 @@ def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = to
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
     )
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device).eval()  # type: ignore[arg-type]
+    return model
 
 
 def train_denoiser_stage(workspace: Workspace, device: torch.device) -> Path:

@@ -148,4 +148,4 @@ class ExpertBalance:
     def update(self) -> None:
         """Raises the corrections of experts that the last pass used less than their share, lowers the others'."""
         for experts, counts in self.counts.items():
-            experts.score_correction += BALANCE_RATE * (counts.float().mean() - counts).sign()
+            experts.score_correction.add_((counts.float().mean() - counts).sign(), alpha=BALANCE_RATE)

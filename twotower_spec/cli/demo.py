@@ -1,0 +1,43 @@
+"""`twotower-spec demo`: the bundled model at work, on prompts it was never trained on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.rule import Rule
+from rich.table import Table
+from rich.text import Text
+
+from twotower_spec.demo import demo_prompts, run_modes
+from twotower_spec.demo.standalone import DemoText
+from twotower_spec.machine import describe_machine
+
+
+def demo(
+    prompts: Annotated[int, typer.Option(help="Prompts per category.", min=1, max=60)] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.", min=1)] = 128,
+) -> None:
+    """Generate with the bundled TwoTower model in its three modes, on held-out prompts, and compare them."""
+    torch.set_num_threads(min(torch.get_num_threads(), 2))  # the matrices are small: more threads only wait
+    console = Console(highlight=False)
+    texts: list[DemoText] = []
+    shown = None
+    for text in run_modes(demo_prompts(prompts), max_new_tokens):
+        if text.prompt is not shown:
+            shown = text.prompt
+            console.print(Rule(f"{shown.category}, held out by {shown.held_out}: {shown.source}"))
+            console.print(Text(shown.prompt, style="dim"))
+        console.print(Text(f"[{text.mode}]", style="bold"))
+        console.print(Text(text.text.strip("\n"), style="green" if text.mode == "mask-diffusion" else ""))
+        texts.append(text)
+    table = Table("mode", "tokens", "passes", "tokens per pass (NFE)", "tokens/s")
+    for mode in dict.fromkeys(text.mode for text in texts):
+        rows = [text for text in texts if text.mode == mode]
+        tokens, passes = sum(row.num_tokens for row in rows), sum(row.num_passes for row in rows)
+        speed = tokens / sum(row.seconds for row in rows)
+        table.add_row(mode, str(tokens), str(passes), f"{tokens / passes:.2f}", f"{speed:.0f}")
+    console.print(table)
+    console.print(f"float32, batch 1; {describe_machine()}")

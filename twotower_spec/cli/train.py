@@ -1,0 +1,129 @@
+"""`twotower-spec train`: the stages of a training one by one, or all of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from twotower_spec.cli.prompts import read_prompts
+from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
+from twotower_spec.extras import require_extra
+from twotower_spec.machine import describe_machine
+from twotower_spec.training.evaluation import EvaluationRow, Trio
+from twotower_spec.training.evaluation import evaluate as evaluate_trio
+from twotower_spec.training.model_card import write_model_cards
+from twotower_spec.training.pipeline import STAGES, Job, train_all
+
+app = typer.Typer(
+    help="Train a drafter: a trio from a recipe, or towers for a verifier of your own.",
+    no_args_is_help=True,
+)
+
+Output = Annotated[Path, typer.Option(help="Folder of the training; a stopped one goes on from its checkpoints.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="TOML file; default: the bundled trio's recipe.")]
+Verifier = Annotated[Path | None, typer.Option(help="Directory of your own verifier; towers share its tokenizer.")]
+Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 files, or .jsonl with "text".')]
+MoreText = Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)]
+Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
+
+
+def _add_stage(stage: str, summary: str) -> None:
+    def command(
+        output: Output,
+        recipe: RecipeFile = None,
+        verifier: Verifier = None,
+        text: Text = None,
+        more_text: MoreText = None,
+        device: Device = None,
+    ) -> None:
+        job = Job(output, recipe, verifier, [*(text or []), *(more_text or [])], device)
+        print(job.run(stage))
+
+    app.command(stage, help=summary)(command)
+
+
+_add_stage("tokenizer", "Train the byte-level BPE that all models share.")
+_add_stage("verifier", "Train the verifier on the corpus.")
+_add_stage("context", "Train the context tower on the corpus.")
+_add_stage("distill", "Sample text from the verifier and go on with the context tower on it; it is frozen then.")
+_add_stage("denoiser", "Train the denoiser on the frozen context tower; the checkpoint is whole then.")
+_add_stage("draft", "Train the autoregressive draft model, the towers' rival.")
+assert {command.name for command in app.registered_commands} == set(STAGES)
+
+
+@app.command("all")
+def train_everything(
+    output: Output,
+    recipe: RecipeFile = None,
+    verifier: Verifier = None,
+    text: Text = None,
+    more_text: MoreText = None,
+    device: Device = None,
+    processes: Annotated[int, typer.Option(help="Stages that may run side by side.", min=1)] = min(
+        2, os.cpu_count() or 1
+    ),
+) -> None:
+    """Run every stage of the recipe, in order."""
+    job = Job(output, recipe, verifier, [*(text or []), *(more_text or [])], device)
+    for path in train_all(job, processes):
+        print(path)
+
+
+@app.command()
+def evaluate(
+    output: Annotated[
+        Path | None, typer.Option(help="Folder of a finished training; default: the bundled trio.")
+    ] = None,
+    recipe: RecipeFile = None,
+    verifier: Verifier = None,
+    prompt_file: Annotated[
+        list[Path] | None, typer.Option(help="Prompts of your own, a category per file; default: held-out prompts.")
+    ] = None,
+    prompts: Annotated[int | None, typer.Option(help="Most prompts per category.", min=1)] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Length of the verifier's texts.", min=2)] = 128,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    device: Device = None,
+) -> None:
+    """Measure acceptance lengths against the verifier's own text; writes model cards into --output."""
+    require_extra("train", "scipy")
+    categories: dict[str, list[str]] = {
+        category: [row.prompt for row in held_out_prompts(category)] for category in CATEGORIES
+    }
+    if prompt_file:
+        categories = {file.stem: [p.text or "" for p in read_prompts([], [], file)] for file in prompt_file}
+    if prompts:
+        # Evenly spread, so that every kind of held-out prompt is among them.
+        categories = {name: texts[:: max(1, len(texts) // prompts)][:prompts] for name, texts in categories.items()}
+    trio = Trio(output or trio_directory(), verifier, device or "cpu")
+    table = Table("category", "temperature", "drafter", "K", "acceptance length", "95 % interval", "passes", "prompts")
+    with Live(table, console=Console(stderr=True), transient=True):
+        result = evaluate_trio(trio, categories, max_new_tokens, report=lambda row: _add_row(table, row))
+    Console().print(table)
+    for name, fraction in result["repeated_4gram_fraction"].items():
+        print(f"repeated 4-grams in the verifier's greedy text, {name}: {fraction:.3f}")
+    result |= {"machine": describe_machine(), "command": "twotower-spec train evaluate"}
+    if json_file:
+        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    if output:
+        for card in write_model_cards(Job(output, recipe, verifier).workspace(), result):
+            print(card)
+
+
+def _add_row(table: Table, row: EvaluationRow) -> None:
+    table.add_row(
+        row.category,
+        f"{row.temperature:g}",
+        row.system,
+        str(row.num_tokens),
+        f"{row.acceptance_length:.2f}",
+        f"{row.low:.2f} to {row.high:.2f}",
+        f"{row.passes_per_step:.1f}",
+        str(row.num_prompts),
+    )

@@ -1,0 +1,90 @@
+"""The bundled TwoTower model on its own: every mode on held-out prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.demo.trio import HeldOutPrompt, held_out_prompts, trio_path
+from twotower_spec.generation import GenerationResult
+from twotower_spec.model import TwoTowerModel
+
+CONFIDENCE_THRESHOLD = 0.8
+
+
+@dataclass(frozen=True)
+class DemoText:
+    """What one mode made of one prompt.
+
+    Attributes:
+        mode: name of the way to generate.
+        prompt: what it continues.
+        text: new text, up to the end of the document.
+        num_tokens: new tokens, those after the end in a last block included.
+        num_passes: forward passes of the tower that proposes: the context tower's in AR, else the denoiser's (NFE).
+        seconds: all phases together.
+    """
+
+    mode: str
+    prompt: HeldOutPrompt
+    text: str
+    num_tokens: int
+    num_passes: int
+    seconds: float
+
+
+def demo_prompts(per_category: int) -> list[HeldOutPrompt]:
+    """Some prompts of both generated categories, a different kind of held-out prompt each."""
+    chosen: list[HeldOutPrompt] = []
+    for category in ("maths", "python"):
+        rows = held_out_prompts(category)  # type: ignore[arg-type]
+        chosen.extend(rows[i * len(rows) // per_category] for i in range(per_category))
+    return chosen
+
+
+def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[DemoText]:
+    """Generates every prompt in every mode, one at a time, in float32."""
+    path = trio_path("twotower")
+    tokenizer = load_tokenizer(path)
+    assert tokenizer is not None
+    towers = TwoTowerModel.from_pretrained(path, dtype=torch.float32, progress=False)
+    eos = tokenizer.eos_token_id
+
+    def ar(ids: list[int]) -> GenerationResult:
+        return towers.generate_ar([ids], max_new_tokens, eos_token_id=eos)
+
+    def mock_ar(ids: list[int]) -> GenerationResult:
+        return towers.generate_mock_ar([ids], max_new_tokens, eos_token_id=eos)
+
+    def mask_diffusion(ids: list[int]) -> GenerationResult:
+        return towers.generate_mask_diffusion(
+            [ids], max_new_tokens, confidence_threshold=CONFIDENCE_THRESHOLD, eos_token_id=eos
+        )
+
+    modes: dict[str, Callable[[list[int]], GenerationResult]] = {
+        "ar": ar,
+        "mock-ar": mock_ar,
+        "mask-diffusion": mask_diffusion,
+    }
+    for prompt in prompts:
+        ids = list(tokenizer(prompt.prompt)["input_ids"])
+        for mode, generate in modes.items():
+            result = generate(ids)
+            tokens = result.token_ids[0]
+            yield DemoText(
+                mode=mode,
+                prompt=prompt,
+                text=_until_end(tokens, tokenizer),
+                num_tokens=len(tokens),
+                num_passes=result.num_denoiser_passes[0] or len(tokens),
+                seconds=result.times.total_s,
+            )
+
+
+def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+    return str(tokenizer.decode(tokens[:end], skip_special_tokens=True))

@@ -1,0 +1,186 @@
+"""Measures a trio on held-out prompts: acceptance length of the towers and their rivals, with intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.config import DiffusionConfig
+from twotower_spec.errors import ArgumentError
+from twotower_spec.model import TwoTowerModel
+from twotower_spec.training.quality import (
+    BlockDiffusionDrafter,
+    ContextTowerDrafter,
+    Drafter,
+    ModelDrafter,
+    NgramDrafter,
+    VerifierText,
+    measure_acceptance,
+    repeated_4gram_fraction,
+    write_texts,
+)
+from twotower_spec.training.stages import load_verifier
+
+TEMPERATURES = (0.0, 0.7)
+GAMMA, MOST_STEPS = 0.8, 16
+
+
+@dataclass(frozen=True)
+class EvaluationRow:
+    """One system on one category.
+
+    Attributes:
+        system: name and setting of the drafter.
+        category: of the prompts.
+        temperature: of the verifier's text.
+        num_tokens: drafts per verify step, K.
+        acceptance_length: tokens per verify step.
+        low, high: its 95 % bootstrap interval over prompts.
+        num_prompts, num_verify_steps: what it was measured on.
+        passes_per_step: denoiser passes per verify step.
+        by_position: share of verify steps that accepted each position.
+    """
+
+    system: str
+    category: str
+    temperature: float
+    num_tokens: int
+    acceptance_length: float
+    low: float
+    high: float
+    num_prompts: int
+    num_verify_steps: int
+    passes_per_step: float
+    by_position: list[float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class System:
+    """A drafter and its setting.
+
+    Attributes:
+        name: printed.
+        num_tokens: K.
+        make: a new drafter for a walk over texts.
+    """
+
+    name: str
+    num_tokens: int
+    make: Callable[[Sequence[VerifierText]], Drafter]
+
+
+class Trio:
+    """Verifier, towers and draft model of a folder, computed in float32."""
+
+    def __init__(self, directory: Path, verifier: Path | None = None, device: str = "cpu") -> None:
+        """Loads them; the draft model may be missing.
+
+        Raises:
+            ArgumentError: there is no verifier or no TwoTower checkpoint in the folder.
+        """
+        for name, path in (("verifier", verifier or directory / "verifier"), ("twotower", directory / "twotower")):
+            if not (path / "config.json").is_file():
+                raise ArgumentError(f"there is no {name} in {path}; give the folder of a finished training")
+        where = torch.device(device)
+        tokenizer = load_tokenizer(directory / "twotower")
+        assert tokenizer is not None
+        self.tokenizer: PreTrainedTokenizerBase = tokenizer
+        self.verifier = load_verifier(verifier or directory / "verifier", where)
+        self.towers = TwoTowerModel.from_pretrained(
+            directory / "twotower", dtype=torch.float32, context_device=where, progress=False
+        )
+        self.draft: PreTrainedModel | None = None
+        if (directory / "draft" / "config.json").is_file():
+            self.draft = load_verifier(directory / "draft", where)
+
+    def systems(self) -> Iterator[System]:
+        """The drafters that are compared."""
+        one_step = DiffusionConfig(block_size=8, steps_per_block=1, confidence_threshold=GAMMA)
+        gamma = DiffusionConfig(block_size=16, steps_per_block=MOST_STEPS, confidence_threshold=GAMMA)
+        yield self._block_diffusion("TwoTower, 1 step, first token from context", 7, one_step, True)
+        yield self._block_diffusion("TwoTower, 1 step", 7, one_step, False)
+        yield self._block_diffusion("TwoTower, gamma 0.8, first token from context", 15, gamma, True)
+        yield self._block_diffusion("TwoTower, gamma 0.8", 15, gamma, False)
+        for num_tokens in (7, 15):
+            yield System("n-gram lookup", num_tokens, lambda _: NgramDrafter())
+        if self.draft is not None:
+            model = self.draft
+            for num_tokens in (4, 7, 15):
+                yield System("AR draft model", num_tokens, lambda _: ModelDrafter(model))
+        for num_tokens in (4, 7, 15):
+            yield System(
+                "context tower, autoregressive",
+                num_tokens,
+                lambda texts: ContextTowerDrafter(self.towers, *_room(texts)),
+            )
+
+    def _block_diffusion(self, name: str, num_tokens: int, diffusion: DiffusionConfig, first: bool) -> System:
+        return System(
+            name,
+            num_tokens,
+            lambda texts: BlockDiffusionDrafter(self.towers, *_room(texts), diffusion, first),
+        )
+
+
+def _room(texts: Sequence[VerifierText]) -> tuple[int, int]:
+    """Rows and tokens that a context state for a walk over texts must hold, provisional drafts included."""
+    return len(texts), max(len(text.token_ids) for text in texts) + 16
+
+
+def evaluate(
+    trio: Trio,
+    prompts: Mapping[str, Sequence[str]],
+    max_new_tokens: int,
+    temperatures: Sequence[float] = TEMPERATURES,
+    report: Callable[[EvaluationRow], None] = lambda row: None,
+) -> dict[str, Any]:
+    """Measures every system on every category.
+
+    Args:
+        trio: the models.
+        prompts: by category.
+        max_new_tokens: length of the verifier's text.
+        temperatures: of the verifier's text, 0 for greedy.
+        report: called with every row as it is known.
+
+    Returns:
+        `rows`, and `repeated_4gram_fraction` of the greedy text by category.
+    """
+    eos = [int(trio.tokenizer.eos_token_id)]
+    rows: list[EvaluationRow] = []
+    repeated: dict[str, float] = {}
+    for category, texts_of_category in prompts.items():
+        encoded = [list(ids) for ids in trio.tokenizer(list(texts_of_category))["input_ids"]]
+        for temperature in temperatures:
+            texts = write_texts(trio.verifier, encoded, max_new_tokens, temperature, eos)
+            if temperature == 0:
+                repeated[category] = repeated_4gram_fraction(texts)
+            for system in trio.systems():
+                result = measure_acceptance(system.make(texts), texts, system.num_tokens)
+                low, high = result.interval()
+                row = EvaluationRow(
+                    system=system.name,
+                    category=category,
+                    temperature=temperature,
+                    num_tokens=system.num_tokens,
+                    acceptance_length=result.length,
+                    low=low,
+                    high=high,
+                    num_prompts=len(result.tokens),
+                    num_verify_steps=sum(result.verify_steps),
+                    passes_per_step=result.num_denoiser_passes / sum(result.verify_steps),
+                    by_position=result.by_position,
+                )
+                rows.append(row)
+                report(row)
+    return {"rows": [row.to_json() for row in rows], "repeated_4gram_fraction": repeated}

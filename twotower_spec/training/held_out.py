@@ -1,0 +1,74 @@
+"""Makes the held-out prompt files: three categories, none of it ever trained on."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from random import Random
+from typing import Any
+
+from twotower_spec.training.corpus import HeldOut, held_out_documents, standard_library, training_documents
+from twotower_spec.training.corpus.real_text import word_problem
+from twotower_spec.training.recipe import Recipe, load_recipe
+from twotower_spec.training.sampling import FRESH_SEED
+
+# Drawn apart from every training document, whose seeds are those of recipes.
+SEED = 20_261_124
+EXCERPT_LINES = 8
+EXCERPT_CHARACTERS = (160, 400)
+
+
+def generated_prompts(domain: str, per_part: int, recipe: Recipe) -> Iterator[dict[str, Any]]:
+    """Prompts of generated documents: held out by template, by slot values, and by seed alone.
+
+    A draw that the recipe's training happens to hold too is passed over.
+    """
+    trained = trained_prompts(domain, recipe)
+    for part in HeldOut:
+        draws = held_out_documents(domain, part, 100 * per_part, SEED)
+        fresh = ((template, document) for template, document in draws if document.prompt not in trained)
+        for template, document in itertools.islice(fresh, per_part):
+            yield {"prompt": document.prompt, "held_out": str(part), "source": template}
+
+
+def trained_prompts(domain: str, recipe: Recipe) -> set[str]:
+    """Beginnings of all generated documents that a recipe trains on, the verifier's samples included."""
+    sampled = recipe.distill.sampling.documents.get(domain, 0) if recipe.distill else 0
+    draws = ((getattr(recipe.corpus, domain), recipe.seed), (sampled, recipe.seed + FRESH_SEED))
+    return {document.prompt for count, seed in draws for document in training_documents(domain, count, seed)}
+
+
+def gsm8k_prompts(test_file: Path, count: int) -> Iterator[dict[str, Any]]:
+    """Questions of GSM8K's test split (MIT licence), evenly spread over the file."""
+    rows = [json.loads(line) for line in test_file.read_text(encoding="utf-8").splitlines()]
+    for index in range(0, len(rows) // count * count, len(rows) // count):
+        question, _ = word_problem(rows[index])
+        yield {"prompt": question, "held_out": "split", "source": f"gsm8k test {index}"}
+
+
+def standard_library_prompts(count: int) -> Iterator[dict[str, Any]]:
+    """Beginnings of definitions in held-out modules of Python's standard library (PSF licence)."""
+    rng = Random(SEED)
+    excerpts = []
+    for name, text in standard_library(held_out=True):
+        lines = text.splitlines(keepends=True)
+        for number in [i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class "))]:
+            excerpt = "".join(lines[number : number + EXCERPT_LINES])
+            if EXCERPT_CHARACTERS[0] <= len(excerpt) <= EXCERPT_CHARACTERS[1]:
+                excerpts.append({"prompt": excerpt, "held_out": "file", "source": f"{name}:{number + 1}"})
+    yield from sorted(rng.sample(excerpts, count), key=lambda row: str(row["source"]))
+
+
+def write_held_out_prompts(directory: Path, gsm8k_test: Path, per_part: int = 20, real: int = 30) -> None:
+    """Writes maths.jsonl, python.jsonl and real.jsonl for the bundled trio's recipe."""
+    recipe = load_recipe(None)
+    categories = {
+        "maths": list(generated_prompts("maths", per_part, recipe)),
+        "python": list(generated_prompts("python", per_part, recipe)),
+        "real": [*gsm8k_prompts(gsm8k_test, real), *standard_library_prompts(real)],
+    }
+    for name, rows in categories.items():
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+        (directory / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")

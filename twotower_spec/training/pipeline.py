@@ -1,0 +1,158 @@
+"""All stages of a recipe in order, independent ones side by side."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from transformers.utils.logging import disable_progress_bar
+
+from twotower_spec.errors import ArgumentError
+from twotower_spec.extras import require_extra
+from twotower_spec.towers.model import usable_device
+from twotower_spec.training import stages
+from twotower_spec.training.loop import read_log
+from twotower_spec.training.recipe import Recipe, TrainingConfig, load_recipe
+from twotower_spec.training.workspace import Workspace
+
+Stage = Callable[[Workspace, torch.device], Path]
+STAGES: dict[str, Stage] = {
+    "tokenizer": stages.train_tokenizer_stage,
+    "verifier": stages.train_verifier_stage,
+    "context": stages.train_context_stage,
+    "distill": stages.distill_stage,
+    "denoiser": stages.train_denoiser_stage,
+    "draft": stages.train_draft_stage,
+}
+# Each wave needs only what the waves before it left.
+WAVES = (("tokenizer",), ("verifier", "context"), ("distill",), ("denoiser", "draft"))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a stage needs to be run anywhere, other processes included.
+
+    Attributes:
+        output: folder of the training.
+        recipe: file, None for the bundled trio's.
+        verifier: the user's own verifier, or None.
+        texts: the user's own text, or nothing.
+        device: a device name; None for CUDA where there is one.
+    """
+
+    output: Path
+    recipe: Path | None = None
+    verifier: Path | None = None
+    texts: Sequence[Path] = ()
+    device: str | None = None
+
+    def workspace(self) -> Workspace:
+        """The folder, with its arguments checked."""
+        require_extra("train", "matplotlib")
+        return Workspace(self.output, load_recipe(self.recipe), self.verifier, self.texts)
+
+    def torch_device(self) -> torch.device:
+        """The device, checked."""
+        return usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+    def run(self, stage: str) -> Path:
+        """Runs one stage.
+
+        Raises:
+            ArgumentError: an argument is refused, the stage is not part of the recipe, or lacks an earlier one.
+        """
+        workspace, device = self.workspace(), self.torch_device()
+        if stage not in stages_of(workspace):
+            raise ArgumentError(
+                f"stage {stage!r} is not part of this training (a verifier was given, or the recipe has no such "
+                f"section); it consists of {', '.join(stages_of(workspace))}"
+            )
+        return STAGES[stage](workspace, device)
+
+
+def stages_of(workspace: Workspace) -> list[str]:
+    """The stages of a recipe, in order."""
+    recipe = workspace.recipe
+    left_out = {
+        "tokenizer": workspace.brings_verifier,
+        "verifier": workspace.brings_verifier,
+        "distill": recipe.distill is None,
+        "draft": recipe.draft is None,
+    }
+    return [stage for wave in WAVES for stage in wave if not left_out.get(stage)]
+
+
+def train_all(job: Job, num_processes: int) -> list[Path]:
+    """Runs every stage of the recipe; a run that was stopped goes on.
+
+    Args:
+        job: what is trained.
+        num_processes: stages that may run side by side; each gets its share of the cores. On two cores two processes
+            of one thread train 15 to 25 % more tokens than one process of two threads.
+
+    Returns:
+        Directories of the results, in order of the stages.
+    """
+    workspace = job.workspace()
+    wanted = stages_of(workspace)
+    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    results: list[Path] = []
+    for wave in WAVES:
+        stages_now = [stage for stage in wave if stage in wanted]
+        with ProcessPoolExecutor(
+            max_workers=num_processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_share_cores,
+            initargs=(threads if len(stages_now) > 1 else threads * num_processes,),
+        ) as pool:
+            futures = {stage: pool.submit(_run, job, stage) for stage in stages_now}
+            _watch(workspace, futures)
+            results.extend(future.result() for future in futures.values())
+    return results
+
+
+def _run(job: Job, stage: str) -> Path:
+    return job.run(stage)
+
+
+def _share_cores(threads: int) -> None:
+    """Starts a worker: its share of the cores, and no bars of transformers on the parent's terminal."""
+    torch.set_num_threads(threads)
+    disable_progress_bar()
+
+
+def _watch(workspace: Workspace, futures: dict[str, Future[Path]]) -> None:
+    """Shows the progress of stages that run in other processes, from their logs."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
+    with Progress(*columns, TimeElapsedColumn()) as bar:
+        tasks = {stage: bar.add_task(stage, total=_training(workspace.recipe, stage), loss="") for stage in futures}
+        while not all(future.done() for future in futures.values()):
+            time.sleep(1)
+            for stage, task in tasks.items():
+                run = "context-distilled" if stage == "distill" else stage
+                entries = list(read_log(workspace.directory / "runs" / run / "log.jsonl"))
+                if entries:
+                    bar.update(task, completed=entries[-1]["step"], loss=f"loss {entries[-1]['loss']:.3f}")
+        for stage, task in tasks.items():
+            total = _training(workspace.recipe, stage)
+            bar.update(task, total=total or 1, completed=total or 1)
+
+
+def _training(recipe: Recipe, stage: str) -> int | None:
+    """Steps of a stage, None for the tokenizer."""
+    runs: dict[str, TrainingConfig | None] = {
+        "verifier": recipe.verifier.training if recipe.verifier else None,
+        "context": recipe.context,
+        "distill": recipe.distill.training if recipe.distill else None,
+        "denoiser": recipe.denoiser.training,
+        "draft": recipe.draft.training if recipe.draft else None,
+    }
+    training = runs.get(stage)
+    return training.steps if training else None
