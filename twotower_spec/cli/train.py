@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 Output = Annotated[Path, typer.Option(help="Folder of the training; a stopped one goes on from its checkpoints.")]
-RecipeFile = Annotated[Path | None, typer.Option(help="TOML file; default: the bundled trio's recipe.")]
+RecipeFile = Annotated[Path | None, typer.Option(help="TOML file, or a bundled recipe: trio (default), trio-gpu.")]
 Verifier = Annotated[Path | None, typer.Option(help="Directory of your own verifier; towers share its tokenizer.")]
 Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 files, or .jsonl with "text".')]
 MoreText = Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)]

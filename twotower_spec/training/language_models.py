@@ -16,15 +16,17 @@ from twotower_spec.training.recipe import LanguageModelConfig
 from twotower_spec.training.tokenizer import MODEL_MAX_LENGTH
 
 
-def build_language_model(model: LanguageModelConfig, vocab_size: int, seed: int) -> PreTrainedModel:
+def build_language_model(
+    model: LanguageModelConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int
+) -> PreTrainedModel:
     """A model with random weights from a private generator, in float32."""
     config = Qwen3Config(
         vocab_size=vocab_size,
         tie_word_embeddings=True,
         max_position_embeddings=MODEL_MAX_LENGTH,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
         **asdict(model),
     )
@@ -75,6 +77,8 @@ def save_language_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBa
     """Writes model and tokenizer as transformers and vLLM read them, weights in bfloat16."""
     model.to(torch.bfloat16)  # type: ignore[arg-type]
     model.config.dtype = torch.bfloat16
-    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
+    model.generation_config = GenerationConfig(
+        pad_token_id=tokenizer.pad_token_id, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id
+    )
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

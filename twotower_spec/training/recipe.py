@@ -170,35 +170,38 @@ class Recipe:
     distill: DistillRecipe | None = None
     seed: int = 0
 
-    def two_tower_config(self, vocab_size: int) -> TwoTowerConfig:
-        """The towers' configuration for a tokenizer.
+    def two_tower_config(self, **tokens: Any) -> TwoTowerConfig:
+        """The towers' configuration.
+
+        Args:
+            tokens: `vocab_size` and the ids of special tokens.
 
         Raises:
             ConfigError: the recipe's geometry is refused.
         """
         pattern = str(self.two_tower.get("hybrid_override_pattern", ""))
-        return TwoTowerConfig(
-            **{**self.two_tower, "num_hidden_layers": len(pattern), "vocab_size": vocab_size, "torch_dtype": "bfloat16"}
-        )
+        fields = {**self.two_tower, "num_hidden_layers": len(pattern), "torch_dtype": "bfloat16"}
+        return TwoTowerConfig(**fields, **tokens)
 
 
 def load_recipe(path: Path | None) -> Recipe:
-    """Reads a recipe; None for the one of the bundled trio.
+    """Reads a recipe.
+
+    Args:
+        path: a TOML file, or the name of a bundled recipe (`trio`, `trio-gpu`); None for `trio`.
 
     Raises:
         ArgumentError: the file cannot be read, or a field is unknown, missing or of the wrong type.
     """
+    path = path or Path("trio")
+    bundled = files("twotower_spec.training") / "data" / f"{path}.toml"
     try:
-        if path is None:
-            text = (files("twotower_spec.training") / "data" / "trio.toml").read_text()
-        else:
-            text = path.read_text()
-        table = tomllib.loads(text)
+        table = tomllib.loads(bundled.read_text() if bundled.is_file() else path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ArgumentError(f"recipe {path} cannot be read ({error}); give a TOML file") from error
     recipe = _section(Recipe, table, "recipe")
     try:
-        recipe.two_tower_config(recipe.tokenizer.vocab_size)
+        recipe.two_tower_config(vocab_size=recipe.tokenizer.vocab_size)
     except (ConfigError, TypeError) as error:
         raise ArgumentError(f"two_tower of the recipe is refused: {error}; correct its fields") from error
     return recipe

@@ -79,9 +79,8 @@ def sample_continuations(workspace: Workspace, model: PreTrainedModel, config: S
     """
     tokenizer = workspace.tokenizer()
     prompts: list[list[int]] = []
-    for source, count in config.documents.items():
-        if source in workspace.sources():
-            prompts.extend(beginnings(workspace, source, count, config.prompt_tokens))
+    for source, count in workspace.sample_counts().items():
+        prompts.extend(beginnings(workspace, source, count, config.prompt_tokens))
     # Rows of one batch have similar lengths; which ones are greedy does not depend on the length.
     greedy = [i % 100 < 100 * config.greedy for i in range(len(prompts))]
     eos = [int(tokenizer.eos_token_id)]

@@ -67,7 +67,7 @@ def train_draft_stage(workspace: Workspace, device: torch.device) -> Path:
 
 def _train_language_model(workspace: Workspace, name: str, recipe: LanguageModelRecipe, device: torch.device) -> Path:
     tokenizer = workspace.tokenizer()
-    model = build_language_model(recipe.model, len(tokenizer), workspace.recipe.seed + SEEDS[name])
+    model = build_language_model(recipe.model, workspace.vocab_size(), tokenizer, workspace.recipe.seed + SEEDS[name])
     model.to(device)  # type: ignore[arg-type]
     optimiser = Optimiser(model, language_model_tensors(model), recipe.training)
     _train(workspace, name, recipe.training, NextTokenLoss(model), optimiser, model, device, None, asdict(recipe.model))
@@ -79,9 +79,7 @@ def _train_language_model(workspace: Workspace, name: str, recipe: LanguageModel
 def train_context_stage(workspace: Workspace, device: torch.device) -> Path:
     """Trains the context tower on the corpus."""
     recipe = workspace.recipe
-    tokenizer = workspace.tokenizer()
-    config = recipe.two_tower_config(len(tokenizer))
-    model = TwoTowerModel.from_config(config, seed=recipe.seed + SEEDS["context"])
+    model = TwoTowerModel.from_config(workspace.two_tower_config(), seed=recipe.seed + SEEDS["context"])
     return _train_context(workspace, "context", recipe.context, model, device)
 
 
@@ -191,7 +189,7 @@ def _train(
 ) -> None:
     module.train()
     if training.compile:
-        loss = torch.compile(loss, dynamic=False)
+        module.compile()
     run = workspace.run(name, training, *inputs)
     data = workspace.mixture(training, workspace.recipe.seed * 100 + SEEDS[name])
     run.train(loss, optimiser, data, device, balance.update if balance else None)

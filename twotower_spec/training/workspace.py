@@ -9,9 +9,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
 from twotower_spec.training.corpus.generated import DOMAINS, version
@@ -81,6 +82,37 @@ class Workspace:
         if tokenizer is None or tokenizer.eos_token_id is None:
             raise ArgumentError(f"{path} has no tokenizer with an end-of-sequence token; the towers must share one")
         return tokenizer
+
+    def vocab_size(self) -> int:
+        """Rows of the embedding tables: those of the user's verifier, else one per token."""
+        if self.brings_verifier:
+            return int(AutoConfig.from_pretrained(self.verifier, local_files_only=True).vocab_size)
+        return len(self.tokenizer())
+
+    def two_tower_config(self) -> TwoTowerConfig:
+        """The towers' configuration for the shared tokenizer.
+
+        A tokenizer without a mask token gets one row more than the verifier has; the mask token is never drafted.
+        """
+        tokenizer, vocab_size = self.tokenizer(), self.vocab_size()
+        mask = tokenizer.mask_token_id
+        if mask is None:
+            mask, vocab_size = vocab_size, vocab_size + 1
+        return self.recipe.two_tower_config(
+            vocab_size=vocab_size,
+            mask_token_id=mask,
+            pad_token_id=tokenizer.pad_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+
+    def sample_counts(self) -> dict[str, int]:
+        """How many beginnings of each source the verifier continues."""
+        assert self.recipe.distill is not None
+        counts = dict(self.recipe.distill.sampling.documents)
+        if self.texts:
+            return {"text": sum(counts.values())}
+        return {source: count for source, count in counts.items() if source in self.sources()}
 
     def sources(self) -> list[str]:
         """Names of the text sources, the verifier's samples not among them."""

@@ -1,0 +1,25 @@
+"""`twotower-spec demo`, and the bundled checkpoint as the default of `generate`."""
+
+import json
+
+from tests.cli.conftest import Command
+from twotower_spec.demo import held_out_prompts
+
+
+def test_the_demo_generates_held_out_prompts_in_all_modes_and_compares_them(command: Command) -> None:
+    code, out, _ = command("demo", "--prompts", 1, "--max-new-tokens", 24)
+    assert code == 0
+    assert held_out_prompts("maths")[0].prompt in out.replace("\n", " ").replace("  ", " ") or "Question:" in out
+    table = {line.split("│")[1].strip(): line.split("│")[2:6] for line in out.splitlines() if line.startswith("│")}
+    assert list(table) == ["ar", "mock-ar", "mask-diffusion"]
+    tokens, passes, per_pass, speed = (float(cell) for cell in table["mask-diffusion"])
+    assert abs(tokens / passes - per_pass) < 0.01 and per_pass > 1.0 and speed > 0
+    assert float(table["ar"][2]) == float(table["mock-ar"][2]) == 1.0
+
+
+def test_generate_takes_the_bundled_checkpoint_by_default(command: Command) -> None:
+    prompt = held_out_prompts("maths")[0].prompt
+    code, out, _ = command("generate", prompt, "--json", "--dtype", "float32", "--mode", "ar")
+    assert code == 0
+    record = json.loads(out)
+    assert record["prompt"] == prompt and "The answer is" in record["text"]

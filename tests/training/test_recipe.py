@@ -1,0 +1,48 @@
+"""Recipes are refused by the name of the field."""
+
+from pathlib import Path
+
+import pytest
+
+from twotower_spec.errors import ArgumentError
+from twotower_spec.training.recipe import load_recipe
+
+MINIATURE = Path(__file__).with_name("miniature.toml")
+
+
+def changed(tmp_path: Path, old: str, new: str) -> Path:
+    text = MINIATURE.read_text()
+    assert old in text
+    file = tmp_path / "recipe.toml"
+    file.write_text(text.replace(old, new, 1))
+    return file
+
+
+def test_the_recipe_of_the_trio_and_the_miniature_can_be_read() -> None:
+    trio, miniature = load_recipe(None), load_recipe(MINIATURE)
+    assert load_recipe(Path("trio-gpu")).two_tower == trio.two_tower
+    assert trio.two_tower_config(2048).layer_kinds.count("M") >= 1
+    assert miniature.denoiser.masking.block_sizes == (8, 4)
+    assert miniature.verifier is not None and miniature.verifier.model.head_dim == 32
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("steps = 60", "stepz = 60", "no field 'stepz'; allowed are adam_lr, "),
+        ("steps = 60", 'steps = "many"', "training.steps is 'many'; give a value of type int"),
+        ("steps = 60", "steps = -1", "steps is -1; give a number that is not negative"),
+        ("head_dim = 32\n\n[verifier.training]", "\n[verifier.training]", "verifier.model lacks head_dim; add it"),
+        ('hybrid_override_pattern = "M*E"', 'hybrid_override_pattern = "MXE"', "two_tower of the recipe is refused"),
+        ("[corpus]", "[corpus", "cannot be read"),
+        ("[denoiser.masking]\nblock_sizes = [8, 4]", "[denoiser.masking]\nblock_sizes = 8", "block_sizes is 8"),
+    ],
+)
+def test_a_bad_field_is_named(tmp_path: Path, old: str, new: str, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        load_recipe(changed(tmp_path, old, new))
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=r"none\.toml cannot be read"):
+        load_recipe(tmp_path / "none.toml")
