@@ -19,3 +19,7 @@ class ArgumentError(TwoTowerError, ValueError):
 
 class StateFullError(TwoTowerError):
     """A state pool has no free slot or not enough free KV pages for what was asked."""
+
+
+class TrainingError(TwoTowerError):
+    """Training cannot go on: the loss is no longer finite."""

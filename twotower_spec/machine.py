@@ -35,10 +35,13 @@ def describe_machine() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this code, None where it is not a git checkout."""
-    here = Path(__file__).parent
+    """The commit of this code, with `-dirty` where files differ from it; None where it is not a git checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
     try:
-        out = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True)
+        out = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     except OSError:
         return None
     return out.stdout.strip() or None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -14,12 +16,13 @@ from rich.table import Table
 
 from twotower_spec.cli.prompts import read_prompts
 from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
+from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
 from twotower_spec.machine import describe_machine
 from twotower_spec.training.evaluation import EvaluationRow, Trio
 from twotower_spec.training.evaluation import evaluate as evaluate_trio
 from twotower_spec.training.model_card import write_model_cards
-from twotower_spec.training.pipeline import STAGES, Job, train_all
+from twotower_spec.training.pipeline import STAGES, Job, default_device, train_all
 
 app = typer.Typer(
     help="Train a drafter: a trio from a recipe, or towers for a verifier of your own.",
@@ -81,7 +84,6 @@ def evaluate(
     output: Annotated[
         Path | None, typer.Option(help="Folder of a finished training; default: the bundled trio.")
     ] = None,
-    recipe: RecipeFile = None,
     verifier: Verifier = None,
     prompt_file: Annotated[
         list[Path] | None, typer.Option(help="Prompts of your own, a category per file; default: held-out prompts.")
@@ -93,27 +95,40 @@ def evaluate(
 ) -> None:
     """Measure acceptance lengths against the verifier's own text; writes model cards into --output."""
     require_extra("train", "scipy")
-    categories: dict[str, list[str]] = {
-        category: [row.prompt for row in held_out_prompts(category)] for category in CATEGORIES
-    }
-    if prompt_file:
-        categories = {file.stem: [p.text or "" for p in read_prompts([], [], file)] for file in prompt_file}
+    if json_file and not json_file.parent.is_dir():
+        raise ArgumentError(f"the folder of --json {json_file} is not there; make it first")
+    texts = _prompt_texts(prompt_file or [])
     if prompts:
         # Evenly spread, so that every kind of held-out prompt is among them.
-        categories = {name: texts[:: max(1, len(texts) // prompts)][:prompts] for name, texts in categories.items()}
-    trio = Trio(output or trio_directory(), verifier, device or "cpu")
+        texts = {name: rows[:: max(1, len(rows) // prompts)][:prompts] for name, rows in texts.items()}
+    trio = Trio(output or trio_directory(), verifier, default_device(device))
     table = Table("category", "temperature", "drafter", "K", "acceptance length", "95 % interval", "passes", "prompts")
     with Live(table, console=Console(stderr=True), transient=True):
-        result = evaluate_trio(trio, categories, max_new_tokens, report=lambda row: _add_row(table, row))
+        result = evaluate_trio(trio, texts, max_new_tokens, report=lambda row: _add_row(table, row))
     Console().print(table)
     for name, fraction in result["repeated_4gram_fraction"].items():
         print(f"repeated 4-grams in the verifier's greedy text, {name}: {fraction:.3f}")
-    result |= {"machine": describe_machine(), "command": "twotower-spec train evaluate"}
+    result |= {"machine": describe_machine(), "command": shlex.join(["twotower-spec", *sys.argv[1:]])}
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if output:
-        for card in write_model_cards(Job(output, recipe, verifier).workspace(), result):
+        for card in write_model_cards(output, result):
             print(card)
+
+
+def _prompt_texts(files: list[Path]) -> dict[str, list[str]]:
+    """Prompts by category: of the user's files, or the held-out ones."""
+    if not files:
+        return {category: [row.prompt for row in held_out_prompts(category)] for category in CATEGORIES}
+    texts: dict[str, list[str]] = {}
+    for file in files:
+        rows = [prompt.text for prompt in read_prompts([], [], file)]
+        if file.stem in texts:
+            raise ArgumentError(f"two prompt files are named {file.stem}; rename one, names are categories")
+        if not all(rows):
+            raise ArgumentError(f"prompt file {file} has prompts without text; give text, not token ids")
+        texts[file.stem] = [row for row in rows if row]
+    return texts
 
 
 def _add_row(table: Table, row: EvaluationRow) -> None:

@@ -41,7 +41,7 @@ def demo_prompts(per_category: int) -> list[HeldOutPrompt]:
     """Some prompts of both generated categories, a different kind of held-out prompt each."""
     chosen: list[HeldOutPrompt] = []
     for category in ("maths", "python"):
-        rows = held_out_prompts(category)  # type: ignore[arg-type]
+        rows = held_out_prompts(category)
         chosen.extend(rows[i * len(rows) // per_category] for i in range(per_category))
     return chosen
 

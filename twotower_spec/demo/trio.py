@@ -54,5 +54,5 @@ def trio_path(model: Model) -> Path:
 def held_out_prompts(category: Category) -> tuple[HeldOutPrompt, ...]:
     """The held-out prompts of a category."""
     text = (files("twotower_spec.demo") / "prompts" / f"{category}.jsonl").read_text(encoding="utf-8")
-    rows = [json.loads(line) for line in text.splitlines()]
+    rows = [json.loads(line) for line in text.split("\n") if line]
     return tuple(HeldOutPrompt(row["prompt"], category, row["held_out"], row["source"]) for row in rows)

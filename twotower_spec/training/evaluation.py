@@ -82,18 +82,21 @@ class System:
 class Trio:
     """Verifier, towers and draft model of a folder, computed in float32."""
 
-    def __init__(self, directory: Path, verifier: Path | None = None, device: str = "cpu") -> None:
+    def __init__(self, directory: Path, verifier: Path | None = None, device: torch.device | str = "cpu") -> None:
         """Loads them; the draft model may be missing.
 
         Raises:
-            ArgumentError: there is no verifier or no TwoTower checkpoint in the folder.
+            ArgumentError: there is no verifier, or no TwoTower checkpoint with a tokenizer, in the folder.
         """
         for name, path in (("verifier", verifier or directory / "verifier"), ("twotower", directory / "twotower")):
             if not (path / "config.json").is_file():
                 raise ArgumentError(f"there is no {name} in {path}; give the folder of a finished training")
         where = torch.device(device)
         tokenizer = load_tokenizer(directory / "twotower")
-        assert tokenizer is not None
+        if tokenizer is None or tokenizer.eos_token_id is None:
+            raise ArgumentError(
+                f"{directory / 'twotower'} has no tokenizer with an end-of-sequence token; copy it there"
+            )
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.verifier = load_verifier(verifier or directory / "verifier", where)
         self.towers = TwoTowerModel.from_pretrained(
@@ -105,8 +108,9 @@ class Trio:
 
     def systems(self) -> Iterator[System]:
         """The drafters that are compared."""
-        one_step = DiffusionConfig(block_size=8, steps_per_block=1, confidence_threshold=GAMMA)
-        gamma = DiffusionConfig(block_size=16, steps_per_block=MOST_STEPS, confidence_threshold=GAMMA)
+        mask = self.towers.config.mask_token_id
+        one_step = DiffusionConfig(8, 1, GAMMA, mask_token_id=mask)
+        gamma = DiffusionConfig(16, MOST_STEPS, GAMMA, mask_token_id=mask)
         yield self._block_diffusion("TwoTower, 1 step, first token from context", 7, one_step, True)
         yield self._block_diffusion("TwoTower, 1 step", 7, one_step, False)
         yield self._block_diffusion("TwoTower, gamma 0.8, first token from context", 15, gamma, True)
@@ -161,6 +165,8 @@ def evaluate(
     repeated: dict[str, float] = {}
     for category, texts_of_category in prompts.items():
         encoded = [list(ids) for ids in trio.tokenizer(list(texts_of_category))["input_ids"]]
+        if not encoded or not all(encoded):
+            raise ArgumentError(f"category {category} has no prompt, or one without tokens; give text")
         for temperature in temperatures:
             texts = write_texts(trio.verifier, encoded, max_new_tokens, temperature, eos)
             if temperature == 0:
@@ -178,7 +184,7 @@ def evaluate(
                     high=high,
                     num_prompts=len(result.tokens),
                     num_verify_steps=sum(result.verify_steps),
-                    passes_per_step=result.num_denoiser_passes / sum(result.verify_steps),
+                    passes_per_step=result.num_denoiser_passes / max(1, sum(result.verify_steps)),
                     by_position=result.by_position,
                 )
                 rows.append(row)

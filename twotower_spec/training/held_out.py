@@ -4,33 +4,41 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
-from twotower_spec.training.corpus import HeldOut, held_out_documents, standard_library, training_documents
+from twotower_spec.training.corpus import HeldOut, standard_library, training_documents
+from twotower_spec.training.corpus.generated import held_out_draws, held_out_templates, training_templates
 from twotower_spec.training.corpus.real_text import word_problem
-from twotower_spec.training.recipe import Recipe, load_recipe
+from twotower_spec.training.recipe import BUNDLED_RECIPES, Recipe, load_recipe
 from twotower_spec.training.sampling import FRESH_SEED
 
 # Drawn apart from every training document, whose seeds are those of recipes.
 SEED = 20_261_124
+MOST_DRAWS = 1000
 EXCERPT_LINES = 8
 EXCERPT_CHARACTERS = (160, 400)
 
 
-def generated_prompts(domain: str, per_part: int, recipe: Recipe) -> Iterator[dict[str, Any]]:
-    """Prompts of generated documents: held out by template, by slot values, and by seed alone.
+def generated_prompts(domain: str, recipes: Sequence[Recipe]) -> Iterator[dict[str, Any]]:
+    """One prompt for every template of a domain: held-out templates, then trained ones, by values and by seed in turn.
 
-    A draw that the recipe's training happens to hold too is passed over.
+    A draw that the training of one of the recipes happens to hold too is passed over.
     """
-    trained = trained_prompts(domain, recipe)
-    for part in HeldOut:
-        draws = held_out_documents(domain, part, 100 * per_part, SEED)
-        fresh = ((template, document) for template, document in draws if document.prompt not in trained)
-        for template, document in itertools.islice(fresh, per_part):
-            yield {"prompt": document.prompt, "held_out": str(part), "source": template}
+    trained: set[str] = set().union(*(trained_prompts(domain, recipe) for recipe in recipes))
+    parts = itertools.cycle((HeldOut.VALUES, HeldOut.SEED))
+    chosen = [(template, HeldOut.TEMPLATE) for template in held_out_templates(domain)]
+    chosen += zip(training_templates(domain), parts, strict=False)
+    for template, wanted in chosen:
+        # A template of few words may have no draw of trained values left that training did not make.
+        for part in dict.fromkeys((wanted, HeldOut.VALUES)):
+            draws = itertools.islice(held_out_draws(domain, template, part, SEED), MOST_DRAWS)
+            prompt = next((draw.prompt for draw in draws if draw.prompt not in trained), None)
+            if prompt is not None:
+                yield {"prompt": prompt, "held_out": str(part), "source": template.__name__}
+                break
 
 
 def trained_prompts(domain: str, recipe: Recipe) -> set[str]:
@@ -55,18 +63,24 @@ def standard_library_prompts(count: int) -> Iterator[dict[str, Any]]:
     for name, text in standard_library(held_out=True):
         lines = text.splitlines(keepends=True)
         for number in [i for i, line in enumerate(lines) if line.lstrip().startswith(("def ", "class "))]:
-            excerpt = "".join(lines[number : number + EXCERPT_LINES])
+            excerpt = "".join(lines[number : number + EXCERPT_LINES]).rstrip()
             if EXCERPT_CHARACTERS[0] <= len(excerpt) <= EXCERPT_CHARACTERS[1]:
                 excerpts.append({"prompt": excerpt, "held_out": "file", "source": f"{name}:{number + 1}"})
     yield from sorted(rng.sample(excerpts, count), key=lambda row: str(row["source"]))
 
 
-def write_held_out_prompts(directory: Path, gsm8k_test: Path, per_part: int = 20, real: int = 30) -> None:
-    """Writes maths.jsonl, python.jsonl and real.jsonl for the bundled trio's recipe."""
-    recipe = load_recipe(None)
+def write_held_out_prompts(directory: Path, gsm8k_test: Path, real: int = 36) -> None:
+    """Writes maths.jsonl, python.jsonl and real.jsonl, apart from the training of every bundled recipe.
+
+    Args:
+        directory: where to.
+        gsm8k_test: GSM8K's test split as published, JSON lines.
+        real: prompts of each of the two real texts.
+    """
+    recipes = [load_recipe(Path(name)) for name in BUNDLED_RECIPES]
     categories = {
-        "maths": list(generated_prompts("maths", per_part, recipe)),
-        "python": list(generated_prompts("python", per_part, recipe)),
+        "maths": list(generated_prompts("maths", recipes)),
+        "python": list(generated_prompts("python", recipes)),
         "real": [*gsm8k_prompts(gsm8k_test, real), *standard_library_prompts(real)],
     }
     for name, rows in categories.items():

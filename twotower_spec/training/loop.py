@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
+import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twotower_spec.errors import ArgumentError
-from twotower_spec.training.data import Mixture
+from twotower_spec.errors import ArgumentError, TrainingError
+from twotower_spec.machine import commit, describe_machine
 from twotower_spec.training.optimiser import Optimiser
 from twotower_spec.training.recipe import TrainingConfig
+from twotower_spec.training.streams import Mixture
 
 LOG_EVERY = 10
+DESCRIPTION = "run.json"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,6 @@ class TrainingRun:
         data: Mixture,
         device: torch.device,
         after_step: Callable[[], None] | None = None,
-        stop_after: int | None = None,
     ) -> None:
         """Trains from the last checkpoint, or from the start, to the last step.
 
@@ -72,20 +75,51 @@ class TrainingRun:
             data: batches by step.
             device: of the model.
             after_step: called after every update.
-            stop_after: end early, with a checkpoint, after this step.
+
+        Raises:
+            TrainingError: the loss is no longer finite.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         start = self._resume(optimiser)
-        end = self.config.steps if stop_after is None else min(stop_after, self.config.steps)
-        if start >= end:
-            return
+        if start < self.config.steps:
+            self._steps(start, loss, optimiser, data, device, after_step)
+        draw_loss_curve(self.log_file, self.directory / "loss.png", self.name)
+
+    def describe(self, sources: Mapping[str, float], seed: int, texts: Sequence[str]) -> None:
+        """Notes what the run is made from, where, and by which code, for the model card.
+
+        Args:
+            sources: weight of every text source.
+            seed: the recipe's.
+            texts: names of the user's own files.
+        """
+        self.directory.mkdir(parents=True, exist_ok=True)
+        facts = {"training": asdict(self.config), "sources": dict(sources), "seed": seed, "texts": list(texts)}
+        facts |= {"machine": describe_machine(), "commit": commit(), "python": platform.python_version()}
+        if not self.log_file.is_file():  # the machine that began the run
+            (self.directory / DESCRIPTION).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+
+    def _steps(
+        self,
+        start: int,
+        loss: Loss,
+        optimiser: Optimiser,
+        data: Mixture,
+        device: torch.device,
+        after_step: Callable[[], None] | None,
+    ) -> None:
         tokens_per_step = self.config.batch_size * self.config.sequence_length
         with _progress() as bar, self.log_file.open("a", encoding="utf-8") as log:
             task = bar.add_task(self.name, total=self.config.steps, completed=start, loss="")
             began, pending = time.perf_counter(), []
-            for step in range(start, end):
+            for step in range(start, self.config.steps):
                 with torch.autocast(device.type, torch.bfloat16):
                     result = loss(data.batch(step).to(device), step)
+                if not bool(torch.isfinite(result.loss)):
+                    raise TrainingError(
+                        f"the loss of {self.name} is {float(result.loss)} at step {step + 1}; the checkpoint before it "
+                        f"is in {self.directory}; lower muon_lr and adam_lr in the recipe"
+                    )
                 result.loss.backward()
                 norm = optimiser.step(step)
                 if after_step:
@@ -94,7 +128,7 @@ class TrainingRun:
                     {"loss": float(result.loss.detach()), **{k: float(v) for k, v in result.details.items()}}
                 )
                 done = step + 1
-                if done % LOG_EVERY == 0 or done == end:
+                if done % LOG_EVERY == 0 or done == self.config.steps:
                     elapsed = time.perf_counter() - began
                     record = _means(pending)
                     speed = len(pending) * tokens_per_step / elapsed
@@ -104,9 +138,8 @@ class TrainingRun:
                     log.flush()
                     bar.update(task, completed=done, loss=f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s")
                     began, pending = time.perf_counter(), []
-                if done % self.config.checkpoint_every == 0 or done == end:
+                if done % self.config.checkpoint_every == 0 or done == self.config.steps:
                     self._save(optimiser, done)
-        draw_loss_curve(self.log_file, self.directory / "loss.png", self.name)
 
     def _save(self, optimiser: Optimiser, step: int) -> None:
         tensors = {f"weights.{name}": leaf.detach().contiguous() for name, leaf in optimiser.leaves.items()}
@@ -178,4 +211,5 @@ def _rounded(value: float) -> float:
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     # A worker of `train_all` leaves the terminal to its parent.
-    return Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), disable=parent_process() is not None)
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    return Progress(*columns, *times, console=Console(stderr=True), disable=parent_process() is not None)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import multiprocessing
-import os
-import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils.logging import disable_progress_bar
 
@@ -60,7 +59,7 @@ class Job:
 
     def torch_device(self) -> torch.device:
         """The device, checked."""
-        return usable_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return default_device(self.device)
 
     def run(self, stage: str) -> Path:
         """Runs one stage.
@@ -75,6 +74,15 @@ class Job:
                 f"section); it consists of {', '.join(stages_of(workspace))}"
             )
         return STAGES[stage](workspace, device)
+
+
+def default_device(name: str | None) -> torch.device:
+    """The named device, else CUDA where there is one.
+
+    Raises:
+        ArgumentError: it is not there.
+    """
+    return usable_device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def stages_of(workspace: Workspace) -> list[str]:
@@ -101,8 +109,9 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
         Directories of the results, in order of the stages.
     """
     workspace = job.workspace()
+    job.torch_device()
     wanted = stages_of(workspace)
-    threads = max(1, (os.cpu_count() or 1) // num_processes)
+    cores = torch.get_num_threads()
     results: list[Path] = []
     for wave in WAVES:
         stages_now = [stage for stage in wave if stage in wanted]
@@ -110,10 +119,15 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
             max_workers=num_processes,
             mp_context=multiprocessing.get_context("spawn"),
             initializer=_share_cores,
-            initargs=(threads if len(stages_now) > 1 else threads * num_processes,),
+            initargs=(max(1, cores // min(len(stages_now), num_processes)) if stages_now else cores,),
         ) as pool:
             futures = {stage: pool.submit(_run, job, stage) for stage in stages_now}
-            _watch(workspace, futures)
+            try:
+                _watch(workspace, futures)
+            except BaseException:
+                for process in multiprocessing.active_children():
+                    process.terminate()  # what it trained is in its checkpoint
+                raise
             results.extend(future.result() for future in futures.values())
     return results
 
@@ -131,18 +145,18 @@ def _share_cores(threads: int) -> None:
 def _watch(workspace: Workspace, futures: dict[str, Future[Path]]) -> None:
     """Shows the progress of stages that run in other processes, from their logs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeElapsedColumn()) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
         tasks = {stage: bar.add_task(stage, total=_training(workspace.recipe, stage), loss="") for stage in futures}
-        while not all(future.done() for future in futures.values()):
-            time.sleep(1)
+        pending = set(futures.values())
+        while pending:
+            finished, pending = wait(pending, timeout=1, return_when=FIRST_EXCEPTION)
+            for future in finished:
+                future.result()  # a stage that failed ends the wave
             for stage, task in tasks.items():
                 run = "context-distilled" if stage == "distill" else stage
                 entries = list(read_log(workspace.directory / "runs" / run / "log.jsonl"))
                 if entries:
                     bar.update(task, completed=entries[-1]["step"], loss=f"loss {entries[-1]['loss']:.3f}")
-        for stage, task in tasks.items():
-            total = _training(workspace.recipe, stage)
-            bar.update(task, total=total or 1, completed=total or 1)
 
 
 def _training(recipe: Recipe, stage: str) -> int | None:

@@ -72,8 +72,8 @@ class Acceptance:
 
     @property
     def length(self) -> float:
-        """Acceptance length: tokens per verify step, the verifier's own included."""
-        return sum(self.tokens) / sum(self.verify_steps)
+        """Acceptance length: tokens per verify step, the verifier's own included; 1 where no text needed a step."""
+        return sum(self.tokens) / sum(self.verify_steps) if self.verify_steps else 1.0
 
     def interval(self) -> tuple[float, float]:
         """Bootstrap interval of the acceptance length at 95 %, over texts; its ends are `length` for a single text."""
@@ -167,11 +167,13 @@ class ContextTowerState:
         self.towers = towers
         pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
         self.state = ContextState(towers.config, num_rows, pages, towers.dtype, towers.context.device)
+        self._held: set[int] = set()
 
     def extend(self, rows: dict[int, list[int]]) -> Tensor:
         """Brings the states up to the rows; the context tower's next tokens, int64 [num_rows]."""
-        for row in [row for row in range(len(self.state)) if row in self.state and row not in rows]:
+        for row in self._held - rows.keys():
             self.state.release(row)
+        self._held = set(rows)
         new = {row: tokens[self.state.num_computed_tokens(row) :] for row, tokens in rows.items()}
         last = self.state.extend_in_chunks(self.towers.context, new)
         return torch.stack([last[row] for row in rows]).argmax(-1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
@@ -13,6 +14,22 @@ from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError, ConfigError
 
 Section = TypeVar("Section")
+
+# Fields of config.json that a recipe does not give.
+SET_BY_TRAINING = {
+    "num_hidden_layers", "vocab_size", "mask_token_id", "pad_token_id", "bos_token_id", "eos_token_id", "torch_dtype",
+}  # fmt: skip
+BUNDLED_RECIPES = ("trio", "trio-gpu")
+
+
+def check(allowed: bool, where: str, value: object, remedy: str) -> None:
+    """Refuses a value of a recipe.
+
+    Raises:
+        ArgumentError: it is not allowed.
+    """
+    if not allowed:
+        raise ArgumentError(f"{where} is {value!r}; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,18 @@ class TrainingConfig:
     checkpoint_every: int = 100
     compile: bool = False
 
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        for name in ("steps", "batch_size", "sequence_length", "checkpoint_every"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        for name in ("muon_lr", "adam_lr", "clip_norm"):
+            check(0 < getattr(self, name) < math.inf, name, getattr(self, name), "give a number above 0")
+        for name in ("warmup", "decay"):
+            check(0 <= getattr(self, name) <= 1, name, getattr(self, name), "give a share between 0 and 1")
+        weights = self.sources.values()
+        usable = all(isinstance(w, (int, float)) and 0 <= w < math.inf for w in weights) and sum(weights) > 0
+        check(usable, "sources", dict(self.sources), "give a weight for every text source, one above 0 at least")
+
 
 @dataclass(frozen=True)
 class LanguageModelRecipe:
@@ -109,6 +138,14 @@ class MaskingConfig:
     first_given: float = 0.15
     position_decay: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        usable = bool(self.block_sizes) and all(type(size) is int and size >= 2 for size in self.block_sizes)
+        check(usable, "block_sizes", self.block_sizes, "give whole numbers of 2 or more, [16] for one")
+        share = self.all_masked + self.first_given
+        check(0 <= share <= 1, "all_masked + first_given", share, "give shares that sum to 1 at most")
+        check(0 < self.position_decay <= 1, "position_decay", self.position_decay, "give a number above 0, at most 1")
+
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
@@ -116,6 +153,11 @@ class DenoiserRecipe:
 
     training: TrainingConfig
     masking: MaskingConfig = field(default_factory=MaskingConfig)
+
+    def __post_init__(self) -> None:
+        """A sequence must hold a block that has context."""
+        length, block = self.training.sequence_length, max(self.masking.block_sizes)
+        check(length >= 2 * block, "denoiser.training.sequence_length", length, f"give two blocks of {block} or more")
 
 
 @dataclass(frozen=True)
@@ -125,7 +167,7 @@ class SamplingConfig:
     Attributes:
         documents: per text source, how many beginnings are continued.
         max_new_tokens: most tokens of a continuation.
-        temperature: of the sampled half; the other half is greedy.
+        temperature: of the continuations that are not greedy.
         greedy: share of greedy continuations.
         batch_size: continuations made together.
         prompt_tokens: how much of a document of real text is given.
@@ -137,6 +179,16 @@ class SamplingConfig:
     greedy: float = 0.5
     batch_size: int = 64
     prompt_tokens: int = 48
+
+    def __post_init__(self) -> None:
+        """Checks every value."""
+        for name in ("max_new_tokens", "batch_size", "prompt_tokens"):
+            check(getattr(self, name) >= 1, name, getattr(self, name), "give at least 1")
+        counts = self.documents.values()
+        usable = all(type(count) is int and count >= 0 for count in counts) and sum(counts) > 0
+        check(usable, "documents", dict(self.documents), "give a number of documents for every text source")
+        check(0 <= self.greedy <= 1, "greedy", self.greedy, "give a share between 0 and 1")
+        check(0 < self.temperature < math.inf, "temperature", self.temperature, "give a number above 0")
 
 
 @dataclass(frozen=True)
@@ -196,10 +248,14 @@ def load_recipe(path: Path | None) -> Recipe:
     path = path or Path("trio")
     bundled = files("twotower_spec.training") / "data" / f"{path}.toml"
     try:
-        table = tomllib.loads(bundled.read_text() if bundled.is_file() else path.read_text())
+        table = tomllib.loads(bundled.read_text("utf-8") if bundled.is_file() else path.read_text("utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ArgumentError(f"recipe {path} cannot be read ({error}); give a TOML file") from error
     recipe = _section(Recipe, table, "recipe")
+    given = sorted(SET_BY_TRAINING & set(recipe.two_tower))
+    check(
+        not given, "two_tower of the recipe", given, "leave these out: they follow from the tokenizer and the pattern"
+    )
     try:
         recipe.two_tower_config(vocab_size=recipe.tokenizer.vocab_size)
     except (ConfigError, TypeError) as error:
@@ -209,8 +265,7 @@ def load_recipe(path: Path | None) -> Recipe:
 
 def _section(kind: type[Section], table: Any, where: str) -> Section:
     """A dataclass from a table, its own sections included."""
-    if not isinstance(table, dict):
-        raise ArgumentError(f"{where} is {table!r}; give a table")
+    check(isinstance(table, dict), where, table, "give a table")
     hints = get_type_hints(kind)
     unknown = sorted(set(table) - set(hints))
     if unknown:
@@ -218,6 +273,8 @@ def _section(kind: type[Section], table: Any, where: str) -> Section:
     values = {name: _value(hints[name], value, f"{where}.{name}") for name, value in table.items()}
     try:
         return kind(**values)
+    except ArgumentError as error:
+        raise ArgumentError(f"{where}: {error}") from error
     except TypeError as error:
         names = [f.name for f in fields(kind)] if is_dataclass(kind) else []
         missing = [name for name in names if f"'{name}'" in str(error)]
@@ -233,13 +290,9 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if hint in (int, float, bool, str):
-        if type(value) is not hint:
-            raise ArgumentError(f"{where} is {value!r}; give a value of type {hint.__name__}")
-        if hint in (int, float) and value < 0:
-            raise ArgumentError(f"{where} is {value!r}; give a number that is not negative")
+        check(type(value) is hint, where, value, f"give a value of type {hint.__name__}")
+        check(hint not in (int, float) or value >= 0, where, value, "give a number that is not negative")
         return value
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, dict):
-        raise ArgumentError(f"{where} is {value!r}; give a table")
-    return value
+    listed = getattr(hint, "__origin__", None) is tuple
+    check(isinstance(value, list if listed else dict), where, value, f"give a {'list' if listed else 'table'}")
+    return tuple(value) if listed else value

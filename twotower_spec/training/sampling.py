@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from multiprocessing import parent_process
 
 import torch
+from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache, PreTrainedModel
 
@@ -89,7 +90,8 @@ def sample_continuations(workspace: Workspace, model: PreTrainedModel, config: S
         rows = sorted((i for i in range(len(prompts)) if greedy[i] == wanted), key=lambda i: len(prompts[i]))
         batches += [(rows[i : i + config.batch_size], sampler) for i in range(0, len(rows), config.batch_size)]
     done: dict[int, list[int]] = {}
-    for rows, sampler in track(batches, description="sampling", disable=parent_process() is not None):
+    shown = Console(stderr=True)
+    for rows, sampler in track(batches, description="sampling", console=shown, disable=parent_process() is not None):
         new = continue_prompts(model, [prompts[i] for i in rows], config.max_new_tokens, sampler, eos, rows)
         done |= {i: prompts[i] + tokens for i, tokens in zip(rows, new, strict=True)}
     for i in range(len(prompts)):

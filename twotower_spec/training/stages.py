@@ -12,9 +12,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twotower_spec.checkpoint import save_checkpoint
+from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.towers.backbone import Backbone
-from twotower_spec.training.data import TokenStream
 from twotower_spec.training.language_models import (
     NextTokenLoss,
     build_language_model,
@@ -25,6 +25,7 @@ from twotower_spec.training.loop import Loss
 from twotower_spec.training.optimiser import Optimiser
 from twotower_spec.training.recipe import LanguageModelRecipe, TrainingConfig
 from twotower_spec.training.sampling import sample_continuations
+from twotower_spec.training.streams import TokenStream
 from twotower_spec.training.tokenizer import train_tokenizer
 from twotower_spec.training.tower_losses import ContextLoss, DenoiserLoss, ExpertBalance
 from twotower_spec.training.workspace import VERIFIER_SAMPLES, Workspace
@@ -121,10 +122,18 @@ def sample_verifier_stage(workspace: Workspace, device: torch.device) -> Path:
 
 
 def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model of transformers, from safetensors only."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
+    """A causal language model of transformers, from safetensors only.
+
+    Raises:
+        ArgumentError: it cannot be read.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ArgumentError(f"the model in {directory} cannot be loaded: {reason}") from error
     model.to(device).eval()  # type: ignore[arg-type]
     return model
 
@@ -191,5 +200,6 @@ def _train(
     if training.compile:
         module.compile()
     run = workspace.run(name, training, *inputs)
+    run.describe(workspace.mixture_weights(training), workspace.recipe.seed, [path.name for path in workspace.texts])
     data = workspace.mixture(training, workspace.recipe.seed * 100 + SEEDS[name])
     run.train(loss, optimiser, data, device, balance.update if balance else None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import platform
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,13 +16,12 @@ from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
-from twotower_spec.training.corpus.generated import DOMAINS, version
-from twotower_spec.training.data import Mixture, TokenStream
+from twotower_spec.training.corpus.generated import version
 from twotower_spec.training.loop import TrainingRun
 from twotower_spec.training.recipe import Recipe, TrainingConfig
+from twotower_spec.training.streams import Mixture, TokenStream
 from twotower_spec.training.tokenizer import document_ids
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
 VERIFIER_SAMPLES = "verifier"
 
 
@@ -42,6 +42,8 @@ class Workspace:
         self.directory, self.recipe, self._verifier, self.texts = directory, recipe, verifier, list(texts)
         if verifier is not None and not (verifier / "config.json").is_file():
             raise ArgumentError(f"verifier {verifier} has no config.json; give the directory of a model")
+        if verifier is None and recipe.verifier is None:
+            raise ArgumentError("the recipe has no section [verifier]; add one, or give --verifier DIR")
         for path in self.texts:
             if not path.is_file():
                 raise ArgumentError(f"text file {path} is not there; give files of UTF-8 text or JSON lines")
@@ -86,7 +88,12 @@ class Workspace:
     def vocab_size(self) -> int:
         """Rows of the embedding tables: those of the user's verifier, else one per token."""
         if self.brings_verifier:
-            return int(AutoConfig.from_pretrained(self.verifier, local_files_only=True).vocab_size)
+            try:
+                config = AutoConfig.from_pretrained(self.verifier, local_files_only=True, trust_remote_code=False)
+                return int(config.get_text_config().vocab_size)
+            except (OSError, ValueError, AttributeError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ArgumentError(f"config.json of verifier {self.verifier} cannot be read: {reason}") from error
         return len(self.tokenizer())
 
     def two_tower_config(self) -> TwoTowerConfig:
@@ -112,7 +119,12 @@ class Workspace:
         counts = dict(self.recipe.distill.sampling.documents)
         if self.texts:
             return {"text": sum(counts.values())}
-        return {source: count for source, count in counts.items() if source in self.sources()}
+        unknown = sorted(set(counts) - set(self.sources()))
+        if unknown:
+            raise ArgumentError(
+                f"text source {unknown[0]!r} of distill.sampling is not there; there are {', '.join(self.sources())}"
+            )
+        return counts
 
     def sources(self) -> list[str]:
         """Names of the text sources, the verifier's samples not among them."""
@@ -155,7 +167,7 @@ class Workspace:
     def stream_directory(self, source: str) -> Path:
         """Where the tokens of a source lie; named for what they are made from."""
         made_from: list[Any] = [self._tokenizer_digest(), self.recipe.seed, asdict(self.recipe.corpus), self._texts()]
-        made_from += [version(domain) for domain in DOMAINS]
+        made_from += [version(), platform.python_version()]
         if source == VERIFIER_SAMPLES:
             assert self.recipe.distill is not None
             made_from += [asdict(self.recipe.distill.sampling), file_digests(self.verifier, "*.safetensors")]

@@ -21,7 +21,8 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     Returns:
         [..., out_features].
     """
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or x.requires_grad or weight.requires_grad:
+    both_bfloat16 = x.dtype == weight.dtype == torch.bfloat16  # under autocast only `linear` makes them so
+    if not both_bfloat16 or x.device.type != "cpu" or x.requires_grad or weight.requires_grad:
         return F.linear(x, weight)
     tokens = x.flatten(0, -2) if x.dim() > 1 else x[None]
     if tokens.shape[0] > MOST_TOKENS_ON_THE_RIGHT:

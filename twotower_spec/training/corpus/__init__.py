@@ -1,6 +1,6 @@
 """What the bundled trio is trained on."""
 
-from twotower_spec.training.corpus.generated import HeldOut, held_out_documents, training_documents
+from twotower_spec.training.corpus.generated import HeldOut, training_documents
 from twotower_spec.training.corpus.real_text import gsm8k_train, standard_library, user_texts
 from twotower_spec.training.corpus.slots import Document
 
@@ -8,7 +8,6 @@ __all__ = [
     "Document",
     "HeldOut",
     "gsm8k_train",
-    "held_out_documents",
     "standard_library",
     "training_documents",
     "user_texts",

@@ -116,7 +116,8 @@ def _words(s: Slots) -> dict[str, object]:
 def _fill(s: Slots, text: str) -> Document:
     """The text with its slots filled; the line of equals signs parts the prompt from the completion."""
     code = string.Template(textwrap.dedent(text).strip("\n") + "\n").substitute(_words(s))
-    head, body = code.split("====\n")
+    # The line break belongs to the completion: with the indentation after it, it is one token.
+    head, body = code.split("\n====")
     return Document(head, body)
 
 

@@ -27,8 +27,6 @@ LEFT_OUT = {
 }
 # One file in this many is held out, chosen by a hash of its path.
 HELD_OUT_FILES = 20
-# A window of code that is trained on as one document starts at about every so many characters of a file.
-EXCERPT_CHARACTERS = 600
 
 
 def word_problem(row: dict[str, str]) -> tuple[str, str]:
@@ -72,7 +70,7 @@ def user_texts(paths: list[Path]) -> Iterator[str]:
     """
     for path in paths:
         try:
-            content = path.read_text(encoding="utf-8")
+            content = path.read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ArgumentError(f"text file {path} cannot be read: {error}; give UTF-8 text or JSON lines") from error
         if not content.strip():
@@ -80,7 +78,7 @@ def user_texts(paths: list[Path]) -> Iterator[str]:
         if path.suffix != ".jsonl":
             yield content
             continue
-        for number, line in enumerate(content.splitlines(), 1):
+        for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 yield _text_of(line, path, number)
 

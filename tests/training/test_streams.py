@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from twotower_spec.errors import ArgumentError
-from twotower_spec.training.data import Mixture, TokenStream
+from twotower_spec.training.streams import Mixture, TokenStream
 
 
 def stream(first: int, documents: int = 40, length: int = 17) -> TokenStream:
@@ -46,10 +46,14 @@ def test_long_documents_may_be_entered_inside() -> None:
 
 
 def test_a_stream_survives_saving(tmp_path: Path) -> None:
-    assert not TokenStream.is_saved(tmp_path)
-    stream(3).save(tmp_path)
-    loaded = TokenStream.load(tmp_path)
-    assert TokenStream.is_saved(tmp_path)
+    place = tmp_path / "corpus" / "low"
+    assert not TokenStream.is_saved(place)
+    stream(3).save(place)
+    loaded = TokenStream.load(place)
+    assert TokenStream.is_saved(place)
+    stream(9).save(tmp_path / "taken")
+    stream(3).save(tmp_path / "taken")  # as another process may, with the same content
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
     assert np.array_equal(loaded.tokens, stream(3).tokens) and np.array_equal(loaded.starts, stream(3).starts)
 
 

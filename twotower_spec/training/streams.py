@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,10 +43,18 @@ class TokenStream:
         return cls(joined, np.asarray(starts, dtype=np.int64))
 
     def save(self, directory: Path) -> None:
-        """Writes two arrays."""
-        directory.mkdir(parents=True, exist_ok=True)
-        np.save(directory / "starts.npy", self.starts)
-        np.save(directory / "tokens.npy", self.tokens)  # last: its presence says that the stream is whole
+        """Writes two arrays; the directory appears whole or not at all, whoever else writes the same."""
+        directory.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".writing-", dir=directory.parent) as name:
+            draft = Path(name) / "stream"
+            draft.mkdir()
+            np.save(draft / "starts.npy", self.starts)
+            np.save(draft / "tokens.npy", self.tokens)
+            try:
+                draft.rename(directory)
+            except OSError:
+                if not self.is_saved(directory):  # else another process was first, with the same content
+                    raise
 
     @classmethod
     def load(cls, directory: Path) -> TokenStream:
@@ -55,7 +64,7 @@ class TokenStream:
 
     @staticmethod
     def is_saved(directory: Path) -> bool:
-        """Whether a whole stream lies there."""
+        """Whether a stream lies there."""
         return (directory / "tokens.npy").is_file()
 
 

@@ -1,0 +1,26 @@
+"""The product of tokens with a weight, in every order of operands."""
+
+import pytest
+import torch
+
+from tests.support.tolerances import BFLOAT16_RELATIVE
+from twotower_kernels.linear import linear
+from twotower_kernels.linear.op import MOST_TOKENS_ON_THE_RIGHT
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, 64, MOST_TOKENS_ON_THE_RIGHT, MOST_TOKENS_ON_THE_RIGHT + 1])
+def test_every_number_of_tokens_gives_the_same_product(num_tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, 24, generator=generator, dtype=torch.float64)
+    weight = torch.randn(17, 24, generator=generator, dtype=torch.float64)
+    got = linear(x.bfloat16(), weight.bfloat16())
+    error = (got.double() - x @ weight.t()).norm() / (x @ weight.t()).norm()
+    assert got.shape == (num_tokens, 17) and float(error) < BFLOAT16_RELATIVE
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3])
+def test_autocast_may_mix_the_dtypes(num_tokens: int) -> None:
+    """A frozen float32 tower in training: activations come in bfloat16, weights are held in float32."""
+    x, weight = torch.ones(num_tokens, 8, dtype=torch.bfloat16), torch.ones(5, 8)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(linear(x, weight), torch.full((num_tokens, 5), 8.0, dtype=torch.bfloat16))
