@@ -142,6 +142,17 @@ def test_texts_end_at_the_end_token_and_keep_it(language_model: PreTrainedModel)
     assert write_texts(language_model, [TEXTS[0].prompt], 9, 0.0, [end])[0].text == free[: free.index(end) + 1]
 
 
+def test_rows_that_end_leave_the_batch_and_the_others_go_on_as_alone(language_model: PreTrainedModel) -> None:
+    prompts = [random_ids(3 + i, i) for i in range(8)]
+    free = continue_prompts(language_model, prompts, 20, Sampler(0.9), [], list(range(8)))
+    ends = {tokens[2] for tokens in free[:5]}
+    together = continue_prompts(language_model, prompts, 20, Sampler(0.9), sorted(ends), list(range(8)))
+    for tokens, all_tokens in zip(together, free, strict=True):
+        stop = next((i for i, token in enumerate(all_tokens) if token in ends), 19)
+        assert tokens == all_tokens[: stop + 1]
+    assert len({len(tokens) for tokens in together}) > 1
+
+
 def test_a_draft_model_drafts_what_it_would_write(language_model: PreTrainedModel) -> None:
     prompts = {i: text.prompt for i, text in enumerate(TEXTS)}
     drafts = ModelDrafter(language_model).draft(prompts, 5)

@@ -42,11 +42,14 @@ def trio_path(model: Model) -> Path:
     """Directory of one of the bundled models.
 
     Raises:
-        CheckpointError: the package was installed without its data.
+        CheckpointError: the package was installed without its weights.
     """
     path = trio_directory() / model
     if not (path / "model.safetensors").is_file():
-        raise CheckpointError(f"the bundled {model} is not at {path}; reinstall twotower-spec with its package data")
+        raise CheckpointError(
+            f"this installation has no bundled {model} ({path}); reinstall twotower-spec with its package data, or train "
+            f"one with `twotower-spec train all`"
+        )
     return path
 
 

@@ -17,6 +17,8 @@ from twotower_spec.training.workspace import Workspace
 
 # Beginnings come from draws that the corpus does not hold.
 FRESH_SEED = 1_000_003
+# Finished rows leave a batch when at most this share of it still runs; every leaving copies the cache.
+MOST_RUNNING = 0.75
 
 
 @torch.inference_mode()
@@ -50,7 +52,8 @@ def continue_prompts(
     positions = (torch.arange(width, device=device) - padding[:, None]).clamp(min=0)
     cache = DynamicCache(config=model.config)
     new: list[list[int]] = [[] for _ in prompts]
-    running = set(range(len(prompts)))
+    rows = list(range(len(prompts)))
+    finished: set[int] = set()
     for _ in range(max_new_tokens):
         out = model(
             input_ids=ids,
@@ -61,15 +64,21 @@ def continue_prompts(
             logits_to_keep=1,
         )
         tokens = sampler.sample(out.logits[:, -1].float(), row_seeds, positions[:, -1] + 1)
-        for row, token in enumerate(tokens.tolist()):
-            if row in running:
+        for row, token in zip(rows, tokens.tolist(), strict=True):
+            if row not in finished:
                 new[row].append(token)
                 if token in eos_token_ids:
-                    running.discard(row)
-        if not running:
+                    finished.add(row)
+        if len(finished) == len(prompts):
             break
         ids, positions = tokens[:, None], positions[:, -1:] + 1
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+        running = [i for i, row in enumerate(rows) if row not in finished]
+        if len(running) <= MOST_RUNNING * len(rows):
+            kept = torch.tensor(running, device=device)
+            cache.batch_select_indices(kept)
+            ids, positions, mask, row_seeds = ids[kept], positions[kept], mask[kept], row_seeds[kept]
+            rows = [rows[i] for i in running]
     return new
 
 
