@@ -1,6 +1,7 @@
 """The corpus: right, deterministic, and apart from what is held out."""
 
 import ast
+import keyword
 import operator
 import re
 import sys
@@ -12,9 +13,11 @@ import pytest
 from twotower_spec.demo import held_out_prompts
 from twotower_spec.demo.trio import Category
 from twotower_spec.training.corpus import maths, python_code, standard_library, training_documents
+from twotower_spec.training.corpus.arithmetic import arithmetic_documents
 from twotower_spec.training.corpus.generated import DOMAINS, held_out_templates, training_templates, version
 from twotower_spec.training.corpus.real_text import gsm8k_train, is_held_out, word_problem
 from twotower_spec.training.corpus.slots import HELD_OUT_SHARE, Slots, Template
+from twotower_spec.training.corpus.words import other_words
 from twotower_spec.training.held_out import trained_prompts
 from twotower_spec.training.recipe import BUNDLED_RECIPES, load_recipe
 from twotower_spec.training.tokenizer import train_tokenizer
@@ -33,9 +36,16 @@ def test_word_problems_are_solved_right(template: Template, held_out: bool) -> N
         calculations = CALCULATION.findall(document.completion)
         assert calculations
         for left, sign, right, result in calculations:
-            assert OPERATORS[sign](int(left), int(right)) == int(result)
+            assert OPERATORS[sign](int(left), int(right)) == int(result) > 0
         assert f"The answer is {calculations[-1][3]} " in document.completion
         assert document.prompt.startswith("Question: ") and document.prompt.endswith("\nAnswer:")
+
+
+def test_calculations_are_right_and_of_every_kind() -> None:
+    text = "".join(arithmetic_documents(200, seed=1))
+    calculations = CALCULATION.findall(text)
+    assert len(calculations) == 2400 and {sign for _, sign, _, _ in calculations} == set("+-*/")
+    assert all(OPERATORS[sign](int(a), int(b)) == int(result) > 0 for a, sign, b, result in calculations)
 
 
 @pytest.mark.parametrize("held_out", [False, True])
@@ -78,16 +88,22 @@ def test_the_version_of_the_corpus_changes_with_its_code(monkeypatch: pytest.Mon
     assert version() != before
 
 
-def test_a_share_of_trained_words_is_invented_and_no_held_out_one() -> None:
-    pool = tuple(f"word{letter}s" for letter in "abcdefghijklmnopqrst")
-    trained = [Slots(Random(seed), invented=0.5).pick(pool) for seed in range(400)]
-    invented = [word for word in trained if word not in pool]
-    assert 120 < len(invented) < 280 and len(set(invented)) > 100
-    assert all(word.isalpha() and word.endswith("s") for word in invented)
+def test_a_share_of_trained_words_is_other_than_the_pools() -> None:
+    pool, other = tuple(f"word{letter}s" for letter in "abcdefghijklmnopqrst"), tuple(f"new{i}" for i in range(300))
+    picks = [Slots(Random(seed), other_words=other).pick(pool) for seed in range(400)]
+    assert 80 < sum(word not in pool for word in picks) < 200
+    assert all(word.endswith("s") and not word.endswith("ss") for word in picks)
     pairs = (("box", "boxes"), ("pen", "pens"), ("man", "men"), (3, "x"), ("cat", "cats"))
-    made = {Slots(Random(seed), invented=1.0).pick(pairs) for seed in range(200)}
+    made = {Slots(Random(seed), other_words=other).pick(pairs) for seed in range(300)}
     assert {("man", "men"), (3, "x")} < made
-    assert all(many.startswith(one) for one, many in made - {("man", "men"), (3, "x")})
+    assert {many.removeprefix(str(one)) for one, many in made if str(one).startswith("new")} == {"es", "s"}
+
+
+def test_other_words_are_usable_names_and_leave_out_what_is_held_out() -> None:
+    words = other_words(["Table", "spoons"])
+    assert len(words) > 5000
+    assert all(word.isidentifier() and not keyword.iskeyword(word) for word in words)
+    assert not {"table", "spoons", "print", "list"} & set(words) and "apples" in words
 
 
 @pytest.mark.parametrize("domain", DOMAINS)

@@ -47,8 +47,8 @@ def trio_path(model: Model) -> Path:
     path = trio_directory() / model
     if not (path / "model.safetensors").is_file():
         raise CheckpointError(
-            f"this installation has no bundled {model} ({path}); reinstall twotower-spec with its package data, or train "
-            f"one with `twotower-spec train all`"
+            f"this installation has no bundled {model} ({path}); reinstall twotower-spec with its package data, or "
+            f"train one with `twotower-spec train all`"
         )
     return path
 

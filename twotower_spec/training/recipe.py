@@ -38,11 +38,13 @@ class CorpusConfig:
 
     Attributes:
         maths, python: generated documents per domain.
+        arithmetic: documents of calculations.
         gsm8k, standard_library: whether the real texts are among it.
     """
 
     maths: int = 40000
     python: int = 40000
+    arithmetic: int = 0
     gsm8k: bool = True
     standard_library: bool = True
 

@@ -16,6 +16,7 @@ from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
+from twotower_spec.training.corpus.arithmetic import arithmetic_documents
 from twotower_spec.training.corpus.generated import version
 from twotower_spec.training.loop import TrainingRun
 from twotower_spec.training.recipe import Recipe, TrainingConfig
@@ -134,6 +135,7 @@ class Workspace:
         present = {
             "maths": corpus.maths > 0,
             "python": corpus.python > 0,
+            "arithmetic": corpus.arithmetic > 0,
             "gsm8k": corpus.gsm8k,
             "standard_library": corpus.standard_library,
         }
@@ -148,6 +150,8 @@ class Workspace:
         if source == "standard_library":
             return (text for _, text in standard_library())
         count = getattr(self.recipe.corpus, source)
+        if source == "arithmetic":
+            return arithmetic_documents(count, self.recipe.seed)
         return (document.text for document in training_documents(source, count, self.recipe.seed))
 
     def stream(self, source: str) -> TokenStream:

@@ -6,14 +6,14 @@ import hashlib
 import itertools
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import cache
 from pathlib import Path
 from random import Random
 
-from twotower_spec.training.corpus import maths, python_code, real_text, slots
-from twotower_spec.training.corpus.slots import Document, Slots, Template
+from twotower_spec.training.corpus import arithmetic, maths, python_code, real_text, slots, words
+from twotower_spec.training.corpus.slots import Document, Slots, Template, held_out_part
+from twotower_spec.training.corpus.words import other_words
 
-# Share of the words of training documents that are made up.
-INVENTED = 0.35
 DOMAINS = {"maths": maths, "python": python_code}
 
 
@@ -39,17 +39,26 @@ def held_out_templates(domain: str) -> list[Template]:
 
 def version() -> str:
     """A digest that changes with the code the corpus is made by."""
-    sources = (maths, python_code, slots, real_text)
+    sources = (arithmetic, maths, python_code, slots, real_text, words)
     code = b"".join(Path(str(module.__file__)).read_bytes() for module in sources)
     return hashlib.sha256(code + Path(__file__).read_bytes()).hexdigest()
 
 
+@cache
+def _training_words() -> tuple[str, ...]:
+    """Words for training's slots besides the pools: none that is held out anywhere."""
+    pools = [pool for module in DOMAINS.values() for pool in vars(module).values() if isinstance(pool, tuple)]
+    held_out = [value for pool in pools for value in held_out_part(pool)]
+    parts = [part for value in held_out for part in (value if isinstance(value, tuple) else (value,))]
+    return other_words(word for part in parts if isinstance(part, str) for word in part.split())
+
+
 def training_documents(domain: str, count: int, seed: int) -> Iterator[Document]:
-    """Documents from trained templates with trained and invented values; document i does not depend on `count`."""
-    templates = training_templates(domain)
+    """Documents from trained templates with trained values and other words; document i does not depend on `count`."""
+    templates, other = training_templates(domain), _training_words()
     for i in range(count):
         rng = Random(f"{seed}/{domain}/train/{i}")
-        yield rng.choice(templates)(Slots(rng, invented=INVENTED))
+        yield rng.choice(templates)(Slots(rng, other_words=other))
 
 
 def held_out_draws(domain: str, template: Template, part: HeldOut, seed: int) -> Iterator[Document]:

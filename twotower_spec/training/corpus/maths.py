@@ -89,7 +89,7 @@ def boxes_given_away(s: Slots) -> Document:
 
 def boxes_and_loose(s: Slots) -> Document:
     name, thing, (box, boxes) = s.pick(NAMES), s.pick(THINGS), s.pick(CONTAINERS)
-    count, each, loose = s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    count, each, loose = s.number(2, 12), s.number(2, 12), s.number(2, 12)
     has = f"{name} fills {count} {boxes} and puts {each} {thing} in each {box}."
     more = f"{name} also has {loose} loose {thing}."
     steps = [
@@ -126,7 +126,7 @@ def containers_shared(s: Slots) -> Document:
 
 def some_containers_empty(s: Slots) -> Document:
     thing, (box, boxes), place = s.pick(THINGS), s.pick(CONTAINERS), s.pick(PLACES)
-    count, each = s.number(4, 14), s.number(2, 12)
+    count, each = s.number(4, 12), s.number(2, 12)
     empty = _part(s, count)
     steps = [
         (f"At {place} there are {count} {boxes}, and {empty} are empty.", count, "-", empty, f"# {boxes} are full"),
@@ -150,7 +150,7 @@ def packing_into_containers(s: Slots) -> Document:
 
 def containers_lost_and_found(s: Slots) -> Document:
     name, thing, (_, boxes) = s.pick(NAMES), s.pick(THINGS), s.pick(CONTAINERS)
-    count, each, found = s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    count, each, found = s.number(2, 12), s.number(2, 12), s.number(2, 12)
     lost = _part(s, count * each)
     has = f"{name} keeps {each} {thing} in each of {count} {boxes}."
     steps = [
@@ -163,7 +163,7 @@ def containers_lost_and_found(s: Slots) -> Document:
 
 def gets_and_gives(s: Slots) -> Document:
     (name, friend), thing = s.pick_distinct(NAMES, 2), s.pick(THINGS)
-    has, gets = s.number(2, 20), s.number(2, 20)
+    has, gets = s.number(2, 12), s.number(2, 12)
     given = _part(s, has + gets)
     steps = [
         (f"{name} has {has} {thing} and gets {gets} more {thing}.", has, "+", gets, f"{name} has # {thing} in all"),
@@ -174,7 +174,7 @@ def gets_and_gives(s: Slots) -> Document:
 
 def more_than_a_friend(s: Slots) -> Document:
     (name, friend), thing = s.pick_distinct(NAMES, 2), s.pick(THINGS)
-    has, more = s.number(2, 20), s.number(2, 20)
+    has, more = s.number(2, 12), s.number(2, 12)
     steps = [
         (f"{friend} has {more} more {thing} than {name}.", has, "+", more, f"{friend} has # {thing}"),
         (f"{name} has {has} {thing}.", has + more, "+", has, f"{name} and {friend} have # {thing} in all"),
@@ -185,7 +185,7 @@ def more_than_a_friend(s: Slots) -> Document:
 
 def fewer_than_a_friend(s: Slots) -> Document:
     (name, friend), thing = s.pick_distinct(NAMES, 2), s.pick(THINGS)
-    has = s.number(4, 20)
+    has = s.number(4, 12)
     fewer = _part(s, has)
     steps = [
         (f"{friend} has {fewer} fewer {thing} than {name}.", has, "-", fewer, f"{friend} has # {thing}"),
@@ -208,7 +208,7 @@ def times_as_many(s: Slots) -> Document:
 
 def doubled_collection(s: Slots) -> Document:
     name, thing = s.pick(NAMES), s.pick(THINGS)
-    has, more = s.number(2, 20), s.number(2, 20)
+    has, more = s.number(2, 12), s.number(2, 12)
     first = f"{name} collects {has} {thing} in spring and twice as many in summer."
     then = f"In autumn {name} collects {more} {thing} more than in summer."
     steps = [
@@ -279,7 +279,7 @@ def discount_on_total(s: Slots) -> Document:
 
 def discount_on_each(s: Slots) -> Document:
     name, (good, goods) = s.pick(NAMES), s.pick(GOODS)
-    price, count = s.number(4, 20), s.number(2, 10)
+    price, count = s.number(4, 12), s.number(2, 10)
     off = s.number(max(2, price - 18), price - 2)
     first = f"One {good} costs {price} dollars, but today it is {off} dollars cheaper."
     steps = [
@@ -291,7 +291,7 @@ def discount_on_each(s: Slots) -> Document:
 
 def delivery_fee(s: Slots) -> Document:
     name, (good, goods) = s.pick(NAMES), s.pick(GOODS)
-    count, price, fee = s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    count, price, fee = s.number(2, 12), s.number(2, 12), s.number(2, 12)
     first = f"{name} orders {count} {goods} and every {good} costs {price} dollars."
     steps = [
         (first, count, "*", price, f"the {goods} cost # dollars"),
@@ -301,7 +301,7 @@ def delivery_fee(s: Slots) -> Document:
 
 
 def weekly_saving_and_gift(s: Slots) -> Document:
-    name, weeks, each, gift = s.pick(NAMES), s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    name, weeks, each, gift = s.pick(NAMES), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     steps = [
         (f"{name} saves {each} dollars every week for {weeks} weeks.", each, "*", weeks, f"{name} saves # dollars"),
         (f"Then {name} gets {gift} dollars as a gift.", each * weeks, "+", gift, f"{name} has # dollars now"),
@@ -311,7 +311,7 @@ def weekly_saving_and_gift(s: Slots) -> Document:
 
 def saving_then_spending(s: Slots) -> Document:
     name, good = s.pick(NAMES), s.pick(GOODS)[0]
-    start, months, each = s.number(2, 20), s.number(2, 12), s.number(2, 12)
+    start, months, each = s.number(2, 12), s.number(2, 12), s.number(2, 12)
     saved = start + months * each
     price = _part(s, saved)
     first = f"{name} puts {each} dollars into the bank each month for {months} months."
@@ -350,7 +350,7 @@ def selling_drinks(s: Slots) -> Document:
 
 
 def wages_and_tip(s: Slots) -> Document:
-    name, place, hours, pay, tip = s.pick(NAMES), s.pick(PLACES), s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    name, place, hours, pay, tip = s.pick(NAMES), s.pick(PLACES), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     first = f"{name} works at {place} for {hours} hours and earns {pay} dollars an hour."
     steps = [
         (first, hours, "*", pay, f"{name} earns # dollars"),
@@ -385,7 +385,7 @@ def tickets_for_a_family(s: Slots) -> Document:
 
 def hours_on_the_road(s: Slots) -> Document:
     (start, end), vehicle = s.pick_distinct(PLACES, 2), s.pick(VEHICLES)
-    speed, hours, rest = s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    speed, hours, rest = s.number(2, 12), s.number(2, 12), s.number(2, 12)
     first = f"The {vehicle} goes {speed} miles every hour for {hours} hours."
     steps = [
         (first, speed, "*", hours, f"the {vehicle} goes # miles"),
@@ -406,7 +406,7 @@ def round_trips(s: Slots) -> Document:
 
 
 def passengers_off_and_on(s: Slots) -> Document:
-    vehicle, place, riders, on = s.pick(VEHICLES), s.pick(PLACES), s.number(4, 20), s.number(2, 20)
+    vehicle, place, riders, on = s.pick(VEHICLES), s.pick(PLACES), s.number(4, 12), s.number(2, 12)
     off = _part(s, riders)
     first = f"There are {riders} people on the {vehicle}, and {off} people get off at {place}."
     steps = [
@@ -427,7 +427,7 @@ def empty_seats_on_board(s: Slots) -> Document:
 
 
 def journey_in_stages(s: Slots) -> Document:
-    name, place, a, b, c = s.pick(NAMES), s.pick(PLACES), s.number(2, 20), s.number(2, 20), s.number(2, 20)
+    name, place, a, b, c = s.pick(NAMES), s.pick(PLACES), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     first = f"On day one {name} walks {a} miles and on day two {b} miles."
     steps = [
         (first, a, "+", b, f"{name} walks # miles in two days"),
@@ -438,7 +438,7 @@ def journey_in_stages(s: Slots) -> Document:
 
 def practice_minutes(s: Slots) -> Document:
     (name, friend), sport = s.pick_distinct(NAMES, 2), s.pick(SPORTS)
-    days, each = s.number(2, 9), s.number(4, 20)
+    days, each = s.number(2, 9), s.number(4, 12)
     less = _part(s, days * each)
     first = f"{name} practices {sport} for {each} minutes a day on {days} days."
     then = f"{friend} practices {less} minutes less than {name}."
@@ -450,7 +450,7 @@ def practice_minutes(s: Slots) -> Document:
 
 
 def waiting_for_departure(s: Slots) -> Document:
-    name, vehicle, place, wait = s.pick(NAMES), s.pick(VEHICLES), s.pick(PLACES), s.number(8, 20)
+    name, vehicle, place, wait = s.pick(NAMES), s.pick(VEHICLES), s.pick(PLACES), s.number(8, 14)
     walk = s.number(2, wait - 4)
     shop = _part(s, wait - walk)
     first = f"The {vehicle} leaves in {wait} minutes, and {name} walks {walk} minutes to {place}."
@@ -520,7 +520,7 @@ def half_of_baking_sold(s: Slots) -> Document:
 
 
 def pouring_drinks(s: Slots) -> Document:
-    name, drink, jugs, each, extra = s.pick(NAMES), s.pick(DRINKS), s.number(2, 9), s.number(2, 9), s.number(2, 20)
+    name, drink, jugs, each, extra = s.pick(NAMES), s.pick(DRINKS), s.number(2, 9), s.number(2, 9), s.number(2, 12)
     first = f"{name} makes {jugs} jugs of {drink} and fills {each} glasses from each jug."
     steps = [
         (first, jugs, "*", each, "there are # glasses"),
@@ -599,7 +599,7 @@ def points_in_a_test(s: Slots) -> Document:
 
 
 def words_learned(s: Slots) -> Document:
-    name, words, days, known = s.pick(NAMES), s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    name, words, days, known = s.pick(NAMES), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     steps = [
         (f"{name} learns {words} new words a day for {days} days.", words, "*", days, f"{name} learns # words"),
         (f"Before that {name} knew {known} words.", words * days, "+", known, f"{name} knows # words in all"),
@@ -663,7 +663,7 @@ def third_of_the_harvest(s: Slots) -> Document:
 
 
 def animals_in_pens(s: Slots) -> Document:
-    name, animals, pens, each, more = s.pick(NAMES), s.pick(ANIMALS), s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    name, animals, pens, each, more = s.pick(NAMES), s.pick(ANIMALS), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     first = f"The farm of {name} has {pens} pens with {each} {animals} in each pen."
     steps = [
         (first, pens, "*", each, f"there are # {animals} in the pens"),
@@ -673,7 +673,7 @@ def animals_in_pens(s: Slots) -> Document:
 
 
 def animals_sold_and_bought(s: Slots) -> Document:
-    name, animals, place, has, bought = s.pick(NAMES), s.pick(ANIMALS), s.pick(PLACES), s.number(4, 20), s.number(2, 20)
+    name, animals, place, has, bought = s.pick(NAMES), s.pick(ANIMALS), s.pick(PLACES), s.number(4, 12), s.number(2, 12)
     sold = _part(s, has)
     first = f"{name} owns {has} {animals} and sells {sold} {animals} near {place}."
     steps = [
@@ -693,7 +693,7 @@ def feeding_animals(s: Slots) -> Document:
 
 
 def fence_around(s: Slots) -> Document:
-    name, ground, length, width = s.pick(NAMES), s.pick(GROUNDS), s.number(2, 20), s.number(2, 20)
+    name, ground, length, width = s.pick(NAMES), s.pick(GROUNDS), s.number(2, 12), s.number(2, 12)
     first = f"The {ground} of {name} is {length} meters long and {width} meters wide."
     steps = [
         (first, length, "+", width, "one long and one short side are # meters"),
@@ -747,7 +747,7 @@ def ribbon_cut(s: Slots) -> Document:
 
 
 def older_in_total(s: Slots) -> Document:
-    (name, friend), age, older = s.pick_distinct(NAMES, 2), s.number(2, 20), s.number(2, 20)
+    (name, friend), age, older = s.pick_distinct(NAMES, 2), s.number(2, 12), s.number(2, 12)
     steps = [
         (f"{friend} is {older} years older than {name}.", age, "+", older, f"{friend} is # years old"),
         (f"{name} is {age} years old.", age + older, "+", age, f"{name} and {friend} are # years old in all"),
@@ -757,7 +757,7 @@ def older_in_total(s: Slots) -> Document:
 
 
 def age_after_years(s: Slots) -> Document:
-    (name, friend), age, times, later = s.pick_distinct(NAMES, 2), s.number(2, 12), s.number(2, 5), s.number(2, 20)
+    (name, friend), age, times, later = s.pick_distinct(NAMES, 2), s.number(2, 12), s.number(2, 5), s.number(2, 12)
     first = f"{name} is {age} years old and {friend} is {times} times as old."
     then = f"{name} and {friend} meet again after {later} years."
     steps = [
@@ -768,7 +768,7 @@ def age_after_years(s: Slots) -> Document:
 
 
 def younger_twice(s: Slots) -> Document:
-    (name, friend, third), age = s.pick_distinct(NAMES, 3), s.number(2, 20)
+    (name, friend, third), age = s.pick_distinct(NAMES, 3), s.number(2, 12)
     younger = _part(s, age * 2)
     steps = [
         (f"{friend} is twice as old as {name}.", age, "*", 2, f"{friend} is # years old"),
@@ -779,7 +779,7 @@ def younger_twice(s: Slots) -> Document:
 
 
 def age_of_a_building(s: Slots) -> Document:
-    (place, other), age, older, later = s.pick_distinct(PLACES, 2), s.number(2, 20), s.number(2, 20), s.number(2, 20)
+    (place, other), age, older, later = s.pick_distinct(PLACES, 2), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     steps = [
         (f"The town built {place} {older} years before {other}.", age, "+", older, f"{place} is # years old"),
         (f"A feast is planned in {later} years.", age + older, "+", later, f"{place} is # years old at the feast"),
@@ -823,7 +823,7 @@ def players_split_into_teams(s: Slots) -> Document:
 
 
 def seats_in_a_hall(s: Slots) -> Document:
-    place, rows, each, chairs = s.pick(PLACES), s.number(2, 12), s.number(2, 12), s.number(2, 20)
+    place, rows, each, chairs = s.pick(PLACES), s.number(2, 12), s.number(2, 12), s.number(2, 12)
     seats = rows * each + chairs
     guests = _part(s, seats)
     first = f"For a concert at {place} there are {rows} rows of {each} seats."
@@ -858,7 +858,7 @@ def machine_output(s: Slots) -> Document:
 
 
 def tank_filled_and_leaking(s: Slots) -> Document:
-    drink, fill, minutes = s.pick(DRINKS), s.number(4, 14), s.number(2, 10)
+    drink, fill, minutes = s.pick(DRINKS), s.number(4, 12), s.number(2, 10)
     leak = _part(s, fill)
     first = f"A pipe puts {fill} liters of {drink} into a tank each minute, and {leak} liters leak out."
     steps = [
@@ -870,7 +870,7 @@ def tank_filled_and_leaking(s: Slots) -> Document:
 
 def two_workers(s: Slots) -> Document:
     (name, friend), thing = s.pick_distinct(NAMES, 2), s.pick(THINGS)
-    a, b, hours, ready = s.number(2, 9), s.number(2, 9), s.number(2, 9), s.number(2, 20)
+    a, b, hours, ready = s.number(2, 9), s.number(2, 9), s.number(2, 9), s.number(2, 12)
     first = f"In one hour {name} paints {a} {thing} and {friend} paints {b} {thing}."
     last = f"Before that {ready} {thing} were painted."
     steps = [

@@ -11,35 +11,8 @@ Value = TypeVar("Value")
 
 # The last fifth of every pool of values is kept out of training.
 HELD_OUT_SHARE = 5
-# Syllables of invented words.
-CONSONANTS = (
-    "b",
-    "br",
-    "c",
-    "ch",
-    "d",
-    "dr",
-    "f",
-    "g",
-    "gr",
-    "h",
-    "j",
-    "k",
-    "l",
-    "m",
-    "n",
-    "p",
-    "pl",
-    "r",
-    "s",
-    "st",
-    "t",
-    "tr",
-    "v",
-    "w",
-)
-VOWELS = ("a", "e", "i", "o", "u", "ai", "ee", "ou")
-ENDINGS = ("", "l", "n", "nd", "r", "rt", "t", "x")
+# Share of the words of a document that come from other words than the pools, where there are any.
+OTHER_WORDS_SHARE = 0.35
 
 
 @dataclass(frozen=True)
@@ -66,12 +39,11 @@ class Slots:
     Args:
         rng: private generator; the only source of randomness of a template.
         held_out: choose from the held-out fifth of every pool instead of from the rest.
-        invented: share of the words that are made up. A model that meets new words all the time has to copy them from
-            the prompt; one that only meets those of the pools learns the pools instead.
+        other_words: where given, they take the place of a share of the pools' words.
     """
 
-    def __init__(self, rng: Random, held_out: bool = False, invented: float = 0.0) -> None:
-        self._rng, self._held_out, self._invented = rng, held_out, invented
+    def __init__(self, rng: Random, held_out: bool = False, other_words: Sequence[str] = ()) -> None:
+        self._rng, self._held_out, self._other_words = rng, held_out, other_words
 
     def pick(self, pool: Sequence[Value]) -> Value:
         """One value of a pool."""
@@ -86,31 +58,35 @@ class Slots:
         return self._rng.randint(low, high)
 
     def _vary(self, value: Value) -> Value:
-        """The value, or an invented one of its form."""
-        if self._invented and self._rng.random() < self._invented:
+        """The value, or another word in its form."""
+        if self._other_words and self._rng.random() < OTHER_WORDS_SHARE:
+            word = self._rng.choice(self._other_words)
             if isinstance(value, str):
-                return self._like(value)  # type: ignore[return-value]
-            if isinstance(value, tuple) and all(isinstance(word, str) for word in value):
+                return _in_place_of(value, word)  # type: ignore[return-value]
+            if isinstance(value, tuple) and all(isinstance(form, str) for form in value):
                 stem = min(value, key=len)
-                if all(word.startswith(stem) for word in value):  # singular and plural, verb and past
-                    made_up = self._like(stem, plural=False)
-                    return tuple(made_up + word[len(stem) :] for word in value)  # type: ignore[return-value]
+                if all(form.startswith(stem) for form in value):  # singular and plural, verb and past
+                    return tuple(word + form[len(stem) :] for form in value)  # type: ignore[return-value]
         return value
 
-    def _like(self, value: str, plural: bool = True) -> str:
-        """A made-up word in place of the last one of `value`, capitalised and in plural as that."""
-        before, space, word = value.rpartition(" ")
-        if not word.isalpha():
-            return value
-        made_up = "".join(
-            self._rng.choice(CONSONANTS) + self._rng.choice(VOWELS) for _ in range(self._rng.randint(2, 3))
-        ) + self._rng.choice(ENDINGS)
-        made_up += "s" if plural and word.endswith("s") else ""
-        return before + space + (made_up.capitalize() if word[0].isupper() else made_up)
-
     def _allowed(self, pool: Sequence[Value]) -> Sequence[Value]:
-        start = len(pool) - max(len(pool) // HELD_OUT_SHARE, 1)
-        return pool[start:] if self._held_out else pool[:start]
+        held_out = held_out_part(pool)
+        return held_out if self._held_out else pool[: -len(held_out)]
+
+
+def held_out_part(pool: Sequence[Value]) -> Sequence[Value]:
+    """The values of a pool that training never sees."""
+    return pool[len(pool) - max(len(pool) // HELD_OUT_SHARE, 1) :]
+
+
+def _in_place_of(value: str, word: str) -> str:
+    """The word in place of the last one of `value`, capitalised and in plural as that."""
+    before, space, last = value.rpartition(" ")
+    if not last.isalpha():
+        return value
+    if last.endswith("s") and not word.endswith("s"):
+        word += "s"
+    return before + space + (word.capitalize() if last[0].isupper() else word)
 
 
 Template = Callable[[Slots], Document]
