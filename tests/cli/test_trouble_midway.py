@@ -62,7 +62,7 @@ def test_directory_as_output_is_refused(command: Command, tmp_path: Path) -> Non
 def test_interrupt_says_how_to_go_on_and_the_next_start_adds_the_others(command: Command, tmp_path: Path) -> None:
     file, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
     # Long enough to be interrupted: the rows so far are counted while it runs.
-    args = [*map(str, BASE[:-1]), "40", *prompts(20), "--output"]
+    args = [*map(str, BASE[:-1]), "200", *prompts(20), "--output"]
     installed = Path(sys.executable).with_name("twotower-spec")
     process = subprocess.Popen([installed, *args, str(file)], stderr=subprocess.PIPE, text=True)
     while not (file.exists() and file.read_bytes().count(b"\n") >= 3):

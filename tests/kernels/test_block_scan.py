@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tolerances import FLOAT32_OP, FLOAT64
-from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
+from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan, sequence_scan
 from twotower_kernels.block_scan.reference import block_scan_reference
 
 HEADS, HEAD_DIM, GROUPS, STATE = 6, 3, 2, 5
@@ -77,6 +77,20 @@ def test_replay_of_any_prefix_equals_scanning_it(num_tokens: int) -> None:
         states = replay_scan(u, delta, conv, ssm, weights, torch.tensor([accepted]))
         expected = block_scan_reference(u[:, :accepted], delta[:, :accepted], conv, ssm, weights)[1:]
         assert_all_close(states, expected, FLOAT64)
+
+
+@pytest.mark.parametrize("taps", [1, 2, 4, 6])
+@pytest.mark.parametrize(("block_size", "num_blocks"), [(1, 7), (2, 5), (3, 1), (16, 6)])
+def test_a_sequence_keeps_the_states_that_its_blocks_start_from(block_size: int, num_blocks: int, taps: int) -> None:
+    u, delta, conv, ssm, weights = inputs(3, block_size * num_blocks, taps)
+    y, convs, ssms = sequence_scan(u, delta, conv, ssm, weights, block_size)
+    assert_all_close((y,), block_scan_reference(u, delta, conv, ssm, weights)[:1], FLOAT64)
+    assert convs.shape[:2] == ssms.shape[:2] == (3, num_blocks)
+    for block in range(1, num_blocks):
+        before = block * block_size
+        expected = block_scan_reference(u[:, :before], delta[:, :before], conv, ssm, weights)[1:]
+        assert_all_close((convs[:, block], ssms[:, block]), expected, FLOAT64)
+    assert_all_close((convs[:, 0], ssms[:, 0]), (conv, ssm), FLOAT64)
 
 
 def test_inputs_are_left_alone() -> None:

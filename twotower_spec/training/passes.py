@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_kernels.block_scan import ScanWeights, block_scan
+from twotower_kernels.block_scan import ScanWeights, block_scan, sequence_scan
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 
 
@@ -55,21 +55,11 @@ class RecordingPass:
     values: dict[int, Tensor] = field(default_factory=dict)
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
-        """Runs a Mamba layer block after block; see `Prefix.scan`."""
+        """Runs a Mamba layer over the sequences; see `Prefix.scan`."""
         conv, ssm = empty_state(self.config, u)
-        outputs, convs, ssms = [], [], []
-        for u_block, delta_block in zip(
-            u.split(self.block_size, dim=1), delta.split(self.block_size, dim=1), strict=True
-        ):
-            y, new_conv, new_ssm = block_scan(u_block, delta_block, conv, ssm, weights)
-            assert new_conv is not None and new_ssm is not None
-            conv, ssm = new_conv, new_ssm
-            outputs.append(y)
-            convs.append(conv)
-            ssms.append(ssm)
-        self.conv[layer] = torch.stack(convs[:-1], dim=1).flatten(0, 1)
-        self.ssm[layer] = torch.stack(ssms[:-1], dim=1).flatten(0, 1)
-        return torch.cat(outputs, dim=1)
+        y, histories, states = sequence_scan(u, delta, conv, ssm, weights, self.block_size)
+        self.conv[layer], self.ssm[layer] = histories[:, 1:].flatten(0, 1), states[:, 1:].flatten(0, 1)
+        return y
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attends causally; see `Prefix.attend`."""

@@ -68,11 +68,35 @@ def block_scan(
     if u.shape[1] == 1:
         y, new_ssm = _one_token(x, b, c, step, ssm_state, weights)
     else:
-        y, new_ssm = _chunked(x, b, c, step, ssm_state, weights, want_output=True, want_state=return_state)
+        chunk = min(u.shape[1], SCAN_CHUNK)
+        y, states = _chunked(x, b, c, step, ssm_state, weights, chunk, want_output=True, want_state=return_state)
+        new_ssm = states[-1]
     y = torch.addcmul(y, x, weights.d.to(y.dtype)[:, None]).flatten(2)
     if not return_state:
         return y, None, None
     return y, _last_inputs(window, conv_state.shape[1], query_lens), new_ssm
+
+
+def sequence_scan(
+    u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights, block_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Runs whole sequences of blocks, and keeps the states that every block starts from.
+
+    Args:
+        u, delta, conv_state, ssm_state, weights: as `block_scan`.
+        block_size: divides num_tokens.
+
+    Returns:
+        Output as `block_scan`, and the convolution and SSM states at the start of every block,
+        [num_reqs, num_blocks, ...].
+    """
+    _check(u, delta, conv_state, ssm_state, weights)
+    window = torch.cat([conv_state, u], dim=1)
+    x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, None)
+    y, states = _chunked(x, b, c, step, ssm_state, weights, chunk=block_size, want_output=True, want_state=False)
+    y = torch.addcmul(y, x, weights.d.to(y.dtype)[:, None]).flatten(2)
+    histories = window.unfold(1, conv_state.shape[1], block_size)[:, : len(states)].transpose(2, 3)
+    return y, histories, torch.stack(states, dim=1)
 
 
 def replay_scan(
@@ -95,8 +119,9 @@ def replay_scan(
     _check(u, delta, conv_state, ssm_state, weights)
     window = torch.cat([conv_state, u], dim=1)
     x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, num_accepted)
-    _, new_ssm = _chunked(x, b, c, step, ssm_state, weights, want_output=False, want_state=True)
-    return _last_inputs(window, conv_state.shape[1], num_accepted), new_ssm
+    chunk = min(u.shape[1], SCAN_CHUNK)
+    _, states = _chunked(x, b, c, step, ssm_state, weights, chunk, want_output=False, want_state=True)
+    return _last_inputs(window, conv_state.shape[1], num_accepted), states[-1]
 
 
 def _check(u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights) -> None:
@@ -179,14 +204,18 @@ def _chunked(
     step: Tensor,
     ssm_state: Tensor,
     weights: ScanWeights,
+    chunk: int,
     want_output: bool,
     want_state: bool,
-) -> tuple[Tensor, Tensor]:
-    """All chunks at once: inside a chunk a masked matrix product, between chunks the carried state."""
+) -> tuple[Tensor, list[Tensor]]:
+    """All chunks at once: inside a chunk a masked matrix product, between chunks the carried state.
+
+    Returns:
+        Output, and the states at the start of every chunk; with `want_state` that after the last one too.
+    """
     num_reqs, num_tokens, heads, head_dim = x.shape
     groups, state_size = b.shape[2:]
     per_group = heads // groups
-    chunk = min(num_tokens, SCAN_CHUNK)
     padding = -num_tokens % chunk
     if padding:
         x, b, c = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, b, c))
@@ -210,12 +239,11 @@ def _chunked(
         ends = torch.matmul(driven, b)
         carry = torch.exp(log_decay[..., -1]).to(step.dtype).repeat_interleave(head_dim, dim=2)
         carry = carry.view(num_reqs, num_chunks, groups, -1, 1)
-        for k in range(num_chunks):
-            state = torch.addcmul(ends[:, k], starts[-1], carry[:, k])
-            starts.append(state)
-    final_state = state.view_as(ssm_state)
+        for k in range(num_chunks if want_state else num_chunks - 1):
+            starts.append(torch.addcmul(ends[:, k], starts[-1], carry[:, k]))
+    states = [state.view_as(ssm_state) for state in starts]
     if not want_output:
-        return x, final_state
+        return x, states
 
     # [r, k, h, t, t']: how much of token t' is left at token t. Masked before exp, which overflows above the diagonal.
     gap = log_decay[..., :, None] - log_decay[..., None, :]
@@ -229,4 +257,4 @@ def _chunked(
     carried = torch.matmul(c, start.transpose(-1, -2))  # [r, k, g, t, per_group * p]
     carried = carried.unflatten(-1, (per_group, head_dim)).transpose(3, 4).flatten(2, 3)
     y = torch.addcmul(inside, carried, torch.exp(log_decay).to(step.dtype)[..., None])
-    return y.transpose(2, 3).reshape(num_reqs, -1, heads, head_dim)[:, :num_tokens], final_state
+    return y.transpose(2, 3).reshape(num_reqs, -1, heads, head_dim)[:, :num_tokens], states
