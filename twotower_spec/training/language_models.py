@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
 
 from twotower_spec.training.loop import StepLoss
@@ -50,11 +49,6 @@ def _initialise_(model: PreTrainedModel, seed: int) -> None:
     model.tie_weights()
     rotary = model.model.rotary_emb
     model.model.rotary_emb = type(rotary)(model.config)
-
-
-def language_model_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Weights under their published names, tied ones once."""
-    yield from model.named_parameters()
 
 
 class NextTokenLoss:

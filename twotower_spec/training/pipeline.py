@@ -121,7 +121,7 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
             initializer=_share_cores,
             initargs=(max(1, cores // min(len(stages_now), num_processes)) if stages_now else cores,),
         ) as pool:
-            futures = {stage: pool.submit(_run, job, stage) for stage in stages_now}
+            futures = {stage: pool.submit(job.run, stage) for stage in stages_now}
             try:
                 _watch(workspace, futures)
             except BaseException:
@@ -130,10 +130,6 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
                 raise
             results.extend(future.result() for future in futures.values())
     return results
-
-
-def _run(job: Job, stage: str) -> Path:
-    return job.run(stage)
 
 
 def _share_cores(threads: int) -> None:

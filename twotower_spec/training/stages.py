@@ -18,7 +18,6 @@ from twotower_spec.towers.backbone import Backbone
 from twotower_spec.training.language_models import (
     NextTokenLoss,
     build_language_model,
-    language_model_tensors,
     save_language_model,
 )
 from twotower_spec.training.loop import Loss
@@ -70,7 +69,7 @@ def _train_language_model(workspace: Workspace, name: str, recipe: LanguageModel
     tokenizer = workspace.tokenizer()
     model = build_language_model(recipe.model, workspace.vocab_size(), tokenizer, workspace.recipe.seed + SEEDS[name])
     model.to(device)  # type: ignore[arg-type]
-    optimiser = Optimiser(model, language_model_tensors(model), recipe.training)
+    optimiser = Optimiser(model, model.named_parameters(), recipe.training)
     _train(workspace, name, recipe.training, NextTokenLoss(model), optimiser, model, device, None, asdict(recipe.model))
     place = workspace.directory / name
     save_language_model(model, tokenizer, place)
