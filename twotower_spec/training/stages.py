@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -31,6 +33,8 @@ from twotower_spec.training.workspace import VERIFIER_SAMPLES, Workspace
 
 # Tokenizer training sees at most this much of every source.
 TOKENIZER_CHARACTERS = 4_000_000
+# torch.compile builds its code for a CPU with one of these.
+CPP_COMPILERS = ("g++", "clang++", "c++")
 # Every run draws its batches from a stream of its own.
 SEEDS = {"verifier": 1, "context": 2, "context-distilled": 3, "denoiser": 4, "draft": 5}
 
@@ -165,6 +169,15 @@ def train_denoiser_stage(workspace: Workspace, device: torch.device) -> Path:
     return place
 
 
+def can_compile(device: torch.device) -> bool:
+    """Whether torch.compile works for a device; says what is missing if it does not."""
+    if device.type != "cpu" or any(map(shutil.which, CPP_COMPILERS)):
+        return True
+    missing = f"compile = true needs a C++ compiler ({', '.join(CPP_COMPILERS)}); going on uncompiled"
+    Console(stderr=True).print(missing)
+    return False
+
+
 @torch.no_grad()
 def start_denoiser_from_context_(model: TwoTowerModel, context: TwoTowerModel) -> None:
     """Copies the context tower into both towers; the time conditioning starts without any effect."""
@@ -196,7 +209,7 @@ def _train(
     *inputs: object,
 ) -> None:
     module.train()
-    if training.compile:
+    if training.compile and can_compile(device):
         module.compile()
     run = workspace.run(name, training, *inputs)
     run.describe(workspace.mixture_weights(training), workspace.recipe.seed, [path.name for path in workspace.texts])

@@ -54,6 +54,10 @@ TREATS = _pairs(
 COLORS = _words("red blue green yellow white black brown pink purple gray silver gold")
 GROUNDS = _words("garden field yard room hall park meadow court terrace playground")
 
+# Words of the steps, each other than the last one's: a text that says the same over and over is drafted too easily.
+NUMBERS = ("one", "two", "three", "four")
+CONJUNCTIONS = ("so", "thus", "therefore", "hence")
+
 # A sentence of the question, a calculation (number, operator, number) and what its result # means.
 Step = tuple[str, int, str, int, str]
 
@@ -62,10 +66,10 @@ def _solve(steps: list[Step], ask: str, unit: str, story: str = "") -> Document:
     """A problem whose story is the sentences of its steps, unless told in another order."""
     story = story or " ".join(dict.fromkeys(step[0] for step in steps))
     completion, result = " Let's work it out step by step.\n", 0
-    for i, (sentence, a, op, b, conclusion) in enumerate(steps, 1):
+    for number, so, (sentence, a, op, b, conclusion) in zip(NUMBERS, CONJUNCTIONS, steps, strict=False):
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a // b}[op]
-        so = conclusion.replace("#", str(result))
-        completion += f"Step {i}: {sentence} {a} {op} {b} = {result}, so {so}.\n"
+        concluded = conclusion.replace("#", str(result))
+        completion += f"Step {number}: {sentence} {a} {op} {b} = {result}, {so} {concluded}.\n"
     return Document(f"Question: {story} {ask}\nAnswer:", f"{completion}The answer is {result} {unit}.\n")
 
 

@@ -132,26 +132,27 @@ def dict_store(s: Slots) -> Document:
         """Keeps $nouns by $field."""
 
         def __init__(self):
-            self.$nouns = {}
+            self.items = {}
 
         def add_$noun(self, $field, $noun):
             """Add a $noun under its $field."""
-            if $field in self.$nouns:
+            if $field in self.items:
                 raise KeyError($field)
-            self.$nouns[$field] = $noun
+            self.items[$field] = $noun
 
-        def get_$noun(self, $field):
-            """Return the $noun with the given $field."""
-            if $field not in self.$nouns:
-                raise ValueError(f"unknown $noun: {$field}")
-            return self.$nouns[$field]
+        def get_$noun(self, key):
+            """Look one up."""
+            try:
+                return self.items[key]
+            except KeyError as error:
+                raise ValueError(f"unknown $field: {key}") from error
 
         def remove_$noun(self, $field):
-            """Remove and return the $noun with the given $field."""
-            return self.$nouns.pop($field)
+            """Take it out and return it."""
+            return self.items.pop($field)
 
         def __len__(self):
-            return len(self.$nouns)
+            return len(self.items)
     ''',
     )
 
@@ -332,25 +333,24 @@ def stock_inventory(s: Slots) -> Document:
         """Keeps the amount of each $noun."""
 
         def __init__(self):
-            self.$nouns = {}
+            self.amounts = {}
 
         def put(self, name, amount):
             """Put an amount of a $noun into the $holder."""
             if amount <= 0:
                 raise ValueError(f"bad amount: {amount}")
-            self.$nouns[name] = self.$nouns.get(name, 0) + amount
+            self.amounts[name] = self.amounts.get(name, 0) + amount
 
-        def take(self, name, amount):
-            """Take an amount of a $noun out of the $holder."""
-            if name not in self.$nouns:
-                raise ValueError(f"unknown $noun: {name}")
-            if self.$nouns[name] < amount:
+        def take(self, name, count):
+            """Take some out again."""
+            left = self.amounts[name] - count
+            if left < 0:
                 raise ValueError(f"not enough $nouns: {name}")
-            self.$nouns[name] -= amount
+            self.amounts[name] = left
 
         def missing(self):
-            """Return the names of the $nouns that are used up."""
-            return [name for name, amount in self.$nouns.items() if amount == 0]
+            """Return which $nouns are used up."""
+            return [name for name, left in self.amounts.items() if left == 0]
     ''',
     )
 
@@ -366,21 +366,21 @@ def unique_set(s: Slots) -> Document:
         """Keeps the names of $past $nouns."""
 
         def __init__(self):
-            self.$past = set()
+            self.seen = set()
 
         def $verb(self, name):
             """Note that a $noun was $past."""
-            if name in self.$past:
-                raise ValueError(f"$noun already $past: {name}")
-            self.$past.add(name)
+            if name in self.seen:
+                raise ValueError(f"already $past: {name}")
+            self.seen.add(name)
 
-        def was_$past(self, name):
-            """Return whether the $noun was $past."""
-            return name in self.$past
+        def was_$past(self, $noun):
+            """Return whether it is noted."""
+            return $noun in self.seen
 
         def remaining(self, names):
-            """Return the names of the $nouns not $past yet."""
-            return [name for name in names if name not in self.$past]
+            """List all that are left."""
+            return sorted(set(names) - self.seen)
     ''',
     )
 
@@ -395,20 +395,21 @@ def undo_history(s: Slots) -> Document:
     ====
         """Remembers each $field of a $noun."""
 
-        def __init__(self, $field):
-            self.$field = $field
+        def __init__(self, first):
+            self.current = first
             self.done = []
 
         def change(self, $field):
-            """Give the $noun a new $field."""
-            self.done.append(self.$field)
-            self.$field = $field
+            """Give the $noun another $field."""
+            self.done.append(self.current)
+            self.current = $field
 
         def undo(self):
-            """Go back to the $field before."""
+            """Go back by one step."""
             if not self.done:
                 raise ValueError("nothing to undo")
-            self.$field = self.done.pop()
+            self.current = self.done.pop()
+            return self.current
 
         def __len__(self):
             return len(self.done)
@@ -701,18 +702,16 @@ def filter_dicts(s: Slots) -> Document:
         return result
 
 
-    def filter_by_$num($nouns, low, high):
-        """Return the $nouns with a $num from low to high."""
-        result = []
-        for $noun in $nouns:
-            if low <= $noun["$num"] <= high:
-                result.append($noun)
-        return result
+    def filter_by_$num(rows, low, high):
+        """Keep rows whose $num is from low to high."""
+        return [row for row in rows if low <= row["$num"] <= high]
 
 
-    def without_$field($nouns):
-        """Return the $nouns that have no $field."""
-        return [$noun for $noun in $nouns if not $noun.get("$field")]
+    def without_$field(items):
+        """Yield all items that have no $field."""
+        for item in items:
+            if not item.get("$field"):
+                yield item
     ''',
     )
 
@@ -793,20 +792,17 @@ def sum_dicts(s: Slots) -> Document:
         return totals
 
 
-    def total_$num($nouns):
-        """Return the total $num of all $nouns."""
-        total = 0
-        for $noun in $nouns:
-            total += $noun["$num"]
-        return total
+    def total_$num(rows):
+        """Add up everything."""
+        return sum(row["$num"] for row in rows)
 
 
-    def share_by_$field($nouns):
-        """Return the share of each $field in the total $num."""
-        total = total_$num($nouns)
-        if total == 0:
-            raise ValueError("the total $num is zero")
-        return {$field: part / total for $field, part in sum_by_$field($nouns).items()}
+    def shares($nouns):
+        """Say which part of the whole belongs to each $field."""
+        whole = total_$num($nouns)
+        if whole == 0:
+            raise ValueError("there is no $num")
+        return {key: part / whole for key, part in sum_by_$field($nouns).items()}
     ''',
     )
 
@@ -1041,16 +1037,17 @@ def validate_code(s: Slots) -> Document:
         return len(number) == DIGITS and number.isdigit()
 
 
-    def parse_${noun}_code(code):
-        """Return the number in the code of a $noun."""
-        if not is_${noun}_code(code):
-            raise ValueError(f"bad code: {code}")
-        return int(code[len(PREFIX) :])
+    def parse_code(text):
+        """Read the number of one $noun."""
+        if is_${noun}_code(text):
+            return int(text.removeprefix(PREFIX))
+        raise ValueError(f"bad code: {text}")
 
 
-    def make_${noun}_code(number):
-        """Return the code of the $noun with the given number."""
-        return PREFIX + str(number).zfill(DIGITS)
+    def make_code(number):
+        """Write a code for the given number."""
+        digits = str(number).zfill(DIGITS)
+        return PREFIX + digits
     ''',
     )
 
@@ -1156,21 +1153,20 @@ def average_values(s: Slots) -> Document:
         return sum(values) / len(values)
 
 
-    def median_$num(values):
-        """Return the median $num."""
-        if not values:
-            raise ValueError("no $nouns")
-        ordered = sorted(values)
-        middle = len(ordered) // 2
-        if len(ordered) % 2 == 1:
+    def median_$num(numbers):
+        """Find the middle one of all numbers."""
+        ordered = sorted(numbers)
+        middle, odd = divmod(len(ordered), 2)
+        if odd:
             return ordered[middle]
-        return (ordered[middle - 1] + ordered[middle]) / 2
+        low, high = ordered[middle - 1 : middle + 1]
+        return (low + high) / 2
 
 
     def spread_of_$num(values):
-        """Return the average distance from the average $num."""
+        """Say how far values are from their average."""
         average = average_$num(values)
-        return sum(abs(value - average) for value in values) / len(values)
+        return max(abs(value - average) for value in values)
     ''',
     )
 
@@ -1259,20 +1255,20 @@ def convert_units(s: Slots) -> Document:
         return $big * FACTOR
 
 
-    def ${small}_to_$big($small):
-        """Return the number of $big."""
-        return $small / FACTOR
+    def ${small}_to_$big(amount):
+        """Convert in the other direction."""
+        return amount / FACTOR
 
 
-    def split_$small($small):
-        """Return the whole $big and the $small left over."""
-        return divmod($small, FACTOR)
+    def split(total):
+        """Divide a total of $small into whole $big and a rest."""
+        return divmod(total, FACTOR)
 
 
-    def format_$small($small):
-        """Return the $small as text."""
-        $big, rest = split_$small($small)
-        return f"{$big} $big {rest} $small"
+    def show(total):
+        """Format the total as text."""
+        whole, rest = split(total)
+        return f"{whole} $big {rest} $small"
     ''',
     )
 
@@ -1422,17 +1418,17 @@ def log_file(s: Slots) -> Document:
             self.path = path
 
         def write(self, $noun):
-            """Add a line for one $past $noun."""
+            """Add one line at the end."""
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(f"$past {$noun}\\n")
 
         def read(self):
             """Return all lines of the log."""
-            with open(self.path, encoding="utf-8") as file:
-                return [line.strip() for line in file]
+            text = self.path.read_text()
+            return text.splitlines()
 
         def last(self, count=$n):
-            """Return the last lines of the log."""
+            """Show the newest lines only."""
             if count < 1:
                 raise ValueError(f"bad count: {count}")
             return self.read()[-count:]
@@ -1643,25 +1639,24 @@ def rollback_manager(s: Slots) -> Document:
         """Restores the $nouns after an error."""
 
         def __init__(self, $nouns):
-            self.$nouns = $nouns
+            self.current = $nouns
             self.before = None
 
         def __enter__(self):
-            self.before = dict(self.$nouns)
+            self.before = dict(self.current)
             return self
 
         def __exit__(self, kind, error, trace):
             if kind is not None:
-                self.$nouns.clear()
-                self.$nouns.update(self.before)
-            self.before = None
+                self.current.clear()
+                self.current.update(self.before)
             return False
 
         def set(self, name, $noun):
-            """Change the $noun with the given name."""
-            if name not in self.$nouns:
+            """Change one of the $nouns."""
+            if name not in self.current:
                 raise ValueError(f"unknown $noun: {name}")
-            self.$nouns[name] = $noun
+            self.current[name] = $noun
     ''',
     )
 
@@ -1856,29 +1851,26 @@ def error_classes(s: Slots) -> Document:
     ====
         """An error with a $noun."""
 
+        def __init__(self, $noun, reason):
+            super().__init__(f"{reason}: {$noun}")
+            self.reason = reason
+
 
     class Unknown$Field(${Noun}Error):
         """There is no such $field."""
 
-        def __init__(self, $field):
-            super().__init__(f"unknown $field: {$field}")
-            self.$field = $field
 
-
-    class Bad$Num(${Noun}Error):
+    class Bad$Num(ValueError):
         """The $num is too high."""
 
-        def __init__(self, $num):
-            super().__init__(f"bad $num: {$num}")
-            self.$num = $num
 
-
-    def check_$noun($noun, known):
-        """Raise an error if the $noun is not valid."""
-        if $noun["$field"] not in known:
-            raise Unknown$Field($noun["$field"])
-        if $noun["$num"] > $m:
-            raise Bad$Num($noun["$num"])
+    def check_$noun(item, known):
+        """Raise an error if something is wrong."""
+        if item["$field"] not in known:
+            raise Unknown$Field(item, "unknown $field")
+        limit = $m
+        if item["$num"] > limit:
+            raise Bad$Num(f"above {limit}")
     ''',
     )
 
@@ -1939,15 +1931,18 @@ def test_of_store(s: Slots) -> Document:
             self.store.add_$noun("$name", 1)
 
         def test_get(self):
-            self.assertEqual(self.store.get_$noun("$name"), 1)
+            found = self.store.get_$noun("$name")
+            self.assertEqual(found, 1)
 
-        def test_remove(self):
-            self.store.remove_$noun("$name")
-            self.assertEqual(len(self.store), 0)
+        def test_removal(self):
+            other = ${Noun}Store()
+            other.add_$noun("$friend", 2)
+            assert other.remove_$noun("$friend") == 2
+            assert len(other) == 0
 
         def test_unknown(self):
             with self.assertRaises(ValueError):
-                self.store.get_$noun("$friend")
+                self.store.get_$noun("nobody")
 
 
     if __name__ == "__main__":
@@ -1976,12 +1971,14 @@ def test_of_filter(s: Slots) -> Document:
             self.$nouns = [FIRST, SECOND]
 
         def test_filter_first(self):
-            self.assertEqual(filter_by_$field(self.$nouns, "$state"), [FIRST])
+            result = filter_by_$field(self.$nouns, "$state")
+            self.assertEqual(result, [FIRST])
 
         def test_find(self):
-            self.assertEqual(find_$noun(self.$nouns, "$friend"), SECOND)
+            both = [SECOND, FIRST]
+            assert find_$noun(both, "$friend") is SECOND
 
-        def test_find_unknown(self):
+        def test_errors(self):
             with self.assertRaises(ValueError):
                 find_$noun([], "$name")
 
@@ -2005,19 +2002,21 @@ def test_of_range(s: Slots) -> Document:
 
     class Test${Num}(unittest.TestCase):
     ====
-        def test_clamp_low(self):
+        def test_too_low(self):
             self.assertEqual(clamp_$num(0, $n, $m), $n)
 
-        def test_clamp_high(self):
-            self.assertEqual(clamp_$num(1000, $n, $m), $m)
+        def test_too_high(self):
+            result = clamp_$num(1000, $n, $m)
+            assert result == $m, "$num is not clamped"
 
-        def test_check(self):
-            check_$num($m)
+        def test_allowed(self):
+            for value in range($n, $m):
+                check_$num(value)
 
-        def test_check_errors(self):
-            for $num in (0, 1000):
-                with self.assertRaises(ValueError):
-                    check_$num($num)
+        def test_errors(self):
+            with self.assertRaises(ValueError) as caught:
+                check_$num(-1)
+            self.assertIn("$num", str(caught.exception))
 
 
     if __name__ == "__main__":
@@ -2472,20 +2471,22 @@ def matrix_sums(s: Slots) -> Document:
         return [sum(row) for row in matrix]
 
 
-    def transpose(matrix):
-        """Return the matrix with one row for each $part."""
-        return [list(column) for column in zip(*matrix)]
+    def transpose(rows):
+        """Swap the two directions of a matrix."""
+        return [list(column) for column in zip(*rows)]
 
 
     def ${part}_totals(matrix):
-        """Return the total $num of each $part."""
-        return [sum(row) for row in transpose(matrix)]
+        """Add up all columns, one per $part."""
+        columns = transpose(matrix)
+        return list(map(sum, columns))
 
 
     def check_matrix(matrix):
-        """Raise an error if the rows have different lengths."""
+        """Raise an error if lengths differ."""
+        width = len(matrix[0])
         for row in matrix:
-            if len(row) != len(matrix[0]):
+            if len(row) != width:
                 raise ValueError(f"bad row: {row}")
     ''',
     )
