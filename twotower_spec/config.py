@@ -279,7 +279,7 @@ def check_integer(name: str, value: object, minimum: int) -> None:
         raise ArgumentError(f"{name} {value!r} is not allowed; give an integer of at least {minimum}")
 
 
-def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None) -> None:
     """Refuses sampling parameters that are out of range.
 
     Raises:
@@ -291,6 +291,8 @@ def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -
         check_integer("top_k", top_k, minimum=0)
     if top_p is not None and (not _is_number(top_p) or not 0.0 < top_p <= 1.0):
         raise ArgumentError(f"top_p {top_p!r} is not allowed; give a number above 0 and at most 1")
+    if min_p is not None and (not _is_number(min_p) or not 0.0 <= min_p <= 1.0):
+        raise ArgumentError(f"min_p {min_p!r} is not allowed; give a number from 0 to 1")
 
 
 def _is_number(value: object) -> bool:

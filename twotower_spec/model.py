@@ -1,4 +1,4 @@
-"""What a user holds: the towers, how they are loaded, saved and placed, and the three ways they generate."""
+"""What a user holds: the towers, how they are loaded, saved and placed, and the ways they generate."""
 
 from __future__ import annotations
 
@@ -18,9 +18,11 @@ from twotower_spec.generation import (
     generate_ar,
     generate_mask_diffusion,
     generate_mock_ar,
+    generate_self_speculative,
     stream_ar,
     stream_mask_diffusion,
     stream_mock_ar,
+    stream_self_speculative,
 )
 from twotower_spec.towers.initialisation import initialise_
 from twotower_spec.towers.model import TwoTowers
@@ -35,9 +37,11 @@ class TwoTowerModel(TwoTowers):
     generate_ar = generate_ar
     generate_mock_ar = generate_mock_ar
     generate_mask_diffusion = generate_mask_diffusion
+    generate_self_speculative = generate_self_speculative
     stream_ar = stream_ar
     stream_mock_ar = stream_mock_ar
     stream_mask_diffusion = stream_mask_diffusion
+    stream_self_speculative = stream_self_speculative
 
     _stored_dtypes: dict[str, torch.dtype] | None = None
 

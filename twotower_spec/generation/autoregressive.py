@@ -7,7 +7,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from twotower_spec.config import check_sampling
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
 from twotower_spec.generation.result import CommittedBlock, GenerationResult
 from twotower_spec.generation.sampling import Sampler
@@ -46,7 +45,7 @@ def generate_ar(
     Source: modeling_nemotron_twotower.py, generate_ar.
     """
     batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
-    return batch.collect(_ar(batch, _sampler(temperature, top_k, top_p)))
+    return batch.collect(_ar(batch, Sampler(temperature, top_k, top_p)))
 
 
 def stream_ar(
@@ -62,7 +61,7 @@ def stream_ar(
 ) -> Iterator[CommittedBlock]:
     """`generate_ar` as an iterator: every token as it is committed."""
     batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
-    return _ar(batch, _sampler(temperature, top_k, top_p))
+    return _ar(batch, Sampler(temperature, top_k, top_p))
 
 
 def generate_mock_ar(
@@ -83,7 +82,7 @@ def generate_mock_ar(
     Source: modeling_nemotron_twotower.py, generate_mock_ar.
     """
     batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
-    return batch.collect(_mock_ar(batch, _sampler(temperature, top_k, top_p)))
+    return batch.collect(_mock_ar(batch, Sampler(temperature, top_k, top_p)))
 
 
 def stream_mock_ar(
@@ -99,12 +98,7 @@ def stream_mock_ar(
 ) -> Iterator[CommittedBlock]:
     """`generate_mock_ar` as an iterator: every token as it is committed."""
     batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
-    return _mock_ar(batch, _sampler(temperature, top_k, top_p))
-
-
-def _sampler(temperature: float, top_k: int | None, top_p: float | None) -> Sampler:
-    check_sampling(temperature, top_k, top_p)
-    return Sampler(temperature, top_k, top_p)
+    return _mock_ar(batch, Sampler(temperature, top_k, top_p))
 
 
 def _ar_batch(towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds) -> Batch:

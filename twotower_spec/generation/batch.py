@@ -62,6 +62,7 @@ class Batch:
         self.active = list(range(len(self.prompts))) if max_new_tokens else []
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.num_blocks = [0] * len(self.prompts)
+        self.num_context_passes = [0] * len(self.prompts)
         self.times = PhaseTimes()
         lengths = [len(prompt) + state_tokens for prompt in self.prompts]
         pages = -(-max(lengths) // DEFAULT_PAGE_SIZE)
@@ -113,11 +114,17 @@ class Batch:
         full = len(self.generated[row]) >= self.max_new_tokens
         finished = full or not self.eos_token_ids.isdisjoint(tokens)
         block = CommittedBlock(row, self.num_blocks[row], tokens, num_denoiser_passes, finished)
+        self.num_context_passes[row] += 1
         self.num_blocks[row] += 1
         if finished:
             self.active.remove(row)
             self.state.release(row)
         return block
+
+    def up_to_end(self, tokens: list[int]) -> list[int]:
+        """Tokens up to the first one that ends a row."""
+        ends = [i for i, token in enumerate(tokens) if token in self.eos_token_ids]
+        return tokens[: ends[0] + 1] if ends else tokens
 
     def collect(self, blocks: Iterable[CommittedBlock], with_traces: bool = False) -> GenerationResult:
         """Runs the loop to its end."""
@@ -127,7 +134,14 @@ class Batch:
             passes[block.row] += block.num_denoiser_passes
             if block.trace is not None:
                 traces[block.row].append(block.trace)
-        return GenerationResult(self.prompts, self.generated, passes, self.times, traces if with_traces else None)
+        return GenerationResult(
+            prompts=self.prompts,
+            token_ids=self.generated,
+            num_denoiser_passes=passes,
+            num_context_passes=self.num_context_passes,
+            times=self.times,
+            traces=traces if with_traces else None,
+        )
 
 
 def parse_prompts(input_ids: Prompts, vocab_size: int) -> list[list[int]]:

@@ -9,12 +9,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twotower_kernels.unmasking import choose_commits, pick_tokens
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_kernels.unmasking import pick_tokens
+from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule
 from twotower_spec.state import BlockContext
 from twotower_spec.towers import DenoiserTower
 from twotower_spec.towers.model import TwoTowers
@@ -46,21 +47,34 @@ class DenoisedBlocks:
     Attributes:
         token_ids: int64 [num_reqs, block_size].
         num_passes: denoiser passes each row took part in.
+        confidence: float [num_reqs, block_size], of each token in the step that committed it; that of the call for
+            first tokens that were given.
+        probs: float [num_reqs, block_size, vocab], distributions that the first step's picks were drawn from, if asked
+            for; undefined at a first token that was given.
         traces: per row, if asked for.
     """
 
     token_ids: Tensor
     num_passes: list[int]
+    confidence: Tensor
+    probs: Tensor | None
     traces: list[BlockTrace] | None
 
 
 class BlockDenoiser:
-    """Fills masked blocks by the published schedule; rows have their own time and leave the loop when done."""
+    """Fills masked blocks, by the published schedule or another rule; rows have their own time and leave when done."""
 
-    def __init__(self, denoiser: DenoiserTower, config: DiffusionConfig) -> None:
-        """Computes the time modulation for every number of masked positions once."""
-        self.denoiser, self.config = denoiser, config
+    def __init__(self, denoiser: DenoiserTower, config: DiffusionConfig, num_token_ids: int | None = None) -> None:
+        """Computes the time modulation for every number of masked positions once.
+
+        Args:
+            denoiser: the tower.
+            config: block size, schedule and sampling.
+            num_token_ids: ids from this one on are never picked; None allows the whole vocabulary.
+        """
+        self.denoiser, self.config, self.num_token_ids = denoiser, config, num_token_ids
         self.sampler = Sampler(config.temperature, config.top_k, config.top_p)
+        self.schedule = PublishedSchedule(config.confidence_threshold, config.steps_per_block)
         with torch.inference_mode():
             self.modulation = denoiser.time_conditioning.for_block_size(config.block_size)
 
@@ -74,6 +88,10 @@ class BlockDenoiser:
         step_callback: StepCallback | None = None,
         block_idx: int = 0,
         first_tokens: Tensor | None = None,
+        first_confidence: Tensor | None = None,
+        rule: CommitRule | None = None,
+        with_probs: bool = False,
+        same_noise: bool = False,
     ) -> DenoisedBlocks:
         """Denoises one block per row.
 
@@ -85,18 +103,28 @@ class BlockDenoiser:
             step_callback: called around every step; then all rows stay in the loop and all logits are computed.
             block_idx: handed to the callback.
             first_tokens: int64 [num_reqs], the first token of every block where it is known already; None masks it.
+            first_confidence: float [num_reqs], how probable these are; None for certain.
+            rule: what each step commits; None for the published schedule. Without an end of its own it takes
+                `block_size` steps at most.
+            with_probs: keep the distributions of the first step's picks.
+            same_noise: every step samples with the noise of draw 0 instead of its own.
         """
         config = self.config
         num_reqs = len(context.context_lens)
+        rule = rule or self.schedule
         block = self.denoiser.initial_block(num_reqs, config.block_size, config.mask_token_id)
+        confidence = torch.ones(block.shape, dtype=accumulation_dtype(self.denoiser.dtype), device=block.device)
+        probs: Tensor | None = None
         if first_tokens is not None:
             block[:, 0] = first_tokens
+            if first_confidence is not None:
+                confidence[:, 0] = first_confidence
         num_passes = [0] * num_reqs
         recorder = _Recorder(block.tolist()) if with_traces else None
         active, xt = list(range(num_reqs)), block
         if step_callback is not None:
             step_callback(0, config.steps_per_block, xt, t=1.0, logits=None, block_idx=block_idx)
-        for step in range(config.steps_per_block):
+        for step in range(config.block_size):
             masked = xt == config.mask_token_id
             num_masked = masked.sum(-1)
             open_rows = [row for row, count in enumerate(num_masked.tolist()) if count]
@@ -117,8 +145,16 @@ class BlockDenoiser:
                 full_logits = self.denoiser(xt, context, modulation)
                 logits = full_logits[positions]
             before = xt
-            xt, commits = self._update(xt, masked, positions, logits, seeds[active], first_positions[active], step)
+            draw = 0 if same_noise else step
+            picks, picked_confidence = self._pick(logits, positions, seeds[active], first_positions[active], draw)
+            if with_probs and step == 0:
+                probs = logits.new_zeros(xt.numel(), logits.shape[-1])
+                probs[positions] = self.sampler.probs(logits)
+            seen = confidence[active].flatten().index_copy(0, positions, picked_confidence).view_as(xt)
+            commits = rule.commits(DenoisingStep(step, active, masked, seen))
+            xt = torch.where(commits, xt.flatten().index_copy(0, positions, picks).view_as(xt), xt)
             block[active] = xt
+            confidence[active] = torch.where(commits, seen, confidence[active])
             if recorder is not None:
                 recorder.add([active[row] for row in open_rows], block, num_masked[open_rows], commits[open_rows])
             if step_callback is not None and full_logits is not None:
@@ -130,30 +166,23 @@ class BlockDenoiser:
                     logits=full_logits.unflatten(0, tuple(xt.shape)),
                     block_idx=block_idx,
                 )
-        return DenoisedBlocks(block, num_passes, recorder.traces if recorder else None)
+        if probs is not None:
+            probs = probs.view(*block.shape, -1)
+        return DenoisedBlocks(block, num_passes, confidence, probs, recorder.traces if recorder else None)
 
-    def _update(
-        self,
-        xt: Tensor,
-        masked: Tensor,
-        positions: Tensor,
-        logits: Tensor,
-        seeds: Tensor,
-        first_positions: Tensor,
-        step: int,
+    def _pick(
+        self, logits: Tensor, positions: Tensor, seeds: Tensor, first_positions: Tensor, draw: int
     ) -> tuple[Tensor, Tensor]:
-        """Commits the step's best picks; returns the new blocks and what was committed."""
+        """Token and confidence of every masked position; excluded ids get -inf in `logits`."""
         config = self.config
+        if self.num_token_ids is not None:
+            logits[:, self.num_token_ids :] = -torch.inf
         scores = None
         if not self.sampler.greedy:
             logits[:, config.mask_token_id] = -torch.inf
             rows, offsets = positions // config.block_size, positions % config.block_size
-            scores = self.sampler.scores(logits, seeds[rows], first_positions[rows] + offsets, draw=step)
-        picks, confidence = pick_tokens(logits, config.mask_token_id, scores)
-        all_picks = xt.flatten().index_copy(0, positions, picks).view_as(xt)
-        all_confidence = confidence.new_zeros(xt.numel()).index_copy_(0, positions, confidence).view_as(xt)
-        commits = choose_commits(all_confidence, masked, config.confidence_threshold, config.steps_per_block - step)
-        return torch.where(commits, all_picks, xt), commits
+            scores = self.sampler.scores(logits, seeds[rows], first_positions[rows] + offsets, draw)
+        return pick_tokens(logits, config.mask_token_id, scores)
 
 
 class _Recorder:

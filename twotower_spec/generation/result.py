@@ -86,6 +86,7 @@ class GenerationResult:
         token_ids: new token ids per row. Generation ends at an end-of-sequence token, which is kept; a diffusion block
             that contains one is kept whole, also what follows it.
         num_denoiser_passes: denoiser passes per row (NFE); 0 for AR.
+        num_context_passes: context passes per row whose state or logits were used, the prompt counted as one.
         times: seconds per phase, of the whole batch.
         traces: per row, one `BlockTrace` per block; None unless asked for.
     """
@@ -93,6 +94,7 @@ class GenerationResult:
     prompts: list[list[int]]
     token_ids: list[list[int]]
     num_denoiser_passes: list[int]
+    num_context_passes: list[int]
     times: PhaseTimes = field(default_factory=PhaseTimes)
     traces: list[list[BlockTrace]] | None = None
 
@@ -110,6 +112,12 @@ class GenerationResult:
     def tokens_per_denoiser_pass(self) -> float | None:
         """New tokens per denoiser pass (tokens per NFE), rows counted separately; None without denoiser passes."""
         passes = sum(self.num_denoiser_passes)
+        return self.num_new_tokens / passes if passes else None
+
+    @property
+    def tokens_per_context_pass(self) -> float | None:
+        """New tokens per context pass, rows counted separately; None without any."""
+        passes = sum(self.num_context_passes)
         return self.num_new_tokens / passes if passes else None
 
     @property

@@ -113,6 +113,7 @@ class ContextState:
         self.mamba = MambaState(config, num_slots, dtype, device)
         self.kv_cache = PagedKVCache(config, num_pages, page_size, dtype, device)
         self.num_evictions = 0
+        self.num_restarts = 0
         self._entries: dict[RequestId, RequestEntry] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._clock = itertools.count(1)
@@ -283,6 +284,9 @@ class ContextState:
 
         Returns:
             Logits [vocab] of the last token for every request that is complete now and had new tokens.
+
+        Raises:
+            StateFullError: the requests of this call do not fit together.
         """
         increments: dict[RequestT, list[int]] = {}
         for request_id, row in rows.items():
@@ -290,9 +294,12 @@ class ContextState:
             entry = self._entries.get(request_id)
             if entry is not None and entry.token_ids != row[: len(entry.token_ids)]:
                 self.release(request_id)
+                self.num_restarts += 1
             done = self.num_computed_tokens(request_id)
             if len(row) > done:
                 increments[request_id] = row[done:]
+        for request_id in increments:  # before the pass, so that no request of this call is evicted for another one
+            self.claim(request_id, len(rows[request_id]), keep=list(rows))
         chunk = take_within_budget(increments, token_budget)
         if not chunk:
             return {}

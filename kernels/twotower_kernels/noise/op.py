@@ -1,4 +1,4 @@
-"""Gumbel noise over a vocabulary, without any random state."""
+"""Noise over a vocabulary, without any random state."""
 
 import torch
 from torch import Tensor
@@ -18,17 +18,31 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, draw: int, vocab_size: int) -
     Returns:
         float32 [num_rows, vocab_size].
 
-    Source: the finaliser of MurmurHash3 (public domain) over a counter; Gumbel-max trick.
+    Source: Gumbel-max trick.
+    """
+    return uniform_noise(seeds, positions, draw, vocab_size).log_().neg_().log_().neg_()
+
+
+def uniform_noise(seeds: Tensor, positions: Tensor, draw: int, size: int) -> Tensor:
+    """Numbers strictly between 0 and 1, multiples of 2^-24 apart.
+
+    Args:
+        seeds, positions, draw: as `gumbel_noise`.
+        size: numbers per row.
+
+    Returns:
+        float32 [num_rows, size].
+
+    Source: the finaliser of MurmurHash3 (public domain) over a counter.
     """
     key = _finalise(_int32(seeds) ^ _constant(0x9E3779B9))
     key = _finalise(key ^ _int32(seeds >> 32))
     key = _finalise(key ^ _int32(positions))
     key = _finalise(key ^ draw)[:, None]
     other = _finalise(key ^ _constant(0x7F4A7C15))
-    tokens = torch.arange(vocab_size, device=seeds.device, dtype=torch.int32) * _constant(0x9E3779B1)
+    tokens = torch.arange(size, device=seeds.device, dtype=torch.int32) * _constant(0x9E3779B1)
     bits = _finalise(_finalise(tokens ^ key) + other)
-    uniform = (((bits >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
-    return uniform.log_().neg_().log_().neg_()
+    return (((bits >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
 
 
 def _constant(value: int) -> int:

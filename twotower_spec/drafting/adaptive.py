@@ -1,0 +1,260 @@
+"""The policy that measures while it serves: what a step costs, what a confidence is worth, which block pays."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.drafting.policies import DraftPlan, RoundOutcome, confident
+from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.unmasking import DenoisingStep
+
+Array = npt.NDArray[np.float64]
+
+# Upper ends of the bins that confidences are calibrated in.
+CONFIDENCE_BINS = np.array([0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
+# Calibration counts its own confidence as this many observations.
+PRIOR_WEIGHT = 4.0
+# Numbers of steps that are told apart in calibration.
+MOST_STEPS_APART = 4
+# Rounds are forgotten at this rate: what a few hundred rounds ago was measured hardly counts.
+MEMORY = 0.998
+COST_MEMORY = 0.9
+# Rounds that every block size gets before any is preferred, and how many standard errors doubt is worth after that.
+FIRST_ROUNDS = 6
+OPTIMISM = 1.5
+# A continuation is tried this often before its gain is believed, and then once in so many rounds.
+FIRST_CONTINUATIONS = 5
+CONTINUE_ANYWAY = 1 / 100
+# Values before a step are told apart in classes of this width, in tokens.
+VALUE_CLASS = 0.75
+
+
+@dataclass
+class _Arm:
+    """What one block size has brought, with older rounds counting less."""
+
+    rounds: float = 0.0
+    tokens: float = 0.0
+    squares: float = 0.0
+    seconds: float = 0.0
+
+    def fade(self) -> None:
+        """A round has gone by: what was measured before counts less, and doubt about it grows."""
+        self.rounds, self.tokens = self.rounds * MEMORY, self.tokens * MEMORY
+        self.squares, self.seconds = self.squares * MEMORY, self.seconds * MEMORY
+
+    def add(self, tokens: float, seconds: float) -> None:
+        """Counts a round."""
+        self.rounds, self.tokens = self.rounds + 1, self.tokens + tokens
+        self.squares, self.seconds = self.squares + tokens * tokens, self.seconds + seconds
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second."""
+        return self.tokens / self.seconds
+
+    @property
+    def optimistic_rate(self) -> float:
+        """The rate, and what it may be short of for want of rounds."""
+        mean = self.tokens / self.rounds
+        deviation = math.sqrt(max(0.0, self.squares / self.rounds - mean * mean))
+        return self.rate * (1 + OPTIMISM * deviation / math.sqrt(self.rounds) / max(mean, 1.0))
+
+
+@dataclass
+class _Line:
+    """Seconds of a verification as a line over its tokens, with older ones counting less."""
+
+    sums: Array = field(default_factory=lambda: np.zeros(5))
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.sums = self.sums * MEMORY + np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds])
+
+    @property
+    def slope(self) -> float:
+        """Seconds per token, 0 where not known."""
+        count, x, y, xx, xy = self.sums.tolist()
+        spread = count * xx - x * x
+        return max(0.0, (count * xy - x * y) / spread) if spread > 1e-6 * max(1.0, count * xx) else 0.0
+
+
+@dataclass
+class _Gain:
+    """What another step has added to the value of blocks."""
+
+    count: int = 0
+    mean: float = 0.0
+
+    def add(self, gain: float) -> None:
+        self.count += 1
+        self.mean += (gain - self.mean) / min(self.count, 200)
+
+
+@dataclass
+class _Load:
+    """Everything that is measured, for batches of about one size."""
+
+    arms: dict[int, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
+    num_rounds: dict[int, int] = field(default_factory=lambda: defaultdict(int))
+    step_seconds: dict[int, float] = field(default_factory=dict)
+    verification: _Line = field(default_factory=_Line)
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of the best block size known; 0 before the first round."""
+        return max((arm.rate for arm in self.arms.values() if arm.seconds > 0), default=0.0)
+
+
+class AdaptivePolicy:
+    """Stops when another step is worth less than verifying now, and drafts no more than is worth verifying.
+
+    Three decisions, all from what was measured while serving, per size of batch: the block size (none at all where
+    drafting does not pay, tried again at times), by tokens per second; after every denoiser pass, whether one more is
+    worth its time; and how many drafts are worth their share of the verification. Confidences are calibrated online, per
+    block size, number of steps, and position. Use it when load, text or verifier vary, or nobody wants to tune.
+
+    Args:
+        block_sizes: that may be denoised.
+        most_steps: of a block.
+        confidence_threshold: what is above it is committed before the last step.
+        may_skip: whether a round may draft nothing.
+        seed: of the private generator that decides what is tried.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        block_sizes: Sequence[int] = (4, 8, 16),
+        most_steps: int = 16,
+        confidence_threshold: float = 0.8,
+        may_skip: bool = True,
+        seed: int = 0,
+    ) -> None:
+        if not block_sizes:
+            raise ArgumentError("block_sizes is empty; give at least one, [8] for instance")
+        for size in block_sizes:
+            DiffusionConfig(size, most_steps, confidence_threshold)
+        check_integer("most_steps", most_steps, minimum=1)
+        self.block_sizes, self.most_steps, self.threshold = tuple(block_sizes), most_steps, confidence_threshold
+        self.num_speculative_tokens = max(block_sizes)
+        self.random = Random(seed)
+        self._choices = (*self.block_sizes, 0) if may_skip else self.block_sizes
+        self._loads: dict[int, _Load] = defaultdict(_Load)
+        self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
+        bins = len(CONFIDENCE_BINS) + 1
+        shape = (MOST_STEPS_APART, self.num_speculative_tokens, bins)
+        self._trials = {size: np.zeros(shape) for size in self.block_sizes}
+        self._accepted = {size: np.zeros(shape) for size in self.block_sizes}
+
+    def plan(self, num_reqs: int) -> DraftPlan | None:
+        """See `DraftPolicy.plan`."""
+        load = self._loads[load_class(num_reqs)]
+        new = [size for size in self._choices if load.num_rounds[size] < (FIRST_ROUNDS if size else 1)]
+        size = new[0] if new else max(self._choices, key=lambda size: load.arms[size].optimistic_rate)
+        return DraftPlan(size, size, _AdaptiveSteps(self, load, size)) if size else None
+
+    def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
+        """See `DraftPolicy.usable`."""
+        rule = plan.rule
+        assert isinstance(rule, _AdaptiveSteps)
+        survival = self.survival(plan.block_size, num_denoiser_passes, confidence)
+        worth = survival > rule.token_price
+        worth[:, 0] = True  # a round that was denoised drafts something, or it could never learn
+        counts: list[int] = np.where(worth.all(axis=1), worth.shape[1], worth.argmin(axis=1)).tolist()
+        return counts
+
+    def observe(self, outcome: RoundOutcome) -> None:
+        """See `DraftPolicy.observe`."""
+        num_reqs = len(outcome.num_accepted)
+        if not num_reqs:
+            return
+        load = self._loads[load_class(num_reqs)]
+        size = outcome.plan.block_size if outcome.plan else 0
+        load.num_rounds[size] += 1
+        seconds = outcome.extend_s + outcome.denoise_s + outcome.verify_s
+        for arm in load.arms.values():
+            arm.fade()
+        load.arms[size].add(sum(outcome.num_accepted) + num_reqs, seconds)
+        load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
+        if outcome.plan is None or outcome.confidence is None:
+            return
+        passes = max(outcome.num_denoiser_passes, default=0)
+        if passes:
+            measured = outcome.denoise_s / passes
+            known = load.step_seconds.get(size, measured)
+            load.step_seconds[size] = COST_MEMORY * known + (1 - COST_MEMORY) * measured
+        bins = np.searchsorted(CONFIDENCE_BINS, outcome.confidence.double().numpy())
+        for row, (drafted, accepted) in enumerate(zip(outcome.num_draft_tokens, outcome.num_accepted, strict=True)):
+            steps = steps_class(outcome.num_denoiser_passes[row])
+            for position in range(min(drafted, accepted + 1)):
+                at = (steps, position, bins[row, position])
+                self._trials[size][at] += 1
+                self._accepted[size][at] += position < accepted
+
+    def survival(self, size: int, num_steps: Sequence[int], confidence: Tensor) -> Array:
+        """Calibrated probability [num_reqs, num_tokens] that all drafts up to each position are accepted."""
+        raw = confidence.double().cpu().numpy()
+        bins = np.searchsorted(CONFIDENCE_BINS, raw)
+        steps = np.array([steps_class(n) for n in num_steps])[:, None]
+        positions = np.arange(raw.shape[1])
+        trials, accepted = self._trials[size][steps, positions, bins], self._accepted[size][steps, positions, bins]
+        survival: Array = np.cumprod((accepted + PRIOR_WEIGHT * raw) / (trials + PRIOR_WEIGHT), axis=1)
+        return survival
+
+    def gain(self, size: int, step: int, value: float) -> _Gain:
+        """What a step after `step` brought blocks of about this value."""
+        return self._gains[size, step, int(value / VALUE_CLASS)]
+
+
+class _AdaptiveSteps:
+    """The commit rule of one round: goes on with the rows for which another step is worth its time."""
+
+    def __init__(self, policy: AdaptivePolicy, load: _Load, size: int) -> None:
+        self.policy, self.load, self.size = policy, load, size
+        self.rate = load.rate
+        # In tokens: what verifying one draft more must bring.
+        self.token_price = self.rate * load.verification.slope
+        self._before: dict[int, float] = {}
+
+    def commits(self, step: DenoisingStep) -> Tensor:
+        """See `CommitRule.commits`."""
+        policy, rows = self.policy, step.rows
+        survival = policy.survival(self.size, [step.index + 1] * len(rows), step.confidence)
+        values = np.clip(survival - self.token_price, 0.0, None).sum(axis=1).tolist()
+        for row, value in zip(rows, values, strict=True):
+            if row in self._before:
+                policy.gain(self.size, step.index - 1, self._before[row]).add(value - self._before[row])
+        if step.index + 1 >= policy.most_steps:
+            return step.masked
+        # In tokens: what a row's share of another step must bring.
+        price = self.rate * self.load.step_seconds.get(self.size, math.inf) / len(rows)
+        going_on = []
+        for value in values:
+            gain = policy.gain(self.size, step.index, value)
+            try_it = gain.count < FIRST_CONTINUATIONS or policy.random.random() < CONTINUE_ANYWAY
+            going_on.append(math.isfinite(price) and (gain.mean > price or try_it))
+        self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}
+        keep = torch.tensor(going_on, device=step.masked.device)
+        return torch.where(keep[:, None], confident(step, policy.threshold), step.masked)
+
+
+def load_class(num_reqs: int) -> int:
+    """Batches of about one size: powers of two."""
+    return max(num_reqs, 1).bit_length()
+
+
+def steps_class(num_steps: int) -> int:
+    """Index of a number of steps in the calibration."""
+    return min(max(num_steps, 1), MOST_STEPS_APART) - 1

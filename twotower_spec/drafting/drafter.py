@@ -1,0 +1,319 @@
+"""BlockDrafter: rows of token ids in, drafts out; it keeps the context tower's state of every request."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance, RequestId
+from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy, RoundOutcome
+from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
+from twotower_spec.generation.result import PhaseTimes
+from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state import ContextState
+from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
+from twotower_spec.towers.model import TwoTowers
+
+FirstToken = Literal["context", "denoiser"]
+
+DEFAULT_NUM_SLOTS = 8
+DEFAULT_NUM_TOKENS = 2048
+# Mixed into seeds, so that drafts never see the noise of the target; and more offsets than a block can have.
+PRIVATE_SEED = 0x5DEECE66D
+MOST_OFFSETS = 1 << 10
+
+
+@dataclass
+class DrafterCounters:
+    """What happened in a drafter since it was made.
+
+    Attributes:
+        rounds: calls of `draft`.
+        without_drafts: requests that got none in a round, by reason: "prefilling" (their context is not computed yet),
+            "no room" (the pool is full), "foreign token" (an id that the drafter does not have), "policy" (drafting
+            did not pay), "limit" (no draft was asked for).
+    """
+
+    rounds: int = 0
+    without_drafts: Counter[str] = field(default_factory=Counter)
+
+
+class BlockDrafter:
+    """Drafts blocks of tokens for many requests.
+
+    Requests come and go as they like: a row that continues what is known is extended, one that does not is started over,
+    alone; requests that are not named keep their state until it is released or needed by others. Nothing that a request
+    brings makes a call fail: it gets no drafts, and is counted.
+    """
+
+    def __init__(
+        self,
+        towers: TwoTowers,
+        policy: DraftPolicy | None = None,
+        *,
+        first_token: FirstToken = "context",
+        sampler: Sampler | None = None,
+        noise: Noise = "private",
+        seed: int = 0,
+        num_slots: int = DEFAULT_NUM_SLOTS,
+        num_tokens: int | None = None,
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+        num_token_ids: int | None = None,
+    ) -> None:
+        """Allocates the state.
+
+        Args:
+            towers: the model, each tower where it was placed.
+            policy: how rounds draft; None for one step of a block of 8.
+            first_token: take the first draft from the context tower, whose logits the extension yields anyway, or leave
+                it to the denoiser.
+            sampler: how tokens are picked; None for the most probable ones. The target's temperature here gives drafts
+                that the p/q and block rules can weigh.
+            noise: of the sampler: "private", or "shared" with the target under the coupled rule.
+            seed: of private noise where a call gives no seeds.
+            num_slots: requests that can be held at once.
+            num_tokens: tokens of all requests that can be held at once; None for 2048 per slot.
+            token_budget: most tokens of the context tower in one round; what is left of a long prompt waits, requests
+                with few new tokens go first.
+            num_token_ids: ids from this one on are not drafted (where the target's vocabulary is the smaller one).
+
+        Raises:
+            ArgumentError: an argument is out of range, or the model has no denoiser.
+        """
+        towers.require_denoiser()
+        for name, value in (("num_slots", num_slots), ("token_budget", token_budget)):
+            check_integer(name, value, minimum=1)
+        if first_token not in ("context", "denoiser"):
+            raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
+        if noise not in ("private", "shared"):
+            raise ArgumentError(f"noise {noise!r} is not there; give 'private' or 'shared'")
+        self.towers, self.policy = towers, policy or FixedPolicy()
+        self.first_token, self.sampler, self.noise, self.seed = first_token, sampler or Sampler(), noise, seed
+        self.token_budget = token_budget
+        vocab_size = towers.config.vocab_size
+        self.num_token_ids = min(num_token_ids or vocab_size, vocab_size)
+        num_pages = -(-(num_tokens or num_slots * DEFAULT_NUM_TOKENS) // DEFAULT_PAGE_SIZE)
+        self.num_slots, self.num_pages = num_slots, num_pages
+        self.state = ContextState(towers.config, num_slots, num_pages, towers.dtype, towers.context.device)
+        self.times = PhaseTimes()
+        self.counters = DrafterCounters()
+        self._denoisers: dict[int, BlockDenoiser] = {}
+        self._last_logits: dict[RequestId, Tensor] = {}
+        self._plan: DraftPlan | None = None
+        self._block: DraftBlock | None = None
+        self.last_times = PhaseTimes()
+        self._extended: set[RequestId] = set()
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Most drafts of any round."""
+        return self.policy.num_speculative_tokens
+
+    @property
+    def provenance(self) -> Provenance:
+        """How drafts of this drafter are made at most."""
+        noise: Noise = "none" if self.sampler.greedy else self.noise
+        return Provenance(self.policy.most_steps, noise, not self.sampler.greedy and self.policy.most_steps <= 1)
+
+    def release(self, request_id: RequestId) -> None:
+        """Forgets a request; unknown ids are ignored."""
+        self.state.release(request_id)
+        self._last_logits.pop(request_id, None)
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        rows: Mapping[RequestId, Sequence[int]],
+        most_tokens: Mapping[RequestId, int] | None = None,
+        seeds: Mapping[RequestId, int] | None = None,
+    ) -> DraftBlock:
+        """Drafts what may follow every row.
+
+        Args:
+            rows: all token ids of each request so far, prompt included.
+            most_tokens: drafts that a request can use, where fewer than `num_speculative_tokens`.
+            seeds: of sampling noise, per request; None for the drafter's own. Not used by the most probable tokens.
+
+        Returns:
+            One row per request, in the order given.
+        """
+        self.counters.rounds += 1
+        self.last_times = PhaseTimes()
+        self._plan = self.policy.plan(len(rows)) if rows else None
+        self._extended = set()
+        limits = {request_id: (most_tokens or {}).get(request_id, self.num_speculative_tokens) for request_id in rows}
+        if self._plan is None:
+            self.counters.without_drafts["policy"] += len(rows)
+            self._block = DraftBlock.empty(tuple(rows))
+            return self._block
+        with self.last_times.measure("extend", self.towers.context.device):
+            ready = self._advance(rows)
+        drafted = [request_id for request_id in ready if limits[request_id] > 0]
+        self.counters.without_drafts["limit"] += len(ready) - len(drafted)
+        self._block = DraftBlock.empty(tuple(rows))
+        if drafted:
+            with self.last_times.measure("denoise", self.towers.denoiser.device):
+                self._block = self._denoise(self._plan, rows, drafted, limits, seeds)
+        self.times.extend_s += self.last_times.extend_s
+        self.times.denoise_s += self.last_times.denoise_s
+        return self._block
+
+    def observe(self, num_accepted: Mapping[RequestId, int], verify_s: float) -> None:
+        """Tells the policy what became of the last round's drafts.
+
+        Args:
+            num_accepted: per request of that round; requests that were not verified are left out.
+            verify_s: seconds that the target took for the whole batch.
+        """
+        block = self._block
+        if block is None:
+            return
+        kept = [i for i, request_id in enumerate(block.request_ids) if request_id in num_accepted]
+        self.policy.observe(
+            RoundOutcome(
+                plan=self._plan,
+                num_draft_tokens=[block.num_draft_tokens[i] for i in kept],
+                num_accepted=[num_accepted[block.request_ids[i]] for i in kept],
+                confidence=block.confidence[kept],
+                num_denoiser_passes=[block.num_denoiser_passes[i] for i in kept],
+                extend_s=self.last_times.extend_s,
+                denoise_s=self.last_times.denoise_s,
+                verify_s=verify_s,
+            )
+        )
+
+    def _advance(self, rows: Mapping[RequestId, Sequence[int]]) -> list[RequestId]:
+        """Brings contexts up to date within the budget; the requests that are, in the order of `rows`."""
+        chosen = self._that_fit(rows)
+        before = {request_id: self.state.num_computed_tokens(request_id) for request_id in chosen}
+        self._last_logits.update(self.state.advance(self.towers.context, chosen, self.token_budget))
+        self._last_logits = {rid: logits for rid, logits in self._last_logits.items() if rid in self.state}
+        self._extended = {rid for rid in chosen if self.state.num_computed_tokens(rid) != before[rid]}
+        ready = [rid for rid in rows if rid in chosen and self.state.num_computed_tokens(rid) == len(rows[rid])]
+        self.counters.without_drafts["prefilling"] += len(chosen) - len(ready)
+        return ready
+
+    def _that_fit(self, rows: Mapping[RequestId, Sequence[int]]) -> dict[RequestId, list[int]]:
+        """The rows whose states fit into the pool together, those with the fewest new tokens first."""
+        usable: dict[RequestId, list[int]] = {}
+        for request_id, row in rows.items():
+            if row and all(0 <= token < self.towers.config.vocab_size for token in row):
+                usable[request_id] = list(row)
+        self.counters.without_drafts["foreign token"] += len(rows) - len(usable)
+        chosen: dict[RequestId, list[int]] = {}
+        pages = 0
+        new = {request_id: len(row) - self.state.num_computed_tokens(request_id) for request_id, row in usable.items()}
+        for request_id in sorted(usable, key=lambda request_id: abs(new[request_id])):
+            needed = self.state.kv_cache.pages_for(len(usable[request_id]))
+            if len(chosen) < self.num_slots and pages + needed <= self.num_pages:
+                chosen[request_id] = usable[request_id]
+                pages += needed
+        self.counters.without_drafts["no room"] += len(usable) - len(chosen)
+        return chosen
+
+    def _denoise(
+        self,
+        plan: DraftPlan,
+        rows: Mapping[RequestId, Sequence[int]],
+        drafted: list[RequestId],
+        limits: Mapping[RequestId, int],
+        seeds: Mapping[RequestId, int] | None,
+    ) -> DraftBlock:
+        """One block for every request that is ready, the others' rows empty."""
+        denoiser = self.towers.denoiser
+        device = denoiser.device
+        own_seeds = [(seeds or {}).get(request_id, self.seed) for request_id in drafted]
+        starts = torch.tensor([len(rows[request_id]) for request_id in drafted], device=device)
+        if self.noise == "private":
+            own_seeds = [seed ^ PRIVATE_SEED for seed in own_seeds]
+            positions = starts * MOST_OFFSETS  # noise of a round is never used again by another round
+        else:
+            positions = starts
+        seed_tensor = torch.tensor(own_seeds, device=device)
+        first = self._first_tokens(drafted, seed_tensor, positions) if self.first_token == "context" else None
+        done = self._denoiser(plan.block_size).denoise(
+            self.state.block_context(drafted, plan.block_size, device, denoiser.dtype),
+            seed_tensor,
+            positions,
+            first_tokens=first[0] if first else None,
+            first_confidence=first[1] if first else None,
+            rule=plan.rule,
+            with_probs=not self.sampler.greedy,
+            same_noise=self.noise == "shared",
+        )
+        probs = done.probs
+        if first is not None and first[2] is not None:
+            if probs is None:  # a block of one token, which the denoiser was not asked for
+                probs = first[2][:, None]
+            probs[:, 0] = first[2]
+        return self._as_block(plan, tuple(rows), drafted, limits, done, probs)
+
+    def _first_tokens(
+        self, drafted: list[RequestId], seeds: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The context tower's next tokens, how probable they are, and the distributions they were drawn from."""
+        logits = torch.stack([self._last_logits[request_id] for request_id in drafted]).to(seeds.device)
+        logits[:, self.towers.config.mask_token_id] = -torch.inf
+        logits[:, self.num_token_ids :] = -torch.inf
+        tokens = self.sampler.sample(logits, seeds, positions)
+        confidence = torch.softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+        return tokens, confidence, None if self.sampler.greedy else self.sampler.probs(logits)
+
+    def _as_block(
+        self,
+        plan: DraftPlan,
+        request_ids: tuple[RequestId, ...],
+        drafted: list[RequestId],
+        limits: Mapping[RequestId, int],
+        done: DenoisedBlocks,
+        probs: Tensor | None,
+    ) -> DraftBlock:
+        confidence = done.confidence[:, : plan.num_tokens].float().cpu()
+        usable = self.policy.usable(plan, confidence, done.num_passes)
+        counts = [min(count, limits[request_id]) for count, request_id in zip(usable, drafted, strict=True)]
+        num_tokens = max(counts)
+        confidence = confidence[:, :num_tokens]
+        place = {request_id: i for i, request_id in enumerate(request_ids)}
+        at = torch.tensor([place[request_id] for request_id in drafted])
+        token_ids = torch.full((len(request_ids), num_tokens), -1)
+        beyond = torch.arange(num_tokens) >= torch.tensor(counts)[:, None]
+        token_ids[at] = done.token_ids[:, :num_tokens].cpu().masked_fill(beyond, -1)
+        all_confidence = torch.zeros(token_ids.shape)
+        all_confidence[at] = confidence.masked_fill(beyond, 0.0)
+        num_draft_tokens, num_passes = [0] * len(request_ids), [0] * len(request_ids)
+        for i, request_id in enumerate(drafted):
+            num_draft_tokens[place[request_id]], num_passes[place[request_id]] = counts[i], done.num_passes[i]
+        num_steps = max(done.num_passes)
+        all_probs = None
+        if probs is not None and num_steps <= 1:
+            all_probs = probs.new_zeros(*token_ids.shape, probs.shape[-1])
+            all_probs[at.to(probs.device)] = probs[:, :num_tokens]
+        return DraftBlock(
+            request_ids=request_ids,
+            token_ids=token_ids,
+            num_draft_tokens=num_draft_tokens,
+            confidence=all_confidence,
+            num_denoiser_passes=num_passes,
+            num_context_passes=[int(request_id in self._extended) for request_id in request_ids],
+            provenance=Provenance(num_steps, self.provenance.noise, all_probs is not None),
+            probs=all_probs,
+        )
+
+    def _denoiser(self, block_size: int) -> BlockDenoiser:
+        if block_size not in self._denoisers:
+            config = DiffusionConfig(
+                block_size,
+                temperature=self.sampler.temperature,
+                top_k=self.sampler.top_k,
+                top_p=self.sampler.top_p,
+                mask_token_id=self.towers.config.mask_token_id,
+            )
+            self._denoisers[block_size] = BlockDenoiser(self.towers.denoiser, config, self.num_token_ids)
+        return self._denoisers[block_size]

@@ -1,0 +1,247 @@
+"""Speculative decoding in plain PyTorch: draft, verify, accept. The specification that serving engines are held to."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from twotower_spec.config import check_integer
+from twotower_spec.drafting.draft_block import DraftBlock, RequestId
+from twotower_spec.drafting.drafter import BlockDrafter
+from twotower_spec.drafting.metrics import DraftingMetrics, DraftingReport
+from twotower_spec.drafting.stopping import FinishReason, StopConditions
+from twotower_spec.drafting.verification import verification_rule
+from twotower_spec.drafting.verifier import Verifier
+from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.batch import Prompts, Seeds, TokenIds, parse_eos, parse_prompts, parse_seeds
+from twotower_spec.generation.sampling import Sampler
+
+
+@dataclass(frozen=True)
+class SpeculativeStep:
+    """What one row gained in one round.
+
+    Attributes:
+        row: index of the prompt.
+        token_ids: new tokens, in order.
+        num_accepted: how many of them, from the left, are accepted drafts; the target chose the rest.
+        finish_reason: "eos", "stop" or "length" with the last step of a row, else None.
+    """
+
+    row: int
+    token_ids: list[int]
+    num_accepted: int
+    finish_reason: FinishReason | None
+
+
+@dataclass(frozen=True)
+class SpeculativeResult:
+    """Everything one call generated.
+
+    Attributes:
+        prompts: token ids per row, as given.
+        token_ids: new token ids per row; an end token is kept, nothing follows it.
+        accepted: per new token, whether it is an accepted draft.
+        finish_reasons: per row.
+        report: figures of the drafting.
+        total_s: wall-clock seconds, prefill included.
+    """
+
+    prompts: list[list[int]]
+    token_ids: list[list[int]]
+    accepted: list[list[bool]]
+    finish_reasons: list[FinishReason | None]
+    report: DraftingReport
+    total_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        """New tokens of all rows per second."""
+        return sum(map(len, self.token_ids)) / self.total_s if self.total_s else 0.0
+
+
+def speculative_loop(
+    verifier: PreTrainedModel,
+    drafter: BlockDrafter | None,
+    input_ids: Prompts,
+    max_new_tokens: int = 128,
+    sampler: Sampler | None = None,
+    rule: str | None = None,
+    eos_token_id: TokenIds = None,
+    *,
+    stop_strings: Sequence[str] = (),
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    seed: Seeds = None,
+) -> SpeculativeResult:
+    """The target's text, faster: drafts are verified several at a time.
+
+    Args:
+        verifier: the target, any causal language model of transformers.
+        drafter: None to generate without drafts.
+        input_ids: prompts, int64 [num_reqs, num_tokens], or one list of ids per prompt (of any lengths).
+        max_new_tokens: most new tokens per row.
+        sampler: temperature and filters of the target; None for greedy.
+        rule: name of the verification rule; None for greedy at temperature 0 and one-hot above.
+        eos_token_id: an id or several ids that end a row; None to run to `max_new_tokens`.
+        stop_strings: text that ends a row, with the token that completes it.
+        tokenizer: the target's, for stop strings.
+        seed: of the noise; row i of a call uses `seed + i`, or give one per row. None for a random one.
+
+    Raises:
+        ArgumentError: an argument is not allowed, or the rule would not be exact for this drafter's drafts.
+    """
+    started = time.perf_counter()
+    run = SpeculativeRun(
+        verifier,
+        drafter,
+        input_ids,
+        max_new_tokens,
+        sampler,
+        rule,
+        eos_token_id,
+        stop_strings=stop_strings,
+        tokenizer=tokenizer,
+        seed=seed,
+    )
+    accepted: list[list[bool]] = [[] for _ in run.prompts]
+    reasons: list[FinishReason | None] = [None] * len(run.prompts)
+    for step in run:
+        accepted[step.row].extend(i < step.num_accepted for i in range(len(step.token_ids)))
+        reasons[step.row] = step.finish_reason
+    total = time.perf_counter() - started
+    return SpeculativeResult(run.prompts, run.token_ids, accepted, reasons, run.metrics.report(), total)
+
+
+class SpeculativeRun:
+    """`speculative_loop` as an iterator over `SpeculativeStep`: every row's new tokens, round by round.
+
+    Arguments and errors are those of `speculative_loop`.
+
+    Attributes:
+        prompts: token ids per row.
+        token_ids: new token ids per row so far.
+        metrics: figures so far.
+    """
+
+    def __init__(
+        self,
+        verifier: PreTrainedModel,
+        drafter: BlockDrafter | None,
+        input_ids: Prompts,
+        max_new_tokens: int = 128,
+        sampler: Sampler | None = None,
+        rule: str | None = None,
+        eos_token_id: TokenIds = None,
+        *,
+        stop_strings: Sequence[str] = (),
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        seed: Seeds = None,
+    ) -> None:
+        vocab_size = verifier.config.get_text_config().vocab_size
+        check_integer("max_new_tokens", max_new_tokens, minimum=0)
+        if drafter is not None and drafter.num_token_ids > vocab_size:
+            raise ArgumentError(
+                f"the drafter may draft ids up to {drafter.num_token_ids - 1}, but the target has {vocab_size}; make the "
+                f"drafter with num_token_ids={vocab_size}"
+            )
+        self.verifier, self.drafter = verifier, drafter
+        self.sampler = sampler or Sampler()
+        self.rule = verification_rule(rule, self.sampler)
+        if drafter is not None:
+            self.rule.require_exact(drafter.provenance, self.sampler)
+        self.prompts = parse_prompts(input_ids, vocab_size)
+        self.stop = StopConditions(max_new_tokens, parse_eos(eos_token_id, vocab_size), stop_strings, tokenizer)
+        self.seeds = parse_seeds(seed, len(self.prompts))
+        self.token_ids: list[list[int]] = [[] for _ in self.prompts]
+        self.metrics = DraftingMetrics()
+        self._name = secrets.token_hex(8)
+
+    def __iter__(self) -> Iterator[SpeculativeStep]:
+        """Runs to the end; requests are released however it ends."""
+        try:
+            if self.stop.max_new_tokens:
+                yield from self._rounds()
+        finally:
+            if self.drafter is not None:
+                for row in range(len(self.prompts)):
+                    self.drafter.release(self._request(row))
+
+    def _request(self, row: int) -> RequestId:
+        return self._name, row
+
+    def _rounds(self) -> Iterator[SpeculativeStep]:
+        target = Verifier(self.verifier, self.prompts)
+        active = list(range(len(self.prompts)))
+        while active:
+            # The first round reads the prompts, and has nothing to verify.
+            first = target.num_passes == 0
+            draft = self._no_drafts(active) if first or self.drafter is None else self._draft(active)
+            newest = [[*self.prompts[row], *self.token_ids[row]][-1:] for row in active]
+            tokens = [[*newest[i], *draft.row(i)] for i in range(len(active))]
+            started = time.perf_counter()
+            logits = target.read(tokens)[:, : draft.token_ids.shape[1] + 1]
+            positions = [len(self.prompts[row]) + len(self.token_ids[row]) for row in active]
+            verdict = self.rule.verify(
+                logits,
+                draft,
+                self.sampler,
+                torch.tensor([self.seeds[row] for row in active], device=logits.device),
+                torch.tensor(positions, device=logits.device),
+            )
+            verify_s = time.perf_counter() - started
+            steps = []
+            for i, row in enumerate(active):
+                accepted = verdict.num_accepted[i]
+                new, reason = self.stop.cut(self.token_ids[row], [*draft.row(i)[:accepted], verdict.next_tokens[i]])
+                self.token_ids[row].extend(new)
+                steps.append(SpeculativeStep(row, new, min(accepted, len(new)), reason))
+            target.keep([1 + accepted for accepted in verdict.num_accepted], tokens)
+            if not first:
+                self._count(active, draft, verdict.num_accepted, steps, verify_s)
+            going_on = [i for i, step in enumerate(steps) if step.finish_reason is None]
+            for step in steps:
+                if step.finish_reason and self.drafter is not None:
+                    self.drafter.release(self._request(step.row))
+            if len(going_on) < len(active) and going_on:
+                target.select(going_on)
+            active = [active[i] for i in going_on]
+            yield from steps
+
+    def _no_drafts(self, active: list[int]) -> DraftBlock:
+        return DraftBlock.empty(tuple(self._request(row) for row in active))
+
+    def _draft(self, active: list[int]) -> DraftBlock:
+        assert self.drafter is not None
+        rows = {self._request(row): [*self.prompts[row], *self.token_ids[row]] for row in active}
+        # The round brings a token of the target's in any case.
+        most = {self._request(row): self.stop.max_new_tokens - len(self.token_ids[row]) - 1 for row in active}
+        return self.drafter.draft(rows, most, {self._request(row): self.seeds[row] for row in active})
+
+    def _count(
+        self,
+        active: list[int],
+        draft: DraftBlock,
+        num_accepted: list[int],
+        steps: list[SpeculativeStep],
+        verify_s: float,
+    ) -> None:
+        self.metrics.verify_s += verify_s
+        if self.drafter is not None:
+            accepted = {self._request(row): count for row, count in zip(active, num_accepted, strict=True)}
+            self.drafter.observe(accepted, verify_s)
+            self.metrics.extend_s += self.drafter.last_times.extend_s
+            self.metrics.denoise_s += self.drafter.last_times.denoise_s
+        for i, step in enumerate(steps):
+            self.metrics.add_round(
+                num_draft_tokens=draft.num_draft_tokens[i],
+                num_accepted=num_accepted[i],
+                num_tokens=len(step.token_ids),
+                confidence=draft.confidence[i].tolist(),
+                num_denoiser_passes=draft.num_denoiser_passes[i],
+                num_context_passes=draft.num_context_passes[i],
+            )

@@ -1,0 +1,124 @@
+"""The target: a causal language model of transformers that reads drafts, and forgets the rejected ones."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+
+logger = logging.getLogger(__name__)
+
+
+class Verifier:
+    """A target and what it has read of several rows.
+
+    Where every layer keeps plain keys and values, the cache is cut back to the accepted tokens; a row that kept fewer
+    than another of its batch has its surplus masked out. Other caches (sliding windows, linear attention) cannot be cut
+    back: the rows are then read anew in every round, which is slow and said once.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
+        """Remembers the prompts, and reads nothing yet.
+
+        Args:
+            model: any causal language model.
+            prompts: at least one token each; all but the last tokens are read with the first `read`.
+        """
+        self.model, self.device = model, torch.device(model.device)
+        self.num_passes = 0
+        self.cache: DynamicCache | None = DynamicCache(config=model.config)
+        if not all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            self.cache = None
+            logger.warning(
+                "%s keeps state that cannot be cut back to accepted tokens; every round reads all tokens anew",
+                type(model).__name__,
+            )
+        self._rows = [list(prompt[:-1]) for prompt in prompts]
+        self._mask = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)
+        self._lengths = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
+        self._fresh = True
+
+    @torch.inference_mode()
+    def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Reads on in every row.
+
+        Args:
+            tokens: at least one per row.
+
+        Returns:
+            Logits float32 [num_rows, longest, vocab] after each of them; undefined beyond a row's own number.
+        """
+        self.num_passes += 1
+        longest = max(map(len, tokens))
+        if self.cache is None:
+            return self._read_anew(tokens, longest)
+        # The first time, prompts stand before the tokens, padded on the left.
+        before = self._rows if self._fresh else [[] for _ in tokens]
+        self._fresh = False
+        width = max(map(len, before))
+        ids = [
+            [0] * (width - len(head)) + head + list(new) + [0] * (longest - len(new))
+            for head, new in zip(before, tokens, strict=True)
+        ]
+        valid = [
+            [0] * (width - len(head)) + [1] * (len(head) + len(new)) + [0] * (longest - len(new))
+            for head, new in zip(before, tokens, strict=True)
+        ]
+        new_mask = torch.tensor(valid, device=self.device)
+        positions = (self._lengths[:, None] + new_mask.cumsum(1) - 1).clamp(min=0)
+        self._start = self._mask.shape[1] + width
+        self._mask = torch.cat([self._mask, new_mask], dim=1)
+        out = self.model(
+            input_ids=torch.tensor(ids, device=self.device),
+            attention_mask=None if bool(self._mask.all()) else self._mask,
+            position_ids=positions,
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=longest,
+        )
+        self._lengths += torch.tensor([len(head) for head in before], device=self.device)
+        logits: Tensor = out.logits[:, -longest:].float()
+        return logits
+
+    def keep(self, num_kept: Sequence[int], tokens: Sequence[Sequence[int]]) -> None:
+        """Forgets all but the first tokens of the last `read`, per row.
+
+        Args:
+            num_kept: of the tokens, per row.
+            tokens: as `read` was given them.
+        """
+        for row, kept, new in zip(self._rows, num_kept, tokens, strict=True):
+            row.extend(new[:kept])
+        if self.cache is None:
+            return
+        kept = torch.tensor(list(num_kept), device=self.device)
+        end = self._start + max(num_kept)
+        self._lengths += kept
+        self._mask = self._mask[:, :end]
+        surplus = torch.arange(end, device=self.device) >= self._start + kept[:, None]
+        self._mask = self._mask.masked_fill(surplus, 0)
+        for layer in self.cache.layers:
+            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keeps some of the rows, in the given order."""
+        self._rows = [self._rows[row] for row in rows]
+        index = torch.tensor(list(rows), device=self.device)
+        self._mask, self._lengths = self._mask[index], self._lengths[index]
+        if self.cache is not None and not self._fresh:
+            self.cache.batch_select_indices(index)
+
+    def _read_anew(self, tokens: Sequence[Sequence[int]], longest: int) -> Tensor:
+        whole = [[*row, *new] for row, new in zip(self._rows, tokens, strict=True)]
+        width = max(map(len, whole))
+        ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=self.device)
+        logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        starts = torch.tensor([len(row) for row in self._rows], device=self.device)
+        at = (starts[:, None] + torch.arange(longest, device=self.device)).clamp(max=width - 1)
+        picked: Tensor = logits.gather(1, at[:, :, None].expand(-1, -1, logits.shape[-1])).float()
+        return picked
