@@ -1,4 +1,4 @@
-"""`twotower-spec generate`: one prompt or a bulk run, in any of the three modes."""
+"""`twotower-spec generate`: one prompt or a bulk run, in any of the four modes."""
 
 from __future__ import annotations
 
@@ -24,16 +24,25 @@ from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer,
 from twotower_spec.demo import trio_path
 from twotower_spec.generation import GenerationResult
 from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds
+from twotower_spec.generation.self_speculative import DEFAULT_BLOCK_SIZE, DEFAULT_STEPS_PER_BLOCK
 from twotower_spec.model import TwoTowerModel, as_dtype
 from twotower_spec.towers.model import usable_device
 
 
 class Mode(StrEnum):
-    """The three published ways to generate."""
+    """The three published ways to generate, and self-verified diffusion."""
 
     AR = "ar"
     MOCK_AR = "mock-ar"
     MASK_DIFFUSION = "mask-diffusion"
+    SELF_SPECULATIVE = "self-speculative"
+
+
+# Tokens per block and most steps.
+DIFFUSION_DEFAULTS = {
+    Mode.MASK_DIFFUSION: (16, 16),
+    Mode.SELF_SPECULATIVE: (DEFAULT_BLOCK_SIZE, DEFAULT_STEPS_PER_BLOCK),
+}
 
 
 def generate(
@@ -50,10 +59,13 @@ def generate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object per prompt.")] = False,
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.")] = 128,
-    block_size: Annotated[int, typer.Option("--block-size", "-S", help="Tokens per diffusion block.")] = 16,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", "-S", help="Tokens per block; default: 16, self-speculative 8.")
+    ] = None,
     steps_per_block: Annotated[
-        int, typer.Option("--steps-per-block", "--steps", help="Most denoising steps per block.")
-    ] = 16,
+        int | None,
+        typer.Option("--steps-per-block", "--steps", help="Most denoising steps; default: 16, self-speculative 1."),
+    ] = None,
     confidence_threshold: Annotated[
         float, typer.Option("--confidence-threshold", "--gamma", help="Commit picks more probable than this.")
     ] = 0.8,
@@ -101,11 +113,14 @@ def generate(
         "top_p": top_p,
         "eos_token_id": _eos(tokenizer, eos_token_id or [], ignore_eos, config.vocab_size),
     }
-    if mode is Mode.MASK_DIFFUSION:
-        diffusion = DiffusionConfig(
-            block_size, steps_per_block, confidence_threshold, temperature, top_k, top_p, config.mask_token_id
-        )
+    if mode in DIFFUSION_DEFAULTS:
+        default_size, default_steps = DIFFUSION_DEFAULTS[mode]
+        size = default_size if block_size is None else block_size
+        steps = default_steps if steps_per_block is None else steps_per_block
+        diffusion = DiffusionConfig(size, steps, confidence_threshold, temperature, top_k, top_p, config.mask_token_id)
         options |= asdict(diffusion)
+        if mode is Mode.SELF_SPECULATIVE:
+            del options["mask_token_id"]
     run = _fingerprint(directory, config, mode, [dtype, denoiser_dtype], seed, options, rows)
     seeds = parse_seeds(seed, len(rows))
     with ResumableOutput(output, run, overwrite) if output else nullcontext() as sink:
@@ -141,6 +156,8 @@ def _run(
         return towers.generate_ar(rows, seed=seeds, **options)
     if mode is Mode.MOCK_AR:
         return towers.generate_mock_ar(rows, seed=seeds, **options)
+    if mode is Mode.SELF_SPECULATIVE:
+        return towers.generate_self_speculative(rows, seed=seeds, **options)
     return towers.generate_mask_diffusion(rows, seed=seeds, **options)
 
 
@@ -159,6 +176,7 @@ def _records(
             "token_ids": tokens,
             "num_denoiser_passes": passes,
             "tokens_per_denoiser_pass": len(tokens) / passes if passes else None,
+            "num_context_passes": result.num_context_passes[row],
             "tokens_per_s": len(tokens) / result.times.total_s,
             "prefill_s": result.times.prefill_s,
             "denoise_s": result.times.denoise_s,

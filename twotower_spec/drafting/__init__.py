@@ -11,7 +11,7 @@ from twotower_spec.drafting.speculative_loop import (
     SpeculativeStep,
     speculative_loop,
 )
-from twotower_spec.drafting.verification import RULES, VerificationRule, Verdict, verification_rule
+from twotower_spec.drafting.verification import RULES, Verdict, VerificationRule, verification_rule
 from twotower_spec.drafting.vocabulary import shared_token_ids
 
 __all__ = [
@@ -30,8 +30,8 @@ __all__ = [
     "SpeculativeRun",
     "SpeculativeStep",
     "ThresholdPolicy",
-    "VerificationRule",
     "Verdict",
+    "VerificationRule",
     "shared_token_ids",
     "speculative_loop",
     "verification_rule",

@@ -67,7 +67,8 @@ class _Arm:
     def optimistic_rate(self) -> float:
         """The rate, and what it may be short of for want of rounds."""
         mean = self.tokens / self.rounds
-        deviation = math.sqrt(max(0.0, self.squares / self.rounds - mean * mean))
+        # However alike the rounds were, the text may have changed since: at least a token of doubt.
+        deviation = max(1.0, math.sqrt(max(0.0, self.squares / self.rounds - mean * mean)))
         return self.rate * (1 + OPTIMISM * deviation / math.sqrt(self.rounds) / max(mean, 1.0))
 
 
@@ -120,8 +121,8 @@ class AdaptivePolicy:
 
     Three decisions, all from what was measured while serving, per size of batch: the block size (none at all where
     drafting does not pay, tried again at times), by tokens per second; after every denoiser pass, whether one more is
-    worth its time; and how many drafts are worth their share of the verification. Confidences are calibrated online, per
-    block size, number of steps, and position. Use it when load, text or verifier vary, or nobody wants to tune.
+    worth its time; and how many drafts are worth their share of the verification. Confidences are calibrated online,
+    per block size, number of steps, and position. Use it when load, text or verifier vary, or nobody wants to tune.
 
     Args:
         block_sizes: that may be denoised.
@@ -150,7 +151,8 @@ class AdaptivePolicy:
         self.block_sizes, self.most_steps, self.threshold = tuple(block_sizes), most_steps, confidence_threshold
         self.num_speculative_tokens = max(block_sizes)
         self.random = Random(seed)
-        self._choices = (*self.block_sizes, 0) if may_skip else self.block_sizes
+        # Without drafts first: two lengths of verification tell what a token of it costs.
+        self._choices = (0, *self.block_sizes) if may_skip else self.block_sizes
         self._loads: dict[int, _Load] = defaultdict(_Load)
         self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
         bins = len(CONFIDENCE_BINS) + 1

@@ -37,7 +37,7 @@ class DraftBlock:
     Attributes:
         request_ids: in the order of the rows.
         token_ids: int64 [num_reqs, num_speculative_tokens], -1 where a request has fewer.
-        num_draft_tokens: usable drafts per request; 0 where its context is not computed yet or drafting is not worth it.
+        num_draft_tokens: usable drafts per request; 0 where its context is not computed yet, or drafting does not pay.
         confidence: float32 [num_reqs, num_speculative_tokens], probability of each draft under the tower that made it,
             when it was committed; 0 where there is none.
         num_denoiser_passes: per request.

@@ -48,9 +48,9 @@ class DrafterCounters:
 class BlockDrafter:
     """Drafts blocks of tokens for many requests.
 
-    Requests come and go as they like: a row that continues what is known is extended, one that does not is started over,
-    alone; requests that are not named keep their state until it is released or needed by others. Nothing that a request
-    brings makes a call fail: it gets no drafts, and is counted.
+    Requests come and go as they like: a row that continues what is known is extended, one that does not is started
+    over, alone; requests that are not named keep their state until it is released or needed by others. Nothing that a
+    request brings makes a call fail: it gets no drafts, and is counted.
     """
 
     def __init__(

@@ -146,8 +146,8 @@ class SpeculativeRun:
         check_integer("max_new_tokens", max_new_tokens, minimum=0)
         if drafter is not None and drafter.num_token_ids > vocab_size:
             raise ArgumentError(
-                f"the drafter may draft ids up to {drafter.num_token_ids - 1}, but the target has {vocab_size}; make the "
-                f"drafter with num_token_ids={vocab_size}"
+                f"the drafter may draft ids up to {drafter.num_token_ids - 1}, but the target has {vocab_size}; make "
+                f"the drafter with num_token_ids={vocab_size}"
             )
         self.verifier, self.drafter = verifier, drafter
         self.sampler = sampler or Sampler()

@@ -1,8 +1,9 @@
 """Which drafts are accepted, and what follows them: the rules that leave the target's text as it is.
 
-Two kinds. *Comparing* rules choose the target's tokens first, without a look at the drafts, and accept drafts that agree
-with them: exact whatever the drafts are. *Rejecting* rules decide by probabilities: accept a prefix of the drafts, then
-draw the next token from what is left of the target; each says for which drafts it is exact, and refuses all others.
+Two kinds. *Comparing* rules choose the target's tokens first, without a look at the drafts, and accept drafts that
+agree with them: exact whatever the drafts are. *Rejecting* rules decide by probabilities: accept a prefix of the
+drafts, then draw the next token from what is left of the target; each says for which drafts it is exact, and refuses
+all others.
 """
 
 from __future__ import annotations

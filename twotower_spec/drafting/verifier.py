@@ -95,13 +95,14 @@ class Verifier:
             row.extend(new[:kept])
         if self.cache is None:
             return
-        kept = torch.tensor(list(num_kept), device=self.device)
+        counts = torch.tensor(list(num_kept), device=self.device)
         end = self._start + max(num_kept)
-        self._lengths += kept
+        self._lengths += counts
         self._mask = self._mask[:, :end]
-        surplus = torch.arange(end, device=self.device) >= self._start + kept[:, None]
+        surplus = torch.arange(end, device=self.device) >= self._start + counts[:, None]
         self._mask = self._mask.masked_fill(surplus, 0)
         for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
             layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
 
     def select(self, rows: Sequence[int]) -> None:

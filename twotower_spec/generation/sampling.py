@@ -66,8 +66,8 @@ class Sampler:
 def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
     """Excludes tokens by min-p, then by top-k, then by top-p on what is left; excluded tokens get -inf.
 
-    Min-p keeps tokens at least `min_p` times as probable as the most probable one. Ties with the k-th token stay. Top-p keeps the most probable tokens up to and including the one that makes their
-    sum exceed `top_p`.
+    Min-p keeps tokens at least `min_p` times as probable as the most probable one. Ties with the k-th token stay. Top-p
+    keeps the most probable tokens up to and including the one that makes their sum exceed `top_p`.
 
     Source: modeling_nemotron_twotower.py, _sample_token; min-p comes first as in vLLM.
     """

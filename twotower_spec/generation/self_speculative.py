@@ -122,8 +122,11 @@ def _self_speculative(batch: Batch, config: DiffusionConfig) -> Iterator[Committ
                 first_tokens=torch.tensor([newest[row][-1] for row in rows], device=denoiser.device),
                 same_noise=True,
             )
-            left = [batch.max_new_tokens - len(batch.generated[row]) for row in rows]
-            blocks = {row: block[:most] for row, block, most in zip(rows, done.token_ids.tolist(), left, strict=True)}
+            # The context tower may choose the mask token, which the denoiser would fill: its choice stands.
+            blocks = {
+                row: [newest[row][-1], *block[1:]][: batch.max_new_tokens - len(batch.generated[row])]
+                for row, block in zip(rows, done.token_ids.tolist(), strict=True)
+            }
         with batch.times.measure("extend", batch.towers.context.device):
             extension = batch.state.extend(batch.towers.context, blocks, logits="all", provisional=True)
             assert extension.logits is not None

@@ -1,0 +1,156 @@
+"""Policies: what they commit, when they stop, and what the adaptive one learns."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.support.builders import random_ids, tiny_model
+from twotower_spec import ArgumentError
+from twotower_spec.drafting import AdaptivePolicy, BlockDrafter, DraftPlan, FixedPolicy, RoundOutcome, ThresholdPolicy
+from twotower_spec.drafting.policies import FixedSteps
+from twotower_spec.generation.unmasking import DenoisingStep
+
+
+def step(confidence: list[list[float]], index: int = 0, masked: list[list[int]] | None = None) -> DenoisingStep:
+    wide = torch.tensor(confidence)
+    blank = torch.ones_like(wide, dtype=torch.bool) if masked is None else torch.tensor(masked).bool()
+    return DenoisingStep(index, list(range(len(wide))), blank, wide)
+
+
+def test_fixed_steps_commit_what_is_confident_and_everything_at_last() -> None:
+    rule = FixedSteps(3, 0.8)
+    first = step([[0.9, 0.5, 0.85, 0.1], [0.1, 0.3, 0.2, 0.1]])
+    assert rule.commits(first).tolist() == [[True, False, True, False], [False, True, False, False]]
+    last = step([[0.9, 0.5, 0.85, 0.1]], index=2, masked=[[0, 1, 0, 1]])
+    assert rule.commits(last).tolist() == [[False, True, False, True]]
+
+
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_a_fixed_number_of_steps_is_not_exceeded(num_steps: int) -> None:
+    block = BlockDrafter(tiny_model(), FixedPolicy(16, num_steps)).draft({"a": random_ids(4), "b": random_ids(9)})
+    assert max(block.num_denoiser_passes) == num_steps
+
+
+def test_the_threshold_policy_drafts_what_the_model_would_write() -> None:
+    row = random_ids(12)
+    block = BlockDrafter(tiny_model(), ThresholdPolicy(8, 5, 0.3), first_token="denoiser").draft({"a": row})
+    written = tiny_model().generate_mask_diffusion([row], 8, block_size=8, steps_per_block=5, confidence_threshold=0.3)
+    assert block.row(0) == written.token_ids[0]
+    assert block.num_denoiser_passes == written.num_denoiser_passes
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: FixedPolicy(8, 0), "steps_per_block 0"),
+        (lambda: FixedPolicy(8, 1, num_tokens=9), "num_tokens 9 is more than block_size 8"),
+        (lambda: ThresholdPolicy(8, 8, 1.5), "confidence_threshold 1.5"),
+        (lambda: AdaptivePolicy([]), "block_sizes is empty"),
+        (lambda: AdaptivePolicy([0]), "block_size 0"),
+    ],
+)
+def test_policies_refuse_what_cannot_be(make: object, message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        make()  # type: ignore[operator]
+
+
+class World:
+    """A made-up server: what a block size brings and costs, for an adaptive policy to find out.
+
+    Args:
+        acceptance: chance that a draft is accepted after the others, by block size.
+        step_s, verify_s: seconds of a denoiser pass, and of a verified token; a verification costs 10 ms besides.
+    """
+
+    def __init__(self, acceptance: dict[int, float], step_s: float = 0.005, verify_s: float = 0.0) -> None:
+        self.acceptance, self.step_s, self.verify_s = acceptance, step_s, verify_s
+        self.generator = torch.Generator().manual_seed(0)
+
+    def round(self, policy: AdaptivePolicy) -> RoundOutcome:
+        plan = policy.plan(1)
+        if plan is None:
+            outcome = RoundOutcome(None, [0], [0], None, [0], 0.0, 0.0, 0.01 + self.verify_s)
+        else:
+            outcome = self.drafted(policy, plan)
+        policy.observe(outcome)
+        return outcome
+
+    def drafted(self, policy: AdaptivePolicy, plan: DraftPlan) -> RoundOutcome:
+        size = plan.block_size
+        confidence = torch.full((1, size), self.acceptance[size])
+        masked, passes = torch.ones(1, size, dtype=torch.bool), 0
+        while masked.any():
+            commits = plan.rule.commits(DenoisingStep(passes, [0], masked, confidence))
+            masked, passes = masked & ~commits, passes + 1
+        count = policy.usable(plan, confidence, [passes])[0]
+        right = torch.rand(count, generator=self.generator) < self.acceptance[size]
+        accepted = int(right.int().cumprod(0).sum())
+        seconds = 0.01 + self.verify_s * (1 + count)
+        return RoundOutcome(plan, [count], [accepted], confidence, [passes], 0.002, self.step_s * passes, seconds)
+
+
+def sizes(policy: AdaptivePolicy, world: World, num_rounds: int) -> list[int]:
+    outcomes = [world.round(policy) for _ in range(num_rounds)]
+    return [outcome.plan.block_size if outcome.plan else 0 for outcome in outcomes]
+
+
+def test_the_adaptive_policy_settles_on_the_block_size_that_pays() -> None:
+    chosen = sizes(AdaptivePolicy([4, 8, 16]), World({4: 0.5, 8: 0.9, 16: 0.6}), 600)
+    assert set(chosen) == {0, 4, 8, 16}
+    assert chosen[200:].count(8) > 0.9 * 400
+
+
+def test_the_adaptive_policy_drafts_nothing_where_drafting_does_not_pay_and_tries_again() -> None:
+    policy = AdaptivePolicy([8])
+    useless = World({8: 0.02}, step_s=0.02)
+    chosen = sizes(policy, useless, 400)
+    assert chosen[100:].count(0) > 0.9 * 300
+    useful = sizes(policy, World({8: 0.95}), 4000)
+    assert useful[-300:].count(8) > 270
+
+
+def test_the_adaptive_policy_always_drafts_when_it_may_not_skip() -> None:
+    assert 0 not in sizes(AdaptivePolicy([8], may_skip=False), World({8: 0.02}, step_s=0.02), 100)
+
+
+def test_the_adaptive_policy_stops_denoising_when_another_step_brings_nothing() -> None:
+    policy, world = AdaptivePolicy([8]), World({8: 0.7})
+    passes = [world.round(policy).num_denoiser_passes[0] for _ in range(400)]
+    assert max(passes) > 1  # it was tried
+    assert sum(passes[200:]) < 1.1 * 200
+
+
+def test_the_adaptive_policy_drafts_fewer_where_verifying_is_dear() -> None:
+    cheap, dear = AdaptivePolicy([16], may_skip=False), AdaptivePolicy([16])
+    for _ in range(400):
+        World({16: 0.8}).round(cheap)
+    world = World({16: 0.8}, verify_s=0.004)
+    counts = [world.round(dear) for _ in range(400)]
+    drafted = [outcome.num_draft_tokens[0] for outcome in counts if outcome.plan]
+    assert max(drafted[1:]) < 16
+    assert cheap.usable(cheap_plan(cheap), torch.full((1, 16), 0.8), [1]) == [16]
+
+
+def cheap_plan(policy: AdaptivePolicy) -> DraftPlan:
+    plan = None
+    while plan is None:
+        plan = policy.plan(1)
+    return plan
+
+
+def test_calibration_learns_what_a_confidence_is_worth() -> None:
+    policy = AdaptivePolicy([4], may_skip=False)
+    before = policy.survival(4, [1], torch.full((1, 4), 0.9))
+    for _ in range(300):
+        plan = cheap_plan(policy)
+        outcome = RoundOutcome(plan, [4], [1], torch.full((1, 4), 0.9), [1], 0.0, 0.001, 0.01)
+        policy.observe(outcome)
+    after = policy.survival(4, [1], torch.full((1, 4), 0.9))
+    assert before[0, 0] == pytest.approx(0.9)
+    assert after[0, 0] > 0.95 and after[0, 1] < 0.1
+
+
+def test_an_adaptive_policy_is_the_same_for_the_same_seed() -> None:
+    runs = [sizes(AdaptivePolicy(seed=3), World({4: 0.5, 8: 0.7, 16: 0.7}), 200) for _ in range(2)]
+    assert runs[0] == runs[1]

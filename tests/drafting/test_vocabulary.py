@@ -1,0 +1,42 @@
+"""Tokenizers are compared by what ids mean."""
+
+from __future__ import annotations
+
+import pytest
+from transformers import PreTrainedTokenizerBase
+
+from twotower_spec import ArgumentError
+from twotower_spec.drafting import shared_token_ids
+from twotower_spec.training.tokenizer import train_tokenizer
+
+TEXTS = ["def one(two): return three", "Question: how many apples are left? Answer: 12 apples."] * 3
+
+
+def tokenizer(vocab_size: int = 300, texts: list[str] | None = None) -> PreTrainedTokenizerBase:
+    return train_tokenizer(texts or TEXTS, vocab_size)
+
+
+def test_the_same_tokenizer_shares_every_row_that_both_tables_have() -> None:
+    ours = tokenizer()
+    assert shared_token_ids(ours, tokenizer(), 320, 300) == 300
+    assert shared_token_ids(ours, tokenizer(), 300, 384) == 300
+
+
+def test_a_tokenizer_that_goes_on_where_the_other_ends_is_no_mismatch() -> None:
+    longer, shorter = tokenizer(300), tokenizer(280)
+    assert shared_token_ids(longer, shorter, 300, 280) == 280
+    assert shared_token_ids(shorter, longer, 320, 300) == 300
+
+
+def test_other_tokens_are_refused_by_the_first_id_that_differs() -> None:
+    ours, theirs = tokenizer(), tokenizer(texts=["zebra quartz jumps vex"] * 4 + TEXTS[:1])
+    first = next(i for i in range(300) if ours.convert_ids_to_tokens(i) != theirs.convert_ids_to_tokens(i))
+    with pytest.raises(ArgumentError, match=f"token id {first} is"):
+        shared_token_ids(ours, theirs, 300, 300)
+
+
+def test_other_special_tokens_are_refused() -> None:
+    theirs = tokenizer()
+    theirs.eos_token = theirs.pad_token
+    with pytest.raises(ArgumentError, match="eos_token_id is 2 for the target and 0 for the drafter"):
+        shared_token_ids(tokenizer(), theirs, 300, 300)
