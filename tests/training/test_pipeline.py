@@ -19,7 +19,7 @@ from twotower_spec import TwoTowerModel
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.training.evaluation import Trio
 from twotower_spec.training.loop import read_log
-from twotower_spec.training.quality import BlockDiffusionDrafter, VerifierText
+from twotower_spec.training.quality import TowerDrafter, VerifierText
 from twotower_spec.training.tokenizer import train_tokenizer
 
 MINIATURE = Path(__file__).with_name("miniature.toml")
@@ -212,7 +212,7 @@ def test_towers_for_a_verifier_of_the_users_own_share_its_tokenizer(tmp_path: Pa
     trio = Trio(tmp_path / "out", verifier)
     for system in trio.systems():
         drafter = system.make([VerifierText([5, 6, 7], [8, 9])])
-        if isinstance(drafter, BlockDiffusionDrafter):
+        if isinstance(drafter, TowerDrafter):
             assert max(drafter.draft({0: [5, 6, 7]}, 16)[0]) < 320
 
 

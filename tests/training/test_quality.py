@@ -5,14 +5,14 @@ import torch
 from transformers import PreTrainedModel
 
 from tests.support.builders import random_ids, tiny_model
-from twotower_spec.config import DiffusionConfig
+from twotower_spec.drafting import FixedPolicy, ThresholdPolicy
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.training.language_models import build_language_model
 from twotower_spec.training.quality import (
-    BlockDiffusionDrafter,
     ContextTowerDrafter,
     ModelDrafter,
     NgramDrafter,
+    TowerDrafter,
     VerifierText,
     agreeing,
     measure_acceptance,
@@ -93,7 +93,7 @@ def test_the_denoiser_drafts_the_block_that_generation_commits(steps: int, gamma
     prompts = [text.prompt for text in TEXTS[:3]]
     options = {"block_size": 6, "steps_per_block": steps, "confidence_threshold": gamma}
     expected = model.generate_mask_diffusion(prompts, 6, **options)
-    drafter = BlockDiffusionDrafter(model, 3, 32, DiffusionConfig(**options), first_from_context=False)
+    drafter = TowerDrafter(model, 3, 32, ThresholdPolicy(6, steps, gamma), "denoiser")
     assert list(drafter.draft(dict(enumerate(prompts)), 6).values()) == expected.token_ids
     assert drafter.num_denoiser_passes == sum(expected.num_denoiser_passes)
 
@@ -101,7 +101,7 @@ def test_the_denoiser_drafts_the_block_that_generation_commits(steps: int, gamma
 def test_the_first_token_can_come_from_the_context_tower() -> None:
     model = tiny_model()
     prompts = [text.prompt for text in TEXTS[:3]]
-    drafter = BlockDiffusionDrafter(model, 3, 32, DiffusionConfig(block_size=6, steps_per_block=1), True)
+    drafter = TowerDrafter(model, 3, 32, FixedPolicy(6, 1), "context")
     blocks = drafter.draft(dict(enumerate(prompts)), 4)
     assert [block[0] for block in blocks.values()] == [t[0] for t in model.generate_ar(prompts, 1).token_ids]
     assert all(len(block) == 4 and model.config.mask_token_id not in block for block in blocks.values())

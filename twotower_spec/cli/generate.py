@@ -119,8 +119,6 @@ def generate(
         steps = default_steps if steps_per_block is None else steps_per_block
         diffusion = DiffusionConfig(size, steps, confidence_threshold, temperature, top_k, top_p, config.mask_token_id)
         options |= asdict(diffusion)
-        if mode is Mode.SELF_SPECULATIVE:
-            del options["mask_token_id"]
     run = _fingerprint(directory, config, mode, [dtype, denoiser_dtype], seed, options, rows)
     seeds = parse_seeds(seed, len(rows))
     with ResumableOutput(output, run, overwrite) if output else nullcontext() as sink:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shlex
@@ -35,6 +36,9 @@ Verifier = Annotated[Path | None, typer.Option(help="Directory of your own verif
 Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 files, or .jsonl with "text".')]
 MoreText = Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
+
+# The two kinds of real text are measured apart.
+REAL_TEXTS = {"split": "gsm8k", "file": "standard library"}
 
 
 def _add_stage(stage: str, summary: str) -> None:
@@ -118,9 +122,11 @@ def evaluate(
 
 def _prompt_texts(files: list[Path]) -> dict[str, list[str]]:
     """Prompts by category: of the user's files, or the held-out ones."""
-    if not files:
-        return {category: [row.prompt for row in held_out_prompts(category)] for category in CATEGORIES}
     texts: dict[str, list[str]] = {}
+    if not files:
+        for row in itertools.chain.from_iterable(map(held_out_prompts, CATEGORIES)):
+            texts.setdefault(REAL_TEXTS.get(row.held_out, row.category), []).append(row.prompt)
+        return texts
     for file in files:
         rows = [prompt.text for prompt in read_prompts([], [], file)]
         if file.stem in texts:

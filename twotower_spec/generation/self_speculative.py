@@ -1,4 +1,4 @@
-"""Self-verified diffusion: the denoiser drafts, the context tower accepts. The text is that of the context tower alone."""
+"""Self-verified diffusion: the denoiser drafts, the context tower accepts, and the text is the context tower's own."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ def generate_self_speculative(
     block_size: int = DEFAULT_BLOCK_SIZE,
     steps_per_block: int = DEFAULT_STEPS_PER_BLOCK,
     confidence_threshold: float = 0.8,
+    mask_token_id: int | None = None,
     seed: Seeds = None,
 ) -> GenerationResult:
     """The text of `generate_ar`, several tokens per pass of the context tower, and no second model.
@@ -49,6 +50,7 @@ def generate_self_speculative(
         block_size: tokens per block, the first of which is given.
         steps_per_block: most denoising steps per block.
         confidence_threshold: picks more probable than this are committed before the last step.
+        mask_token_id: None for the one of the configuration (3).
         seed: of the sampling noise; row i of a call uses `seed + i`, or give one per row. None for a random one.
 
     Returns:
@@ -64,7 +66,7 @@ def generate_self_speculative(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
-        mask_token_id=towers.config.mask_token_id,
+        mask_token_id=towers.config.mask_token_id if mask_token_id is None else mask_token_id,
     )
     batch = _batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
     return batch.collect(_self_speculative(batch, config))

@@ -11,15 +11,16 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
-from twotower_spec.config import DiffusionConfig
+from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
+from twotower_spec.drafting.drafter import FirstToken
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.training.quality import (
-    BlockDiffusionDrafter,
     ContextTowerDrafter,
     Drafter,
     ModelDrafter,
     NgramDrafter,
+    TowerDrafter,
     VerifierText,
     measure_acceptance,
     repeated_4gram_fraction,
@@ -108,13 +109,12 @@ class Trio:
 
     def systems(self) -> Iterator[System]:
         """The drafters that are compared."""
-        mask = self.towers.config.mask_token_id
-        one_step = DiffusionConfig(8, 1, GAMMA, mask_token_id=mask)
-        gamma = DiffusionConfig(16, MOST_STEPS, GAMMA, mask_token_id=mask)
-        yield self._block_diffusion("TwoTower, 1 step, first token from context", 7, one_step, True)
-        yield self._block_diffusion("TwoTower, 1 step", 7, one_step, False)
-        yield self._block_diffusion("TwoTower, gamma 0.8, first token from context", 15, gamma, True)
-        yield self._block_diffusion("TwoTower, gamma 0.8", 15, gamma, False)
+        one_step = FixedPolicy(8, 1, num_tokens=7)
+        gamma = ThresholdPolicy(16, MOST_STEPS, GAMMA, num_tokens=15)
+        yield self._towers("TwoTower, 1 step, first token from context", one_step, "context")
+        yield self._towers("TwoTower, 1 step", one_step, "denoiser")
+        yield self._towers("TwoTower, gamma 0.8, first token from context", gamma, "context")
+        yield self._towers("TwoTower, gamma 0.8", gamma, "denoiser")
         for num_tokens in (7, 15):
             yield System("n-gram lookup", num_tokens, lambda _: NgramDrafter())
         if self.draft is not None:
@@ -128,11 +128,11 @@ class Trio:
                 lambda texts: ContextTowerDrafter(self.towers, *_room(texts)),
             )
 
-    def _block_diffusion(self, name: str, num_tokens: int, diffusion: DiffusionConfig, first: bool) -> System:
+    def _towers(self, name: str, policy: DraftPolicy, first_token: FirstToken) -> System:
         return System(
             name,
-            num_tokens,
-            lambda texts: BlockDiffusionDrafter(self.towers, *_room(texts), diffusion, first),
+            policy.num_speculative_tokens,
+            lambda texts: TowerDrafter(self.towers, *_room(texts), policy, first_token),
         )
 
 

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from twotower_spec.config import DiffusionConfig
-from twotower_spec.generation.block_diffusion import BlockDenoiser
+from twotower_spec.drafting import BlockDrafter, DraftPolicy
+from twotower_spec.drafting.drafter import FirstToken
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
@@ -130,7 +128,7 @@ def measure_acceptance(drafter: Drafter, texts: Sequence[VerifierText], num_toke
             position[row] = end + gained
             if gained == len(left):
                 del position[row]
-    passes = drafter.num_denoiser_passes if isinstance(drafter, BlockDiffusionDrafter) else 0
+    passes = drafter.num_denoiser_passes if isinstance(drafter, TowerDrafter) else 0
     kept = [i for i, count in enumerate(steps) if count]
     return Acceptance(
         [tokens[i] for i in kept], [steps[i] for i in kept], (accepted_at / max(num_drafts, 1)).tolist(), passes
@@ -155,61 +153,35 @@ def repeated_4gram_fraction(texts: Sequence[VerifierText]) -> float:
     return repeated / total if total else 0.0
 
 
-class ContextTowerState:
-    """The context tower's states of all rows of a walk.
-
-    Args:
-        towers: the model.
-        num_rows, longest: what the state must hold.
-    """
-
-    def __init__(self, towers: TwoTowers, num_rows: int, longest: int) -> None:
-        self.towers = towers
-        pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
-        self.state = ContextState(towers.config, num_rows, pages, towers.dtype, towers.context.device)
-        self._held: set[int] = set()
-
-    def extend(self, rows: dict[int, list[int]]) -> Tensor:
-        """Brings the states up to the rows; the context tower's next tokens, int64 [num_rows]."""
-        for row in self._held - rows.keys():
-            self.state.release(row)
-        self._held = set(rows)
-        new = {row: tokens[self.state.num_computed_tokens(row) :] for row, tokens in rows.items()}
-        last = self.state.extend_in_chunks(self.towers.context, new)
-        return torch.stack([last[row] for row in rows]).argmax(-1)
-
-
-class BlockDiffusionDrafter:
-    """Drafts of the denoiser tower.
+class TowerDrafter:
+    """Drafts of both towers.
 
     Args:
         towers: the model.
         num_rows, longest: rows of the walk and tokens of the longest.
-        diffusion: block size, most steps and confidence threshold.
-        first_from_context: take the first token from the context tower, whose logits the extension yields anyway.
+        policy: how a block is denoised.
+        first_token: which tower makes the first draft.
     """
 
     def __init__(
-        self, towers: TwoTowers, num_rows: int, longest: int, diffusion: DiffusionConfig, first_from_context: bool
+        self, towers: TwoTowers, num_rows: int, longest: int, policy: DraftPolicy, first_token: FirstToken
     ) -> None:
-        self._context = ContextTowerState(towers, num_rows, longest)
-        self._denoiser = BlockDenoiser(towers.denoiser, diffusion)
-        self._first_from_context = first_from_context
+        pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
+        self._drafter = BlockDrafter(
+            towers,
+            policy,
+            first_token=first_token,
+            num_slots=num_rows,
+            num_tokens=pages * DEFAULT_PAGE_SIZE,
+            token_budget=max(1, num_rows * longest),
+        )
         self.num_denoiser_passes = 0
 
     def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
         """See `Drafter.draft`."""
-        first = self._context.extend(rows)
-        size = self._denoiser.config.block_size
-        device = self._denoiser.denoiser.device
-        block_context = self._context.state.block_context(list(rows), size, device)
-        zeros = torch.zeros(len(rows), dtype=torch.long, device=device)
-        done = self._denoiser.denoise(
-            block_context, zeros, zeros, first_tokens=first.to(device) if self._first_from_context else None
-        )
-        self.num_denoiser_passes += sum(done.num_passes)
-        blocks = done.token_ids[:, :num_tokens].tolist()
-        return dict(zip(rows, blocks, strict=True))
+        block = self._drafter.draft(rows)
+        self.num_denoiser_passes += sum(block.num_denoiser_passes)
+        return {row: block.row(i)[:num_tokens] for i, row in enumerate(rows)}
 
 
 class ContextTowerDrafter:
@@ -221,12 +193,16 @@ class ContextTowerDrafter:
     """
 
     def __init__(self, towers: TwoTowers, num_rows: int, longest: int) -> None:
-        self._context = ContextTowerState(towers, num_rows, longest)
+        self._tower = towers.context
+        pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
+        self._state = ContextState(towers.config, num_rows, pages, towers.dtype, towers.context.device)
 
     def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
         """See `Drafter.draft`."""
-        drafts = {row: [token] for row, token in zip(rows, self._context.extend(rows).tolist(), strict=True)}
-        state, tower = self._context.state, self._context.towers.context
+        state, tower = self._state, self._tower
+        new = {row: tokens[state.num_computed_tokens(row) :] for row, tokens in rows.items()}
+        last = state.extend_in_chunks(tower, new)
+        drafts = {row: [int(last[row].argmax())] for row in rows}
         for _ in range(num_tokens - 1):
             # Every pass reads all drafts again from the state of the accepted tokens, which stays as it is.
             extension = state.extend(tower, drafts, provisional=True)
