@@ -30,6 +30,6 @@ for step in run:
 
 report = run.metrics.report()
 console.print(
-    f"\n{report.acceptance_length:.2f} tokens per verifier pass, {report.tokens_per_denoiser_pass or 0:.2f} per denoiser "
-    f"pass; accepted drafts per round: {report.histogram}"
+    f"\n{report.acceptance_length:.2f} tokens per verifier pass, {report.tokens_per_denoiser_pass or 0:.2f} per "
+    f"denoiser pass; accepted drafts per round: {report.histogram}"
 )

@@ -89,7 +89,7 @@ def test_the_checkpoint_generates_and_drafts(finished: Path) -> None:
     result = json.loads(figures.read_text())
     systems = {row["system"] for row in result["rows"]}
     assert systems >= {"TwoTower, 1 step, first token from context", "n-gram lookup", "AR draft model"}
-    assert {row["category"] for row in result["rows"]} == {"maths", "python", "real"}
+    assert {row["category"] for row in result["rows"]} == {"maths", "python", "gsm8k", "standard library"}
     assert all(1 <= row["low"] <= row["acceptance_length"] <= row["high"] <= 16 for row in result["rows"])
     assert "acceptance length" in out
     for name in ("verifier", "twotower", "draft"):

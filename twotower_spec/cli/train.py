@@ -20,8 +20,7 @@ from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
 from twotower_spec.machine import describe_machine
-from twotower_spec.training.evaluation import EvaluationRow, Trio
-from twotower_spec.training.evaluation import evaluate as evaluate_trio
+from twotower_spec.training.evaluation import EvaluationRow, TrioFiles, evaluate_side_by_side
 from twotower_spec.training.model_card import write_model_cards
 from twotower_spec.training.pipeline import STAGES, Job, default_device, train_all
 
@@ -37,6 +36,7 @@ Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 file
 MoreText = Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 
+SIDE_BY_SIDE = min(2, os.cpu_count() or 1)
 # The two kinds of real text are measured apart.
 REAL_TEXTS = {"split": "gsm8k", "file": "standard library"}
 
@@ -73,9 +73,7 @@ def train_everything(
     text: Text = None,
     more_text: MoreText = None,
     device: Device = None,
-    processes: Annotated[int, typer.Option(help="Stages that may run side by side.", min=1)] = min(
-        2, os.cpu_count() or 1
-    ),
+    processes: Annotated[int, typer.Option(help="Stages that may run side by side.", min=1)] = SIDE_BY_SIDE,
 ) -> None:
     """Run every stage of the recipe, in order."""
     job = Job(output, recipe, verifier, [*(text or []), *(more_text or [])], device)
@@ -96,6 +94,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(help="Length of the verifier's texts.", min=2)] = 128,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
     device: Device = None,
+    processes: Annotated[int, typer.Option(help="Categories measured side by side.", min=1)] = SIDE_BY_SIDE,
 ) -> None:
     """Measure acceptance lengths against the verifier's own text; writes model cards into --output."""
     require_extra("train", "scipy")
@@ -105,10 +104,10 @@ def evaluate(
     if prompts:
         # Evenly spread, so that every kind of held-out prompt is among them.
         texts = {name: rows[:: max(1, len(rows) // prompts)][:prompts] for name, rows in texts.items()}
-    trio = Trio(output or trio_directory(), verifier, default_device(device))
+    files = TrioFiles(output or trio_directory(), verifier, default_device(device))
     table = Table("category", "temperature", "drafter", "K", "acceptance length", "95 % interval", "passes", "prompts")
     with Live(table, console=Console(stderr=True), transient=True):
-        result = evaluate_trio(trio, texts, max_new_tokens, report=lambda row: _add_row(table, row))
+        result = evaluate_side_by_side(files, texts, max_new_tokens, processes, lambda row: _add_row(table, row))
     Console().print(table)
     for name, fraction in result["repeated_4gram_fraction"].items():
         print(f"repeated 4-grams in the verifier's greedy text, {name}: {fraction:.3f}")

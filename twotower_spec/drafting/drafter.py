@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -130,9 +130,9 @@ class BlockDrafter:
     @torch.inference_mode()
     def draft(
         self,
-        rows: Mapping[RequestId, Sequence[int]],
-        most_tokens: Mapping[RequestId, int] | None = None,
-        seeds: Mapping[RequestId, int] | None = None,
+        rows: Mapping[Any, Sequence[int]],  # request ids are any Hashable; Mapping's keys know no wider type
+        most_tokens: Mapping[Any, int] | None = None,
+        seeds: Mapping[Any, int] | None = None,
     ) -> DraftBlock:
         """Drafts what may follow every row.
 
@@ -148,19 +148,21 @@ class BlockDrafter:
         self.last_times = PhaseTimes()
         self._plan = self.policy.plan(len(rows)) if rows else None
         self._extended = set()
-        limits = {request_id: (most_tokens or {}).get(request_id, self.num_speculative_tokens) for request_id in rows}
+        texts: dict[RequestId, Sequence[int]] = {**rows}
+        limits: dict[RequestId, int] = {**dict.fromkeys(rows, self.num_speculative_tokens), **(most_tokens or {})}
+        own_seeds: dict[RequestId, int] = {**dict.fromkeys(rows, self.seed), **(seeds or {})}
         if self._plan is None:
             self.counters.without_drafts["policy"] += len(rows)
             self._block = DraftBlock.empty(tuple(rows))
             return self._block
         with self.last_times.measure("extend", self.towers.context.device):
-            ready = self._advance(rows)
+            ready = self._advance(texts)
         drafted = [request_id for request_id in ready if limits[request_id] > 0]
         self.counters.without_drafts["limit"] += len(ready) - len(drafted)
         self._block = DraftBlock.empty(tuple(rows))
         if drafted:
             with self.last_times.measure("denoise", self.towers.denoiser.device):
-                self._block = self._denoise(self._plan, rows, drafted, limits, seeds)
+                self._block = self._denoise(self._plan, texts, drafted, limits, own_seeds)
         self.times.extend_s += self.last_times.extend_s
         self.times.denoise_s += self.last_times.denoise_s
         return self._block
@@ -224,12 +226,12 @@ class BlockDrafter:
         rows: Mapping[RequestId, Sequence[int]],
         drafted: list[RequestId],
         limits: Mapping[RequestId, int],
-        seeds: Mapping[RequestId, int] | None,
+        seeds: Mapping[RequestId, int],
     ) -> DraftBlock:
         """One block for every request that is ready, the others' rows empty."""
         denoiser = self.towers.denoiser
         device = denoiser.device
-        own_seeds = [(seeds or {}).get(request_id, self.seed) for request_id in drafted]
+        own_seeds = [seeds[request_id] for request_id in drafted]
         starts = torch.tensor([len(rows[request_id]) for request_id in drafted], device=device)
         if self.noise == "private":
             own_seeds = [seed ^ PRIVATE_SEED for seed in own_seeds]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.drafter import FirstToken
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
+from twotower_spec.training.processes import sharing_cores
 from twotower_spec.training.quality import (
     ContextTowerDrafter,
     Drafter,
@@ -139,6 +141,63 @@ class Trio:
 def _room(texts: Sequence[VerifierText]) -> tuple[int, int]:
     """Rows and tokens that a context state for a walk over texts must hold, provisional drafts included."""
     return len(texts), max(len(text.token_ids) for text in texts) + 16
+
+
+@dataclass(frozen=True)
+class TrioFiles:
+    """Where a trio is loaded from, in any process.
+
+    Attributes:
+        directory: folder of a finished training.
+        verifier: directory of a verifier elsewhere, or None.
+        device: where the models run.
+    """
+
+    directory: Path
+    verifier: Path | None
+    device: torch.device
+
+    def load(self) -> Trio:
+        """The models."""
+        return Trio(self.directory, self.verifier, self.device)
+
+
+def evaluate_side_by_side(
+    files: TrioFiles,
+    prompts: Mapping[str, Sequence[str]],
+    max_new_tokens: int,
+    num_processes: int,
+    report: Callable[[EvaluationRow], None] = lambda row: None,
+) -> dict[str, Any]:
+    """`evaluate`, categories side by side in processes that share the cores.
+
+    Args:
+        files: the models.
+        prompts, max_new_tokens, report: as `evaluate`.
+        num_processes: at most so many.
+    """
+    workers = min(num_processes, len(prompts))
+    if workers == 1:
+        return evaluate(files.load(), prompts, max_new_tokens, report=report)
+    results: dict[str, dict[str, Any]] = {}
+    with sharing_cores(workers) as pool:
+        jobs = {
+            pool.submit(_evaluate_category, files, category, list(texts), max_new_tokens): category
+            for category, texts in prompts.items()
+        }
+        for job in as_completed(jobs):
+            results[jobs[job]] = job.result()
+            for row in job.result()["rows"]:
+                report(EvaluationRow(**row))
+    merged: dict[str, Any] = {"rows": [], "repeated_4gram_fraction": {}}
+    for category in prompts:
+        merged["rows"] += results[category]["rows"]
+        merged["repeated_4gram_fraction"] |= results[category]["repeated_4gram_fraction"]
+    return merged
+
+
+def _evaluate_category(files: TrioFiles, category: str, prompts: list[str], max_new_tokens: int) -> dict[str, Any]:
+    return evaluate(files.load(), {category: prompts}, max_new_tokens)
 
 
 def evaluate(

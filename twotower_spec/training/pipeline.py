@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import multiprocessing
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils.logging import disable_progress_bar
 
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
 from twotower_spec.towers.model import usable_device
 from twotower_spec.training import stages
 from twotower_spec.training.loop import read_log
+from twotower_spec.training.processes import sharing_cores
 from twotower_spec.training.recipe import Recipe, TrainingConfig, load_recipe
 from twotower_spec.training.workspace import Workspace
 
@@ -102,8 +102,7 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
 
     Args:
         job: what is trained.
-        num_processes: stages that may run side by side; each gets its share of the cores. On two cores two processes
-            of one thread train 15 to 25 % more tokens than one process of two threads.
+        num_processes: stages that may run side by side; each gets its share of the cores.
 
     Returns:
         Directories of the results, in order of the stages.
@@ -111,16 +110,10 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
     workspace = job.workspace()
     job.torch_device()
     wanted = stages_of(workspace)
-    cores = torch.get_num_threads()
     results: list[Path] = []
     for wave in WAVES:
         stages_now = [stage for stage in wave if stage in wanted]
-        with ProcessPoolExecutor(
-            max_workers=num_processes,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=_share_cores,
-            initargs=(max(1, cores // min(len(stages_now), num_processes)) if stages_now else cores,),
-        ) as pool:
+        with sharing_cores(max(1, min(len(stages_now), num_processes))) as pool:
             futures = {stage: pool.submit(job.run, stage) for stage in stages_now}
             try:
                 _watch(workspace, futures)
@@ -130,12 +123,6 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
                 raise
             results.extend(future.result() for future in futures.values())
     return results
-
-
-def _share_cores(threads: int) -> None:
-    """Starts a worker: its share of the cores, and no bars of transformers on the parent's terminal."""
-    torch.set_num_threads(threads)
-    disable_progress_bar()
 
 
 def _watch(workspace: Workspace, futures: dict[str, Future[Path]]) -> None:
