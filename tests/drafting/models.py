@@ -88,6 +88,7 @@ class Outcome:
         count = len(self.tokens)
         return DraftBlock(
             request_ids=(0,),
+            block_size=count,
             token_ids=torch.tensor([self.tokens]),
             num_draft_tokens=[count],
             confidence=torch.ones(1, count),

@@ -28,6 +28,7 @@ def repeated(block: DraftBlock, count: int) -> DraftBlock:
     assert block.probs is not None
     return DraftBlock(
         request_ids=tuple(range(count)),
+        block_size=block.block_size,
         token_ids=block.token_ids.repeat(count, 1),
         num_draft_tokens=block.num_draft_tokens * count,
         confidence=block.confidence.repeat(count, 1),

@@ -36,6 +36,7 @@ class DraftBlock:
 
     Attributes:
         request_ids: in the order of the rows.
+        block_size: positions that were denoised; 0 where nothing was.
         token_ids: int64 [num_reqs, num_speculative_tokens], -1 where a request has fewer.
         num_draft_tokens: usable drafts per request; 0 where its context is not computed yet, or drafting does not pay.
         confidence: float32 [num_reqs, num_speculative_tokens], probability of each draft under the tower that made it,
@@ -48,6 +49,7 @@ class DraftBlock:
     """
 
     request_ids: tuple[RequestId, ...]
+    block_size: int
     token_ids: Tensor
     num_draft_tokens: list[int]
     confidence: Tensor
@@ -62,6 +64,7 @@ class DraftBlock:
         num_reqs = len(request_ids)
         return cls(
             request_ids=request_ids,
+            block_size=0,
             token_ids=torch.full((num_reqs, 0), -1),
             num_draft_tokens=[0] * num_reqs,
             confidence=torch.zeros(num_reqs, 0),

@@ -299,6 +299,7 @@ class BlockDrafter:
             all_probs[at.to(probs.device)] = probs[:, :num_tokens]
         return DraftBlock(
             request_ids=request_ids,
+            block_size=plan.block_size,
             token_ids=token_ids,
             num_draft_tokens=num_draft_tokens,
             confidence=all_confidence,
