@@ -49,11 +49,8 @@ format: setup ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-demo: setup ## generate with the model's three modes
-	@echo 'demo: tests/golden/T1/ckpt is a tiny checkpoint of random weights, in use until the trained trio exists; its tokens mean nothing.'
-	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode ar --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
-	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode mock-ar --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
-	$(VENV)/bin/twotower-spec generate --model tests/golden/T1/ckpt --mode mask-diffusion --token-ids 12,44,7 --max-new-tokens 32 --dtype float32
+demo: setup ## the bundled trio at work
+	$(VENV)/bin/twotower-spec demo
 
 bench: setup ## run the benchmarks and keep their results in .benchmarks/; choose some with ARGS=
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-autosave $(ARGS)

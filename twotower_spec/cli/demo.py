@@ -20,7 +20,7 @@ def demo(
     prompts: Annotated[int, typer.Option(help="Prompts per category.", min=1, max=60)] = 2,
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.", min=1)] = 128,
 ) -> None:
-    """Generate with the bundled TwoTower model in its three modes, on held-out prompts, and compare them."""
+    """Generate with the bundled TwoTower model in its four modes, on held-out prompts, and compare them."""
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # the matrices are small: more threads only wait
     console = Console(highlight=False)
     texts: list[DemoText] = []
@@ -33,11 +33,16 @@ def demo(
         console.print(Text(f"[{text.mode}]", style="bold"))
         console.print(Text(text.text.strip("\n"), style="green" if text.mode == "mask-diffusion" else ""))
         texts.append(text)
-    table = Table("mode", "tokens", "passes", "tokens per pass (NFE)", "tokens/s")
+    table = Table("mode", "tokens", "tokens per NFE", "tokens per context pass", "tokens/s")
     for mode in dict.fromkeys(text.mode for text in texts):
         rows = [text for text in texts if text.mode == mode]
-        tokens, passes = sum(row.num_tokens for row in rows), sum(row.num_passes for row in rows)
+        tokens = sum(row.num_tokens for row in rows)
+        nfe, context = (sum(getattr(row, f"num_{tower}_passes") for row in rows) for tower in ("denoiser", "context"))
         speed = tokens / sum(row.seconds for row in rows)
-        table.add_row(mode, str(tokens), str(passes), f"{tokens / passes:.2f}", f"{speed:.0f}")
+        table.add_row(mode, str(tokens), _per(tokens, nfe), _per(tokens, context), f"{speed:.0f}")
     console.print(table)
     console.print(f"float32, batch 1; {describe_machine()}")
+
+
+def _per(tokens: int, passes: int) -> str:
+    return f"{tokens / passes:.2f}" if passes else "-"

@@ -25,7 +25,8 @@ class DemoText:
         prompt: what it continues.
         text: new text, up to the end of the document.
         num_tokens: new tokens, those after the end in a last block included.
-        num_passes: forward passes of the tower that proposes: the context tower's in AR, else the denoiser's (NFE).
+        num_denoiser_passes: denoiser passes (NFE); 0 for AR.
+        num_context_passes: context passes, the prompt counted as one.
         seconds: all phases together.
     """
 
@@ -33,7 +34,8 @@ class DemoText:
     prompt: HeldOutPrompt
     text: str
     num_tokens: int
-    num_passes: int
+    num_denoiser_passes: int
+    num_context_passes: int
     seconds: float
 
 
@@ -65,10 +67,14 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
             [ids], max_new_tokens, confidence_threshold=CONFIDENCE_THRESHOLD, eos_token_id=eos
         )
 
+    def self_speculative(ids: list[int]) -> GenerationResult:
+        return towers.generate_self_speculative([ids], max_new_tokens, eos_token_id=eos)
+
     modes: dict[str, Callable[[list[int]], GenerationResult]] = {
         "ar": ar,
         "mock-ar": mock_ar,
         "mask-diffusion": mask_diffusion,
+        "self-speculative": self_speculative,
     }
     for prompt in prompts:
         ids = list(tokenizer(prompt.prompt)["input_ids"])
@@ -80,7 +86,8 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
                 prompt=prompt,
                 text=_until_end(tokens, tokenizer),
                 num_tokens=len(tokens),
-                num_passes=result.num_denoiser_passes[0] or len(tokens),
+                num_denoiser_passes=result.num_denoiser_passes[0],
+                num_context_passes=result.num_context_passes[0],
                 seconds=result.times.total_s,
             )
 
