@@ -203,3 +203,38 @@ def test_context_of_some_rows_is_that_of_the_rows_alone(model: TwoTowerModel) ->
 def test_empty_increment_is_refused(model: TwoTowerModel) -> None:
     with pytest.raises(ArgumentError, match="increment is empty"):
         new_state(model).extend(model.context, {"a": []})
+
+
+def test_rolling_back_to_a_snapshot_leaves_no_trace(model: TwoTowerModel) -> None:
+    state, fresh = new_state(model), new_state(model)
+    a, b = random_ids(9), random_ids(5, seed=1)
+    state.extend(model.context, {"a": a, "b": b})
+    snapshot = state.snapshot(["b", "a"])
+    for _ in range(3):
+        state.extend(model.context, {"a": [7], "b": [8]})
+    state.roll_back(snapshot)
+    fresh.extend(model.context, {"a": a, "b": b})
+    for request_id in ("a", "b"):
+        left, right = (s.extend(model.context, {request_id: [11]}).logits for s in (state, fresh))
+        assert left is not None and right is not None and torch.equal(left, right)
+
+
+def test_rolling_back_a_released_request_is_refused(model: TwoTowerModel) -> None:
+    state = new_state(model)
+    state.extend(model.context, {"a": random_ids(4)})
+    snapshot = state.snapshot(["a"])
+    state.release("a")
+    with pytest.raises(ArgumentError, match="claim it first"):
+        state.roll_back(snapshot)
+    state.claim("a")
+    with pytest.raises(ArgumentError, match="since the snapshot"):
+        state.roll_back(snapshot)
+
+
+def test_a_request_of_a_call_is_not_evicted_for_another_one_of_it(model: TwoTowerModel) -> None:
+    state = new_state(model, num_slots=3)
+    rows = {name: random_ids(8, seed=i) for i, name in enumerate("abc")}
+    state.advance(model.context, {"a": rows["a"]}, token_budget=20)
+    state.advance(model.context, {"old": random_ids(8, seed=9)}, token_budget=20)
+    state.advance(model.context, rows, token_budget=3)  # reads a part of b alone, and needs the slot of "old"
+    assert state.num_computed_tokens("a") == 8 and "old" not in state

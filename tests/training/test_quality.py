@@ -160,6 +160,15 @@ def test_a_draft_model_drafts_what_it_would_write(language_model: PreTrainedMode
     assert list(drafts.values()) == expected
 
 
+def test_a_draft_model_goes_on_with_rows_that_grow_and_leave(language_model: PreTrainedModel) -> None:
+    rows = {i: text.prompt for i, text in enumerate(TEXTS)}
+    drafter = ModelDrafter(language_model)
+    for kept in ((0, 1, 2, 3), (0, 2, 3), (0, 2)):
+        rows = {i: [*rows[i], *random_ids(1 + i, seed=len(rows[i]))] for i in kept}
+        expected = continue_prompts(language_model, list(rows.values()), 4, Sampler(), [], [0] * len(rows))
+        assert list(drafter.draft(rows, 4).values()) == expected
+
+
 @pytest.mark.parametrize(
     ("tokens", "drafts"),
     [

@@ -98,12 +98,17 @@ class Verifier:
         counts = torch.tensor(list(num_kept), device=self.device)
         end = self._start + max(num_kept)
         self._lengths += counts
-        self._mask = self._mask[:, :end]
+        self._cut(end)
         surplus = torch.arange(end, device=self.device) >= self._start + counts[:, None]
         self._mask = self._mask.masked_fill(surplus, 0)
-        for layer in self.cache.layers:
-            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
+
+    def forget(self, num_tokens: int) -> None:
+        """Forgets the newest tokens of every row, each read and kept for all rows alike."""
+        if num_tokens:
+            for row in self._rows:
+                del row[-num_tokens:]
+            self._cut(self._mask.shape[1] - num_tokens)
+            self._lengths -= num_tokens
 
     def select(self, rows: Sequence[int]) -> None:
         """Keeps some of the rows, in the given order."""
@@ -112,6 +117,15 @@ class Verifier:
         self._mask, self._lengths = self._mask[index], self._lengths[index]
         if self.cache is not None and not self._fresh:
             self.cache.batch_select_indices(index)
+
+    def _cut(self, end: int) -> None:
+        """Keeps the first `end` columns of mask and cache."""
+        if self.cache is None:
+            return
+        self._mask = self._mask[:, :end]
+        for layer in self.cache.layers:
+            assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
 
     def _read_anew(self, tokens: Sequence[Sequence[int]], longest: int) -> Tensor:
         whole = [[*row, *new] for row, new in zip(self._rows, tokens, strict=True)]

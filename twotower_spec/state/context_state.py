@@ -36,6 +36,15 @@ class RequestEntry:
     last_used: int = 0
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """Mamba states and lengths of some requests at one moment; keys and values stay where they are."""
+
+    slots: dict[RequestId, tuple[int, int]]
+    conv: Tensor
+    ssm: Tensor
+
+
 @dataclass
 class Extension:
     """Result of a context pass.
@@ -180,6 +189,30 @@ class ContextState:
             self._free_slots.append(entry.slot)
             self._free_slots.sort(reverse=True)
             self.kv_cache.release(entry.pages)
+
+    @torch.inference_mode()
+    def snapshot(self, request_ids: Sequence[RequestId]) -> Snapshot:
+        """Copies the Mamba states of requests that are held, to go back to with `roll_back`."""
+        entries = {request_id: self.entry(request_id) for request_id in request_ids}
+        index = [entry.slot for entry in entries.values()]
+        slots = {request_id: (entry.slot, len(entry.token_ids)) for request_id, entry in entries.items()}
+        return Snapshot(slots, self.mamba.conv[:, index].clone(), self.mamba.ssm[:, index].clone())
+
+    @torch.inference_mode()
+    def roll_back(self, snapshot: Snapshot) -> None:
+        """Takes requests back to a snapshot; they have only been extended since.
+
+        Raises:
+            ArgumentError: a request was released or taken back further since. Nothing is changed then.
+        """
+        for request_id, (slot, length) in snapshot.slots.items():
+            entry = self.entry(request_id)
+            if entry.slot != slot or len(entry.token_ids) < length:
+                raise ArgumentError(f"request {request_id!r} was released or rolled back since the snapshot; take anew")
+        index = [slot for slot, _ in snapshot.slots.values()]
+        self.mamba.conv[:, index], self.mamba.ssm[:, index] = snapshot.conv, snapshot.ssm
+        for request_id, (_, length) in snapshot.slots.items():
+            del self.entry(request_id).token_ids[length:]
 
     @torch.inference_mode()
     def extend(

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from twotower_spec.drafting import BlockDrafter, DraftPolicy
 from twotower_spec.drafting.drafter import FirstToken
+from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
@@ -203,26 +204,46 @@ class ContextTowerDrafter:
         new = {row: tokens[state.num_computed_tokens(row) :] for row, tokens in rows.items()}
         last = state.extend_in_chunks(tower, new)
         drafts = {row: [int(last[row].argmax())] for row in rows}
+        accepted = state.snapshot(list(rows))
         for _ in range(num_tokens - 1):
-            # Every pass reads all drafts again from the state of the accepted tokens, which stays as it is.
-            extension = state.extend(tower, drafts, provisional=True)
-            assert extension.logits is not None
-            following = extension.logits.argmax(-1).tolist()
-            extension.accept(dict.fromkeys(rows, 0))
-            drafts = {row: [*drafts[row], token] for row, token in zip(rows, following, strict=True)}
+            logits = state.extend(tower, {row: tokens[-1:] for row, tokens in drafts.items()}).logits
+            assert logits is not None
+            for row, token in zip(rows, logits.argmax(-1).tolist(), strict=True):
+                drafts[row].append(token)
+        state.roll_back(accepted)
         return drafts
 
 
-@dataclass(frozen=True)
 class ModelDrafter:
     """Drafts of an autoregressive draft model."""
 
-    model: PreTrainedModel
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._reader: Verifier | None = None
+        self._lengths: dict[int, int] = {}
 
     def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
         """See `Drafter.draft`."""
-        new = continue_prompts(self.model, list(rows.values()), num_tokens, Sampler(), [], [0] * len(rows))
-        return dict(zip(rows, new, strict=True))
+        if self._reader is None:
+            self._reader = Verifier(self._model, list(rows.values()))
+            self._lengths = {row: len(tokens) - 1 for row, tokens in rows.items()}
+        reader = self._reader
+        if len(rows) < len(self._lengths):
+            reader.select([i for i, row in enumerate(self._lengths) if row in rows])
+            self._lengths = {row: length for row, length in self._lengths.items() if row in rows}
+        new = [rows[row][length:] for row, length in self._lengths.items()]
+        logits = reader.read(new)
+        reader.keep([len(tokens) for tokens in new], new)
+        drafts = [[int(logits[i, len(tokens) - 1].argmax())] for i, tokens in enumerate(new)]
+        for _ in range(num_tokens - 1):
+            newest = [tokens[-1:] for tokens in drafts]
+            following = reader.read(newest)[:, 0].argmax(-1).tolist()
+            reader.keep([1] * len(newest), newest)
+            for tokens, token in zip(drafts, following, strict=True):
+                tokens.append(token)
+        reader.forget(num_tokens - 1)
+        self._lengths = {row: len(rows[row]) for row in self._lengths}
+        return dict(zip(self._lengths, drafts, strict=True))
 
 
 class NgramDrafter:
