@@ -83,6 +83,7 @@ def test_the_same_row_twice_gets_the_same_drafts() -> None:
     first = drafter.draft({"a": row})
     again = drafter.draft({"a": row})
     assert torch.equal(first.token_ids, again.token_ids)
+    assert drafter.state.num_restarts == 0
     assert again.num_context_passes == [0] and first.num_context_passes == [1]
 
 
@@ -97,6 +98,44 @@ def test_a_long_prompt_is_read_within_the_budget_and_does_not_hold_up_the_others
     assert [counts[0] > 0 for counts in rounds] == [False] * 4 + [True] * 4
     assert drafter.counters.without_drafts["prefilling"] == 4
     assert drafter.draft({"long": long}).row(0) == alone(long)
+
+
+def test_a_row_that_shrinks_while_it_is_read_is_drafted_for() -> None:
+    drafter, row = make(token_budget=16), random_ids(40)
+    assert drafter.draft({"a": row}).num_draft_tokens == [0]
+    assert drafter.draft({"a": row[:16]}).row(0) == alone(row[:16])
+    drafter.draft({"a": row})
+    assert drafter.draft({"a": row[:12]}).row(0) == alone(row[:12])
+
+
+def test_room_reserved_for_a_longer_row_is_given_back() -> None:
+    drafter = make(num_slots=3, num_tokens=160, token_budget=200)
+    long, other = random_ids(150), random_ids(90, seed=1)
+    drafter.token_budget = 20
+    drafter.draft({"a": long})
+    drafter.token_budget = 200
+    block = drafter.draft({"a": long[:60], "b": other})
+    assert drafts(block) == {"a": alone(long[:60]), "b": alone(other)}
+
+
+def test_a_rewritten_row_does_not_take_the_budget_of_the_others() -> None:
+    drafter, row, short = make(token_budget=64), random_ids(60), random_ids(4, seed=1)
+    drafter.draft({"a": row})
+    block = drafter.draft({"a": random_ids(60, seed=2), "short": short})
+    assert block.row(1) == alone(short)
+
+
+@pytest.mark.parametrize("seed", [2**63, -(2**64), 2**70 + 3])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    block = make(FixedPolicy(8, 1), sampler=Sampler(0.9)).draft({"a": random_ids(4)}, seeds={"a": seed})
+    assert block.num_draft_tokens == [8]
+
+
+def test_min_p_counts_for_drafts_too() -> None:
+    probs = make(FixedPolicy(8, 1), sampler=Sampler(1.0, min_p=0.5)).draft({"a": random_ids(4)}).probs
+    assert probs is not None
+    least = probs.amax(-1, keepdim=True) * 0.5
+    assert bool(((probs == 0) | (probs >= least - 1e-12)).all()) and int((probs == 0).sum()) > 0
 
 
 def test_requests_beyond_the_pool_get_no_drafts_and_are_counted() -> None:
@@ -176,6 +215,8 @@ def test_provenance_tells_how_drafts_were_made() -> None:
         ({"token_budget": 0}, "token_budget 0"),
         ({"first_token": "both"}, "first_token 'both'"),
         ({"noise": "loud"}, "noise 'loud'"),
+        ({"num_tokens": 0}, "num_tokens 0"),
+        ({"num_token_ids": 0}, "num_token_ids 0"),
     ],
 )
 def test_options_that_are_not_there_are_refused(options: dict[str, object], message: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from tests.drafting.models import Outcome, draft_outcomes, target_probs, tiny_drafting_model, tiny_target
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import RULES
+from twotower_spec.drafting import RULES, AdaptivePolicy, BlockDrafter
 from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.drafting.verification import BlockRule, OneHotRule, ProbabilityRatioRule, RejectingRule, compare
 from twotower_spec.generation.sampling import Sampler
@@ -160,6 +161,49 @@ def test_filters_belong_to_the_target_before_any_rule(rule: RejectingRule, filte
     assert any(float(p.min()) == 0 for p in probs.values())
     found = text_distribution(after_rejecting(rule, outcomes(ONE_STEP_SAMPLES[0]), probs), probs, 3)
     assert distance(found, probs) < EXACT
+
+
+@pytest.mark.parametrize("rule", [ProbabilityRatioRule(), BlockRule()], ids=lambda rule: rule.name)
+def test_choosing_drafts_by_their_confidence_is_refused_by_ratio_rules(rule: RejectingRule) -> None:
+    """An adaptive policy verifies a draft or not by the draft itself: what is verified is no sample of q any more."""
+    drafter = BlockDrafter(tiny_drafting_model(VOCAB), AdaptivePolicy([4], most_steps=1), sampler=SAMPLER)
+    block = drafter.draft({0: PROMPT})
+    while not block.num_draft_tokens[0]:
+        drafter.observe({0: 0}, 0.01)
+        block = drafter.draft({0: PROMPT})
+    assert block.probs is None
+    for made in (drafter.provenance, block.provenance):
+        with pytest.raises(ArgumentError, match="chose by their confidence"):
+            rule.require_exact(made, SAMPLER)
+    RULES["one-hot"].require_exact(block.provenance, SAMPLER)
+
+
+@pytest.mark.parametrize("rule", [OneHotRule(), ProbabilityRatioRule(), BlockRule()], ids=lambda rule: rule.name)
+def test_rows_with_different_numbers_of_drafts_are_decided_as_alone(rule: RejectingRule) -> None:
+    drafts = outcomes(ONE_STEP_SAMPLES[4])[:5]
+    counts = [0, 4, 1, 3, 2]
+    probs = target(4, SAMPLER)
+    rows = torch.stack([torch.stack([probs[draft.tokens[:i]] for i in range(5)]) for draft in drafts])
+    blocks = [draft.block("private") for draft in drafts]
+    keep = torch.arange(4) < torch.tensor(counts)[:, None]
+    together = replace(
+        blocks[0],
+        request_ids=tuple(range(5)),
+        token_ids=torch.cat([block.token_ids for block in blocks]).masked_fill(~keep, -1),
+        num_draft_tokens=counts,
+        probs=torch.cat([block.probs for block in blocks if block.probs is not None]),
+    )
+    lengths = rule.length_probs(rows, together)
+    for i, (block, count) in enumerate(zip(blocks, counts, strict=True)):
+        if count:
+            assert block.probs is not None
+            alone = replace(
+                block, token_ids=block.token_ids[:, :count], num_draft_tokens=[count], probs=block.probs[:, :count]
+            )
+            expected = rule.length_probs(rows[i : i + 1, : count + 1], alone)[0]
+        else:
+            expected = torch.ones(1, dtype=torch.float64)
+        assert torch.equal(lengths[i, : count + 1], expected) and float(lengths[i, count + 1 :].sum()) == 0
 
 
 def test_block_rule_accepts_at_least_as_much_as_token_by_token() -> None:

@@ -66,13 +66,16 @@ class World:
     def __init__(self, acceptance: dict[int, float], step_s: float = 0.005, verify_s: float = 0.0) -> None:
         self.acceptance, self.step_s, self.verify_s = acceptance, step_s, verify_s
         self.generator = torch.Generator().manual_seed(0)
+        self.backlog = 100  # tokens that the context tower has not read
 
     def round(self, policy: AdaptivePolicy) -> RoundOutcome:
         plan = policy.plan(1)
         if plan is None:
-            outcome = RoundOutcome(None, [0], [0], None, [0], 0.0, 0.0, 0.01 + self.verify_s)
+            self.backlog += 1
+            outcome = RoundOutcome(None, [0], [0], None, [0], 0, 0.0, 0.0, 0.01 + self.verify_s)
         else:
             outcome = self.drafted(policy, plan)
+            self.backlog = outcome.num_accepted[0] + 1
         policy.observe(outcome)
         return outcome
 
@@ -87,7 +90,9 @@ class World:
         right = torch.rand(count, generator=self.generator) < self.acceptance[size]
         accepted = int(right.int().cumprod(0).sum())
         seconds = 0.01 + self.verify_s * (1 + count)
-        return RoundOutcome(plan, [count], [accepted], confidence, [passes], 0.002, self.step_s * passes, seconds)
+        extend_s = 0.0005 * self.backlog
+        denoise_s = self.step_s * passes
+        return RoundOutcome(plan, [count], [accepted], confidence, [passes], self.backlog, extend_s, denoise_s, seconds)
 
 
 def sizes(policy: AdaptivePolicy, world: World, num_rounds: int) -> list[int]:
@@ -108,6 +113,35 @@ def test_the_adaptive_policy_drafts_nothing_where_drafting_does_not_pay_and_trie
     assert chosen[100:].count(0) > 0.9 * 300
     useful = sizes(policy, World({8: 0.95}), 4000)
     assert useful[-300:].count(8) > 270
+
+
+def test_one_slow_round_does_not_spoil_a_block_size() -> None:
+    policy, world = AdaptivePolicy([8]), World({8: 0.9})
+    usual = world.step_s
+    for slow in (3, 12):
+        sizes(policy, world, slow)
+        world.step_s = 3.0
+        sizes(policy, world, 1)
+        world.step_s = usual
+    assert sizes(policy, world, 300)[100:].count(8) > 180
+
+
+def test_a_policy_learns_also_when_only_some_requests_are_verified() -> None:
+    policy, drafted = AdaptivePolicy([8]), 0
+    for _ in range(200):
+        plan = policy.plan(5)
+        drafted += plan is not None
+        counts, confidence = ([8] * 3, torch.full((3, 8), 0.9)) if plan else ([0] * 3, None)
+        accepted = [8 * bool(plan)] * 3
+        policy.observe(RoundOutcome(plan, counts, accepted, confidence, [1] * 3, 9, 0.001, 0.005, 0.01))
+    assert drafted > 180
+
+
+def test_a_round_that_took_no_time_is_no_error() -> None:
+    policy = AdaptivePolicy([8])
+    for _ in range(4):
+        policy.observe(RoundOutcome(policy.plan(1) and None, [0], [0], None, [0], 0, 0.0, 0.0, 0.0))
+    policy.plan(1)
 
 
 def test_the_adaptive_policy_always_drafts_when_it_may_not_skip() -> None:
@@ -144,7 +178,7 @@ def test_calibration_learns_what_a_confidence_is_worth() -> None:
     before = policy.survival(4, [1], torch.full((1, 4), 0.9))
     for _ in range(300):
         plan = cheap_plan(policy)
-        outcome = RoundOutcome(plan, [4], [1], torch.full((1, 4), 0.9), [1], 0.0, 0.001, 0.01)
+        outcome = RoundOutcome(plan, [4], [1], torch.full((1, 4), 0.9), [1], 2, 0.0, 0.001, 0.01)
         policy.observe(outcome)
     after = policy.survival(4, [1], torch.full((1, 4), 0.9))
     assert before[0, 0] == pytest.approx(0.9)

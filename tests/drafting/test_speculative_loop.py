@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, MistralConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MptConfig,
+    OpenAIGPTConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from tests.drafting.models import greedy_texts, tiny_target
 from tests.support.builders import random_ids, tiny_model
@@ -159,12 +167,23 @@ def test_steps_are_streamed_as_they_are_verified() -> None:
 
 def test_a_run_that_is_left_early_gives_back_its_requests() -> None:
     way = drafter()
-    steps = iter(SpeculativeRun(tiny_target(), way, PROMPTS, 40))
+    run = SpeculativeRun(tiny_target(), way, PROMPTS, 40)
     for _ in range(9):
-        next(steps)
+        next(iter(run))
     assert len(way.state) == 4
-    steps.close()  # type: ignore[attr-defined]
+    run.close()
     assert len(way.state) == 0
+
+
+def test_a_run_that_was_left_goes_on_where_it_was() -> None:
+    run = SpeculativeRun(tiny_target(), drafter(), PROMPTS, 15)
+    for count, _ in enumerate(run):
+        if count == 13:
+            break
+    for _ in run:
+        pass
+    assert run.token_ids == greedy_texts(tiny_target(), PROMPTS, 15)
+    assert list(run) == []
 
 
 def sliding_window_target() -> PreTrainedModel:
@@ -172,6 +191,10 @@ def sliding_window_target() -> PreTrainedModel:
         vocab_size=61, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, sliding_window=6,
     )  # fmt: skip
+    return with_random_weights(config)
+
+
+def with_random_weights(config: PretrainedConfig) -> PreTrainedModel:
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config).double().eval()
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
@@ -181,8 +204,20 @@ def sliding_window_target() -> PreTrainedModel:
     return model
 
 
-def test_a_target_whose_cache_cannot_be_cut_back_is_read_anew(caplog: pytest.LogCaptureFixture) -> None:
-    model = sliding_window_target()
+def alibi_target() -> PreTrainedModel:
+    """Counts positions itself, by the place in the cache."""
+    return with_random_weights(MptConfig(vocab_size=61, d_model=32, n_heads=4, n_layers=2, expansion_ratio=2))
+
+
+def target_without_cache() -> PreTrainedModel:
+    return with_random_weights(OpenAIGPTConfig(vocab_size=61, n_positions=64, n_embd=32, n_layer=2, n_head=4))
+
+
+@pytest.mark.parametrize("make", [sliding_window_target, alibi_target, target_without_cache])
+def test_a_target_whose_cache_cannot_be_cut_back_is_read_anew(
+    make: Callable[[], PreTrainedModel], caplog: pytest.LogCaptureFixture
+) -> None:
+    model = make()
     with caplog.at_level(logging.WARNING):
         result = speculative_loop(model, drafter(), PROMPTS, 20)
     assert result.token_ids == greedy_texts(model, PROMPTS, 20)
@@ -212,6 +247,8 @@ def test_refusals_come_before_anything_is_generated() -> None:
         speculative_loop(tiny_target(), None, [[5]], 4, rule="lucky")
     with pytest.raises(ArgumentError, match="need a tokenizer"):
         speculative_loop(tiny_target(), None, [[5]], 4, stop_strings=["x"])
+    with pytest.raises(ArgumentError, match="one string; give a list"):
+        speculative_loop(tiny_target(), None, [[5]], 4, stop_strings="END", tokenizer=Letters())  # type: ignore[arg-type]
 
 
 def test_no_new_tokens_are_no_new_tokens() -> None:

@@ -35,8 +35,14 @@ def test_other_tokens_are_refused_by_the_first_id_that_differs() -> None:
         shared_token_ids(ours, theirs, 300, 300)
 
 
-def test_other_special_tokens_are_refused() -> None:
+def test_special_tokens_are_compared_by_what_they_are() -> None:
     theirs = tokenizer()
-    theirs.eos_token = theirs.pad_token
-    with pytest.raises(ArgumentError, match="eos_token_id is 2 for the target and 0 for the drafter"):
-        shared_token_ids(tokenizer(), theirs, 300, 300)
+    theirs.eos_token = theirs.pad_token  # ends its own texts otherwise; all ids mean the same
+    assert shared_token_ids(tokenizer(), theirs, 300, 300) == 300
+    theirs = tokenizer()
+    theirs.add_special_tokens({"additional_special_tokens": ["<tool>"]})
+    ours = tokenizer()
+    ours.add_special_tokens({"additional_special_tokens": ["<call>"]})
+    count = len(theirs)
+    with pytest.raises(ArgumentError, match=f"token id {count - 1} is '<call>' for the target and '<tool>'"):
+        shared_token_ids(ours, theirs, count, count)

@@ -77,6 +77,11 @@ def test_what_is_streamed_is_what_is_returned() -> None:
     assert rows == tiny_model().generate_ar(PROMPTS, 13).token_ids
 
 
+def test_a_mask_token_outside_the_vocabulary_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="mask_token_id 99 is outside the vocabulary"):
+        tiny_model().generate_self_speculative([[5]], 3, mask_token_id=99)
+
+
 def test_a_model_without_denoiser_is_refused() -> None:
     model = TwoTowerModel(tiny_model().config, with_denoiser=False)
     with pytest.raises(ArgumentError, match="has no denoiser"):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy import stats
 
-from twotower_kernels.noise import gumbel_noise
+from twotower_kernels.noise import gumbel_noise, op
 from twotower_kernels.noise.reference import gumbel_noise_reference
 
 SEEDS = [0, 1, -1, 2**31, 2**62 + 12345, -(2**63)]
@@ -17,6 +17,15 @@ def test_noise_is_the_hash_of_its_counters(seed: int, position: int, draw: int) 
     expected = [gumbel_noise_reference(seed, position, draw, token) for token in range(50)]
     # Only the two logarithms may round differently.
     torch.testing.assert_close(noise, torch.tensor(expected), atol=1e-4, rtol=1e-5)
+
+
+def test_uniform_noise_is_strictly_between_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The extreme hashes are too rare to be met by chance: they are put in their place."""
+    for bits in (-1, 0):  # all ones, all zeros
+        monkeypatch.setattr(op, "_finalise", lambda h, bits=bits: torch.zeros_like(h) + bits if h.dim() > 1 else h)
+        uniform = op.uniform_noise(torch.tensor([3]), torch.tensor([4]), 0, 5)
+        assert float(uniform.min()) > 0 and float(uniform.max()) < 1
+        assert op.gumbel_noise(torch.tensor([3]), torch.tensor([4]), 0, 5).isfinite().all()
 
 
 def test_a_row_does_not_depend_on_the_other_rows() -> None:

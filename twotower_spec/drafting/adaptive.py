@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+import statistics
+from collections import defaultdict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
@@ -32,6 +33,10 @@ COST_MEMORY = 0.9
 # Rounds that every block size gets before any is preferred, and how many standard errors doubt is worth after that.
 FIRST_ROUNDS = 6
 OPTIMISM = 1.5
+SHORTEST_ROUND = 1e-9
+# Times are means over so many rounds; one that took this many times the median is left out: something else went on.
+RECENT_ROUNDS = 64
+LONGEST_ROUND = 3.0
 # A continuation is tried this often before its gain is believed, and then once in so many rounds.
 FIRST_CONTINUATIONS = 5
 CONTINUE_ANYWAY = 1 / 100
@@ -46,22 +51,23 @@ class _Arm:
     rounds: float = 0.0
     tokens: float = 0.0
     squares: float = 0.0
-    seconds: float = 0.0
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
 
     def fade(self) -> None:
         """A round has gone by: what was measured before counts less, and doubt about it grows."""
-        self.rounds, self.tokens = self.rounds * MEMORY, self.tokens * MEMORY
-        self.squares, self.seconds = self.squares * MEMORY, self.seconds * MEMORY
+        self.rounds, self.tokens, self.squares = (x * MEMORY for x in (self.rounds, self.tokens, self.squares))
 
     def add(self, tokens: float, seconds: float) -> None:
         """Counts a round."""
-        self.rounds, self.tokens = self.rounds + 1, self.tokens + tokens
-        self.squares, self.seconds = self.squares + tokens * tokens, self.seconds + seconds
+        self.rounds, self.tokens, self.squares = self.rounds + 1, self.tokens + tokens, self.squares + tokens * tokens
+        self.recent.append(seconds)
 
     @property
     def rate(self) -> float:
         """Tokens per second."""
-        return self.tokens / self.seconds
+        usual = statistics.median(self.recent)
+        seconds = statistics.fmean(s for s in self.recent if s <= LONGEST_ROUND * usual)
+        return self.tokens / self.rounds / max(seconds, SHORTEST_ROUND)
 
     @property
     def optimistic_rate(self) -> float:
@@ -113,7 +119,7 @@ class _Load:
     @property
     def rate(self) -> float:
         """Tokens per second of the best block size known; 0 before the first round."""
-        return max((arm.rate for arm in self.arms.values() if arm.seconds > 0), default=0.0)
+        return max((arm.rate for arm in self.arms.values() if arm.recent), default=0.0)
 
 
 class AdaptivePolicy:
@@ -150,10 +156,12 @@ class AdaptivePolicy:
         check_integer("most_steps", most_steps, minimum=1)
         self.block_sizes, self.most_steps, self.threshold = tuple(block_sizes), most_steps, confidence_threshold
         self.num_speculative_tokens = max(block_sizes)
+        self.selects_drafts = True
         self.random = Random(seed)
         # Without drafts first: two lengths of verification tell what a token of it costs.
         self._choices = (0, *self.block_sizes) if may_skip else self.block_sizes
         self._loads: dict[int, _Load] = defaultdict(_Load)
+        self._load = self._loads[0]
         self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
         bins = len(CONFIDENCE_BINS) + 1
         shape = (MOST_STEPS_APART, self.num_speculative_tokens, bins)
@@ -162,8 +170,8 @@ class AdaptivePolicy:
 
     def plan(self, num_reqs: int) -> DraftPlan | None:
         """See `DraftPolicy.plan`."""
-        load = self._loads[load_class(num_reqs)]
-        new = [size for size in self._choices if load.num_rounds[size] < (FIRST_ROUNDS if size else 1)]
+        load = self._load = self._loads[load_class(num_reqs)]
+        new = [size for size in self._choices if load.num_rounds[size] < (FIRST_ROUNDS if size else 2)]
         size = new[0] if new else max(self._choices, key=lambda size: load.arms[size].optimistic_rate)
         return DraftPlan(size, size, _AdaptiveSteps(self, load, size)) if size else None
 
@@ -182,13 +190,19 @@ class AdaptivePolicy:
         num_reqs = len(outcome.num_accepted)
         if not num_reqs:
             return
-        load = self._loads[load_class(num_reqs)]
+        load = self._load  # of the plan: not all of its requests need have been verified
         size = outcome.plan.block_size if outcome.plan else 0
+        if size and not any(outcome.num_draft_tokens):
+            return  # everyone's context is still being read
+        gained = sum(outcome.num_accepted) + num_reqs
+        # A context that lags behind, after rounds without drafts or a new prompt, is not this round's doing.
+        own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
+        seconds = outcome.extend_s * own_share + outcome.denoise_s + outcome.verify_s
         load.num_rounds[size] += 1
-        seconds = outcome.extend_s + outcome.denoise_s + outcome.verify_s
         for arm in load.arms.values():
             arm.fade()
-        load.arms[size].add(sum(outcome.num_accepted) + num_reqs, seconds)
+        if load.num_rounds[size] > 1:  # the first one pays for whatever is made once
+            load.arms[size].add(gained, seconds)
         load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
         if outcome.plan is None or outcome.confidence is None:
             return

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-RequestId = Hashable
+from twotower_spec.state.context_state import RequestId
 
 Noise = Literal["none", "private", "shared"]
 

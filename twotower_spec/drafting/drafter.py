@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from twotower_spec.config import DiffusionConfig, check_integer
-from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance, RequestId
+from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
 from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
 from twotower_spec.generation.result import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
-from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
+from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
 from twotower_spec.towers.model import TwoTowers
 
 FirstToken = Literal["context", "denoiser"]
@@ -35,13 +35,11 @@ class DrafterCounters:
     """What happened in a drafter since it was made.
 
     Attributes:
-        rounds: calls of `draft`.
         without_drafts: requests that got none in a round, by reason: "prefilling" (their context is not computed yet),
             "no room" (the pool is full), "foreign token" (an id that the drafter does not have), "policy" (drafting
             did not pay), "limit" (no draft was asked for).
     """
 
-    rounds: int = 0
     without_drafts: Counter[str] = field(default_factory=Counter)
 
 
@@ -88,7 +86,11 @@ class BlockDrafter:
             ArgumentError: an argument is out of range, or the model has no denoiser.
         """
         towers.require_denoiser()
-        for name, value in (("num_slots", num_slots), ("token_budget", token_budget)):
+        vocab_size = towers.config.vocab_size
+        num_tokens = num_slots * DEFAULT_NUM_TOKENS if num_tokens is None else num_tokens
+        num_token_ids = vocab_size if num_token_ids is None else num_token_ids
+        sizes = {"num_slots": num_slots, "num_tokens": num_tokens, "token_budget": token_budget}
+        for name, value in {**sizes, "num_token_ids": num_token_ids}.items():
             check_integer(name, value, minimum=1)
         if first_token not in ("context", "denoiser"):
             raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
@@ -97,19 +99,17 @@ class BlockDrafter:
         self.towers, self.policy = towers, policy or FixedPolicy()
         self.first_token, self.sampler, self.noise, self.seed = first_token, sampler or Sampler(), noise, seed
         self.token_budget = token_budget
-        vocab_size = towers.config.vocab_size
-        self.num_token_ids = min(num_token_ids or vocab_size, vocab_size)
-        num_pages = -(-(num_tokens or num_slots * DEFAULT_NUM_TOKENS) // DEFAULT_PAGE_SIZE)
+        self.num_token_ids = min(num_token_ids, vocab_size)
+        num_pages = -(-num_tokens // DEFAULT_PAGE_SIZE)
         self.num_slots, self.num_pages = num_slots, num_pages
         self.state = ContextState(towers.config, num_slots, num_pages, towers.dtype, towers.context.device)
-        self.times = PhaseTimes()
         self.counters = DrafterCounters()
         self._denoisers: dict[int, BlockDenoiser] = {}
         self._last_logits: dict[RequestId, Tensor] = {}
         self._plan: DraftPlan | None = None
         self._block: DraftBlock | None = None
         self.last_times = PhaseTimes()
-        self._extended: set[RequestId] = set()
+        self._extended: dict[RequestId, int] = {}
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -120,7 +120,8 @@ class BlockDrafter:
     def provenance(self) -> Provenance:
         """How drafts of this drafter are made at most."""
         noise: Noise = "none" if self.sampler.greedy else self.noise
-        return Provenance(self.policy.most_steps, noise, not self.sampler.greedy and self.policy.most_steps <= 1)
+        known = not self.sampler.greedy and self.policy.most_steps <= 1 and not self.policy.selects_drafts
+        return Provenance(self.policy.most_steps, noise, known)
 
     def release(self, request_id: RequestId) -> None:
         """Forgets a request; unknown ids are ignored."""
@@ -144,10 +145,9 @@ class BlockDrafter:
         Returns:
             One row per request, in the order given.
         """
-        self.counters.rounds += 1
         self.last_times = PhaseTimes()
         self._plan = self.policy.plan(len(rows)) if rows else None
-        self._extended = set()
+        self._extended = {}
         texts: dict[RequestId, Sequence[int]] = {**rows}
         limits: dict[RequestId, int] = {**dict.fromkeys(rows, self.num_speculative_tokens), **(most_tokens or {})}
         own_seeds: dict[RequestId, int] = {**dict.fromkeys(rows, self.seed), **(seeds or {})}
@@ -155,24 +155,25 @@ class BlockDrafter:
             self.counters.without_drafts["policy"] += len(rows)
             self._block = DraftBlock.empty(tuple(rows))
             return self._block
+        wanting = {request_id: row for request_id, row in texts.items() if limits[request_id] > 0}
+        self.counters.without_drafts["limit"] += len(texts) - len(wanting)
         with self.last_times.measure("extend", self.towers.context.device):
-            ready = self._advance(texts)
-        drafted = [request_id for request_id in ready if limits[request_id] > 0]
-        self.counters.without_drafts["limit"] += len(ready) - len(drafted)
+            drafted = self._advance(wanting)
         self._block = DraftBlock.empty(tuple(rows))
         if drafted:
             with self.last_times.measure("denoise", self.towers.denoiser.device):
                 self._block = self._denoise(self._plan, texts, drafted, limits, own_seeds)
-        self.times.extend_s += self.last_times.extend_s
-        self.times.denoise_s += self.last_times.denoise_s
         return self._block
 
-    def observe(self, num_accepted: Mapping[RequestId, int], verify_s: float) -> None:
-        """Tells the policy what became of the last round's drafts.
+    def observe(
+        self, num_accepted: Mapping[Any, int], verify_s: float, num_verified: Mapping[Any, int] | None = None
+    ) -> None:
+        """Tells the policy what became of the last round; also of one without drafts, where 0 were accepted.
 
         Args:
-            num_accepted: per request of that round; requests that were not verified are left out.
+            num_accepted: per request of that round; requests that the target did not run are left out.
             verify_s: seconds that the target took for the whole batch.
+            num_verified: drafts that were verified, where fewer than were given.
         """
         block = self._block
         if block is None:
@@ -181,10 +182,13 @@ class BlockDrafter:
         self.policy.observe(
             RoundOutcome(
                 plan=self._plan,
-                num_draft_tokens=[block.num_draft_tokens[i] for i in kept],
+                num_draft_tokens=[
+                    (num_verified or {}).get(block.request_ids[i], block.num_draft_tokens[i]) for i in kept
+                ],
                 num_accepted=[num_accepted[block.request_ids[i]] for i in kept],
                 confidence=block.confidence[kept],
                 num_denoiser_passes=[block.num_denoiser_passes[i] for i in kept],
+                num_context_tokens=sum(self._extended.values()),
                 extend_s=self.last_times.extend_s,
                 denoise_s=self.last_times.denoise_s,
                 verify_s=verify_s,
@@ -195,30 +199,53 @@ class BlockDrafter:
         """Brings contexts up to date within the budget; the requests that are, in the order of `rows`."""
         chosen = self._that_fit(rows)
         before = {request_id: self.state.num_computed_tokens(request_id) for request_id in chosen}
-        self._last_logits.update(self.state.advance(self.towers.context, chosen, self.token_budget))
-        self._last_logits = {rid: logits for rid, logits in self._last_logits.items() if rid in self.state}
-        self._extended = {rid for rid in chosen if self.state.num_computed_tokens(rid) != before[rid]}
-        ready = [rid for rid in rows if rid in chosen and self.state.num_computed_tokens(rid) == len(rows[rid])]
+        logits = self.state.advance(self.towers.context, chosen, self.token_budget)
+        after = {request_id: self.state.num_computed_tokens(request_id) for request_id in chosen}
+        moved = {rid for rid in chosen if after[rid] != before[rid] or rid in logits}
+        self._extended = {rid: max(after[rid] - before[rid], 1) for rid in moved}
+        for request_id in [rid for rid in self._last_logits if rid in moved or rid not in self.state]:
+            del self._last_logits[request_id]
+        # A row of the batch's logits would keep all of them.
+        self._last_logits.update({request_id: row.clone() for request_id, row in logits.items()})
+        ready = [rid for rid in rows if rid in chosen and after[rid] == len(rows[rid]) and rid in self._last_logits]
         self.counters.without_drafts["prefilling"] += len(chosen) - len(ready)
         return ready
 
     def _that_fit(self, rows: Mapping[RequestId, Sequence[int]]) -> dict[RequestId, list[int]]:
         """The rows whose states fit into the pool together, those with the fewest new tokens first."""
+        new: dict[RequestId, int] = {}
         usable: dict[RequestId, list[int]] = {}
-        for request_id, row in rows.items():
-            if row and all(0 <= token < self.towers.config.vocab_size for token in row):
-                usable[request_id] = list(row)
+        for request_id, tokens in rows.items():
+            row, known = list(tokens), self._known(request_id, tokens)
+            if row and all(0 <= token < self.towers.config.vocab_size for token in row[known:]):
+                usable[request_id], new[request_id] = row, len(row) - known
         self.counters.without_drafts["foreign token"] += len(rows) - len(usable)
         chosen: dict[RequestId, list[int]] = {}
         pages = 0
-        new = {request_id: len(row) - self.state.num_computed_tokens(request_id) for request_id, row in usable.items()}
-        for request_id in sorted(usable, key=lambda request_id: abs(new[request_id])):
+        for request_id in sorted(usable, key=lambda request_id: new[request_id]):
             needed = self.state.kv_cache.pages_for(len(usable[request_id]))
             if len(chosen) < self.num_slots and pages + needed <= self.num_pages:
                 chosen[request_id] = usable[request_id]
                 pages += needed
         self.counters.without_drafts["no room"] += len(usable) - len(chosen)
         return chosen
+
+    def _known(self, request_id: RequestId, row: Sequence[int]) -> int:
+        """Tokens of a row whose state is held and will do. A request whose state will not do is started over.
+
+        So is one whose last logits are gone: with a state that is complete they could not be had again.
+        """
+        if request_id not in self.state:
+            return 0
+        held = self.state.entry(request_id)
+        count = len(held.token_ids)
+        lacks_logits = count == len(row) and request_id not in self._last_logits
+        spare = len(held.pages) > self.state.kv_cache.pages_for(max(len(row), 1))
+        if lacks_logits or spare or held.token_ids != list(row[:count]):
+            self.release(request_id)
+            self.state.num_restarts += 1
+            return 0
+        return count
 
     def _denoise(
         self,
@@ -231,7 +258,7 @@ class BlockDrafter:
         """One block for every request that is ready, the others' rows empty."""
         denoiser = self.towers.denoiser
         device = denoiser.device
-        own_seeds = [seeds[request_id] for request_id in drafted]
+        own_seeds = [_signed(seeds[request_id]) for request_id in drafted]
         starts = torch.tensor([len(rows[request_id]) for request_id in drafted], device=device)
         if self.noise == "private":
             own_seeds = [seed ^ PRIVATE_SEED for seed in own_seeds]
@@ -294,7 +321,7 @@ class BlockDrafter:
             num_draft_tokens[place[request_id]], num_passes[place[request_id]] = counts[i], done.num_passes[i]
         num_steps = max(done.num_passes)
         all_probs = None
-        if probs is not None and num_steps <= 1:
+        if probs is not None and num_steps <= 1 and not self.policy.selects_drafts:
             all_probs = probs.new_zeros(*token_ids.shape, probs.shape[-1])
             all_probs[at.to(probs.device)] = probs[:, :num_tokens]
         return DraftBlock(
@@ -311,12 +338,11 @@ class BlockDrafter:
 
     def _denoiser(self, block_size: int) -> BlockDenoiser:
         if block_size not in self._denoisers:
-            config = DiffusionConfig(
-                block_size,
-                temperature=self.sampler.temperature,
-                top_k=self.sampler.top_k,
-                top_p=self.sampler.top_p,
-                mask_token_id=self.towers.config.mask_token_id,
-            )
-            self._denoisers[block_size] = BlockDenoiser(self.towers.denoiser, config, self.num_token_ids)
+            config = DiffusionConfig(block_size, mask_token_id=self.towers.config.mask_token_id)
+            self._denoisers[block_size] = BlockDenoiser(self.towers.denoiser, config, self.num_token_ids, self.sampler)
         return self._denoisers[block_size]
+
+
+def _signed(seed: int) -> int:
+    """A seed as a signed 64-bit integer, whatever it was."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -38,6 +38,7 @@ class RoundOutcome:
         num_draft_tokens, num_accepted: per request.
         confidence: float32 [num_reqs, num_tokens] of the drafts; None with the plan.
         num_denoiser_passes: per request.
+        num_context_tokens: that the context tower read, of all requests.
         extend_s, denoise_s, verify_s: seconds of the three phases, of the whole batch.
     """
 
@@ -46,6 +47,7 @@ class RoundOutcome:
     num_accepted: Sequence[int]
     confidence: Tensor | None
     num_denoiser_passes: Sequence[int]
+    num_context_tokens: int
     extend_s: float
     denoise_s: float
     verify_s: float
@@ -59,6 +61,9 @@ class DraftPolicy(Protocol):
 
     most_steps: int
     """Most denoising steps of any round."""
+
+    selects_drafts: bool
+    """Whether `usable` looks at the drafts' confidence; what is verified is then no plain sample any more."""
 
     def plan(self, num_reqs: int) -> DraftPlan | None:
         """What to do for `num_reqs` requests; None to draft nothing this round."""
@@ -75,12 +80,14 @@ class DraftPolicy(Protocol):
         ...
 
     def observe(self, outcome: RoundOutcome) -> None:
-        """Learns from a verified round."""
+        """Learns from a verified round; rounds without drafts are told too."""
         ...
 
 
 class _SteadyPolicy:
     """The same plan in every round, all drafts used."""
+
+    selects_drafts = False
 
     def __init__(self, block_size: int, most_steps: int, num_tokens: int | None, rule: CommitRule) -> None:
         num_tokens = block_size if num_tokens is None else num_tokens

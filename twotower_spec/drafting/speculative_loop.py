@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twotower_spec.config import check_integer
-from twotower_spec.drafting.draft_block import DraftBlock, RequestId
+from twotower_spec.drafting.draft_block import DraftBlock
 from twotower_spec.drafting.drafter import BlockDrafter
 from twotower_spec.drafting.metrics import DraftingMetrics, DraftingReport
 from twotower_spec.drafting.stopping import FinishReason, StopConditions
@@ -20,6 +20,7 @@ from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.batch import Prompts, Seeds, TokenIds, parse_eos, parse_prompts, parse_seeds
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state.context_state import RequestId
 
 
 @dataclass(frozen=True)
@@ -160,9 +161,17 @@ class SpeculativeRun:
         self.token_ids: list[list[int]] = [[] for _ in self.prompts]
         self.metrics = DraftingMetrics()
         self._name = secrets.token_hex(8)
+        self._steps = self._run()
 
     def __iter__(self) -> Iterator[SpeculativeStep]:
-        """Runs to the end; requests are released however it ends."""
+        """The steps still to come: a loop that was left goes on with the next one."""
+        return self._steps
+
+    def close(self) -> None:
+        """Ends the run early and gives back its requests; a run that came to its end has done so."""
+        self._steps.close()
+
+    def _run(self) -> Generator[SpeculativeStep]:
         try:
             if self.stop.max_new_tokens:
                 yield from self._rounds()
@@ -174,7 +183,7 @@ class SpeculativeRun:
     def _request(self, row: int) -> RequestId:
         return self._name, row
 
-    def _rounds(self) -> Iterator[SpeculativeStep]:
+    def _rounds(self) -> Generator[SpeculativeStep]:
         target = Verifier(self.verifier, self.prompts)
         active = list(range(len(self.prompts)))
         while active:

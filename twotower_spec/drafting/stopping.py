@@ -34,6 +34,8 @@ class StopConditions:
 
     def __post_init__(self) -> None:
         """Checks the stop strings."""
+        if isinstance(self.stop_strings, str):
+            raise ArgumentError(f"stop_strings {self.stop_strings!r} is one string; give a list of strings")
         if self.stop_strings and self.tokenizer is None:
             raise ArgumentError(f"stop_strings {list(self.stop_strings)} need a tokenizer; give the target's")
         if not all(self.stop_strings):
@@ -58,7 +60,8 @@ class StopConditions:
         if text[-1] in self.eos_token_ids:
             return "eos"
         if self.tokenizer is not None and self.stop_strings:
-            decoded = str(self.tokenizer.decode(text))
+            # Enough to hold a stop string that ends here, though tokens may be bytes of a character.
+            decoded = str(self.tokenizer.decode(text[-4 * max(map(len, self.stop_strings)) - 8 :]))
             if any(stop in decoded for stop in self.stop_strings):
                 return "stop"
         return "length" if len(text) >= self.max_new_tokens else None

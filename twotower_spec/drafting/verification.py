@@ -105,7 +105,7 @@ class CoupledRule(_ComparingRule):
 
     The text for a seed is the same whatever is drafted, and the same as without drafts.
 
-    Source: Gumbel-max coupling, as in Leviathan et al. 2023 (rejection) but with the target's sample fixed first.
+    Source: the Gumbel-max trick with the target's noise fixed first.
     """
 
     name = "coupled"
@@ -151,10 +151,12 @@ class RejectingRule(ABC):
             noise = gumbel_noise(seeds, positions, NEXT_TOKEN_DRAW, target.shape[-1])
             return Verdict(draft.num_draft_tokens, (target[:, 0].log() + noise).argmax(dim=-1).tolist())
         self.require_exact(draft.provenance, sampler)
-        reached = self.length_probs(target, draft).cumsum(dim=1)
-        uniform = uniform_noise(seeds, positions, LENGTH_DRAW, 1).to(reached.dtype)
-        most = torch.tensor(draft.num_draft_tokens, device=logits.device)
-        num_accepted = torch.minimum((reached <= uniform).sum(dim=1), most)
+        lengths = self.length_probs(target.double(), draft)
+        uniform = uniform_noise(seeds, positions, LENGTH_DRAW, 1).double()
+        # Rounding may leave the sum short of 1; a length that cannot be is not reached by it.
+        numbers = torch.arange(lengths.shape[1], device=lengths.device)
+        longest = torch.where(lengths > 0, numbers, 0).amax(dim=1)
+        num_accepted = torch.minimum((lengths.cumsum(dim=1) <= uniform).sum(dim=1), longest)
         following = self.next_token_probs(target, draft, num_accepted)
         noise = gumbel_noise(seeds, positions + num_accepted, NEXT_TOKEN_DRAW, following.shape[-1])
         return Verdict(num_accepted.tolist(), (following.log() + noise).argmax(dim=-1).tolist())
@@ -196,8 +198,10 @@ class _RatioRule(RejectingRule):
             )
         elif made.noise == "shared":
             reason = "these were sampled with the target's own noise"
-        elif not made.known_probs:
+        elif made.noise == "none":
             reason = "these are the most probable tokens, of which no distribution was kept"
+        elif not made.known_probs:
+            reason = "a policy chose by their confidence which of these to verify"
         if reason:
             raise ArgumentError(
                 f"the {self.name} rule is exact only for drafts drawn in one step from known distributions, but "

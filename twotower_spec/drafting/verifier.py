@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
 
@@ -17,8 +18,8 @@ class Verifier:
     """A target and what it has read of several rows.
 
     Where every layer keeps plain keys and values, the cache is cut back to the accepted tokens; a row that kept fewer
-    than another of its batch has its surplus masked out. Other caches (sliding windows, linear attention) cannot be cut
-    back: the rows are then read anew in every round, which is slow and said once.
+    than another of its batch has its surplus masked out. Other targets (sliding windows, linear attention, positions
+    counted by the model itself) cannot be cut back: the rows are then read anew in every round, which is slow and said.
     """
 
     def __init__(self, model: PreTrainedModel, prompts: Sequence[Sequence[int]]) -> None:
@@ -31,16 +32,15 @@ class Verifier:
         self.model, self.device = model, torch.device(model.device)
         self.num_passes = 0
         self.cache: DynamicCache | None = DynamicCache(config=model.config)
-        if not all(type(layer) is DynamicLayer for layer in self.cache.layers):
-            self.cache = None
-            logger.warning(
-                "%s keeps state that cannot be cut back to accepted tokens; every round reads all tokens anew",
-                type(model).__name__,
-            )
+        # Rows of a batch keep different numbers of tokens: the model must take the positions that it is told.
+        understood = {"past_key_values", "position_ids"} <= set(inspect.signature(model.forward).parameters)
+        if not understood or not all(type(layer) is DynamicLayer for layer in self.cache.layers):
+            self._without_cache()
         self._rows = [list(prompt[:-1]) for prompt in prompts]
         self._mask = torch.zeros(len(prompts), 0, dtype=torch.long, device=self.device)
         self._lengths = torch.zeros(len(prompts), dtype=torch.long, device=self.device)
         self._fresh = True
+        self._start = 0
 
     @torch.inference_mode()
     def read(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -81,6 +81,8 @@ class Verifier:
             logits_to_keep=longest,
         )
         self._lengths += torch.tensor([len(head) for head in before], device=self.device)
+        if not self._holds_keys():
+            self._without_cache()
         logits: Tensor = out.logits[:, -longest:].float()
         return logits
 
@@ -116,7 +118,22 @@ class Verifier:
         index = torch.tensor(list(rows), device=self.device)
         self._mask, self._lengths = self._mask[index], self._lengths[index]
         if self.cache is not None and not self._fresh:
-            self.cache.batch_select_indices(index)
+            for layer in self.cache.layers:
+                assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
+                at = index.to(layer.keys.device)
+                layer.keys, layer.values = layer.keys[at], layer.values[at]
+
+    def _holds_keys(self) -> bool:
+        """Whether the model has put anything into the cache."""
+        assert self.cache is not None
+        return all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in self.cache.layers)
+
+    def _without_cache(self) -> None:
+        self.cache = None
+        logger.warning(
+            "%s keeps state that cannot be cut back to accepted tokens; every round reads all tokens anew",
+            type(self.model).__name__,
+        )
 
     def _cut(self, end: int) -> None:
         """Keeps the first `end` columns of mask and cache."""

@@ -6,8 +6,6 @@ from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.errors import ArgumentError
 
-SPECIAL_IDS = ("bos_token_id", "eos_token_id")
-
 
 def shared_token_ids(
     target: PreTrainedTokenizerBase, drafter: PreTrainedTokenizerBase, target_rows: int, drafter_rows: int
@@ -15,23 +13,17 @@ def shared_token_ids(
     """How many ids, from 0 on, both models have; ids beyond are never drafted.
 
     Either embedding table may be padded beyond the other: only ids that a tokenizer gives a meaning are compared, and
-    those that both tables hold must mean the same. A token that the target has and the drafter lacks is no mismatch:
-    a request that uses it goes on without drafts.
+    those that both tables hold must mean the same. A token that the target has and the drafter lacks is no mismatch: a
+    request that uses it goes on without drafts. Special tokens are compared as all others; which of them begins or ends
+    a text is the target's affair.
 
     Args:
         target, drafter: tokenizers.
         target_rows, drafter_rows: rows of the embedding tables.
 
     Raises:
-        ArgumentError: an id means different tokens, or bos or eos differ; the first differing id is named.
+        ArgumentError: an id means different tokens; the first one is named.
     """
-    for name in SPECIAL_IDS:
-        ours, theirs = getattr(target, name), getattr(drafter, name)
-        if ours is not None and theirs is not None and ours != theirs:
-            raise ArgumentError(
-                f"{name} is {ours} for the target and {theirs} for the drafter; a drafter must share the target's "
-                f"tokenizer, train one with `twotower-spec train all --verifier DIR`"
-            )
     shared = min(target_rows, drafter_rows)
     ours, theirs = _tokens(target), _tokens(drafter)
     for token_id in range(shared):

@@ -64,16 +64,23 @@ class DenoisedBlocks:
 class BlockDenoiser:
     """Fills masked blocks, by the published schedule or another rule; rows have their own time and leave when done."""
 
-    def __init__(self, denoiser: DenoiserTower, config: DiffusionConfig, num_token_ids: int | None = None) -> None:
+    def __init__(
+        self,
+        denoiser: DenoiserTower,
+        config: DiffusionConfig,
+        num_token_ids: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> None:
         """Computes the time modulation for every number of masked positions once.
 
         Args:
             denoiser: the tower.
             config: block size, schedule and sampling.
             num_token_ids: ids from this one on are never picked; None allows the whole vocabulary.
+            sampler: in place of the configuration's temperature and filters.
         """
         self.denoiser, self.config, self.num_token_ids = denoiser, config, num_token_ids
-        self.sampler = Sampler(config.temperature, config.top_k, config.top_p)
+        self.sampler = sampler or Sampler(config.temperature, config.top_k, config.top_p)
         self.schedule = PublishedSchedule(config.confidence_threshold, config.steps_per_block)
         with torch.inference_mode():
             self.modulation = denoiser.time_conditioning.for_block_size(config.block_size)
@@ -282,6 +289,19 @@ def stream_mask_diffusion(
     return _mask_diffusion(batch, config, with_traces, None)
 
 
+def check_mask_token(towers: TwoTowers, config: DiffusionConfig) -> None:
+    """Refuses a mask token outside the vocabulary.
+
+    Raises:
+        ArgumentError: with the id.
+    """
+    if config.mask_token_id >= towers.config.vocab_size:
+        raise ArgumentError(
+            f"mask_token_id {config.mask_token_id} is outside the vocabulary; allowed are 0 to "
+            f"{towers.config.vocab_size - 1}"
+        )
+
+
 def _diffusion_batch(
     towers: TwoTowers,
     input_ids: Prompts,
@@ -290,11 +310,7 @@ def _diffusion_batch(
     eos_token_id: TokenIds,
     seed: Seeds,
 ) -> Batch:
-    if config.mask_token_id >= towers.config.vocab_size:
-        raise ArgumentError(
-            f"mask_token_id {config.mask_token_id} is outside the vocabulary; allowed are 0 to "
-            f"{towers.config.vocab_size - 1}"
-        )
+    check_mask_token(towers, config)
     towers.require_denoiser()
     check_integer("max_new_tokens", max_new_tokens, minimum=0)
     state_tokens = max(max_new_tokens - 1, 0) // config.block_size * config.block_size

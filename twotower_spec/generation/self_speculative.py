@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
-from twotower_spec.generation.block_diffusion import BlockDenoiser
+from twotower_spec.generation.block_diffusion import BlockDenoiser, check_mask_token
 from twotower_spec.generation.result import CommittedBlock, GenerationResult
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.towers.model import TwoTowers
@@ -68,7 +68,7 @@ def generate_self_speculative(
         top_p=top_p,
         mask_token_id=towers.config.mask_token_id if mask_token_id is None else mask_token_id,
     )
-    batch = _batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
+    batch = _batch(towers, input_ids, max_new_tokens, config, eos_token_id, seed)
     return batch.collect(_self_speculative(batch, config))
 
 
@@ -94,10 +94,18 @@ def stream_self_speculative(
     config = config or DiffusionConfig(
         DEFAULT_BLOCK_SIZE, DEFAULT_STEPS_PER_BLOCK, mask_token_id=towers.config.mask_token_id
     )
-    return _self_speculative(_batch(towers, input_ids, max_new_tokens, eos_token_id, seed), config)
+    return _self_speculative(_batch(towers, input_ids, max_new_tokens, config, eos_token_id, seed), config)
 
 
-def _batch(towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds) -> Batch:
+def _batch(
+    towers: TwoTowers,
+    input_ids: Prompts,
+    max_new_tokens: int,
+    config: DiffusionConfig,
+    eos_token_id: TokenIds,
+    seed: Seeds,
+) -> Batch:
+    check_mask_token(towers, config)
     towers.require_denoiser()
     check_integer("max_new_tokens", max_new_tokens, minimum=0)
     return Batch(towers, input_ids, max_new_tokens, eos_token_id, seed, state_tokens=max(max_new_tokens - 1, 0))

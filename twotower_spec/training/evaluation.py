@@ -189,10 +189,11 @@ def evaluate_side_by_side(
             results[jobs[job]] = job.result()
             for row in job.result()["rows"]:
                 report(EvaluationRow(**row))
-    merged: dict[str, Any] = {"rows": [], "repeated_4gram_fraction": {}}
+    merged: dict[str, Any] = {"rows": [], "repeated_4gram_fraction": {}, "characters_per_token": {}}
     for category in prompts:
         merged["rows"] += results[category]["rows"]
-        merged["repeated_4gram_fraction"] |= results[category]["repeated_4gram_fraction"]
+        for figure in ("repeated_4gram_fraction", "characters_per_token"):
+            merged[figure] |= results[category][figure]
     return merged
 
 
@@ -217,15 +218,17 @@ def evaluate(
         report: called with every row as it is known.
 
     Returns:
-        `rows`, and `repeated_4gram_fraction` of the greedy text by category.
+        `rows`; by category `repeated_4gram_fraction` of the greedy text, and `characters_per_token` of the prompts.
     """
     eos = [int(trio.tokenizer.eos_token_id)]
     rows: list[EvaluationRow] = []
     repeated: dict[str, float] = {}
+    density: dict[str, float] = {}
     for category, texts_of_category in prompts.items():
         encoded = [list(ids) for ids in trio.tokenizer(list(texts_of_category))["input_ids"]]
         if not encoded or not all(encoded):
             raise ArgumentError(f"category {category} has no prompt, or one without tokens; give text")
+        density[category] = sum(map(len, texts_of_category)) / sum(map(len, encoded))
         for temperature in temperatures:
             texts = write_texts(trio.verifier, encoded, max_new_tokens, temperature, eos)
             if temperature == 0:
@@ -248,4 +251,8 @@ def evaluate(
                 )
                 rows.append(row)
                 report(row)
-    return {"rows": [row.to_json() for row in rows], "repeated_4gram_fraction": repeated}
+    return {
+        "rows": [row.to_json() for row in rows],
+        "repeated_4gram_fraction": repeated,
+        "characters_per_token": density,
+    }

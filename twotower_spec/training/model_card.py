@@ -37,6 +37,11 @@ LIMITS = (
     "Their acceptance lengths say nothing about the published 30B model."
 )
 
+TOKENIZER_LIMITS = (
+    "Learnt from a narrow corpus of English word problems and Python; any text encodes and decodes without loss, but "
+    "other languages take about a token per byte."
+)
+
 
 def write_model_cards(directory: Path, evaluation: dict[str, Any]) -> list[Path]:
     """Writes README.md into every model's directory.
@@ -51,7 +56,28 @@ def write_model_cards(directory: Path, evaluation: dict[str, Any]) -> list[Path]
             card = directory / name / "README.md"
             card.write_text("\n".join(_card(directory, name, evaluation)) + "\n", encoding="utf-8")
             cards.append(card)
+    if (directory / "tokenizer" / "tokenizer.json").is_file():
+        card = directory / "tokenizer" / "README.md"
+        card.write_text("\n".join(_tokenizer_card(directory, evaluation)) + "\n", encoding="utf-8")
+        cards.append(card)
     return cards
+
+
+def _tokenizer_card(directory: Path, evaluation: dict[str, Any]) -> Iterable[str]:
+    facts = _description(directory / "runs" / "verifier")
+    tokenizer = json.loads((directory / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    yield "---\nlicense: apache-2.0\nlibrary_name: transformers\n---"
+    yield "# tokenizer\n\nThe tokenizer that all models of the trio share; every model's directory holds a copy.\n"
+    yield f"Byte-level BPE with {len(tokenizer['model']['vocab'])} tokens, digits one by one; ids 0 to 3 are pad, bos,"
+    yield "eos and mask. It puts a beginning-of-sequence token before every prompt.\n"
+    yield "## Data\n\nAt most 4 million characters of every source:\n"
+    for source in facts["sources"]:
+        yield "* " + SOURCES[source].format(python=facts["python"], texts=", ".join(facts["texts"]))
+    yield f"\n## Recipe\n\nMade by `twotower-spec train tokenizer`; commit {facts['commit']}.\n"
+    yield f"## Metrics\n\nCharacters per token, `{evaluation['command']}`:"
+    figures = evaluation["characters_per_token"].items()
+    yield ", ".join(f"{category} {value:.2f}" for category, value in figures) + "."
+    yield f"\n## Limits\n\n{TOKENIZER_LIMITS}"
 
 
 def _card(directory: Path, name: str, evaluation: dict[str, Any]) -> Iterable[str]:

@@ -24,7 +24,7 @@ def gumbel_noise(seeds: Tensor, positions: Tensor, draw: int, vocab_size: int) -
 
 
 def uniform_noise(seeds: Tensor, positions: Tensor, draw: int, size: int) -> Tensor:
-    """Numbers strictly between 0 and 1, multiples of 2^-24 apart.
+    """Numbers strictly between 0 and 1, multiples of 2^-23 apart.
 
     Args:
         seeds, positions, draw: as `gumbel_noise`.
@@ -42,7 +42,8 @@ def uniform_noise(seeds: Tensor, positions: Tensor, draw: int, size: int) -> Ten
     other = _finalise(key ^ _constant(0x7F4A7C15))
     tokens = torch.arange(size, device=seeds.device, dtype=torch.int32) * _constant(0x9E3779B1)
     bits = _finalise(_finalise(tokens ^ key) + other)
-    return (((bits >> 8) & 0xFFFFFF).float() + 0.5) * 2.0**-24
+    # 23 bits and a half: with one bit more, float32 would round the largest to 1.
+    return (((bits >> 9) & 0x7FFFFF).float() + 0.5) * 2.0**-23
 
 
 def _constant(value: int) -> int:

@@ -21,4 +21,4 @@ def gumbel_noise_reference(seed: int, position: int, draw: int, token_id: int) -
     key = _finalise(key ^ (draw & _MASK))
     other = _finalise(key ^ 0x7F4A7C15)
     bits = _finalise((_finalise((token_id * 0x9E3779B1 & _MASK) ^ key) + other) & _MASK)
-    return -math.log(-math.log(((bits >> 8) + 0.5) / (1 << 24)))
+    return -math.log(-math.log(((bits >> 9) + 0.5) / (1 << 23)))

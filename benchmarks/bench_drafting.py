@@ -1,4 +1,4 @@
-"""Every fixed setting of a grid beside the adaptive policy, on the bundled trio: python -m benchmarks.drafting_policies
+"""Every fixed setting of a grid beside the adaptive policy, on the bundled trio: python -m benchmarks.bench_drafting
 
 The verifier's greedy text for held-out prompts is fixed first, and every setting walks over it. What a round costs is
 taken from one table of medians, measured at batch 1 before the walks, so that settings are compared with each other and
