@@ -59,6 +59,8 @@ class _Arm:
 
     def add(self, tokens: float, seconds: float) -> None:
         """Counts a round."""
+        if self.rounds < 1:  # what is known is old, and less than this round
+            self.recent.clear()
         self.rounds, self.tokens, self.squares = self.rounds + 1, self.tokens + tokens, self.squares + tokens * tokens
         self.recent.append(seconds)
 
