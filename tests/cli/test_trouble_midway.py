@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 
 from tests.cli.conftest import Command
 from tests.support.golden_files import checkpoint
+from twotower_spec.cli.interrupts import Interrupts
 
 BASE = ["generate", "--model", checkpoint("T1"), "--mode", "ar", "--max-new-tokens", 5]
 
@@ -69,12 +71,23 @@ def test_interrupt_says_how_to_go_on_and_the_next_start_adds_the_others(command:
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+    assert process.returncode == 130, err
     assert err == "interrupted; a run with --output goes on where it stopped when started again\n"
     assert 3 <= len(rows(file)) < 20
     assert command(*args, file)[0] == 0
     assert command(*args, whole)[0] == 0
     assert [(r["index"], r["token_ids"]) for r in rows(file)] == [(r["index"], r["token_ids"]) for r in rows(whole)]
+
+
+def test_an_interrupt_that_gets_lost_is_raised_at_the_next_check() -> None:
+    before = signal.getsignal(signal.SIGINT)
+    with Interrupts() as interrupts:
+        interrupts.check()
+        with suppress(KeyboardInterrupt):  # as Python does inside a callback of the garbage collector
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            interrupts.check()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_byte_order_mark_of_a_prompt_file_is_no_part_of_the_prompt(command: Command, tmp_path: Path) -> None:

@@ -30,7 +30,8 @@ def demo(
             shown = text.prompt
             console.print(Rule(f"{shown.category}, held out by {shown.held_out}: {shown.source}"))
             console.print(Text(shown.prompt, style="dim"))
-        console.print(Text(f"[{text.mode}]", style="bold"))
+        remark = " (this denoiser was trained on masked blocks alone)" if text.mode == "mock-ar" else ""
+        console.print(Text(f"[{text.mode}]{remark}", style="bold"))
         console.print(Text(text.text.strip("\n"), style="green" if text.mode == "mask-diffusion" else ""))
         texts.append(text)
     table = Table("mode", "tokens", "tokens per NFE", "tokens per context pass", "tokens/s")

@@ -18,6 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
+from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.cli.prompts import Prompt, encode, read_prompts
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer, check_sampling
@@ -134,7 +135,7 @@ def generate(
             context_device=context_device,
             denoiser_device=denoiser_device,
         )
-        with _progress() as bar:
+        with _progress() as bar, Interrupts() as interrupts:
             task = bar.add_task("generating", total=len(rows), completed=len(rows) - len(left))
             for start in range(0, len(left), batch_size):
                 indices = left[start : start + batch_size]
@@ -145,6 +146,7 @@ def generate(
                 else:
                     _print(records, as_json)
                 bar.advance(task, len(indices))
+                interrupts.check()
 
 
 def _run(
