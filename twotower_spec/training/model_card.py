@@ -33,8 +33,9 @@ SOURCES = {
 }
 LIMITS = (
     "Small models of a narrow domain, made to show and to test speculative decoding. They solve the templated problems "
-    "of their corpus and write code that looks like its templates; on other text they are fluent for a line or two. "
-    "Their acceptance lengths say nothing about the published 30B model."
+    "of their corpus and write code that looks like its templates; on other text they are fluent for a line or two, "
+    "and repeat themselves when greedy. The denoiser was trained on masked blocks alone: mock-AR generation with it "
+    "means nothing. Their acceptance lengths say nothing about the published 30B model."
 )
 
 TOKENIZER_LIMITS = (
