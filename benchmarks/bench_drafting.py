@@ -34,9 +34,10 @@ from twotower_spec.drafting import (
 from twotower_spec.drafting.drafter import FirstToken
 from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.generation import PhaseTimes
+from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.machine import describe_machine
 from twotower_spec.training.evaluation import Trio
-from twotower_spec.training.quality import VerifierText, agreeing, write_texts
+from twotower_spec.training.quality import VerifierText, write_texts
 
 GAMMAS = (0.5, 0.8, 0.95)
 STEPS = (1, 2, 4, 8, 16)

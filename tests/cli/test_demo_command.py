@@ -2,12 +2,8 @@
 
 import json
 
-import pytest
-
 from tests.cli.conftest import Command
-from twotower_spec.demo import held_out_prompts, trio_directory
-
-pytestmark = pytest.mark.skipif(not trio_directory().is_dir(), reason="the weights of the trio are not in yet")
+from twotower_spec.demo import held_out_prompts
 
 
 def test_the_demo_generates_held_out_prompts_in_all_modes_and_compares_them(command: Command) -> None:

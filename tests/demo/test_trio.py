@@ -21,8 +21,6 @@ from twotower_spec.demo.trio import Category
 from twotower_spec.training.evaluation import Trio
 from twotower_spec.training.quality import VerifierText, measure_acceptance, repeated_4gram_fraction, write_texts
 
-pytestmark = pytest.mark.skipif(not trio_directory().is_dir(), reason="the weights of the trio are not in yet")
-
 MODELS = ("verifier", "twotower", "draft")
 MOST_BYTES = 80_000_000
 

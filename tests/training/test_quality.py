@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec.drafting import FixedPolicy, ThresholdPolicy
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.training.language_models import build_language_model
 from twotower_spec.training.quality import (
     ContextTowerDrafter,
@@ -14,7 +15,6 @@ from twotower_spec.training.quality import (
     NgramDrafter,
     TowerDrafter,
     VerifierText,
-    agreeing,
     measure_acceptance,
     repeated_4gram_fraction,
     write_texts,

@@ -197,54 +197,49 @@ class BlockDrafter:
 
     def _advance(self, rows: Mapping[RequestId, Sequence[int]]) -> list[RequestId]:
         """Brings contexts up to date within the budget; the requests that are, in the order of `rows`."""
-        chosen = self._that_fit(rows)
-        before = {request_id: self.state.num_computed_tokens(request_id) for request_id in chosen}
-        logits = self.state.advance(self.towers.context, chosen, self.token_budget)
-        after = {request_id: self.state.num_computed_tokens(request_id) for request_id in chosen}
-        moved = {rid for rid in chosen if after[rid] != before[rid] or rid in logits}
-        self._extended = {rid: max(after[rid] - before[rid], 1) for rid in moved}
-        for request_id in [rid for rid in self._last_logits if rid in moved or rid not in self.state]:
+        new = self._that_fit(rows)
+        logits = self.state.advance_by(self.towers.context, new, self.token_budget)
+        missing = {rid: len(rows[rid]) - self.state.num_computed_tokens(rid) for rid in new}
+        self._extended = {rid: len(new[rid]) - missing[rid] for rid in new if len(new[rid]) > missing[rid]}
+        for request_id in [rid for rid in self._last_logits if rid in self._extended or rid not in self.state]:
             del self._last_logits[request_id]
         # A row of the batch's logits would keep all of them.
         self._last_logits.update({request_id: row.clone() for request_id, row in logits.items()})
-        ready = [rid for rid in rows if rid in chosen and after[rid] == len(rows[rid]) and rid in self._last_logits]
-        self.counters.without_drafts["prefilling"] += len(chosen) - len(ready)
+        ready = [rid for rid in rows if missing.get(rid) == 0]
+        self.counters.without_drafts["prefilling"] += len(new) - len(ready)
         return ready
 
     def _that_fit(self, rows: Mapping[RequestId, Sequence[int]]) -> dict[RequestId, list[int]]:
-        """The rows whose states fit into the pool together, those with the fewest new tokens first."""
-        new: dict[RequestId, int] = {}
-        usable: dict[RequestId, list[int]] = {}
-        for request_id, tokens in rows.items():
-            row, known = list(tokens), self._known(request_id, tokens)
-            if row and all(0 <= token < self.towers.config.vocab_size for token in row[known:]):
-                usable[request_id], new[request_id] = row, len(row) - known
+        """New tokens of the rows whose states fit into the pool together, the fewest first."""
+        new = {request_id: list(row[self._known(request_id, row) :]) for request_id, row in rows.items()}
+        vocab_size = self.towers.config.vocab_size
+        usable = [rid for rid in rows if len(rows[rid]) and all(0 <= token < vocab_size for token in new[rid])]
         self.counters.without_drafts["foreign token"] += len(rows) - len(usable)
         chosen: dict[RequestId, list[int]] = {}
         pages = 0
-        for request_id in sorted(usable, key=lambda request_id: new[request_id]):
-            needed = self.state.kv_cache.pages_for(len(usable[request_id]))
+        for request_id in sorted(usable, key=lambda request_id: len(new[request_id])):
+            needed = self.state.kv_cache.pages_for(len(rows[request_id]))
             if len(chosen) < self.num_slots and pages + needed <= self.num_pages:
-                chosen[request_id] = usable[request_id]
+                chosen[request_id] = new[request_id]
                 pages += needed
         self.counters.without_drafts["no room"] += len(usable) - len(chosen)
         return chosen
 
     def _known(self, request_id: RequestId, row: Sequence[int]) -> int:
-        """Tokens of a row whose state is held and will do. A request whose state will not do is started over.
+        """Tokens of a row whose state is held and will do; a request whose state will not do is started over.
 
-        So is one whose last logits are gone: with a state that is complete they could not be had again.
+        So is one whose last logits are gone, which a complete state could not give again, and one that holds more room
+        than it needs.
         """
-        if request_id not in self.state:
-            return 0
-        held = self.state.entry(request_id)
-        count = len(held.token_ids)
-        lacks_logits = count == len(row) and request_id not in self._last_logits
-        spare = len(held.pages) > self.state.kv_cache.pages_for(max(len(row), 1))
-        if lacks_logits or spare or held.token_ids != list(row[:count]):
-            self.release(request_id)
-            self.state.num_restarts += 1
-            return 0
+        count = self.state.continue_or_restart(request_id, row)
+        if request_id in self.state:
+            lacks_logits = count == len(row) and request_id not in self._last_logits
+            reserved = len(self.state.entry(request_id).pages)
+            if lacks_logits or reserved > self.state.kv_cache.pages_for(max(len(row), 1)):
+                self.state.restart(request_id)
+                count = 0
+        if not count:
+            self._last_logits.pop(request_id, None)
         return count
 
     def _denoise(

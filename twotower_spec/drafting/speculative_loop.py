@@ -190,8 +190,9 @@ class SpeculativeRun:
             # The first round reads the prompts, and has nothing to verify.
             first = target.num_passes == 0
             draft = self._no_drafts(active) if first or self.drafter is None else self._draft(active)
-            newest = [[*self.prompts[row], *self.token_ids[row]][-1:] for row in active]
-            tokens = [[*newest[i], *draft.row(i)] for i in range(len(active))]
+            drafts = [draft.row(i) for i in range(len(active))]
+            newest = [(self.token_ids[row] or self.prompts[row])[-1] for row in active]
+            tokens = [[token, *drafted] for token, drafted in zip(newest, drafts, strict=True)]
             started = time.perf_counter()
             logits = target.read(tokens)[:, : draft.token_ids.shape[1] + 1]
             positions = [len(self.prompts[row]) + len(self.token_ids[row]) for row in active]
@@ -206,7 +207,7 @@ class SpeculativeRun:
             steps = []
             for i, row in enumerate(active):
                 accepted = verdict.num_accepted[i]
-                new, reason = self.stop.cut(self.token_ids[row], [*draft.row(i)[:accepted], verdict.next_tokens[i]])
+                new, reason = self.stop.cut(self.token_ids[row], [*drafts[i][:accepted], verdict.next_tokens[i]])
                 self.token_ids[row].extend(new)
                 steps.append(SpeculativeStep(row, new, min(accepted, len(new)), reason))
             target.keep([1 + accepted for accepted in verdict.num_accepted], tokens)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class Verifier:
         if self.cache is None:
             return self._read_anew(tokens, longest)
         # The first time, prompts stand before the tokens, padded on the left.
-        before = self._rows if self._fresh else [[] for _ in tokens]
+        first = self._fresh
+        before = self._rows if first else [[] for _ in tokens]
         self._fresh = False
         width = max(map(len, before))
         ids = [
@@ -81,8 +82,8 @@ class Verifier:
             logits_to_keep=longest,
         )
         self._lengths += torch.tensor([len(head) for head in before], device=self.device)
-        if not self._holds_keys():
-            self._without_cache()
+        if first and not all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in self.cache.layers):
+            self._without_cache()  # the model has put nothing into it
         logits: Tensor = out.logits[:, -longest:].float()
         return logits
 
@@ -117,16 +118,8 @@ class Verifier:
         self._rows = [self._rows[row] for row in rows]
         index = torch.tensor(list(rows), device=self.device)
         self._mask, self._lengths = self._mask[index], self._lengths[index]
-        if self.cache is not None and not self._fresh:
-            for layer in self.cache.layers:
-                assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-                at = index.to(layer.keys.device)
-                layer.keys, layer.values = layer.keys[at], layer.values[at]
-
-    def _holds_keys(self) -> bool:
-        """Whether the model has put anything into the cache."""
-        assert self.cache is not None
-        return all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in self.cache.layers)
+        if not self._fresh:
+            self._keep_of_cache(lambda kept: kept[index.to(kept.device)])
 
     def _without_cache(self) -> None:
         self.cache = None
@@ -137,12 +130,14 @@ class Verifier:
 
     def _cut(self, end: int) -> None:
         """Keeps the first `end` columns of mask and cache."""
-        if self.cache is None:
-            return
         self._mask = self._mask[:, :end]
-        for layer in self.cache.layers:
+        self._keep_of_cache(lambda kept: kept[..., :end, :])
+
+    def _keep_of_cache(self, part: Callable[[Tensor], Tensor]) -> None:
+        """Replaces keys and values [num_rows, heads, tokens, head_dim] of every layer by a part of them."""
+        for layer in self.cache.layers if self.cache is not None else ():
             assert isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None
-            layer.keys, layer.values = layer.keys[..., :end, :], layer.values[..., :end, :]
+            layer.keys, layer.values = part(layer.keys), part(layer.values)
 
     def _read_anew(self, tokens: Sequence[Sequence[int]], longest: int) -> Tensor:
         whole = [[*row, *new] for row, new in zip(self._rows, tokens, strict=True)]

@@ -44,7 +44,7 @@ def generate_ar(
 
     Source: modeling_nemotron_twotower.py, generate_ar.
     """
-    batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
+    batch = ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
     return batch.collect(_ar(batch, Sampler(temperature, top_k, top_p)))
 
 
@@ -60,7 +60,7 @@ def stream_ar(
     seed: Seeds = None,
 ) -> Iterator[CommittedBlock]:
     """`generate_ar` as an iterator: every token as it is committed."""
-    batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
+    batch = ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
     return _ar(batch, Sampler(temperature, top_k, top_p))
 
 
@@ -81,7 +81,7 @@ def generate_mock_ar(
 
     Source: modeling_nemotron_twotower.py, generate_mock_ar.
     """
-    batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
+    batch = ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
     return batch.collect(_mock_ar(batch, Sampler(temperature, top_k, top_p)))
 
 
@@ -97,11 +97,12 @@ def stream_mock_ar(
     seed: Seeds = None,
 ) -> Iterator[CommittedBlock]:
     """`generate_mock_ar` as an iterator: every token as it is committed."""
-    batch = _ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
+    batch = ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
     return _mock_ar(batch, Sampler(temperature, top_k, top_p))
 
 
-def _ar_batch(towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds) -> Batch:
+def ar_batch(towers: TwoTowers, input_ids: Prompts, max_new_tokens: int, eos_token_id: TokenIds, seed: Seeds) -> Batch:
+    """Rows that gain tokens of the context tower's; the last one of a row is never read."""
     return Batch(towers, input_ids, max_new_tokens, eos_token_id, seed, state_tokens=max(max_new_tokens - 1, 0))
 
 

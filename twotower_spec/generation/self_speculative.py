@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.config import DiffusionConfig
+from twotower_spec.generation.autoregressive import ar_batch
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
 from twotower_spec.generation.block_diffusion import BlockDenoiser, check_mask_token
 from twotower_spec.generation.result import CommittedBlock, GenerationResult
@@ -107,8 +108,7 @@ def _batch(
 ) -> Batch:
     check_mask_token(towers, config)
     towers.require_denoiser()
-    check_integer("max_new_tokens", max_new_tokens, minimum=0)
-    return Batch(towers, input_ids, max_new_tokens, eos_token_id, seed, state_tokens=max(max_new_tokens - 1, 0))
+    return ar_batch(towers, input_ids, max_new_tokens, eos_token_id, seed)
 
 
 def _self_speculative(batch: Batch, config: DiffusionConfig) -> Iterator[CommittedBlock]:
@@ -141,7 +141,7 @@ def _self_speculative(batch: Batch, config: DiffusionConfig) -> Iterator[Committ
             extension = batch.state.extend(batch.towers.context, blocks, logits="all", provisional=True)
             assert extension.logits is not None
             chosen = _choose(sampler, batch, rows, extension.logits, [len(block) for block in blocks.values()])
-            accepted = {row: _num_agreeing(blocks[row][1:], chosen[row]) for row in rows}
+            accepted = {row: agreeing(blocks[row][1:], chosen[row]) for row in rows}
             extension.accept({row: 1 + count for row, count in accepted.items()})
         newest = {row: batch.up_to_end(chosen[row][: accepted[row] + 1]) for row in rows}
         yield from [batch.commit(row, newest[row], passes) for row, passes in zip(rows, done.num_passes, strict=True)]
@@ -161,8 +161,9 @@ def _choose(sampler: Sampler, batch: Batch, rows: list[int], logits: Tensor, cou
     return chosen
 
 
-def _num_agreeing(drafts: list[int], tokens: list[int]) -> int:
-    for i, (draft, token) in enumerate(zip(drafts, tokens, strict=False)):
+def agreeing(drafts: Sequence[int], text: Sequence[int]) -> int:
+    """How many drafts agree with the text, from the left."""
+    for i, (draft, token) in enumerate(zip(drafts, text, strict=False)):
         if draft != token:
             return i
-    return len(drafts)
+    return min(len(drafts), len(text))

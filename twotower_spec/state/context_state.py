@@ -321,25 +321,39 @@ class ContextState:
         Raises:
             StateFullError: the requests of this call do not fit together.
         """
-        increments: dict[RequestT, list[int]] = {}
-        for request_id, row in rows.items():
-            row = list(row)
-            entry = self._entries.get(request_id)
-            if entry is not None and entry.token_ids != row[: len(entry.token_ids)]:
-                self.release(request_id)
-                self.num_restarts += 1
-            done = self.num_computed_tokens(request_id)
-            if len(row) > done:
-                increments[request_id] = row[done:]
-        for request_id in increments:  # before the pass, so that no request of this call is evicted for another one
-            self.claim(request_id, len(rows[request_id]), keep=list(rows))
-        chunk = take_within_budget(increments, token_budget)
+        increments = {rid: list(row[self.continue_or_restart(rid, row) :]) for rid, row in rows.items()}
+        return self.advance_by(tower, increments, token_budget)
+
+    def advance_by(
+        self,
+        tower: ContextTower,
+        increments: Mapping[RequestT, Sequence[int]],
+        token_budget: int = DEFAULT_TOKEN_BUDGET,
+    ) -> dict[RequestT, Tensor]:
+        """`advance` by the new tokens of every request; one that brings none is only not evicted for the others."""
+        for request_id, tokens in increments.items():  # all before the pass, so that none gives way to another one
+            self.claim(request_id, self.num_computed_tokens(request_id) + len(tokens), keep=list(increments))
+        left = {request_id: list(tokens) for request_id, tokens in increments.items() if len(tokens)}
+        chunk = take_within_budget(left, token_budget)
         if not chunk:
             return {}
         result = self.extend(tower, chunk)
         assert result.logits is not None
-        complete = {request_id for request_id, tokens in chunk.items() if len(tokens) == len(increments[request_id])}
+        complete = {request_id for request_id, tokens in chunk.items() if len(tokens) == len(left[request_id])}
         return {rid: row for rid, row in zip(chunk, result.logits, strict=True) if rid in complete}
+
+    def continue_or_restart(self, request_id: RequestId, row: Sequence[int]) -> int:
+        """How many tokens of a row are computed. A request whose row does not continue them is started over."""
+        count = self.num_computed_tokens(request_id)
+        if count and self.entry(request_id).token_ids != list(row[:count]):
+            self.restart(request_id)
+            return 0
+        return count
+
+    def restart(self, request_id: RequestId) -> None:
+        """Forgets what was computed for a request, and counts that."""
+        self.release(request_id)
+        self.num_restarts += 1
 
     @torch.inference_mode()
     def block_context(

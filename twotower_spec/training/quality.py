@@ -19,6 +19,7 @@ from twotower_spec.drafting import BlockDrafter, DraftPolicy
 from twotower_spec.drafting.drafter import FirstToken
 from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
 from twotower_spec.towers.model import TwoTowers
@@ -134,14 +135,6 @@ def measure_acceptance(drafter: Drafter, texts: Sequence[VerifierText], num_toke
     return Acceptance(
         [tokens[i] for i in kept], [steps[i] for i in kept], (accepted_at / max(num_drafts, 1)).tolist(), passes
     )
-
-
-def agreeing(drafts: Sequence[int], text: Sequence[int]) -> int:
-    """How many drafts agree with the text, from the left."""
-    for i, (draft, token) in enumerate(zip(drafts, text, strict=False)):
-        if draft != token:
-            return i
-    return min(len(drafts), len(text))
 
 
 def repeated_4gram_fraction(texts: Sequence[VerifierText]) -> float:
