@@ -1,0 +1,14 @@
+"""Which drafts a target accepts, and the token after them, from raw target logits."""
+
+from twotower_kernels.acceptance.op import (
+    ACCEPT_DRAW,
+    NEXT_TOKEN_DRAW,
+    SAMPLE_DRAW,
+    Accepted,
+    Rule,
+    Sampling,
+    accept,
+    filtered_logits,
+)
+
+__all__ = ["ACCEPT_DRAW", "NEXT_TOKEN_DRAW", "SAMPLE_DRAW", "Accepted", "Rule", "Sampling", "accept", "filtered_logits"]
