@@ -188,3 +188,54 @@ def test_calibration_learns_what_a_confidence_is_worth() -> None:
 def test_an_adaptive_policy_is_the_same_for_the_same_seed() -> None:
     runs = [sizes(AdaptivePolicy(seed=3), World({4: 0.5, 8: 0.7, 16: 0.7}), 200) for _ in range(2)]
     assert runs[0] == runs[1]
+
+
+class Server:
+    """A made-up server whose passes cost a fixed time, and more where tokens exceed what it computes at once.
+
+    Args:
+        acceptance: chance that a draft is accepted after the others.
+        free_tokens: tokens of a pass that cost nothing; each beyond costs a twentieth of a pass.
+    """
+
+    def __init__(self, acceptance: float = 0.85, free_tokens: int = 64) -> None:
+        self.acceptance, self.free_tokens = acceptance, free_tokens
+        self.generator = torch.Generator().manual_seed(0)
+
+    def seconds(self, num_tokens: int, of_a_pass: float) -> float:
+        return of_a_pass * (1 + max(0, num_tokens - self.free_tokens) / 20)
+
+    def round(self, policy: AdaptivePolicy, num_reqs: int) -> tuple[float, float]:
+        """Mean number of drafts of a round, and tokens per second."""
+        plan = policy.plan(num_reqs)
+        counts, accepted, confidence, passes, denoise_s = [0] * num_reqs, [0] * num_reqs, None, 0, 0.0
+        if plan is not None:
+            confidence = torch.full((num_reqs, plan.block_size), self.acceptance)
+            masked = torch.ones(num_reqs, plan.block_size, dtype=torch.bool)
+            while masked.any():
+                step = DenoisingStep(passes, list(range(num_reqs)), masked, confidence)
+                masked, passes = masked & ~plan.rule.commits(step), passes + 1
+            counts = policy.usable(plan, confidence, [passes] * num_reqs)
+            right = torch.rand(num_reqs, plan.block_size, generator=self.generator) < self.acceptance
+            lengths = right.int().cumprod(1).sum(1).tolist()
+            accepted = [min(length, count) for length, count in zip(lengths, counts, strict=True)]
+            denoise_s = passes * self.seconds(num_reqs * plan.block_size, 0.003)
+        extend_s, verify_s = 0.001 * (plan is not None), self.seconds(sum(counts) + num_reqs, 0.01)
+        taken = (num_reqs, extend_s, denoise_s, verify_s)
+        policy.observe(RoundOutcome(plan, counts, accepted, confidence, [passes] * num_reqs, *taken))
+        return sum(counts) / num_reqs, (sum(accepted) + num_reqs) / (extend_s + denoise_s + verify_s)
+
+
+def test_under_load_drafting_steps_down_to_nothing_and_comes_back() -> None:
+    policy, server = AdaptivePolicy([4, 8, 16]), Server()
+    drafts, rates = {}, {}
+    for phase, num_reqs in enumerate([1, 12, 64, 12, 1]):  # load rises, and falls again
+        rounds = [server.round(policy, num_reqs) for _ in range(400)][150:]
+        drafts[phase] = sum(count for count, _ in rounds) / len(rounds)
+        rates[phase] = sum(rate for _, rate in rounds) / len(rounds)
+    assert drafts[0] > 6 > drafts[1] > drafts[2]
+    assert drafts[2] < 0.3  # tried again at times, and nothing else
+    assert drafts[3] == pytest.approx(drafts[1], rel=0.3) and drafts[4] == pytest.approx(drafts[0], rel=0.2)
+    without = {num_reqs: num_reqs / server.seconds(num_reqs, 0.01) for num_reqs in (1, 12, 64)}
+    assert rates[0] > 3 * without[1] and rates[1] > without[12]
+    assert rates[2] > 0.97 * without[64]

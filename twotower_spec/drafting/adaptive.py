@@ -205,7 +205,8 @@ class AdaptivePolicy:
             arm.fade()
         if load.num_rounds[size] > 1:  # the first one pays for whatever is made once
             load.arms[size].add(gained, seconds)
-        load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
+        if not outcome.with_prompts:
+            load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
         if outcome.plan is None or outcome.confidence is None:
             return
         passes = max(outcome.num_denoiser_passes, default=0)

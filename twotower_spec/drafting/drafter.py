@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_kernels.unmasking import pick_tokens
+from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
 from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
 from twotower_spec.generation.result import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.unmasking import PublishedSchedule
 from twotower_spec.state import ContextState
+from twotower_spec.state.block_context import BlockContext, BlockWorkspace
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
+from twotower_spec.state.token_history import Row, tokens_from
 from twotower_spec.towers.model import TwoTowers
 
 FirstToken = Literal["context", "denoiser"]
@@ -37,10 +41,39 @@ class DrafterCounters:
     Attributes:
         without_drafts: requests that got none in a round, by reason: "prefilling" (their context is not computed yet),
             "no room" (the pool is full), "foreign token" (an id that the drafter does not have), "policy" (drafting
-            did not pay), "limit" (no draft was asked for).
+            did not pay), "limit" (no draft was asked for), "not finite" (a tower or the state gave NaN; the context is
+            read anew).
     """
 
     without_drafts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class DrafterMemory:
+    """Bytes that a drafter holds.
+
+    Attributes:
+        context_tower_bytes: weights, on `context_device`.
+        state_bytes: the pool and the last logits of every request, on `context_device`.
+        denoiser_tower_bytes: weights, on `denoiser_device`.
+        workspace_bytes: keys of a block and its context, and time modulation, on `denoiser_device`.
+    """
+
+    context_tower_bytes: int
+    state_bytes: int
+    context_device: torch.device
+    denoiser_tower_bytes: int
+    workspace_bytes: int
+    denoiser_device: torch.device
+
+    def __str__(self) -> str:
+        """In one line."""
+        mib = 2**20
+        return (
+            f"context tower {self.context_tower_bytes / mib:.1f} MiB and state {self.state_bytes / mib:.1f} MiB on "
+            f"{self.context_device}, denoiser tower {self.denoiser_tower_bytes / mib:.1f} MiB and workspace "
+            f"{self.workspace_bytes / mib:.1f} MiB on {self.denoiser_device}"
+        )
 
 
 class BlockDrafter:
@@ -102,10 +135,16 @@ class BlockDrafter:
         self.num_token_ids = min(num_token_ids, vocab_size)
         num_pages = -(-num_tokens // DEFAULT_PAGE_SIZE)
         self.num_slots, self.num_pages = num_slots, num_pages
-        self.state = ContextState(towers.config, num_slots, num_pages, towers.dtype, towers.context.device)
+        self.state = ContextState(
+            towers.config, num_slots, num_pages, towers.dtype, towers.context.device, room_to_grow=True
+        )
         self.counters = DrafterCounters()
         self._denoisers: dict[int, BlockDenoiser] = {}
-        self._last_logits: dict[RequestId, Tensor] = {}
+        self._last_logits = torch.empty(
+            (num_slots, vocab_size), dtype=accumulation_dtype(towers.dtype), device=towers.context.device
+        )
+        self._with_logits: set[RequestId] = set()
+        self._workspace: BlockWorkspace | None = None
         self._plan: DraftPlan | None = None
         self._block: DraftBlock | None = None
         self.last_times = PhaseTimes()
@@ -117,6 +156,16 @@ class BlockDrafter:
         return self.policy.num_speculative_tokens
 
     @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """Requests whose state is held."""
+        return self.state.request_ids
+
+    @property
+    def num_context_tokens(self) -> int:
+        """Tokens that the context tower read in the last round."""
+        return sum(self._extended.values())
+
+    @property
     def provenance(self) -> Provenance:
         """How drafts of this drafter are made at most."""
         noise: Noise = "none" if self.sampler.greedy else self.noise
@@ -126,21 +175,66 @@ class BlockDrafter:
     def release(self, request_id: RequestId) -> None:
         """Forgets a request; unknown ids are ignored."""
         self.state.release(request_id)
-        self._last_logits.pop(request_id, None)
+        self._with_logits.discard(request_id)
+
+    def reset(self) -> None:
+        """Forgets all requests; also after an exception in the middle of a round, which leaves contexts half read."""
+        self.state.reset()
+        self._with_logits.clear()
+        self._plan = self._block = None
+        self._extended = {}
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs both towers once for a request of its own: nothing large is allocated by later rounds.
+
+        Raises:
+            ArgumentError: requests are held; the pool might have to give one up.
+        """
+        if len(self.state):
+            raise ArgumentError(f"{len(self.state)} requests are held; warm up before the first one, or reset()")
+        plan = self.policy.plan(1)
+        # Policies that choose among several sizes say so.
+        sizes = {*getattr(self.policy, "block_sizes", ()), *([plan.block_size] if plan else ())}
+        request, zero = object(), torch.zeros(1, dtype=torch.long, device=self.towers.denoiser.device)
+        try:
+            self.state.advance(self.towers.context, {request: [0]})
+            for size in sorted(sizes, reverse=True):
+                context = self._context([request], size)
+                self._denoiser(size).denoise(context, zero, zero, rule=PublishedSchedule(0.0, 1))
+        finally:
+            self.state.release(request)
+
+    def memory(self) -> DrafterMemory:
+        """Bytes held now; after `warm_up` they stay."""
+        context, denoiser = self.towers.context, self.towers.denoiser
+        workspace = self._workspace.nbytes if self._workspace else 0
+        return DrafterMemory(
+            context_tower_bytes=sum(parameter.nbytes for parameter in context.parameters()),
+            state_bytes=self.state.nbytes + self._last_logits.nbytes,
+            context_device=context.device,
+            denoiser_tower_bytes=sum(parameter.nbytes for parameter in denoiser.parameters()),
+            workspace_bytes=workspace + sum(made.modulation.nbytes for made in self._denoisers.values()),
+            denoiser_device=denoiser.device,
+        )
 
     @torch.inference_mode()
     def draft(
         self,
-        rows: Mapping[Any, Sequence[int]],  # request ids are any Hashable; Mapping's keys know no wider type
+        rows: Mapping[Any, Row],  # request ids are any Hashable; Mapping's keys know no wider type
         most_tokens: Mapping[Any, int] | None = None,
         seeds: Mapping[Any, int] | None = None,
+        read_only: Collection[Any] = (),
     ) -> DraftBlock:
         """Drafts what may follow every row.
 
         Args:
-            rows: all token ids of each request so far, prompt included.
+            rows: all token ids of each request so far, prompt included, as lists or (cheaper to compare with what was
+                read) integer arrays.
             most_tokens: drafts that a request can use, where fewer than `num_speculative_tokens`.
             seeds: of sampling noise, per request; None for the drafter's own. Not used by the most probable tokens.
+            read_only: requests whose context is brought up to date and that get no drafts: the target is still reading
+                their prompts.
 
         Returns:
             One row per request, in the order given.
@@ -148,17 +242,19 @@ class BlockDrafter:
         self.last_times = PhaseTimes()
         self._plan = self.policy.plan(len(rows)) if rows else None
         self._extended = {}
-        texts: dict[RequestId, Sequence[int]] = {**rows}
+        texts: dict[RequestId, Row] = {**rows}
         limits: dict[RequestId, int] = {**dict.fromkeys(rows, self.num_speculative_tokens), **(most_tokens or {})}
         own_seeds: dict[RequestId, int] = {**dict.fromkeys(rows, self.seed), **(seeds or {})}
         if self._plan is None:
             self.counters.without_drafts["policy"] += len(rows)
             self._block = DraftBlock.empty(tuple(rows))
             return self._block
-        wanting = {request_id: row for request_id, row in texts.items() if limits[request_id] > 0}
+        wanting = {rid: row for rid, row in texts.items() if limits[rid] > 0 or rid in read_only}
         self.counters.without_drafts["limit"] += len(texts) - len(wanting)
         with self.last_times.measure("extend", self.towers.context.device):
-            drafted = self._advance(wanting)
+            ready = self._advance(wanting)
+        drafted = [request_id for request_id in ready if request_id not in read_only]
+        self.counters.without_drafts["prefilling"] += len(ready) - len(drafted)
         self._block = DraftBlock.empty(tuple(rows))
         if drafted:
             with self.last_times.measure("denoise", self.towers.denoiser.device):
@@ -166,7 +262,11 @@ class BlockDrafter:
         return self._block
 
     def observe(
-        self, num_accepted: Mapping[Any, int], verify_s: float, num_verified: Mapping[Any, int] | None = None
+        self,
+        num_accepted: Mapping[Any, int],
+        verify_s: float,
+        num_verified: Mapping[Any, int] | None = None,
+        with_prompts: bool = False,
     ) -> None:
         """Tells the policy what became of the last round; also of one without drafts, where 0 were accepted.
 
@@ -174,6 +274,7 @@ class BlockDrafter:
             num_accepted: per request of that round; requests that the target did not run are left out.
             verify_s: seconds that the target took for the whole batch.
             num_verified: drafts that were verified, where fewer than were given.
+            with_prompts: whether the target read prompts in the same pass, which take time of their own.
         """
         block = self._block
         if block is None:
@@ -188,30 +289,36 @@ class BlockDrafter:
                 num_accepted=[num_accepted[block.request_ids[i]] for i in kept],
                 confidence=block.confidence[kept],
                 num_denoiser_passes=[block.num_denoiser_passes[i] for i in kept],
-                num_context_tokens=sum(self._extended.values()),
+                num_context_tokens=self.num_context_tokens,
                 extend_s=self.last_times.extend_s,
                 denoise_s=self.last_times.denoise_s,
                 verify_s=verify_s,
+                with_prompts=with_prompts,
             )
         )
 
-    def _advance(self, rows: Mapping[RequestId, Sequence[int]]) -> list[RequestId]:
+    def _advance(self, rows: Mapping[RequestId, Row]) -> list[RequestId]:
         """Brings contexts up to date within the budget; the requests that are, in the order of `rows`."""
         new = self._that_fit(rows)
         logits = self.state.advance_by(self.towers.context, new, self.token_budget)
         missing = {rid: len(rows[rid]) - self.state.num_computed_tokens(rid) for rid in new}
         self._extended = {rid: len(new[rid]) - missing[rid] for rid in new if len(new[rid]) > missing[rid]}
-        for request_id in [rid for rid in self._last_logits if rid in self._extended or rid not in self.state]:
-            del self._last_logits[request_id]
-        # A row of the batch's logits would keep all of them.
-        self._last_logits.update({request_id: row.clone() for request_id, row in logits.items()})
+        self._with_logits = {rid for rid in self._with_logits if rid not in self._extended and rid in self.state}
+        if logits:
+            self._last_logits[self._slots(logits)] = torch.stack(list(logits.values()))
+            self._with_logits.update(logits)
         ready = [rid for rid in rows if missing.get(rid) == 0]
         self.counters.without_drafts["prefilling"] += len(new) - len(ready)
         return ready
 
-    def _that_fit(self, rows: Mapping[RequestId, Sequence[int]]) -> dict[RequestId, list[int]]:
+    def _slots(self, request_ids: Iterable[RequestId]) -> Tensor:
+        """Where the last logits of requests are, int64 [num_reqs]."""
+        slots = [self.state.entry(request_id).slot for request_id in request_ids]
+        return torch.tensor(slots, device=self._last_logits.device)
+
+    def _that_fit(self, rows: Mapping[RequestId, Row]) -> dict[RequestId, list[int]]:
         """New tokens of the rows whose states fit into the pool together, the fewest first."""
-        new = {request_id: list(row[self._known(request_id, row) :]) for request_id, row in rows.items()}
+        new = {request_id: tokens_from(row, self._known(request_id, row)) for request_id, row in rows.items()}
         vocab_size = self.towers.config.vocab_size
         usable = [rid for rid in rows if len(rows[rid]) and all(0 <= token < vocab_size for token in new[rid])]
         self.counters.without_drafts["foreign token"] += len(rows) - len(usable)
@@ -225,7 +332,7 @@ class BlockDrafter:
         self.counters.without_drafts["no room"] += len(usable) - len(chosen)
         return chosen
 
-    def _known(self, request_id: RequestId, row: Sequence[int]) -> int:
+    def _known(self, request_id: RequestId, row: Row) -> int:
         """Tokens of a row whose state is held and will do; a request whose state will not do is started over.
 
         So is one whose last logits are gone, which a complete state could not give again, and one that holds more room
@@ -233,19 +340,19 @@ class BlockDrafter:
         """
         count = self.state.continue_or_restart(request_id, row)
         if request_id in self.state:
-            lacks_logits = count == len(row) and request_id not in self._last_logits
+            lacks_logits = count == len(row) and request_id not in self._with_logits
             reserved = len(self.state.entry(request_id).pages)
             if lacks_logits or reserved > self.state.kv_cache.pages_for(max(len(row), 1)):
                 self.state.restart(request_id)
                 count = 0
         if not count:
-            self._last_logits.pop(request_id, None)
+            self._with_logits.discard(request_id)
         return count
 
     def _denoise(
         self,
         plan: DraftPlan,
-        rows: Mapping[RequestId, Sequence[int]],
+        rows: Mapping[RequestId, Row],
         drafted: list[RequestId],
         limits: Mapping[RequestId, int],
         seeds: Mapping[RequestId, int],
@@ -262,8 +369,9 @@ class BlockDrafter:
             positions = starts
         seed_tensor = torch.tensor(own_seeds, device=device)
         first = self._first_tokens(drafted, seed_tensor, positions) if self.first_token == "context" else None
+        most_wanted = min(plan.num_tokens, max(limits[request_id] for request_id in drafted))
         done = self._denoiser(plan.block_size).denoise(
-            self.state.block_context(drafted, plan.block_size, device, denoiser.dtype),
+            self._context(drafted, plan.block_size),
             seed_tensor,
             positions,
             first_tokens=first[0] if first else None,
@@ -271,6 +379,7 @@ class BlockDrafter:
             rule=plan.rule,
             with_probs=not self.sampler.greedy,
             same_noise=self.noise == "shared",
+            num_wanted=most_wanted if self.policy.most_steps == 1 else None,
         )
         probs = done.probs
         if first is not None and first[2] is not None:
@@ -283,11 +392,12 @@ class BlockDrafter:
         self, drafted: list[RequestId], seeds: Tensor, positions: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The context tower's next tokens, how probable they are, and the distributions they were drawn from."""
-        logits = torch.stack([self._last_logits[request_id] for request_id in drafted]).to(seeds.device)
-        logits[:, self.towers.config.mask_token_id] = -torch.inf
+        logits = self._last_logits[self._slots(drafted)].to(seeds.device)
+        mask_token_id = self.towers.config.mask_token_id
+        logits[:, mask_token_id] = -torch.inf
         logits[:, self.num_token_ids :] = -torch.inf
-        tokens = self.sampler.sample(logits, seeds, positions)
-        confidence = torch.softmax(logits, dim=-1).gather(1, tokens[:, None])[:, 0]
+        scores = None if self.sampler.greedy else self.sampler.scores(logits, seeds, positions)
+        tokens, confidence = pick_tokens(logits, mask_token_id, scores)
         return tokens, confidence, None if self.sampler.greedy else self.sampler.probs(logits)
 
     def _as_block(
@@ -300,8 +410,15 @@ class BlockDrafter:
         probs: Tensor | None,
     ) -> DraftBlock:
         confidence = done.confidence[:, : plan.num_tokens].float().cpu()
+        finite = confidence.isfinite().all(1).tolist()
+        if not all(finite):
+            confidence = confidence.nan_to_num(nan=0.0)
         usable = self.policy.usable(plan, confidence, done.num_passes)
-        counts = [min(count, limits[request_id]) for count, request_id in zip(usable, drafted, strict=True)]
+        counts = [
+            min(count, limits[request_id]) if fine else 0
+            for count, request_id, fine in zip(usable, drafted, finite, strict=True)
+        ]
+        self._start_over([request_id for request_id, fine in zip(drafted, finite, strict=True) if not fine])
         num_tokens = max(counts)
         confidence = confidence[:, :num_tokens]
         place = {request_id: i for i, request_id in enumerate(request_ids)}
@@ -318,7 +435,7 @@ class BlockDrafter:
         all_probs = None
         if probs is not None and num_steps <= 1 and not self.policy.selects_drafts:
             all_probs = probs.new_zeros(*token_ids.shape, probs.shape[-1])
-            all_probs[at.to(probs.device)] = probs[:, :num_tokens]
+            all_probs[at.to(probs.device)] = probs[:, :num_tokens].nan_to_num(nan=0.0)
         return DraftBlock(
             request_ids=request_ids,
             block_size=plan.block_size,
@@ -330,6 +447,21 @@ class BlockDrafter:
             provenance=Provenance(num_steps, self.provenance.noise, all_probs is not None),
             probs=all_probs,
         )
+
+    def _start_over(self, damaged: list[RequestId]) -> None:
+        """Forgets contexts that gave NaN, so that drafts return when the fault has passed."""
+        self.counters.without_drafts["not finite"] += len(damaged)
+        for request_id in damaged:
+            self.state.restart(request_id)
+            self._with_logits.discard(request_id)
+
+    def _context(self, request_ids: list[RequestId], block_size: int) -> BlockContext:
+        """Context of requests for one block, in the drafter's own workspace."""
+        denoiser = self.towers.denoiser
+        room = self.num_pages * DEFAULT_PAGE_SIZE + self.num_slots * block_size
+        if self._workspace is None or self._workspace.keys.shape[1] < room:
+            self._workspace = BlockWorkspace(self.towers.config, room, denoiser.dtype, denoiser.device)
+        return self.state.block_context(request_ids, block_size, denoiser.device, denoiser.dtype, self._workspace)
 
     def _denoiser(self, block_size: int) -> BlockDenoiser:
         if block_size not in self._denoisers:

@@ -40,6 +40,7 @@ class RoundOutcome:
         num_denoiser_passes: per request.
         num_context_tokens: that the context tower read, of all requests.
         extend_s, denoise_s, verify_s: seconds of the three phases, of the whole batch.
+        with_prompts: whether the target read prompts in the same pass: `verify_s` is not the price of drafts alone.
     """
 
     plan: DraftPlan | None
@@ -51,6 +52,7 @@ class RoundOutcome:
     extend_s: float
     denoise_s: float
     verify_s: float
+    with_prompts: bool = False
 
 
 class DraftPolicy(Protocol):

@@ -99,6 +99,7 @@ class BlockDenoiser:
         rule: CommitRule | None = None,
         with_probs: bool = False,
         same_noise: bool = False,
+        num_wanted: int | None = None,
     ) -> DenoisedBlocks:
         """Denoises one block per row.
 
@@ -115,6 +116,9 @@ class BlockDenoiser:
                 `block_size` steps at most.
             with_probs: keep the distributions of the first step's picks.
             same_noise: every step samples with the noise of draw 0 instead of its own.
+            num_wanted: positions of a block that are filled, from the left; the others stay masked, and the rule does
+                not see them as such. For rules that commit everything in the first step: they fill these as they would
+                with the others. None for all.
         """
         config = self.config
         num_reqs = len(context.context_lens)
@@ -128,48 +132,60 @@ class BlockDenoiser:
                 confidence[:, 0] = first_confidence
         num_passes = [0] * num_reqs
         recorder = _Recorder(block.tolist()) if with_traces else None
-        active, xt = list(range(num_reqs)), block
+        active, xt, sure = list(range(num_reqs)), block, confidence
         if step_callback is not None:
             step_callback(0, config.steps_per_block, xt, t=1.0, logits=None, block_idx=block_idx)
         for step in range(config.block_size):
             masked = xt == config.mask_token_id
-            num_masked = masked.sum(-1)
-            open_rows = [row for row, count in enumerate(num_masked.tolist()) if count]
+            num_masked = masked.sum(-1).tolist()
+            if num_wanted is not None:
+                masked[:, num_wanted:] = False
+            num_open = num_masked if num_wanted is None else masked.sum(-1).tolist()
+            open_rows = [row for row, count in enumerate(num_open) if count]
             if not open_rows:
                 break
             if len(open_rows) < len(active) and step_callback is None:
                 context, active = context.select(open_rows), [active[row] for row in open_rows]
-                xt, masked, num_masked = xt[open_rows], masked[open_rows], num_masked[open_rows]
+                xt, masked, sure = xt[open_rows], masked[open_rows], sure[open_rows]
+                seeds, first_positions = seeds[open_rows], first_positions[open_rows]
+                num_masked = [num_masked[row] for row in open_rows]
                 open_rows = list(range(len(active)))
             for row in open_rows:
                 num_passes[active[row]] += 1
             full_logits = None
             positions = masked.flatten().nonzero()[:, 0]
-            modulation = self.modulation[num_masked]
             if step_callback is None:
-                logits = self.denoiser(xt, context, modulation, positions)
+                logits = self.denoiser(xt, context, self._modulation(num_masked), positions)
             else:
-                full_logits = self.denoiser(xt, context, modulation)
+                full_logits = self.denoiser(xt, context, self._modulation(num_masked))
                 logits = full_logits[positions]
             before = xt
-            draw = 0 if same_noise else step
-            picks, picked_confidence = self._pick(logits, positions, seeds[active], first_positions[active], draw)
+            picks, picked_confidence = self._pick(logits, positions, seeds, first_positions, 0 if same_noise else step)
             if with_probs and step == 0:
                 probs = logits.new_zeros(xt.numel(), logits.shape[-1])
                 probs[positions] = self.sampler.probs(logits)
-            seen = confidence[active].flatten().index_copy(0, positions, picked_confidence).view_as(xt)
-            commits = rule.commits(DenoisingStep(step, active, masked, seen))
+            seen = sure.flatten().index_copy(0, positions, picked_confidence).view_as(xt)
+            # A row of NaN commits like one without confidence, and what the rule decides for the others stays theirs.
+            commits = rule.commits(DenoisingStep(step, active, masked, seen.nan_to_num(nan=0.0)))
             xt = torch.where(commits, xt.flatten().index_copy(0, positions, picks).view_as(xt), xt)
-            block[active] = xt
-            confidence[active] = torch.where(commits, seen, confidence[active])
+            sure = torch.where(commits, seen, sure)
+            if len(active) == num_reqs:
+                block, confidence = xt, sure
+            else:
+                block[active], confidence[active] = xt, sure
             if recorder is not None:
-                recorder.add([active[row] for row in open_rows], block, num_masked[open_rows], commits[open_rows])
+                recorder.add(
+                    [active[row] for row in open_rows],
+                    block,
+                    [num_masked[row] for row in open_rows],
+                    commits[open_rows].sum(-1).tolist(),
+                )
             if step_callback is not None and full_logits is not None:
                 step_callback(
                     step,
                     config.steps_per_block,
                     before,
-                    t=num_masked.float().mean().item() / config.block_size,
+                    t=sum(num_masked) / len(num_masked) / config.block_size,
                     logits=full_logits.unflatten(0, tuple(xt.shape)),
                     block_idx=block_idx,
                 )
@@ -177,12 +193,17 @@ class BlockDenoiser:
             probs = probs.view(*block.shape, -1)
         return DenoisedBlocks(block, num_passes, confidence, probs, recorder.traces if recorder else None)
 
+    def _modulation(self, num_masked: list[int]) -> Tensor:
+        """Time modulation of rows by their masked positions, one row where all have as many."""
+        alike = min(num_masked) == max(num_masked)
+        return self.modulation[num_masked[:1] if alike else num_masked]
+
     def _pick(
         self, logits: Tensor, positions: Tensor, seeds: Tensor, first_positions: Tensor, draw: int
     ) -> tuple[Tensor, Tensor]:
         """Token and confidence of every masked position; excluded ids get -inf in `logits`."""
         config = self.config
-        if self.num_token_ids is not None:
+        if self.num_token_ids is not None and self.num_token_ids < logits.shape[1]:
             logits[:, self.num_token_ids :] = -torch.inf
         scores = None
         if not self.sampler.greedy:
@@ -199,8 +220,8 @@ class _Recorder:
         self.traces = [BlockTrace([row], [], []) for row in initial]
         self._block_size = len(initial[0])
 
-    def add(self, rows: list[int], block: Tensor, num_masked: Tensor, commits: Tensor) -> None:
-        for row, masked, committed in zip(rows, num_masked.tolist(), commits.sum(-1).tolist(), strict=True):
+    def add(self, rows: list[int], block: Tensor, num_masked: list[int], num_commits: list[int]) -> None:
+        for row, masked, committed in zip(rows, num_masked, num_commits, strict=True):
             trace = self.traces[row]
             trace.xt.append(block[row].tolist())
             trace.t.append(masked / self._block_size)

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.errors import ArgumentError, StateFullError
-from twotower_spec.state.block_context import BlockContext
+from twotower_spec.state.block_context import BlockContext, BlockWorkspace
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.state.token_history import Row, TokenHistory, tokens_from
 from twotower_spec.towers import ContextTower
 
 RequestId = Hashable
@@ -32,8 +33,13 @@ class RequestEntry:
 
     slot: int
     pages: list[int] = field(default_factory=list)
-    token_ids: list[int] = field(default_factory=list)
+    history: TokenHistory = field(default_factory=TokenHistory)
     last_used: int = 0
+
+    @property
+    def token_ids(self) -> list[int]:
+        """Tokens whose state is held."""
+        return self.history.tolist()
 
 
 @dataclass(frozen=True)
@@ -75,7 +81,7 @@ class Extension:
             raise ArgumentError("this pass was not provisional or has been accepted; nothing is left to accept")
         for (request_id, tokens), start in zip(self._increments.items(), self._pass.prefix_lens, strict=True):
             entry = self._entries[request_id]
-            if self._state.entry(request_id) is not entry or len(entry.token_ids) != start:
+            if self._state.entry(request_id) is not entry or len(entry.history) != start:
                 raise ArgumentError(
                     f"request {request_id!r} was released or extended since the pass; accept a pass first of all"
                 )
@@ -88,7 +94,7 @@ class Extension:
         self._open = False
         self._pass.replay([num_accepted[request_id] for request_id in self._increments])
         for request_id, tokens in self._increments.items():
-            self._entries[request_id].token_ids.extend(tokens[: num_accepted[request_id]])
+            self._entries[request_id].history.extend(tokens[: num_accepted[request_id]])
 
 
 class ContextState:
@@ -106,6 +112,7 @@ class ContextState:
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
         page_size: int = DEFAULT_PAGE_SIZE,
+        room_to_grow: bool = False,
     ) -> None:
         """Allocates the pool.
 
@@ -116,6 +123,8 @@ class ContextState:
             dtype: dtype of keys, values and convolution histories; SSM states are float32 (float64 for float64).
             device: where the context tower is.
             page_size: tokens per page.
+            room_to_grow: every slot begins in a stretch of pages of its own, so that the pages of requests that grow
+                side by side stay consecutive; False fills the pool from the front.
         """
         device = torch.device(device)
         self.config = config
@@ -124,7 +133,8 @@ class ContextState:
         self.num_evictions = 0
         self.num_restarts = 0
         self._entries: dict[RequestId, RequestEntry] = {}
-        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._free_slots = _all_slots(num_slots)
+        self._pages_per_slot = num_pages // num_slots if room_to_grow else 0
         self._clock = itertools.count(1)
         kinds = config.layer_kinds
         self._layer_slot = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
@@ -136,10 +146,15 @@ class ContextState:
         return len(self._entries)
 
     @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """Requests that are held."""
+        return tuple(self._entries)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the pool."""
         tensors = (self.mamba.conv, self.mamba.ssm, self.kv_cache.keys, self.kv_cache.values)
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.nbytes for t in tensors)
 
     def entry(self, request_id: RequestId) -> RequestEntry:
         """Bookkeeping of a request that is held.
@@ -154,7 +169,7 @@ class ContextState:
     def num_computed_tokens(self, request_id: RequestId) -> int:
         """Tokens whose state is held for a request, 0 if it is not held."""
         entry = self._entries.get(request_id)
-        return len(entry.token_ids) if entry else 0
+        return len(entry.history) if entry else 0
 
     def claim(self, request_id: RequestId, num_tokens: int = 0, keep: Sequence[RequestId] = ()) -> None:
         """Gives a request a slot with the empty state, and pages for `num_tokens` tokens.
@@ -180,7 +195,10 @@ class ContextState:
         while missing > self.kv_cache.num_free_pages:
             self._evict_one(keep, f"room for {num_tokens} tokens")
         if missing > 0:
-            entry.pages.extend(self.kv_cache.allocate(missing))
+            start = entry.slot * self._pages_per_slot
+            if self._pages_per_slot and entry.pages:
+                start = entry.pages[-1] + 1
+            entry.pages.extend(self.kv_cache.allocate(missing, start))
 
     def release(self, request_id: RequestId) -> None:
         """Forgets a request; unknown ids are ignored."""
@@ -190,12 +208,18 @@ class ContextState:
             self._free_slots.sort(reverse=True)
             self.kv_cache.release(entry.pages)
 
+    def reset(self) -> None:
+        """Forgets all requests, also where a pass that broke off left the accounts half done."""
+        self._entries.clear()
+        self._free_slots = _all_slots(self.mamba.conv.shape[1])
+        self.kv_cache.reset()
+
     @torch.inference_mode()
     def snapshot(self, request_ids: Sequence[RequestId]) -> Snapshot:
         """Copies the Mamba states of requests that are held, to go back to with `roll_back`."""
         entries = {request_id: self.entry(request_id) for request_id in request_ids}
         index = [entry.slot for entry in entries.values()]
-        slots = {request_id: (entry.slot, len(entry.token_ids)) for request_id, entry in entries.items()}
+        slots = {request_id: (entry.slot, len(entry.history)) for request_id, entry in entries.items()}
         return Snapshot(slots, self.mamba.conv[:, index].clone(), self.mamba.ssm[:, index].clone())
 
     @torch.inference_mode()
@@ -207,12 +231,12 @@ class ContextState:
         """
         for request_id, (slot, length) in snapshot.slots.items():
             entry = self.entry(request_id)
-            if entry.slot != slot or len(entry.token_ids) < length:
+            if entry.slot != slot or len(entry.history) < length:
                 raise ArgumentError(f"request {request_id!r} was released or rolled back since the snapshot; take anew")
         index = [slot for slot, _ in snapshot.slots.values()]
         self.mamba.conv[:, index], self.mamba.ssm[:, index] = snapshot.conv, snapshot.ssm
         for request_id, (_, length) in snapshot.slots.items():
-            del self.entry(request_id).token_ids[length:]
+            self.entry(request_id).history.truncate(length)
 
     @torch.inference_mode()
     def extend(
@@ -252,7 +276,7 @@ class ContextState:
             kv_cache=self.kv_cache,
             slots=self.mamba.index([entry.slot for entry in entries]),
             page_lists=[entry.pages for entry in entries],
-            prefix_lens=[len(entry.token_ids) for entry in entries],
+            prefix_lens=[len(entry.history) for entry in entries],
             layout=layout,
             provisional=provisional,
         )
@@ -266,7 +290,7 @@ class ContextState:
         out = tower(flat.view(shape), step, positions=positions)
         if not provisional:
             for request_id, entry in zip(ids, entries, strict=True):
-                entry.token_ids.extend(tokens[request_id])
+                entry.history.extend(tokens[request_id])
         return Extension(
             logits=None if logits == "none" else out,
             _state=self,
@@ -304,7 +328,7 @@ class ContextState:
         return last
 
     def advance(
-        self, tower: ContextTower, rows: Mapping[RequestT, Sequence[int]], token_budget: int = DEFAULT_TOKEN_BUDGET
+        self, tower: ContextTower, rows: Mapping[RequestT, Row], token_budget: int = DEFAULT_TOKEN_BUDGET
     ) -> dict[RequestT, Tensor]:
         """Brings every request up to its row of token ids, within one pass of at most `token_budget` tokens.
 
@@ -321,7 +345,7 @@ class ContextState:
         Raises:
             StateFullError: the requests of this call do not fit together.
         """
-        increments = {rid: list(row[self.continue_or_restart(rid, row) :]) for rid, row in rows.items()}
+        increments = {rid: tokens_from(row, self.continue_or_restart(rid, row)) for rid, row in rows.items()}
         return self.advance_by(tower, increments, token_budget)
 
     def advance_by(
@@ -342,13 +366,15 @@ class ContextState:
         complete = {request_id for request_id, tokens in chunk.items() if len(tokens) == len(left[request_id])}
         return {rid: row for rid, row in zip(chunk, result.logits, strict=True) if rid in complete}
 
-    def continue_or_restart(self, request_id: RequestId, row: Sequence[int]) -> int:
+    def continue_or_restart(self, request_id: RequestId, row: Row) -> int:
         """How many tokens of a row are computed. A request whose row does not continue them is started over."""
-        count = self.num_computed_tokens(request_id)
-        if count and self.entry(request_id).token_ids != list(row[:count]):
+        entry = self._entries.get(request_id)
+        if entry is None:
+            return 0
+        if not entry.history.begins(row):
             self.restart(request_id)
             return 0
-        return count
+        return len(entry.history)
 
     def restart(self, request_id: RequestId) -> None:
         """Forgets what was computed for a request, and counts that."""
@@ -362,6 +388,7 @@ class ContextState:
         block_size: int,
         device: torch.device | None = None,
         dtype: torch.dtype | None = None,
+        workspace: BlockWorkspace | None = None,
     ) -> BlockContext:
         """The read-only state of some requests for one block, moved to the denoiser's device in one go.
 
@@ -370,24 +397,27 @@ class ContextState:
             block_size: tokens of the block.
             device: the denoiser's device; None for the pool's.
             dtype: the denoiser's dtype; None for the pool's.
+            workspace: on that device and of that dtype, with room for all of it; a later call with the same one ends
+                what this call gives. None for a new one.
         """
         entries = [self.entry(request_id) for request_id in request_ids]
         for entry in entries:
             entry.last_used = next(self._clock)
         device, dtype = device or self.mamba.conv.device, dtype or self.mamba.conv.dtype
         slots = self.mamba.index([entry.slot for entry in entries])
-        lens = [len(entry.token_ids) for entry in entries]
-        span = self.kv_cache.span([entry.pages for entry in entries], max(lens))
-        keys, values = (
-            _behind_room_for_block(span.take(cache), block_size, device, dtype)
-            for cache in (self.kv_cache.keys, self.kv_cache.values)
-        )
+        lens = [len(entry.history) for entry in entries]
+        starts = [0, *itertools.accumulate(length + block_size for length in lens)]
+        workspace = workspace or BlockWorkspace(self.config, starts[-1], dtype, device)
+        for entry, start, stop in zip(entries, starts, starts[1:], strict=False):
+            span = self.kv_cache.span([entry.pages], len(entry.history))
+            workspace.keys[:, start + block_size : stop] = span.take(self.kv_cache.keys)[:, 0]
+            workspace.values[:, start + block_size : stop] = span.take(self.kv_cache.values)[:, 0]
         return BlockContext(
             layer_slot=self._layer_slot,
             conv=self.mamba.conv[:, slots].to(device, dtype),
             ssm=self.mamba.ssm[:, slots].to(device, accumulation_dtype(dtype)),
-            keys=keys,
-            values=values,
+            workspace=workspace,
+            starts=starts[:-1],
             context_lens=lens,
             block_size=block_size,
         )
@@ -402,6 +432,11 @@ class ContextState:
             )
         self.release(min(candidates, key=lambda request_id: self._entries[request_id].last_used))
         self.num_evictions += 1
+
+
+def _all_slots(num_slots: int) -> list[int]:
+    """Descending: the lowest free slot is taken from the end."""
+    return list(range(num_slots - 1, -1, -1))
 
 
 def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: int) -> dict[RequestT, list[int]]:
@@ -419,11 +454,3 @@ def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: i
         chunk[request_id] = tokens[:token_budget]
         token_budget -= len(chunk[request_id])
     return chunk
-
-
-def _behind_room_for_block(context: Tensor, block_size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Copies [layers, reqs, tokens, ...] behind `block_size` free tokens, on `device` and in `dtype`."""
-    layers, reqs, tokens, *rest = context.shape
-    workspace = torch.zeros((layers, reqs, block_size + tokens, *rest), dtype=dtype, device=device)
-    workspace[:, :, block_size:] = context
-    return workspace

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from twotower_kernels.block_attention import attention, causal_mask
+from twotower_kernels.block_attention import attention, causal_mask, ragged_attention
 from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
-from twotower_spec.state.kv_cache import PagedKVCache
+from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
 from twotower_spec.state.mamba_state import MambaState, Slots
 
 
@@ -33,10 +33,14 @@ class RaggedLayout:
             valid = torch.arange(self.max_len, device=device) < lens[:, None]
             self._packed = valid.flatten().nonzero()[:, 0]
             starts = lens.cumsum(0) - lens
-            self._unpacked = (starts[:, None] + torch.arange(self.max_len, device=device)).masked_fill_(~valid, 0)
+            offsets = torch.arange(self.max_len, device=device)
+            self._unpacked = starts[:, None] + torch.minimum(offsets, lens[:, None] - 1)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """[1, num_tokens, ...] to [num_reqs, max_len, ...]; padding repeats a valid token."""
+        """[1, num_tokens, ...] to [num_reqs, max_len, ...]; padding repeats the request's own last token.
+
+        Not another one's: what is masked counts zero times, but zero times NaN would be NaN.
+        """
         return x if self.uniform else x[0][self._unpacked]
 
     def pack(self, x: Tensor) -> Tensor:
@@ -74,11 +78,23 @@ class ExtensionPass:
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
         self._written = torch.tensor(index, device=device)
-        self._num_keys = max(p + q for p, q in zip(self.prefix_lens, query_lens, strict=True))
-        alone = self.layout.max_len == 1 and len(set(self.prefix_lens)) == 1
-        prefix = torch.tensor(self.prefix_lens, device=device)
-        self._mask = None if alone else causal_mask(prefix, self.layout.max_len, self._num_keys)
-        self._span = self.kv_cache.span(self.page_lists, self._num_keys)
+        key_lens = [p + q for p, q in zip(self.prefix_lens, query_lens, strict=True)]
+        self._masks = self._causal_masks() if self.layout.max_len > 1 else None
+        self._span = None
+        if self.layout.uniform and len(set(self.prefix_lens)) == 1:
+            span = self.kv_cache.span(self.page_lists, key_lens[0])
+            self._span = span if span.index is None else None
+        if self._span is None:
+            self._separate = SeparateKeys(self.kv_cache, self.page_lists, key_lens)
+
+    def _causal_masks(self) -> list[Tensor]:
+        """What is added to the scores of every request, [num_queries, num_keys]: parts of one tensor."""
+        cache, queries, longest = self.kv_cache.keys, self.layout.max_len, max(self.prefix_lens)
+        allowed = causal_mask(torch.tensor([longest], device=cache.device), queries, longest + queries)[0]
+        whole = cache.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
+        # Query i sees the first longest + i + 1 keys; of a shorter prefix there are as many fewer.
+        lens = zip(self.prefix_lens, self.layout.query_lens, strict=True)
+        return [whole[:length, longest - prefix : longest + length] for prefix, length in lens]
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
@@ -101,9 +117,17 @@ class ExtensionPass:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
         slot = self.layer_slot[layer]
         self.kv_cache.write(slot, self._written, key.flatten(0, 1), value.flatten(0, 1))
-        keys, values = self._span.take(self.kv_cache.keys[slot]), self._span.take(self.kv_cache.values[slot])
-        out = attention(self.layout.unpack(query), keys, values, self._mask)
-        return self.layout.pack(out)
+        if self._span is not None:
+            keys, values = self._span.take(self.kv_cache.keys[slot]), self._span.take(self.kv_cache.values[slot])
+            return attention(query, keys, values, None if self._masks is None else self._masks[0][None])
+        out = ragged_attention(
+            query.flatten(0, 1),
+            self._separate.keys(slot),
+            self._separate.values(slot),
+            self.layout.query_lens,
+            self._masks,
+        )
+        return out.view_as(query)
 
     def replay(self, num_accepted: Sequence[int]) -> None:
         """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +27,7 @@ class PagedKVCache:
         shape = (len(config.attention_layers), num_pages * page_size, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self._free = list(range(num_pages - 1, -1, -1))
+        self._free = list(range(num_pages))  # ascending
 
     @property
     def num_free_pages(self) -> int:
@@ -36,8 +38,8 @@ class PagedKVCache:
         """Pages that `num_tokens` tokens occupy."""
         return -(-num_tokens // self.page_size)
 
-    def allocate(self, num_pages: int) -> list[int]:
-        """Takes pages, consecutive ones where they are.
+    def allocate(self, num_pages: int, start: int = 0) -> list[int]:
+        """Takes the first free pages from page `start` on, then those before it; consecutive ones where they are.
 
         Raises:
             StateFullError: fewer pages are free.
@@ -47,7 +49,13 @@ class PagedKVCache:
                 f"{num_pages} KV pages were asked for and {len(self._free)} are free; release a request or give the "
                 f"state more pages"
             )
-        return [self._free.pop() for _ in range(num_pages)]
+        at = bisect_left(self._free, start)
+        taken = self._free[at : at + num_pages]
+        del self._free[at : at + num_pages]
+        missing = num_pages - len(taken)
+        taken += self._free[:missing]
+        del self._free[:missing]
+        return taken
 
     @torch.inference_mode()
     def release(self, pages: list[int]) -> None:
@@ -56,7 +64,14 @@ class PagedKVCache:
         for cache in (self.keys, self.values):
             cache.unflatten(1, (-1, self.page_size)).index_fill_(1, index, 0)
         self._free.extend(pages)
-        self._free.sort(reverse=True)
+        self._free.sort()
+
+    @torch.inference_mode()
+    def reset(self) -> None:
+        """Gives all pages back, emptied, whoever owned them."""
+        self.keys.zero_()
+        self.values.zero_()
+        self._free = list(range(self.keys.shape[1] // self.page_size))
 
     def write(self, layer: int, token_index: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores keys and values [num_tokens, kv_heads, head_dim] of one layer at flat token indices [num_tokens]."""
@@ -76,10 +91,42 @@ class PagedKVCache:
             first, stride = run
             return TokenSpan(len(page_lists), num_tokens, first * self.page_size, stride * self.page_size)
         # Padding repeats a page of the request itself: what it holds is masked, but must not be another one's NaN.
-        padded = [(pages + (pages[:1] or [0]) * num_pages)[:num_pages] for pages in page_lists]
+        padded = [pages[:num_pages] + (pages[:1] or [0]) * (num_pages - len(pages)) for pages in page_lists]
         starts = torch.tensor(padded, device=self.keys.device) * self.page_size
         index = (starts[:, :, None] + torch.arange(self.page_size, device=starts.device)).flatten(1)[:, :num_tokens]
         return TokenSpan(len(page_lists), num_tokens, index=index)
+
+
+class SeparateKeys:
+    """Keys and values of some requests, each on its own; read in place where a request's pages are consecutive."""
+
+    def __init__(self, cache: PagedKVCache, page_lists: Sequence[list[int]], lens: Sequence[int]) -> None:
+        """Looks at the first `lens` tokens of every request."""
+        self._cache = cache
+        self._spans = [cache.span([pages], length) for pages, length in zip(page_lists, lens, strict=True)]
+        self._keys, self._values = (
+            [_by_head(span.take(stored)).unbind() if span.index is None else None for span in self._spans]
+            for stored in (cache.keys, cache.values)
+        )
+
+    def keys(self, layer: int) -> list[Tensor]:
+        """Keys of a layer per request, [1, kv_heads, num_tokens, head_dim]."""
+        return self._read(self._keys, self._cache.keys, layer)
+
+    def values(self, layer: int) -> list[Tensor]:
+        """Values of a layer, as `keys`."""
+        return self._read(self._values, self._cache.values, layer)
+
+    def _read(self, views: Sequence[Sequence[Tensor] | None], stored: Tensor, layer: int) -> list[Tensor]:
+        return [
+            _by_head(span.take(stored[layer])) if view is None else view[layer]
+            for span, view in zip(self._spans, views, strict=True)
+        ]
+
+
+def _by_head(tokens: Tensor) -> Tensor:
+    """[..., num_tokens, kv_heads, head_dim] to [..., kv_heads, num_tokens, head_dim]."""
+    return tokens.transpose(-3, -2)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ class Layer(nn.Module):
         Args:
             x: residual stream, [num_reqs, num_tokens, hidden].
             prefix: the context.
-            modulation: [num_reqs, 3, hidden], rows shift, 1 + scale, gate; None leaves the layer plain.
+            modulation: [num_reqs or 1, 3, hidden], rows shift, 1 + scale, gate; None leaves the layer plain.
 
         Returns:
             The residual stream after the layer.
@@ -100,7 +100,8 @@ class Backbone(nn.Module):
         Args:
             token_ids: int64 [num_reqs, num_tokens].
             prefix: the context.
-            modulation: [num_reqs, num_layers, 3, hidden] or None, see `Layer.forward`.
+            modulation: [num_reqs, num_layers, 3, hidden], or 1 in place of num_reqs for all alike, or None; see
+                `Layer.forward`.
             positions: int64 [num_positions], flat indices into [num_reqs * num_tokens] whose logits are wanted;
                 None for all.
 
@@ -108,18 +109,20 @@ class Backbone(nn.Module):
             Logits [num_positions, vocab], float32 (float64 in a float64 model).
         """
         x = F.embedding(token_ids, self.embeddings).to(self.residual_dtype)
-        for i in range(self.num_mixing_layers):
-            x = self.layers[i](x, prefix, None if modulation is None else modulation[:, i])
+        layers = list(self.layers)
+        for i, layer in enumerate(layers[: self.num_mixing_layers]):
+            x = layer(x, prefix, None if modulation is None else modulation[:, i])
         # What follows the last mixing layer treats tokens one by one: only those asked for go on.
         x = x.flatten(0, 1)
         if positions is not None:
             x = x[positions]
         x = x[:, None]
-        if modulation is not None:
+        if modulation is not None and len(modulation) > 1:
             everything = torch.arange(token_ids.numel(), device=x.device)
             rows = (everything if positions is None else positions) // token_ids.shape[1]
-        for i in range(self.num_mixing_layers, len(self.layers)):
-            x = self.layers[i](x, prefix, None if modulation is None else modulation[rows, i])
+            modulation = modulation[rows]
+        for i, layer in enumerate(layers[self.num_mixing_layers :], self.num_mixing_layers):
+            x = layer(x, prefix, None if modulation is None else modulation[:, i])
         return self.logits(x[:, 0])
 
     def logits(self, x: Tensor) -> Tensor:

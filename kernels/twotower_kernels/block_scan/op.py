@@ -19,7 +19,7 @@ class ScanWeights:
     Attributes:
         conv_weight: [channels, taps]; the last tap multiplies the current token.
         conv_bias: [channels] or None.
-        a_log: [heads]; the decay rate of a head is `-exp(a_log)`.
+        a_log: [heads]; the decay rate of a head is `-exp(a_log)`. This and the next two in the dtype of the SSM state.
         d: [heads], skip connection.
         dt_bias: [heads], added to the time step before softplus.
         num_groups: consecutive heads share B and C of one group.
@@ -71,7 +71,7 @@ def block_scan(
         chunk = min(u.shape[1], SCAN_CHUNK)
         y, states = _chunked(x, b, c, step, ssm_state, weights, chunk, want_output=True, want_state=return_state)
         new_ssm = states[-1]
-    y = torch.addcmul(y, x, weights.d.to(y.dtype)[:, None]).flatten(2)
+    y = y.flatten(2)
     if not return_state:
         return y, None, None
     return y, _last_inputs(window, conv_state.shape[1], query_lens), new_ssm
@@ -94,9 +94,8 @@ def sequence_scan(
     window = torch.cat([conv_state, u], dim=1)
     x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, None)
     y, states = _chunked(x, b, c, step, ssm_state, weights, chunk=block_size, want_output=True, want_state=False)
-    y = torch.addcmul(y, x, weights.d.to(y.dtype)[:, None]).flatten(2)
     histories = window.unfold(1, conv_state.shape[1], block_size)[:, : len(states)].transpose(2, 3)
-    return y, histories, torch.stack(states, dim=1)
+    return y.flatten(2), histories, torch.stack(states, dim=1)
 
 
 def replay_scan(
@@ -145,32 +144,33 @@ def _scan_inputs(
     """Convolution, SiLU and softplus: x [r, t, h, p], B and C [r, t, g, n], time step [r, t, h]; padding has step 0."""
     num_tokens = u.shape[1]
     heads, head_dim, state_size = ssm_state.shape[1:]
-    acc = ssm_state.dtype
-    taps = weights.conv_weight.to(acc).t()
-    window = window.to(acc)
-    if num_tokens == 1:
-        mixed = (window * taps).sum(1, keepdim=True)
-    else:
-        mixed = window[:, :num_tokens] * taps[0]
-        for k in range(1, len(taps)):
-            mixed = torch.addcmul(mixed, window[:, k : k + num_tokens], taps[k])
-    if weights.conv_bias is not None:
-        mixed = mixed + weights.conv_bias.to(acc)
-    # The convolution kernel of the published code returns its input dtype; the scan then widens again.
-    mixed = F.silu(mixed).to(u.dtype).to(acc)
-    d_inner, d_bc = heads * head_dim, weights.num_groups * state_size
-    x, b, c = mixed.split([d_inner, d_bc, d_bc], dim=-1)
-    step = F.softplus(delta.to(acc) + weights.dt_bias.to(acc))
+    groups, acc = weights.num_groups, ssm_state.dtype
+    mixed = _convolution(window, num_tokens, weights, acc)
+    if u.dtype != acc:
+        # The convolution kernel of the published code returns its input dtype; the scan then widens again.
+        mixed, delta = mixed.to(u.dtype).to(acc), delta.to(acc)
+    step = F.softplus(delta + weights.dt_bias)
     if query_lens is not None:
         padding = torch.arange(num_tokens, device=u.device) >= query_lens[:, None]
         step = step.masked_fill(padding[:, :, None], 0.0)
-    groups = weights.num_groups
-    return (
-        x.unflatten(-1, (heads, head_dim)),
-        b.unflatten(-1, (groups, state_size)),
-        c.unflatten(-1, (groups, state_size)),
-        step,
-    )
+    x, bc = mixed.split([heads * head_dim, 2 * groups * state_size], dim=-1)
+    b, c = bc.unflatten(-1, (2 * groups, state_size)).split(groups, dim=2)
+    return x.unflatten(-1, (heads, head_dim)), b, c, step
+
+
+def _convolution(window: Tensor, num_tokens: int, weights: ScanWeights, acc: torch.dtype) -> Tensor:
+    """Depthwise convolution over the window's last `num_tokens` positions, and SiLU: [r, t, channels]."""
+    taps, bias = weights.conv_weight.t(), weights.conv_bias
+    if window.dtype != acc:
+        window, taps, bias = window.to(acc), taps.to(acc), None if bias is None else bias.to(acc)
+    if num_tokens == 1:
+        mixed = (window * taps).sum(1, keepdim=True)
+        return F.silu(mixed if bias is None else mixed + bias)
+    first = window[:, :num_tokens]
+    mixed = first * taps[0] if bias is None else torch.addcmul(bias, first, taps[0])
+    for k in range(1, len(taps)):
+        mixed = torch.addcmul(mixed, window[:, k : k + num_tokens], taps[k])
+    return F.silu(mixed)
 
 
 def _last_inputs(window: Tensor, history: int, query_lens: Tensor | None) -> Tensor:
@@ -188,13 +188,13 @@ def _one_token(
     num_reqs, heads, head_dim, state_size = ssm_state.shape
     groups = weights.num_groups
     step = step[:, 0]
-    decay = torch.exp(step * -torch.exp(weights.a_log.to(step.dtype)))
+    decay = torch.exp(step * -torch.exp(weights.a_log))
     drive = (step[:, :, None] * x[:, 0]).reshape(num_reqs * groups, -1, 1)
     decayed = (ssm_state * decay[:, :, None, None]).view(num_reqs * groups, -1, state_size)
     state = torch.baddbmm(decayed, drive, b[:, 0].reshape(num_reqs * groups, 1, state_size))
     state = state.view(num_reqs, groups, -1, state_size)
-    y = torch.matmul(state, c[:, 0, :, :, None])
-    return y.view(num_reqs, 1, heads, head_dim), state.view_as(ssm_state)
+    y = torch.matmul(state, c[:, 0, :, :, None]).view(num_reqs, 1, heads, head_dim)
+    return torch.addcmul(y, x, weights.d[:, None]), state.view_as(ssm_state)
 
 
 def _chunked(
@@ -208,53 +208,70 @@ def _chunked(
     want_output: bool,
     want_state: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """All chunks at once: inside a chunk a masked matrix product, between chunks the carried state.
+    """All chunks at once, as rows: inside a chunk a masked matrix product, between chunks the carried state.
 
     Returns:
-        Output, and the states at the start of every chunk; with `want_state` that after the last one too.
+        Output [r, t, h, p], and the states at the start of every chunk; with `want_state` that after the last one too.
     """
     num_reqs, num_tokens, heads, head_dim = x.shape
-    groups, state_size = b.shape[2:]
-    per_group = heads // groups
-    padding = -num_tokens % chunk
-    if padding:
-        x, b, c = (F.pad(t, (0, 0, 0, 0, 0, padding)) for t in (x, b, c))
-        step = F.pad(step, (0, 0, 0, padding))
-    num_chunks = (num_tokens + padding) // chunk
-    x, b, c, step = (t.unflatten(1, (num_chunks, chunk)) for t in (x, b, c, step))
-
-    decay_rate = -torch.exp(weights.a_log.to(step.dtype))
-    # Sums of many decays lose the small differences that matter: they are formed in float64. [r, k, h, t]
-    log_decay = (step * decay_rate).transpose(2, 3).double().cumsum(-1)
-    step = step.transpose(2, 3)
-    b, c = b.transpose(2, 3), c.transpose(2, 3)  # [r, k, g, t, n]
-
-    # Drive of every chunk at its own end, and the state each chunk starts from: [r, k, g, per_group * p, n].
-    state = ssm_state.view(num_reqs, groups, per_group * head_dim, state_size)
-    starts = [state]
+    num_chunks = -(-num_tokens // chunk)
+    if num_chunks > 1:
+        x, b, c, step = (_chunks_as_rows(t, chunk) for t in (x, b, c, step))
+    b, c, step = b.transpose(1, 2), c.transpose(1, 2), step.transpose(1, 2)  # [r, g, t, n] twice, [r, h, t]
+    # Sums of many decays lose the small differences that matter: they are formed in float64.
+    log_decay = (step * -torch.exp(weights.a_log)[:, None]).double().cumsum(-1)
+    states = [ssm_state]
     if num_chunks > 1 or want_state:
-        to_end = torch.exp(log_decay[..., -1:] - log_decay).to(step.dtype) * step
-        driven = x * to_end.transpose(2, 3)[..., None]
-        driven = driven.reshape(num_reqs, num_chunks, chunk, groups, -1).permute(0, 1, 3, 4, 2)
-        ends = torch.matmul(driven, b)
-        carry = torch.exp(log_decay[..., -1]).to(step.dtype).repeat_interleave(head_dim, dim=2)
-        carry = carry.view(num_reqs, num_chunks, groups, -1, 1)
-        for k in range(num_chunks if want_state else num_chunks - 1):
-            starts.append(torch.addcmul(ends[:, k], starts[-1], carry[:, k]))
-    states = [state.view_as(ssm_state) for state in starts]
+        states += _next_states(x, b, step, log_decay, ssm_state, num_chunks - (not want_state))
     if not want_output:
         return x, states
+    start = ssm_state if num_chunks == 1 else torch.stack(states[:num_chunks], dim=1).flatten(0, 1)
+    y = x * weights.d[:, None]
+    y = y + _from_state(c, log_decay, start) + _from_chunk(x, b, c, step, log_decay)
+    return y.view(num_reqs, -1, heads, head_dim)[:, :num_tokens], states
 
-    # [r, k, h, t, t']: how much of token t' is left at token t. Masked before exp, which overflows above the diagonal.
-    gap = log_decay[..., :, None] - log_decay[..., None, :]
-    future = torch.ones(chunk, chunk, dtype=torch.bool, device=x.device).triu(1)
-    mixing = torch.exp(gap.masked_fill_(future, -torch.inf).to(step.dtype)) * step[..., None, :]
-    similarity = torch.matmul(c, b.transpose(-1, -2))
-    mixing = (mixing.unflatten(2, (groups, per_group)) * similarity[:, :, :, None]).flatten(2, 3)
-    inside = torch.matmul(mixing, x.transpose(2, 3))
 
-    start = torch.stack(starts[:num_chunks], dim=1)
-    carried = torch.matmul(c, start.transpose(-1, -2))  # [r, k, g, t, per_group * p]
-    carried = carried.unflatten(-1, (per_group, head_dim)).transpose(3, 4).flatten(2, 3)
-    y = torch.addcmul(inside, carried, torch.exp(log_decay).to(step.dtype)[..., None])
-    return y.transpose(2, 3).reshape(num_reqs, -1, heads, head_dim)[:, :num_tokens], states
+def _chunks_as_rows(x: Tensor, chunk: int) -> Tensor:
+    """[r, t, ...] to [r * k, chunk, ...], zeros behind."""
+    padding = -x.shape[1] % chunk
+    if padding:
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
+    return x.reshape(-1, chunk, *x.shape[2:])
+
+
+def _next_states(
+    x: Tensor, b: Tensor, step: Tensor, log_decay: Tensor, ssm_state: Tensor, num_states: int
+) -> list[Tensor]:
+    """States after the first `num_states` chunks of every request, each [r, h, p, n]."""
+    num_reqs, groups = len(ssm_state), b.shape[1]
+    whole = log_decay[..., -1:]
+    to_end = torch.exp(whole - log_decay).to(step.dtype) * step
+    driven = (x * to_end.transpose(1, 2)[..., None]).flatten(2).unflatten(2, (groups, -1))
+    # Copied by whole rows here; the product would copy it number by number.
+    driven = driven.transpose(1, 2).contiguous()  # [r, g, t, per_group * p]
+    ends = torch.matmul(driven.transpose(2, 3), b).view(num_reqs, -1, *ssm_state.shape[1:])  # [r, k, h, p, n]
+    carry = torch.exp(whole).to(step.dtype).view(num_reqs, -1, ssm_state.shape[1], 1, 1)
+    states = [ssm_state]
+    for k in range(num_states):
+        states.append(torch.addcmul(ends[:, k], states[-1], carry[:, k]))
+    return states[1:]
+
+
+def _from_state(c: Tensor, log_decay: Tensor, start: Tensor) -> Tensor:
+    """What the state before a chunk [r, h, p, n] adds to its outputs: [r, t, h, p]."""
+    rows, groups = c.shape[:2]
+    _, heads, head_dim, state_size = start.shape
+    read = torch.matmul(c, start.view(rows, groups, -1, state_size).transpose(2, 3))  # [r, g, t, per_group * p]
+    read = read.transpose(1, 2).reshape(rows, -1, heads, head_dim)
+    return read * torch.exp(log_decay).to(c.dtype).transpose(1, 2)[..., None]
+
+
+def _from_chunk(x: Tensor, b: Tensor, c: Tensor, step: Tensor, log_decay: Tensor) -> Tensor:
+    """What a chunk's own tokens add to its outputs: [r, t, h, p]."""
+    groups = b.shape[1]
+    # [r, h, t, t']: how much of token t' is left at token t. Capped before exp, which overflows above the diagonal.
+    gap = (log_decay[..., :, None] - log_decay[..., None, :]).clamp(max=0.0)
+    mixing = torch.exp(gap.to(step.dtype)) * step[..., None, :]
+    similarity = torch.matmul(c, b.transpose(2, 3)).tril()
+    mixing = (mixing.unflatten(1, (groups, -1)) * similarity[:, :, None]).flatten(1, 2)
+    return torch.matmul(mixing, x.transpose(1, 2)).transpose(1, 2)

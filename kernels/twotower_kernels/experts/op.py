@@ -7,6 +7,8 @@ from twotower_kernels.linear import linear
 
 # With more experts than this per choice of a token, computing all of them costs more than it saves.
 MOST_EXPERTS_PER_CHOICE = 2
+# Up to this many tokens a CPU reads weights for longer than it multiplies with them.
+MOST_TOKENS_BY_ALL_EXPERTS = 8
 
 
 def route(
@@ -60,6 +62,9 @@ def grouped_experts(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, exp
     if num_tokens == 1:
         outputs = _one_token(x, up, down, expert_ids[0].tolist())
         return torch.mm(expert_weights, outputs.to(expert_weights.dtype)).to(x.dtype)
+    few = x.device.type == "cpu" and num_tokens <= MOST_TOKENS_BY_ALL_EXPERTS
+    if few and up.shape[0] <= MOST_EXPERTS_PER_CHOICE * top_k:
+        return _few_tokens(x, up, down, expert_ids, expert_weights)
     # Rows of one expert stand together.
     ordered_ids, order = expert_ids.flatten().sort()
     rows, counts = x[order // top_k], ordered_ids.bincount(minlength=up.shape[0])
@@ -69,8 +74,7 @@ def grouped_experts(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, exp
         outputs = _all_experts(rows, up, down, ordered_ids, counts, max(host_counts))
     else:
         outputs = _visited_experts(rows, up, down, host_counts)
-    back = torch.empty_like(order).scatter_(0, order, torch.arange(order.numel(), device=order.device))
-    per_token = outputs[back].view(num_tokens, top_k, -1).to(expert_weights.dtype)
+    per_token = outputs[order.argsort()].view(num_tokens, top_k, -1).to(expert_weights.dtype)
     return torch.bmm(expert_weights[:, None, :], per_token)[:, 0].to(x.dtype)
 
 
@@ -86,6 +90,14 @@ def _one_wide_mlp(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, exper
     return linear(weighted.flatten(1), down.transpose(0, 1).flatten(1)).to(x.dtype)
 
 
+def _few_tokens(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """All experts for all tokens, those not chosen with weight 0: hardly an expert would stay unread."""
+    spread = expert_weights.new_zeros(x.shape[0], up.shape[0]).scatter_(1, expert_ids, expert_weights)
+    hidden = torch.matmul(x, up.transpose(1, 2)).relu().square()  # [experts, tokens, width]
+    outputs = torch.bmm(hidden, down.transpose(1, 2)).to(spread.dtype)
+    return torch.bmm(spread[:, None], outputs.transpose(0, 1))[:, 0].to(x.dtype)
+
+
 def _one_token(x: Tensor, up: Tensor, down: Tensor, chosen: list[int]) -> Tensor:
     """Outputs [top_k, hidden] of the chosen experts for x [1, hidden]."""
     hidden = torch.cat([linear(x, up[expert]) for expert in chosen]).relu().square()
@@ -94,13 +106,12 @@ def _one_token(x: Tensor, up: Tensor, down: Tensor, chosen: list[int]) -> Tensor
 
 def _visited_experts(rows: Tensor, up: Tensor, down: Tensor, counts: list[int]) -> Tensor:
     """Outputs of rows ordered by expert; a loop over the experts that were chosen."""
-    spans, start = [], 0
-    for expert, count in enumerate(counts):
-        if count:
-            spans.append((expert, start, start + count))
-            start += count
-    hidden = torch.cat([linear(rows[i:j], up[expert]) for expert, i, j in spans]).relu().square()
-    return torch.cat([linear(hidden[i:j], down[expert]) for expert, i, j in spans])
+    visited = [expert for expert, count in enumerate(counts) if count]
+    sizes = [counts[expert] for expert in visited]
+    hidden = (
+        torch.cat([linear(part, up[e]) for e, part in zip(visited, rows.split(sizes), strict=True)]).relu().square()
+    )
+    return torch.cat([linear(part, down[e]) for e, part in zip(visited, hidden.split(sizes), strict=True)])
 
 
 def _all_experts(rows: Tensor, up: Tensor, down: Tensor, ordered_ids: Tensor, counts: Tensor, longest: int) -> Tensor:

@@ -8,6 +8,8 @@ from torch import Tensor
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide, in the dtype of `x`."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if x.dtype == wide:
+        return F.rms_norm(x, weight.shape, weight.to(wide), eps)
     return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
 
 

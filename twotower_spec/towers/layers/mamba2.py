@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from twotower_kernels.block_scan import ScanWeights
 from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
-from twotower_spec.towers.layers.weights import matrix, parameter
+from twotower_spec.towers.layers.weights import matrix, parameter, taps_first
 
 
 class Mamba2(nn.Module):
@@ -24,7 +24,7 @@ class Mamba2(nn.Module):
         self.widths = (config.d_inner, config.d_conv_channels, heads)
         self.num_groups, self.eps = config.n_groups, config.norm_eps
         self.in_proj = matrix(sum(self.widths), config.hidden_size, dtype=dtype, device=device)
-        self.conv_weight = parameter(config.d_conv_channels, 1, config.conv_kernel, dtype=dtype, device=device)
+        self.conv_weight = taps_first(config.d_conv_channels, config.conv_kernel, dtype, device)
         self.conv_bias = parameter(config.d_conv_channels, dtype=dtype, device=device) if config.use_conv_bias else None
         self.a_log = parameter(heads, dtype=wide, device=device)
         self.d = parameter(heads, dtype=wide, device=device)
@@ -52,11 +52,12 @@ class Mamba2(nn.Module):
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         """Gated norm and output projection: [..., d_inner] twice to [..., hidden]."""
         # The scan's result is rounded to the model's dtype before the gate, the norm itself is computed wide.
-        wide = accumulation_dtype(gate.dtype)
-        gated = scanned.to(gate.dtype).to(wide) * F.silu(gate.to(wide))
-        groups = gated.unflatten(-1, (self.num_groups, -1))
-        normed = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.norm.to(wide)
-        return linear(normed.to(gate.dtype), self.out_proj)
+        dtype, wide = gate.dtype, accumulation_dtype(gate.dtype)
+        if dtype != wide:
+            scanned, gate = scanned.to(dtype).to(wide), gate.to(wide)
+        groups = (scanned * F.silu(gate)).unflatten(-1, (self.num_groups, -1))
+        normed = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.norm
+        return linear(normed.to(dtype), self.out_proj)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""

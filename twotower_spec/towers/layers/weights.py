@@ -27,6 +27,13 @@ def matrix(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Paramete
     return nn.Parameter(held, requires_grad=False)
 
 
+def taps_first(channels: int, taps: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """An uninitialised convolution weight [channels, 1, taps]: one tap of all channels is contiguous."""
+    return nn.Parameter(
+        torch.empty((taps, 1, channels), dtype=dtype, device=device).permute(2, 1, 0), requires_grad=False
+    )
+
+
 def prefixed(prefix: str, tensors: NamedTensors) -> Iterator[tuple[str, Tensor]]:
     """The same tensors with `prefix.` in front of their names."""
     for name, tensor in tensors:

@@ -1,0 +1,55 @@
+"""The token ids that a request's state was computed from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+Row = Sequence[int] | npt.NDArray[np.integer]
+FIRST_CAPACITY = 64
+
+
+class TokenHistory:
+    """A list of token ids that compares itself with long rows at the speed of memory."""
+
+    def __init__(self) -> None:
+        self._ids = np.empty(FIRST_CAPACITY, dtype=np.int32)
+        self._length = 0
+
+    def __len__(self) -> int:
+        return self._length
+
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Appends tokens."""
+        length = self._length + len(tokens)
+        if length > len(self._ids):
+            grown = np.empty(max(length, 2 * len(self._ids)), dtype=np.int32)
+            grown[: self._length] = self._ids[: self._length]
+            self._ids = grown
+        self._ids[self._length : length] = tokens
+        self._length = length
+
+    def truncate(self, length: int) -> None:
+        """Forgets all but the first `length` tokens."""
+        self._length = min(self._length, length)
+
+    def begins(self, row: Row) -> bool:
+        """Whether a row begins with all of these tokens."""
+        if len(row) < self._length:
+            return False
+        if isinstance(row, np.ndarray):
+            return bool((self._ids[: self._length] == row[: self._length]).all())
+        return self.tolist() == list(row[: self._length])
+
+    def tolist(self) -> list[int]:
+        """The ids as Python integers."""
+        ids: list[int] = self._ids[: self._length].tolist()
+        return ids
+
+
+def tokens_from(row: Row, start: int) -> list[int]:
+    """The ids of a row from index `start` on, as Python integers."""
+    rest = row[start:]
+    return rest.tolist() if isinstance(rest, np.ndarray) else list(rest)
