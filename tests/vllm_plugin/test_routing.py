@@ -1,0 +1,222 @@
+"""Every spelling of the speculative settings leads to the proposer, and what cannot work is refused in a sentence.
+
+vLLM's own `EngineArgs.create_engine_config` does the work, as in every way to start it; no engine is started. One fresh
+interpreter for all, since vLLM changes the process that imports it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.vllm_plugin.engine import ROOT, engine_environment
+from twotower_spec.demo.trio import trio_path
+
+pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+
+PROPOSER = "vllm_twotower.TwoTowerProposer"
+
+SCRIPT = """
+import json, sys
+from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+def config_of(given):
+    if "cli" in given:
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(given["cli"]))
+    else:
+        arguments = EngineArgs(**given)
+    return arguments.create_engine_config()
+
+def outcome(given):
+    try:
+        config = config_of(given)
+    except Exception as error:
+        return {"error": str(error), "kind": type(error).__name__}
+    speculative = config.speculative_config
+    if speculative is None:
+        return {"method": None}
+    return {
+        "method": speculative.method,
+        "model": speculative.model,
+        "num_speculative_tokens": speculative.num_speculative_tokens,
+        "knobs": config.additional_config.get("twotower"),
+    }
+
+print("RESULT " + json.dumps([outcome(given) for given in json.loads(sys.argv[1])]))
+"""
+
+
+def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
+    """What vLLM makes of each set of arguments, after the verifier was added."""
+    verifier = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
+    filled = [
+        {"cli": ["--model", str(trio_path("verifier")), "--dtype", "float32", "--enforce-eager", *one["cli"]]}
+        if "cli" in one
+        else {"model": str(trio_path("verifier")), **verifier, **one}
+        for one in given
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(filled)],
+        cwd=ROOT,
+        env={**engine_environment(), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    assert lines, done.stdout + done.stderr
+    found: list[dict[str, Any]] = json.loads(lines[-1].removeprefix("RESULT "))
+    return found
+
+
+def test_every_spelling_leads_to_the_proposer() -> None:
+    drafter = str(trio_path("twotower"))
+    knobs = {"policy": "fixed", "block_size": 8}
+    spellings: list[dict[str, Any]] = [
+        {"cli": ["--speculative-model", drafter, "--spec-tokens", "15"]},
+        {"cli": ["--spec-model", drafter, "--spec-tokens", "15"]},
+        {"cli": ["--speculative-config", json.dumps({"model": drafter, "num_speculative_tokens": 15})]},
+        {"cli": ["--speculative-config", json.dumps({"model": drafter, "num-speculative-tokens": 15})]},
+        {"speculative_config": {"model": drafter, "method": "twotower", "num_speculative_tokens": 15}},
+        {"spec_model": drafter, "spec_method": "twotower", "spec_tokens": 15},
+        {
+            "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 15},
+            "additional_config": {"twotower": {"model": drafter}},
+        },
+        {"speculative_config": {"model": drafter}},
+        {"speculative_config": {"model": drafter, "twotower": knobs}},
+    ]
+    found = outcomes(spellings)
+    for one in found:
+        assert one.get("method") == "custom_class" and one["model"] == PROPOSER, one
+        assert one["knobs"]["model"] == drafter and one["knobs"]["num_token_ids"] == 2048
+    assert [one["num_speculative_tokens"] for one in found] == [15] * 7 + [16, 8]
+    assert found[-1]["knobs"] | knobs == found[-1]["knobs"]
+
+
+def test_other_speculative_methods_are_left_alone() -> None:
+    draft = str(trio_path("draft"))
+    found = outcomes(
+        [
+            {},
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
+            {"speculative_config": {"model": draft, "num_speculative_tokens": 4}},
+            {"speculative_config": {"model": "no/such-model", "num_speculative_tokens": 4}},
+        ]
+    )
+    assert [one.get("method") for one in found[:3]] == [None, "ngram", "draft_model"]
+    assert found[2]["model"] == draft and found[2]["knobs"] is None
+    assert "no/such-model" in found[3]["error"] and "twotower" not in found[3]["error"].lower()
+
+
+def test_vllm_plugins_switches_it_off_and_the_spelling_without_plugin_still_works() -> None:
+    drafter = str(trio_path("twotower"))
+    off, without_plugin = outcomes(
+        [
+            {"speculative_config": {"model": drafter, "num_speculative_tokens": 4}},
+            {
+                "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 4},
+                "additional_config": {"twotower": {"model": drafter}},
+            },
+        ],
+        VLLM_PLUGINS="another",
+    )
+    assert "error" in off
+    assert without_plugin["method"] == "custom_class" and without_plugin["knobs"] == {"model": drafter}
+
+
+def broken_copy(folder: Path, **changes: Any) -> str:
+    """A copy of the bundled TwoTower model with other values in its config.json."""
+    shutil.copytree(trio_path("twotower"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
+    return str(folder)
+
+
+def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
+    drafter = str(trio_path("twotower"))
+    truncated = broken_copy(tmp_path / "truncated")
+    weights = Path(truncated) / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    headless = broken_copy(tmp_path / "headless")
+    (Path(headless) / "model.safetensors").unlink()
+    wider = broken_copy(tmp_path / "wider", hidden_size=512)
+    stranger = broken_copy(tmp_path / "stranger")
+    tokenizer = json.loads((Path(stranger) / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = [token for token, token_id in vocab.items() if token_id in (300, 301)]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    (Path(stranger) / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"model": drafter, "twotower": {"block_sice": 8}}, ("block_sice", "did you mean block_size")),
+        ({"model": drafter, "twotower": {"policy": "best"}}, ("policy 'best'", "adaptive")),
+        ({"model": drafter, "twotower": {"confidence_threshold": 7}}, ("confidence_threshold 7",)),
+        ({"model": drafter, "twotower": {"first_token": "last"}}, ("first_token 'last'", "denoiser")),
+        ({"model": drafter, "twotower": {"verification": "p/q"}}, ("verification 'p/q'", "coupled")),
+        ({"model": drafter, "twotower": {"dtype": "int4"}}, ("dtype 'int4'", "bfloat16")),
+        ({"model": drafter, "twotower": {"pool_requests": 0}}, ("pool_requests 0",)),
+        ({"model": drafter, "twotower": 5}, ("twotower 5",)),
+        ({"model": drafter, "num_speculative_tokens": 17}, ("num_speculative_tokens 17", "block_size 16")),
+        ({"model": drafter, "num_speculative_tokens": 9, "twotower": {"block_size": 8}}, ("9", "block_size 8")),
+        ({"method": "twotower", "model": str(tmp_path / "nowhere")}, ("nowhere", "config.json")),
+        ({"method": "twotower"}, ("no TwoTower checkpoint is named",)),
+        ({"model": truncated}, ("truncated", "corrupt")),
+        ({"model": headless}, ("headless", "safetensors")),
+        ({"model": wider}, ("wider", "misshaped")),
+        ({"model": stranger}, ("token id 300", "tokenizer")),
+    ]
+    found = outcomes([{"speculative_config": given} for given, _ in cases])
+    for one, (given, parts) in zip(found, cases, strict=True):
+        assert "error" in one, given
+        assert all(part in one["error"] for part in parts), (given, one["error"])
+        assert len(one["error"].strip().splitlines()) == 1, one["error"]
+
+
+def test_verifiers_that_cannot_be_served_are_refused() -> None:
+    given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
+    (piped,) = outcomes([{**given, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}])
+    assert "pipeline_parallel_size 2" in piped["error"]
+    (forced,) = outcomes([given], VLLM_USE_V2_MODEL_RUNNER="1")
+    assert "VLLM_USE_V2_MODEL_RUNNER" in forced["error"]
+
+
+def test_a_verifier_with_mamba_layers_is_refused_on_a_cpu(tmp_path: Path) -> None:
+    verifier = hybrid_verifier(tmp_path / "hybrid")
+    given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
+    (found,) = outcomes([{**given, "model": verifier}])
+    assert "Mamba layers" in found["error"] and "attention-only" in found["error"]
+
+
+def hybrid_verifier(folder: Path) -> str:
+    """A tiny NemotronH configuration with the trio's tokenizer; no weights are needed to be refused."""
+    from transformers import NemotronHConfig
+
+    NemotronHConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        head_dim=32,
+        hybrid_override_pattern="M*M-",
+        layers_block_type=["mamba", "attention", "mamba", "mlp"],
+        mamba_num_heads=4,
+        mamba_head_dim=16,
+        ssm_state_size=16,
+        n_groups=1,
+        architectures=["NemotronHForCausalLM"],
+    ).save_pretrained(folder)
+    for file in trio_path("verifier").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return str(folder)

@@ -1,0 +1,139 @@
+"""`vllm serve V --speculative-model T`, asked over HTTP, and the engine for asyncio."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+
+from tests.vllm_plugin.engine import ROOMY, ROOT, engine_environment, run_engine
+from tests.vllm_plugin.server import Server, serving
+from twotower_spec.demo.trio import held_out_prompts, trio_path
+
+pytestmark = [
+    pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+    pytest.mark.slow,
+]
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
+    arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
+    arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
+    with serving(tmp_path_factory.mktemp("serve") / "log", *arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Server) -> Any:
+    from openai import OpenAI
+
+    return OpenAI(base_url=server.url + "/v1", api_key="none")
+
+
+def prompts() -> list[str]:
+    return [held_out_prompts("maths")[0].prompt, held_out_prompts("python")[0].prompt]
+
+
+def test_greedy_text_is_that_of_an_engine_without_drafts(server: Server, client: Any) -> None:
+    expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"]
+    found = client.completions.create(
+        model=server.model, prompt=prompts(), temperature=0, max_tokens=40, extra_body={"return_token_ids": True}
+    )
+    assert [choice.token_ids for choice in found.choices] == [row[0] for row in expected[:2]]
+
+
+def test_streamed_pieces_make_the_same_text(server: Server, client: Any) -> None:
+    given: dict[str, Any] = {"model": server.model, "prompt": prompts()[1], "temperature": 0, "max_tokens": 60}
+    whole = client.completions.create(**given).choices[0].text
+    pieces = [part.choices[0].text for part in client.completions.create(**given, stream=True)]
+    assert "".join(pieces) == whole
+    assert len(pieces) < 60  # several tokens in one piece
+
+
+def test_sampled_requests_of_every_kind_are_answered(server: Server, client: Any) -> None:
+    for extra in ({"top_k": 20}, {"min_p": 0.1}, {"top_k": 5, "repetition_penalty": 1.1}):
+        found = client.completions.create(
+            model=server.model, prompt=prompts()[0], temperature=0.7, n=2, max_tokens=16, top_p=0.9, extra_body=extra
+        )
+        assert len(found.choices) == 2
+    biased = client.completions.create(
+        model=server.model, prompt=prompts()[0], max_tokens=8, temperature=0, logit_bias={"300": 100}
+    )
+    assert biased.choices[0].text
+
+
+def test_metrics_carry_the_drafter_next_to_vllm(server: Server, client: Any) -> None:
+    client.completions.create(model=server.model, prompt=prompts()[0], temperature=0, max_tokens=60)
+    lines = dict(
+        line.rsplit(" ", 1) for line in server.get("/metrics").splitlines() if not line.startswith("#")
+    )
+    values = {name.partition("{")[0]: float(value) for name, value in lines.items() if "twotower" in name}
+    assert values["vllm:twotower_denoiser_passes_total"] > 0
+    assert values["vllm:twotower_acceptance_length"] > 1.5
+    assert values["vllm:twotower_pool_size"] > 0
+    for phase in ("extend", "denoise", "host"):
+        assert float(lines[f'vllm:twotower_drafting_seconds_total{{engine="0",phase="{phase}"}}']) > 0
+    assert 'vllm:twotower_fallbacks_total{engine="0",reason="no room"}' in lines
+    accepted = sum(float(v) for n, v in lines.items() if n.startswith("vllm:spec_decode_num_accepted_tokens_total"))
+    assert accepted == values["vllm:twotower_accepted_tokens_total"] > 0
+
+
+def test_the_log_says_where_memory_went_and_how_drafting_goes(server: Server, client: Any) -> None:
+    for _ in range(3):
+        client.completions.create(model=server.model, prompt=prompts()[1], temperature=0, max_tokens=80)
+        time.sleep(0.6)
+    log = server.log.read_text()
+    assert "TwoTower metrics: Mean acceptance length:" in log
+    assert "MiB" in next(line for line in log.splitlines() if "TwoTower: " in line and "float32" in line)
+
+
+def test_a_request_says_how_its_drafts_were_accepted(server: Server, client: Any) -> None:
+    found = client.completions.create(model=server.model, prompt=prompts()[0], temperature=0, max_tokens=60)
+    said = found.model_dump()["metrics"]["speculative_decoding"]
+    assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0
+
+
+ASYNC_SCRIPT = """
+import asyncio, sys
+from vllm import AsyncEngineArgs, SamplingParams
+from vllm.engine.async_llm_engine import AsyncLLMEngine
+
+async def main(verifier, drafter, prompt):
+    arguments = AsyncEngineArgs(
+        model=verifier, dtype="float32", max_model_len=512, enforce_eager=True,
+        speculative_config={"model": drafter, "num_speculative_tokens": 15},
+    )
+    engine = AsyncLLMEngine.from_engine_args(arguments)
+    async for output in engine.generate(prompt, SamplingParams(temperature=0, max_tokens=40), "one"):
+        last = output
+    print("TOKENS", *last.outputs[0].token_ids)
+    engine.shutdown()
+
+if __name__ == "__main__":
+    asyncio.run(main(*sys.argv[1:]))
+"""
+
+
+def test_the_engine_for_asyncio_drafts_too(tmp_path: Any) -> None:
+    script = tmp_path / "asynchronous.py"
+    script.write_text(ASYNC_SCRIPT)
+    done = subprocess.run(
+        [sys.executable, str(script), str(trio_path("verifier")), str(trio_path("twotower")), prompts()[0]],
+        cwd=ROOT,
+        env={**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")] or [done.stderr[-3000:]]
+    expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"][0][0]
+    assert [int(token) for token in line.split()[1:]] == expected
+    assert "Loaded custom proposer class 'vllm_twotower.TwoTowerProposer'" in done.stdout + done.stderr

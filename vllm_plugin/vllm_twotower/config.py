@@ -1,0 +1,167 @@
+"""The knobs of `"twotower": {...}`, checked by name, and what they make of the drafter."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+from twotower_kernels.acceptance import Rule
+from twotower_spec.config import TORCH_DTYPES, DiffusionConfig, check_integer
+from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
+from twotower_spec.errors import ArgumentError
+
+PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
+FirstToken = Literal["context", "denoiser"]
+
+DEFAULT_BLOCK_SIZE = 16
+SMALLEST_ADAPTIVE_BLOCK = 4
+MOST_DEFAULT_SLOTS = 64
+DEFAULT_TOKENS_PER_SLOT = 2048
+
+
+@dataclass(frozen=True)
+class TwoTowerSettings:
+    """How TwoTower drafts for a verifier; every field but the last is a knob.
+
+    Attributes:
+        model: TwoTower checkpoint, a directory or a hub id.
+        revision: branch, tag or commit of a hub id.
+        policy: "adaptive" measures while it serves, and drafts as much as pays, or nothing; "fixed" takes
+            `steps_per_block` steps; "threshold" is the published schedule; "off" drafts nothing.
+        block_size: positions that are denoised, at least `num_speculative_tokens`; the largest ones for "adaptive".
+        steps_per_block: most denoising steps; None for 1 ("fixed") or one per position.
+        confidence_threshold: what is above it is committed before the last step.
+        first_token: first draft from the "context" tower or the "denoiser".
+        verification: above temperature 0, "one-hot", or "coupled", with which a seed gives one text, drafted or not.
+        context_device, denoiser_device: where the towers are; None for the verifier's device, and for the context
+            tower's.
+        dtype: of both towers; None for the verifier's.
+        pool_requests: requests whose context is held at once; None for as many as vLLM runs, 64 at most.
+        pool_tokens: tokens that are held at once; None for 2048 per request, or what a request can have.
+        prefill_budget: most tokens that the context tower reads in a round.
+        pad_drafts: whether all rows get as many drafts, by repeating the last one, so that vLLM's CUDA graph of the
+            whole step fits; None for where there are such graphs.
+        log_interval_s: seconds between two lines in the log; 0 for none.
+        num_token_ids: ids that verifier and drafter share; found out at start.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    model: str
+    revision: str | None = None
+    policy: PolicyName = "adaptive"
+    block_size: int = DEFAULT_BLOCK_SIZE
+    steps_per_block: int | None = None
+    confidence_threshold: float = 0.8
+    first_token: FirstToken = "context"
+    verification: Rule = "one-hot"
+    context_device: str | None = None
+    denoiser_device: str | None = None
+    dtype: str | None = None
+    pool_requests: int | None = None
+    pool_tokens: int | None = None
+    prefill_budget: int = 2048
+    pad_drafts: bool | None = None
+    log_interval_s: float = 10.0
+    num_token_ids: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        for name, allowed in (
+            ("policy", get_args(PolicyName)),
+            ("verification", get_args(Rule)),
+            ("first_token", get_args(FirstToken)),
+            ("dtype", (None, *TORCH_DTYPES)),
+        ):
+            _check_choice(name, getattr(self, name), allowed)
+        check_integer("block_size", self.block_size, minimum=1)
+        check_integer("prefill_budget", self.prefill_budget, minimum=1)
+        for name in ("steps_per_block", "pool_requests", "pool_tokens"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), minimum=1)
+        DiffusionConfig(self.block_size, self.steps_per_block or 1, self.confidence_threshold)
+        for name in ("model", "revision", "context_device", "denoiser_device"):
+            value = getattr(self, name)
+            if not isinstance(value, str) and not (value is None and name != "model"):
+                raise ArgumentError(f"{name} {value!r} is not allowed; give text")
+        if self.pad_drafts not in (None, True, False):
+            raise ArgumentError(f"pad_drafts {self.pad_drafts!r} is not allowed; give true or false")
+        if isinstance(self.log_interval_s, bool) or not isinstance(self.log_interval_s, int | float):
+            raise ArgumentError(f"log_interval_s {self.log_interval_s!r} is not allowed; give a number of seconds")
+
+    @classmethod
+    def from_knobs(cls, knobs: Mapping[str, Any]) -> TwoTowerSettings:
+        """Settings from the content of `"twotower": {...}`.
+
+        Raises:
+            ArgumentError: a knob is unknown or its value not allowed; it is named.
+        """
+        known = [field.name for field in fields(cls)]
+        for name in knobs:
+            if name not in known:
+                near = get_close_matches(name, known, n=1)
+                hint = f", did you mean {near[0]}" if near else ""
+                raise ArgumentError(f"twotower knob {name!r} is not there{hint}; allowed are {', '.join(known[:-1])}")
+        if knobs.get("model") is None:
+            raise ArgumentError("no TwoTower checkpoint is named; give its directory or hub id as the model")
+        try:
+            return cls(**knobs)
+        except ArgumentError as error:
+            raise ArgumentError(f"twotower knob {error}") from error
+
+    def check_num_speculative_tokens(self, num_speculative_tokens: int) -> None:
+        """Refuses more drafts than a block has.
+
+        Raises:
+            ArgumentError: with both numbers.
+        """
+        if num_speculative_tokens > self.block_size:
+            raise ArgumentError(
+                f"num_speculative_tokens {num_speculative_tokens} is more than block_size {self.block_size}; give "
+                f"{self.block_size} or fewer, or a larger block_size in the twotower knobs"
+            )
+
+    def policy_for(self, num_speculative_tokens: int) -> DraftPolicy:
+        """The policy, for at most so many drafts; not for "off"."""
+        if self.policy == "adaptive":
+            sizes = adaptive_block_sizes(self.block_size, num_speculative_tokens)
+            return AdaptivePolicy(sizes, self.steps_per_block or max(sizes), self.confidence_threshold)
+        tokens = min(num_speculative_tokens, self.block_size)
+        if self.policy == "fixed":
+            return FixedPolicy(self.block_size, self.steps_per_block or 1, self.confidence_threshold, tokens)
+        steps = self.steps_per_block or self.block_size
+        return ThresholdPolicy(self.block_size, steps, self.confidence_threshold, tokens)
+
+    def pool_size(self, max_num_seqs: int, max_model_len: int) -> tuple[int, int]:
+        """Requests and tokens that the pool holds."""
+        requests = self.pool_requests or min(max_num_seqs, MOST_DEFAULT_SLOTS)
+        tokens = self.pool_tokens or requests * min(max_model_len, DEFAULT_TOKENS_PER_SLOT)
+        return requests, tokens
+
+    def pads_drafts(self, vllm_config: Any) -> bool:
+        """Whether rows are padded to one number of drafts."""
+        if self.pad_drafts is not None:
+            return self.pad_drafts
+        on_cuda = vllm_config.device_config.device_type == "cuda"
+        return on_cuda and not vllm_config.model_config.enforce_eager
+
+
+def adaptive_block_sizes(block_size: int, num_speculative_tokens: int) -> list[int]:
+    """Powers of two from 4 up to the first that holds all drafts, and the given size where that is smaller."""
+    sizes = [block_size]
+    size = SMALLEST_ADAPTIVE_BLOCK
+    while size < min(block_size, num_speculative_tokens):
+        sizes.append(size)
+        size *= 2
+    if size < block_size:  # no larger block is of use
+        sizes[0] = size
+    return sorted(sizes)
+
+
+def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        names = ", ".join(str(choice) for choice in allowed if choice is not None)
+        raise ArgumentError(f"{name} {value!r} is not allowed; give one of {names}")

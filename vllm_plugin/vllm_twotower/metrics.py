@@ -1,0 +1,194 @@
+"""Numbers of the drafter, from the worker that drafts to `/metrics` and to vLLM's log.
+
+The worker writes them into a small memory-mapped file, so that a round costs no message and nothing is lost when
+traffic stops; the process that serves `/metrics` reads it when it is asked. The file is named in the environment, which
+vLLM's processes inherit: in vLLM's configuration it would change the key of its compilation cache with every start.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+STATS_FILE_VARIABLE = "TWOTOWER_STATS_FILE"
+
+PHASES = ("extend", "denoise", "host")
+FALLBACKS = (
+    "prefilling",
+    "no room",
+    "foreign token",
+    "policy",
+    "limit",
+    "not finite",
+    "error",
+    "recovering",
+    "not loaded",
+)
+RESOURCES = ("requests", "tokens")
+
+
+@dataclass(frozen=True)
+class Series:
+    """One number, or one per value of a label.
+
+    Attributes:
+        name: without the prefix `vllm:twotower_`.
+        kind: as Prometheus has it.
+        help: what it counts.
+        label: name of the label, or None.
+        label_values: all of them.
+    """
+
+    name: str
+    kind: Literal["counter", "gauge"]
+    help: str
+    label: str | None = None
+    label_values: tuple[str, ...] = ("",)
+
+
+SERIES = (
+    Series("rounds", "counter", "Drafting rounds."),
+    Series("drafts", "counter", "Drafts that were verified, one per request and round."),
+    Series("draft_tokens", "counter", "Draft tokens that were verified."),
+    Series("accepted_tokens", "counter", "Draft tokens that were accepted."),
+    Series("denoiser_passes", "counter", "Passes of the denoiser tower."),
+    Series("context_tokens", "counter", "Tokens that the context tower read."),
+    Series("drafting_seconds", "counter", "Seconds of drafting, by phase.", "phase", PHASES),
+    Series("verify_seconds", "counter", "Seconds from one drafting round to the next."),
+    Series("fallbacks", "counter", "Requests that got no drafts in a round, by reason.", "reason", FALLBACKS),
+    Series("sampler_fallbacks", "counter", "Steps that vLLM's own sampler took over after a fault."),
+    Series("acceptance_length", "gauge", "Tokens per verification, of about the last hundred drafts."),
+    Series("pool_used", "gauge", "What is held in the state pool.", "resource", RESOURCES),
+    Series("pool_size", "gauge", "What the state pool can hold.", "resource", RESOURCES),
+)
+_PLACES = {
+    place: i for i, place in enumerate((series.name, value) for series in SERIES for value in series.label_values)
+}
+
+
+class DrafterStats:
+    """The numbers of one drafter; written by the worker."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Begins at 0; without a path nobody else can read them."""
+        self._values: Any = np.zeros(len(_PLACES))
+        if path is not None:
+            self._values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_PLACES),))
+
+    def add(self, name: str, amount: float, label: str = "") -> None:
+        """Raises a counter."""
+        self._values[_PLACES[name, label]] += amount
+
+    def set(self, name: str, value: float, label: str = "") -> None:
+        """Sets a gauge."""
+        self._values[_PLACES[name, label]] = value
+
+    def get(self, name: str, label: str = "") -> float:
+        """The present value."""
+        return float(self._values[_PLACES[name, label]])
+
+    def copy(self) -> DrafterStats:
+        """The present values, to be compared with later ones."""
+        kept = DrafterStats(None)
+        kept._values[:] = self._values
+        return kept
+
+
+def stats_path(engine: int) -> Path | None:
+    """Where the worker of a data-parallel rank writes; None if nobody reads."""
+    base = os.environ.get(STATS_FILE_VARIABLE)
+    return Path(f"{base}.{engine}") if base else None
+
+
+def publish() -> None:
+    """Lets `/metrics` of this process show the drafters of engines that it will start.
+
+    Processes started from here inherit the name of the file. Called again it begins a new file.
+    """
+    try:
+        from prometheus_client import REGISTRY
+    except ImportError:
+        return
+    handle, name = tempfile.mkstemp(prefix="twotower-stats-")
+    os.close(handle)
+    os.environ[STATS_FILE_VARIABLE] = name
+    if _Collector.instance is None:
+        _Collector.instance = _Collector()
+        REGISTRY.register(_Collector.instance)
+        atexit.register(_Collector.instance.remove_files)
+    _Collector.instance.bases.append(Path(name))
+
+
+class _Collector:
+    """Reads the files of all engines of this process when Prometheus asks."""
+
+    instance: _Collector | None = None
+
+    def __init__(self) -> None:
+        self.bases: list[Path] = []
+
+    def describe(self) -> list[Any]:
+        """Nothing is known before an engine runs."""
+        return []
+
+    def collect(self) -> Iterator[Any]:
+        """One metric family per series, with the data-parallel rank as label `engine`."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        engines = dict(self._engines())
+        if not engines:
+            return
+        for series in SERIES:
+            labels = ["engine", *([series.label] if series.label else [])]
+            family_class = CounterMetricFamily if series.kind == "counter" else GaugeMetricFamily
+            family = family_class(f"vllm:twotower_{series.name}", series.help, labels=labels)
+            for engine, values in engines.items():
+                for value in series.label_values:
+                    place = [engine, *([value] if series.label else [])]
+                    family.add_metric(place, float(values[_PLACES[series.name, value]]))
+            yield family
+
+    def remove_files(self) -> None:
+        """At the end of the process."""
+        for base in self.bases:
+            for path in (base, *base.parent.glob(f"{base.name}.*")):
+                path.unlink(missing_ok=True)
+
+    def _engines(self) -> Iterator[tuple[str, Any]]:
+        for base in self.bases:
+            for path in sorted(base.parent.glob(f"{base.name}.*")):
+                values = np.fromfile(path, dtype=np.float64)
+                if len(values) == len(_PLACES):  # a file is empty for a moment when it is made
+                    yield path.name.rpartition(".")[2], values
+
+
+def log_line(now: DrafterStats, before: DrafterStats) -> str | None:
+    """What happened between two moments, in vLLM's manner; None if nothing did."""
+
+    def grown(name: str, label: str = "") -> float:
+        return now.get(name, label) - before.get(name, label)
+
+    rounds, drafts = grown("rounds"), grown("drafts")
+    if not rounds:
+        return None
+    length = 1 + grown("accepted_tokens") / drafts if drafts else 1.0
+    phases = [(phase, 1e3 * grown("drafting_seconds", phase) / rounds) for phase in PHASES]
+    reasons = [(reason, grown("fallbacks", reason)) for reason in FALLBACKS]
+    left_out = ", ".join(f"{reason} {count:.0f}" for reason, count in reasons if count) or "none"
+    return (
+        f"TwoTower metrics: Mean acceptance length: {length:.2f}, "
+        f"Drafts: {drafts:.0f} in {rounds:.0f} rounds, "
+        f"Drafted: {grown('draft_tokens'):.0f} tokens, Accepted: {grown('accepted_tokens'):.0f} tokens, "
+        f"Drafting: {sum(ms for _, ms in phases):.1f} ms/round "
+        f"({', '.join(f'{phase} {ms:.1f}' for phase, ms in phases)}), "
+        f"Between rounds: {1e3 * grown('verify_seconds') / rounds:.1f} ms, "
+        f"Pool: {now.get('pool_used', 'requests'):.0f}/{now.get('pool_size', 'requests'):.0f} requests, "
+        f"Without drafts: {left_out}"
+    )

@@ -1,0 +1,164 @@
+"""From `--speculative-model T` to our proposer: vLLM's settings rewritten before vLLM checks them.
+
+vLLM makes its engine out of a dictionary of speculative settings. Where that names a TwoTower checkpoint, it is turned
+into the spelling that vLLM has for drafters from outside (`custom_class`), and the knobs travel in `additional_config`.
+Everything then goes through vLLM's own code, and no process but this one needs to know.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+PROPOSER = "vllm_twotower.TwoTowerProposer"
+PROPOSER_PATHS = (PROPOSER, "vllm_twotower.proposer.TwoTowerProposer")
+METHOD = "twotower"
+KNOBS = "twotower"
+
+_MARK = "_twotower_hook"
+
+logger = logging.getLogger("vllm.twotower")
+
+
+def install() -> None:
+    """Wraps vLLM's hooks, once per process; a missing one costs a warning and what it is needed for."""
+    from vllm_twotower import compat
+
+    try:
+        missing = compat.missing_hooks("routing")
+        if missing:
+            logger.warning(compat.warning_text(missing))
+        if any(hook.required for hook in missing):
+            return
+        absent = {hook.name for hook in missing}
+        for module, owner, name, wrapper in (
+            (compat.ARG_UTILS, "EngineArgs", "create_speculative_config", _routing),
+            (compat.ARG_UTILS, "EngineArgs", "add_cli_args", _with_alias),
+            (compat.SAMPLING_PARAMS, "SamplingParams", "_validate_spec_decode", _lenient),
+        ):
+            if f"{owner}.{name}" not in absent:
+                _wrap(getattr(importlib.import_module(module), owner), name, wrapper)
+    except Exception:
+        logger.warning("twotower-spec could not hook into this vLLM, which goes on without it.", exc_info=True)
+
+
+def _wrap(owner: Any, name: str, wrapper: Any) -> None:
+    stock = getattr(owner, name)
+    if not hasattr(stock, _MARK):
+        wrapped = wrapper(stock)
+        setattr(wrapped, _MARK, True)
+        is_static = isinstance(vars(owner).get(name), staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
+
+
+def _routing(stock: Any) -> Any:
+    @wraps(stock)
+    def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(zip(("target_model_config", "target_parallel_config"), args, strict=False)) | kwargs
+        route(self, named["target_model_config"], named["target_parallel_config"])
+        return stock(self, *args, **kwargs)
+
+    return create_speculative_config
+
+
+def _with_alias(stock: Any) -> Any:
+    @wraps(stock)
+    def add_cli_args(parser: Any) -> Any:
+        parser = stock(parser)
+        parser.add_argument(
+            "--speculative-model",
+            dest="spec_model",
+            default=None,
+            help="Draft model, as --spec-model; a TwoTower checkpoint drafts whole blocks (twotower-spec).",
+        )
+        return parser
+
+    return add_cli_args
+
+
+def _lenient(stock: Any) -> Any:
+    """vLLM refuses min_p and logit_bias with speculative decoding; our sampler applies both."""
+
+    @wraps(stock)
+    def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
+        if getattr(speculative_config, "model", None) not in PROPOSER_PATHS:
+            stock(self, speculative_config)
+
+    return _validate_spec_decode
+
+
+def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
+    """Rewrites engine arguments whose speculative settings name a TwoTower checkpoint; leaves all others alone.
+
+    Args:
+        engine_args: `EngineArgs`; changed in place.
+        model_config, parallel_config: vLLM's, of the verifier.
+
+    Raises:
+        TwoTowerError: a knob, the checkpoint or the verifier is refused.
+    """
+    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for key, flag in (("method", "spec_method"), ("model", "spec_model"), ("num_speculative_tokens", "spec_tokens")):
+        value = getattr(engine_args, flag, None)
+        if value is not None and given.setdefault(key, value) != value:
+            return  # named twice, differently: vLLM says so
+    if not _is_ours(given):
+        return
+    from vllm_twotower import metrics
+    from vllm_twotower.config import TwoTowerSettings
+    from vllm_twotower.requirements import check_requirements, with_checkpoint_defaults
+
+    knobs = {**_knobs(engine_args.additional_config), **_knobs(given)}
+    given.pop(KNOBS, None)
+    if given.get("model") not in PROPOSER_PATHS:
+        revision = given.pop("revision", None)
+        knobs = {"model": given.get("model"), "revision": revision, **knobs}
+    settings = with_checkpoint_defaults(TwoTowerSettings.from_knobs(knobs), knobs.get("block_size"))
+    num_speculative_tokens = given.get("num_speculative_tokens") or settings.block_size
+    settings = check_requirements(settings, num_speculative_tokens, model_config, parallel_config)
+    knobs |= {"block_size": settings.block_size, "num_token_ids": settings.num_token_ids}
+    given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
+    engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
+    engine_args.speculative_config = given
+    engine_args.additional_config = {**(engine_args.additional_config or {}), KNOBS: knobs}
+    metrics.publish()
+
+
+def is_two_tower(model: object, revision: object = None) -> bool:
+    """Whether a directory or hub id holds a TwoTower checkpoint, by its config.json alone; never raises."""
+    from transformers import PretrainedConfig
+
+    from twotower_spec.config import ARCHITECTURE
+
+    if not isinstance(model, str) or (Path(model).is_dir() and not Path(model, "config.json").is_file()):
+        return False
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
+        return ARCHITECTURE in (raw.get("architectures") or [])
+    except Exception:  # whatever is wrong there, vLLM will say it
+        return False
+
+
+def _is_ours(given: Mapping[str, Any]) -> bool:
+    method, model = given.get("method"), given.get("model")
+    if method == METHOD or (model in PROPOSER_PATHS and method in (None, "custom_class")):
+        return True
+    return method is None and model is not None and is_two_tower(model, given.get("revision"))
+
+
+def _knobs(holder: Any) -> dict[str, Any]:
+    """Content of `"twotower": {...}`; a copy.
+
+    Raises:
+        ArgumentError: it is no object.
+    """
+    from twotower_spec.errors import ArgumentError
+
+    knobs = holder.get(KNOBS) if isinstance(holder, Mapping) else None
+    if knobs is not None and not isinstance(knobs, Mapping):
+        raise ArgumentError(f"twotower {knobs!r} is not allowed; give an object of knobs, {{}} for none")
+    return dict(knobs or {})
