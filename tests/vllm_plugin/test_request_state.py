@@ -28,13 +28,17 @@ def test_two_rows_with_one_history_are_two_requests() -> None:
 
 
 def test_a_request_is_not_drafted_beyond_its_end() -> None:
-    request = SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=10), output_token_ids=[7] * 6)
+    request = SimpleNamespace(sampling_params=SimpleNamespace(max_tokens=10, min_tokens=0), output_token_ids=[7] * 6)
     runner = SimpleNamespace(max_model_len=100, requests={"a": request})
     assert usable_drafts(runner, "a", 50, 16) == 3  # 4 tokens are left, one of which the verifier adds
     assert usable_drafts(runner, "a", 98, 16) == 1
     assert usable_drafts(runner, "a", 100, 16) == 0
     assert usable_drafts(runner, "unknown", 50, 16) == 16
     request.sampling_params.max_tokens = None
+    assert usable_drafts(runner, "a", 50, 16) == 16
+    request.sampling_params.min_tokens = 9
+    assert usable_drafts(runner, "a", 50, 16) == 2  # the token after them is the last one that may not end the text
+    request.sampling_params.min_tokens = 6
     assert usable_drafts(runner, "a", 50, 16) == 16
 
 

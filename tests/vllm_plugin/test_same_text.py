@@ -83,3 +83,11 @@ def assert_same_logprobs(found: Any, expected: Any) -> None:
             for pairs, other_pairs in zip(rows, other_rows, strict=True):
                 assert [token for token, _ in pairs] == [token for token, _ in other_pairs]
                 assert [value for _, value in pairs] == pytest.approx([value for _, value in other_pairs], abs=1e-4)
+
+
+def test_rows_of_one_width_as_cuda_graphs_want_them() -> None:
+    names = ["joining_and_leaving", "lengths", "min_tokens", "stops"]
+    expected = run_engine(PLENTY_OF_ROOM, None, **ROOMY)
+    found = run_engine([*names, "facts"], two_tower(15, pad_drafts=True), **ROOMY)
+    assert [found[name] for name in names] == [expected[name] for name in names]
+    assert found["facts"]["errors"] == 0 and found["facts"]["accepted"] > 400

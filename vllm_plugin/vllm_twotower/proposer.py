@@ -194,7 +194,7 @@ class TwoTowerProposer:
         self._failed_in_row = 0
         self._count(drafter, block, before, start)
         drafts = [block.row(i) for i in range(len(rows))]
-        return self._padded(drafts, sampled_token_ids) if self._pads else drafts
+        return padded(drafts, sampled_token_ids, list(limits.values())) if self._pads else drafts
 
     def _identify(self, drafter: BlockDrafter, rows: Sequence[npt.NDArray[np.int32]]) -> Sequence[Hashable]:
         """Request of every row; forgets those that are gone."""
@@ -261,16 +261,6 @@ class TwoTowerProposer:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
 
-    def _padded(self, drafts: list[list[int]], sampled_token_ids: list[list[int]]) -> list[list[int]]:
-        """Every decoding row with as many drafts, for which vLLM has a CUDA graph of the whole step."""
-        if not any(drafts):
-            return drafts
-        width = self.num_speculative_tokens
-        return [
-            row + [(row or sampled)[-1]] * (width - len(row)) if sampled else row
-            for row, sampled in zip(drafts, sampled_token_ids, strict=True)
-        ]
-
     def _recover(self, drafter: BlockDrafter, error: Exception, num_reqs: int) -> list[list[int]]:
         """Forgets all contexts, which a broken-off round may have left half done, and pauses if that goes on."""
         self.stats.add("fallbacks", num_reqs, "error")
@@ -296,6 +286,16 @@ class TwoTowerProposer:
             if isinstance(error, torch.OutOfMemoryError):
                 remedy = "lower pool_requests or pool_tokens, or place the towers on other devices"
             logger.error("TwoTower: %s (%s: %s); %s", what, kind, error, remedy, exc_info=error)
+
+
+def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+    """Every decoding row with as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
+    if not any(drafts):
+        return drafts
+    return [
+        row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
+        for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
+    ]
 
 
 def _knobs(additional_config: Any) -> dict[str, Any]:

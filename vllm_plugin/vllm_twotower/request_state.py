@@ -40,12 +40,20 @@ def _continues(row: Row, history: Row) -> bool:
 
 
 def usable_drafts(runner: Any, request_id: str, num_tokens: int, most: int) -> int:
-    """How many drafts a request can still use before max_model_len or its own max_tokens ends it."""
+    """How many drafts a request can still use before max_model_len or its own max_tokens ends it.
+
+    Before min_tokens are reached, drafts end there too: in the row after the last draft vLLM forbids stop tokens by the
+    length that the request had before the step, also where that row is beyond min_tokens.
+    """
     room = int(runner.max_model_len) - num_tokens - 1
     request = runner.requests.get(request_id)
     params = getattr(request, "sampling_params", None)
-    if request is not None and params is not None and params.max_tokens is not None:
-        room = min(room, params.max_tokens - len(request.output_token_ids) - 1)
+    if request is not None and params is not None:
+        written = len(request.output_token_ids)
+        if params.max_tokens is not None:
+            room = min(room, params.max_tokens - written - 1)
+        if written < params.min_tokens:
+            room = min(room, params.min_tokens - written - 1)
     return max(0, min(most, room))
 
 
