@@ -235,7 +235,7 @@ def test_under_load_drafting_steps_down_to_nothing_and_comes_back() -> None:
         rates[phase] = sum(rate for _, rate in rounds) / len(rounds)
     assert drafts[0] > 6 > drafts[1] > drafts[2]
     assert drafts[2] < 0.3  # tried again at times, and nothing else
-    assert drafts[3] == pytest.approx(drafts[1], rel=0.3) and drafts[4] == pytest.approx(drafts[0], rel=0.2)
+    assert drafts[3] == pytest.approx(drafts[1], rel=0.3) and drafts[4] > 0.8 * drafts[0]
     without = {num_reqs: num_reqs / server.seconds(num_reqs, 0.01) for num_reqs in (1, 12, 64)}
     assert rates[0] > 3 * without[1] and rates[1] > without[12]
     assert rates[2] > 0.97 * without[64]

@@ -416,7 +416,9 @@ def equal_ranks(engine: Engine) -> Any:
         steps.append(sum(map(len, first.values())))
 
     requests = [
-        Request(prompt, engine.params(temperature=0.7 * (i % 3), max_tokens=32, seed=5 if i == 1 else None), arrives_at=i)
+        Request(
+            prompt, engine.params(temperature=0.7 * (i % 3), max_tokens=32, seed=5 if i == 1 else None), arrives_at=i
+        )
         for i, prompt in enumerate(engine.prompts(6))
     ]
     engine.step_through(requests, compare)

@@ -63,7 +63,10 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
     ("knobs", "message"),
     [
         ({}, "no TwoTower checkpoint is named"),
-        ({"model": "T", "steps_per_blok": 3}, "twotower knob 'steps_per_blok' is not there, did you mean steps_per_block"),
+        (
+            {"model": "T", "steps_per_blok": 3},
+            "twotower knob 'steps_per_blok' is not there, did you mean steps_per_block",
+        ),
         ({"model": "T", "block_size": "8"}, "twotower knob block_size '8'"),
         ({"model": "T", "steps_per_block": 0}, "steps_per_block 0"),
         ({"model": "T", "denoiser_device": 1}, "denoiser_device 1"),

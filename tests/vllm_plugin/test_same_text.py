@@ -49,9 +49,7 @@ def without_drafts_in_little_room() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("num_speculative_tokens", "knobs"), DRAFTING)
-def test_with_room_for_all(
-    num_speculative_tokens: int, knobs: dict[str, Any], without_drafts: dict[str, Any]
-) -> None:
+def test_with_room_for_all(num_speculative_tokens: int, knobs: dict[str, Any], without_drafts: dict[str, Any]) -> None:
     found = run_engine([*PLENTY_OF_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **ROOMY)
     for name in PLENTY_OF_ROOM:
         if name == "logprobs":

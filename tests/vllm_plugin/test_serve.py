@@ -71,9 +71,7 @@ def test_sampled_requests_of_every_kind_are_answered(server: Server, client: Any
 
 def test_metrics_carry_the_drafter_next_to_vllm(server: Server, client: Any) -> None:
     client.completions.create(model=server.model, prompt=prompts()[0], temperature=0, max_tokens=60)
-    lines = dict(
-        line.rsplit(" ", 1) for line in server.get("/metrics").splitlines() if not line.startswith("#")
-    )
+    lines = dict(line.rsplit(" ", 1) for line in server.get("/metrics").splitlines() if not line.startswith("#"))
     values = {name.partition("{")[0]: float(value) for name, value in lines.items() if "twotower" in name}
     assert values["vllm:twotower_denoiser_passes_total"] > 0
     assert values["vllm:twotower_acceptance_length"] > 1.5

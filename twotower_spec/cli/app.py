@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Any
 
 import typer
 
@@ -12,23 +15,35 @@ from twotower_spec.cli.inspect import inspect
 from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
 
-app = typer.Typer(
-    name="twotower-spec",
-    help="Nemotron-Labs-TwoTower: generate with it, look into its checkpoints, train small ones.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-app.command()(demo)
-app.command()(generate)
-app.command()(inspect)
-app.add_typer(train, name="train")
+# Entry points of functions that become commands.
+COMMANDS_GROUP = "twotower_spec.commands"
+
+
+def build_app() -> typer.Typer:
+    """Our commands, and those of packages that stand above this one, which may take the place of ours.
+
+    Only a run imports the latter, so that importing this package imports nothing above it.
+    """
+    app = typer.Typer(
+        name="twotower-spec",
+        help="Nemotron-Labs-TwoTower: generate and draft with it, look into its checkpoints, train small ones.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect}
+    for entry in entry_points(group=COMMANDS_GROUP):
+        commands[entry.name] = entry.load()
+    for name, command in commands.items():
+        app.command(name)(command)
+    app.add_typer(train, name="train")
+    return app
 
 
 def main() -> None:
     """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
     try:
-        app()
+        build_app()()
     except TwoTowerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,4 +1,7 @@
-"""`twotower-spec demo`: the bundled model at work, on prompts it was never trained on."""
+"""`twotower-spec demo --standalone`: the bundled model at work without vLLM, on prompts it was never trained on.
+
+Where `vllm_twotower` is installed, its command of the same name takes the place of this one and calls it.
+"""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ MOST_STEPS_APART = 4
 MEMORY = 0.998
 COST_MEMORY = 0.9
 # Rounds that every block size gets before any is preferred, and how many standard errors doubt is worth after that.
-FIRST_ROUNDS = 6
+FIRST_ROUNDS = 4
 OPTIMISM = 1.5
 SHORTEST_ROUND = 1e-9
 # Times are means over so many rounds; one that took this many times the median is left out: something else went on.
@@ -199,7 +199,11 @@ class AdaptivePolicy:
         gained = sum(outcome.num_accepted) + num_reqs
         # A context that lags behind, after rounds without drafts or a new prompt, is not this round's doing.
         own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
-        seconds = outcome.extend_s * own_share + outcome.denoise_s + outcome.verify_s
+        passes = max(outcome.num_denoiser_passes, default=0)
+        tried = outcome.plan.rule.num_tried if outcome.plan and isinstance(outcome.plan.rule, _AdaptiveSteps) else 0
+        # Nor is the price of what was tried.
+        denoise_s = outcome.denoise_s * (1 - tried / max(passes, 1))
+        seconds = outcome.extend_s * own_share + denoise_s + outcome.verify_s
         load.num_rounds[size] += 1
         for arm in load.arms.values():
             arm.fade()
@@ -209,7 +213,6 @@ class AdaptivePolicy:
             load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
         if outcome.plan is None or outcome.confidence is None:
             return
-        passes = max(outcome.num_denoiser_passes, default=0)
         if passes:
             measured = outcome.denoise_s / passes
             known = load.step_seconds.get(size, measured)
@@ -236,6 +239,10 @@ class AdaptivePolicy:
         """What a step after `step` brought blocks of about this value."""
         return self._gains[size, step, int(value / VALUE_CLASS)]
 
+    def tries(self, gains: Sequence[_Gain]) -> bool:
+        """Whether to take another step to see what it brings: where that is not known yet, and once in a while."""
+        return any(gain.count < FIRST_CONTINUATIONS for gain in gains) or self.random.random() < CONTINUE_ANYWAY
+
 
 class _AdaptiveSteps:
     """The commit rule of one round: goes on with the rows for which another step is worth its time."""
@@ -245,6 +252,8 @@ class _AdaptiveSteps:
         self.rate = load.rate
         # In tokens: what verifying one draft more must bring.
         self.token_price = self.rate * load.verification.slope
+        # Steps that were taken to learn what they bring: one at most.
+        self.num_tried = 0
         self._before: dict[int, float] = {}
 
     def commits(self, step: DenoisingStep) -> Tensor:
@@ -257,13 +266,14 @@ class _AdaptiveSteps:
                 policy.gain(self.size, step.index - 1, self._before[row]).add(value - self._before[row])
         if step.index + 1 >= policy.most_steps:
             return step.masked
-        # In tokens: what a row's share of another step must bring.
-        price = self.rate * self.load.step_seconds.get(self.size, math.inf) / len(rows)
-        going_on = []
-        for value in values:
-            gain = policy.gain(self.size, step.index, value)
-            try_it = gain.count < FIRST_CONTINUATIONS or policy.random.random() < CONTINUE_ANYWAY
-            going_on.append(math.isfinite(price) and (gain.mean > price or try_it))
+        # In tokens: what another step must bring, all rows together, and every row at least its share.
+        price = self.rate * self.load.step_seconds.get(self.size, math.inf)
+        gains = [policy.gain(self.size, step.index, value) for value in values]
+        going_on = [math.isfinite(price) and gain.mean > price / len(rows) for gain in gains]
+        if sum(gain.mean for gain, goes in zip(gains, going_on, strict=True) if goes) <= price:
+            going_on = [False] * len(rows)
+        if math.isfinite(price) and not any(going_on) and not self.num_tried and policy.tries(gains):
+            going_on, self.num_tried = [True] * len(rows), 1
         self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}
         keep = torch.tensor(going_on, device=step.masked.device)
         return torch.where(keep[:, None], confident(step, policy.threshold), step.masked)

@@ -234,9 +234,9 @@ class TwoTowerProposer:
                 self.stats.add("drafts", 1)
                 self.stats.add("draft_tokens", count)
                 self.stats.add("accepted_tokens", accepted[request_id])
-                length = self.stats.get("acceptance_length") or 1.0
-                length += (1 - ACCEPTANCE_MEMORY) * (accepted[request_id] + 1 - length)
-                self.stats.set("acceptance_length", length)
+                share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
+                length = self.stats.get("acceptance_length")
+                self.stats.set("acceptance_length", length + share * (accepted[request_id] + 1 - length))
 
     def _count(self, drafter: BlockDrafter, block: DraftBlock, before: Counter[str], start: float) -> None:
         stats, times = self.stats, drafter.last_times
