@@ -239,3 +239,43 @@ def test_under_load_drafting_steps_down_to_nothing_and_comes_back() -> None:
     without = {num_reqs: num_reqs / server.seconds(num_reqs, 0.01) for num_reqs in (1, 12, 64)}
     assert rates[0] > 3 * without[1] and rates[1] > without[12]
     assert rates[2] > 0.97 * without[64]
+
+
+def test_reading_long_prompts_for_short_texts_is_charged_to_drafting() -> None:
+    """Prompts of 2000 tokens, texts of 16: reading a prompt costs 0.2 s, what is drafted then brings 3 tokens a round."""
+    policy, drafted = AdaptivePolicy([4]), []
+    left, backlog = 0, 0
+    for _ in range(4000):
+        if left <= 0:
+            left, backlog = 16, 2000
+        plan = policy.plan(1)
+        if plan is None:
+            policy.observe(RoundOutcome(None, [0], [0], None, [0], 0, 0.0, 0.0, 0.01))
+            left, backlog = left - 1, backlog + 1
+        else:
+            outcome = RoundOutcome(plan, [4], [3], torch.full((1, 4), 0.7), [1], backlog, 1e-4 * backlog, 0.005, 0.01)
+            policy.observe(outcome)
+            left, backlog = left - 4, 4
+        drafted.append(plan is not None)
+    assert sum(drafted[1000:]) < 0.1 * 3000
+
+
+def test_one_long_verification_does_not_make_drafts_dear() -> None:
+    policy, counts = AdaptivePolicy([16], may_skip=False), []
+    world = World({16: 0.9}, verify_s=0.00005)
+    for i in range(600):
+        if i == 300:
+            plan = policy.plan(1)
+            policy.observe(RoundOutcome(plan, [16], [9], torch.full((1, 16), 0.9), [1], 10, 0.001, 0.005, 30.0))
+        counts.append(world.round(policy).num_draft_tokens[0])
+    assert sum(counts[310:]) / 290 > 0.9 * sum(counts[200:300]) / 100
+
+
+def test_a_policy_gives_up_where_nobody_ever_gets_drafts() -> None:
+    policy, planned = AdaptivePolicy([4, 8]), []
+    for _ in range(300):
+        plan = policy.plan(2)
+        planned.append(plan is not None)
+        extend_s = 0.02 if plan else 0.0
+        policy.observe(RoundOutcome(plan, [0, 0], [0, 0], torch.zeros(2, 0), [0, 0], 500, extend_s, 0.0, 0.01))
+    assert sum(planned[100:]) < 0.2 * 200

@@ -5,7 +5,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from twotower_kernels.acceptance import Sampling, accept
+from twotower_kernels.acceptance import Sampling, accept, op
 from twotower_kernels.acceptance.op import Rule
 from twotower_kernels.acceptance.reference import accept_reference
 
@@ -124,3 +124,23 @@ def test_coupled_text_does_not_depend_on_the_drafts() -> None:
         result = accept(logits, drafts, [16], sampling, "coupled")
         assert result.num_accepted.tolist() == [wrong]
         assert result.token_ids[0, : wrong + 1].tolist() == text[: wrong + 1].tolist()
+
+
+@pytest.mark.parametrize("rule", ["one-hot", "coupled"])
+def test_a_batch_too_large_for_memory_is_taken_in_parts(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = [3, 0, 5, 1, 0, 2]
+    logits = torch.randn(sum(counts) + len(counts), VOCAB, generator=torch.Generator().manual_seed(4))
+    sampling = sampling_for(len(counts))
+    drafts = likely_drafts(logits, counts, sampling, rule)
+    whole = accept(logits, drafts, counts, sampling, rule)
+    for most in (1, 5 * VOCAB, 9 * VOCAB):
+        monkeypatch.setattr(op, "MOST_LOGITS", most)
+        parts = accept(logits, drafts, counts, sampling, rule)
+        assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.num_accepted, whole.num_accepted)
+
+
+def test_top_p_ends_where_it_is_reached_as_in_vllm() -> None:
+    logits = torch.tensor([[0.0, 0.0, -100.0, -100.0]]).repeat(200, 1)
+    sampling = sampling_for(200, temperature=torch.ones(200), top_k=None, min_p=None, top_p=torch.full((200,), 0.5))
+    taken = accept(logits, torch.zeros(0, dtype=torch.int64), [0] * 200, sampling).token_ids
+    assert set(taken.flatten().tolist()) == {0}

@@ -1,4 +1,4 @@
-"""Coupled verification: a seeded request gets one text, for any number of drafts, policy and batch, and without drafts."""
+"""Coupled verification: a seeded request gets one text, for any drafts, policy and batch, and without drafts."""
 
 from importlib.util import find_spec
 from typing import Any

@@ -37,6 +37,8 @@ SHORTEST_ROUND = 1e-9
 # Times are means over so many rounds; one that took this many times the median is left out: something else went on.
 RECENT_ROUNDS = 64
 LONGEST_ROUND = 3.0
+# As much for verifications, which may be of any number of tokens.
+LONGEST_VERIFICATION = 30.0
 # A continuation is tried this often before its gain is believed, and then once in so many rounds.
 FIRST_CONTINUATIONS = 5
 CONTINUE_ANYWAY = 1 / 100
@@ -81,13 +83,33 @@ class _Arm:
 
 
 @dataclass
+class _Reading:
+    """Seconds of the context tower that no round can be charged with, and the tokens that all of them gained."""
+
+    tokens: float = 0.0
+    seconds: float = 0.0
+
+    def add(self, tokens: float, seconds: float) -> None:
+        self.tokens, self.seconds = MEMORY * self.tokens + tokens, MEMORY * self.seconds + seconds
+
+    @property
+    def price(self) -> float:
+        """Seconds per token."""
+        return self.seconds / max(self.tokens, 1.0)
+
+
+@dataclass
 class _Line:
     """Seconds of a verification as a line over its tokens, with older ones counting less."""
 
     sums: Array = field(default_factory=lambda: np.zeros(5))
+    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
 
     def add(self, tokens: float, seconds: float) -> None:
-        self.sums = self.sums * MEMORY + np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds])
+        """Counts a verification, but for one that something else held up."""
+        self.recent.append(seconds)
+        if seconds <= LONGEST_VERIFICATION * statistics.median(self.recent):
+            self.sums = self.sums * MEMORY + np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds])
 
     @property
     def slope(self) -> float:
@@ -164,6 +186,7 @@ class AdaptivePolicy:
         self._choices = (0, *self.block_sizes) if may_skip else self.block_sizes
         self._loads: dict[int, _Load] = defaultdict(_Load)
         self._load = self._loads[0]
+        self._reading = _Reading()
         self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
         bins = len(CONFIDENCE_BINS) + 1
         shape = (MOST_STEPS_APART, self.num_speculative_tokens, bins)
@@ -194,16 +217,8 @@ class AdaptivePolicy:
             return
         load = self._load  # of the plan: not all of its requests need have been verified
         size = outcome.plan.block_size if outcome.plan else 0
-        if size and not any(outcome.num_draft_tokens):
-            return  # everyone's context is still being read
         gained = sum(outcome.num_accepted) + num_reqs
-        # A context that lags behind, after rounds without drafts or a new prompt, is not this round's doing.
-        own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
-        passes = max(outcome.num_denoiser_passes, default=0)
-        tried = outcome.plan.rule.num_tried if outcome.plan and isinstance(outcome.plan.rule, _AdaptiveSteps) else 0
-        # Nor is the price of what was tried.
-        denoise_s = outcome.denoise_s * (1 - tried / max(passes, 1))
-        seconds = outcome.extend_s * own_share + denoise_s + outcome.verify_s
+        seconds = self._seconds(outcome, gained)
         load.num_rounds[size] += 1
         for arm in load.arms.values():
             arm.fade()
@@ -211,13 +226,31 @@ class AdaptivePolicy:
             load.arms[size].add(gained, seconds)
         if not outcome.with_prompts:
             load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
-        if outcome.plan is None or outcome.confidence is None:
-            return
+        passes = max(outcome.num_denoiser_passes, default=0)
         if passes:
             measured = outcome.denoise_s / passes
             known = load.step_seconds.get(size, measured)
             load.step_seconds[size] = COST_MEMORY * known + (1 - COST_MEMORY) * measured
-        bins = np.searchsorted(CONFIDENCE_BINS, outcome.confidence.double().numpy())
+        if outcome.confidence is not None and any(outcome.num_draft_tokens):
+            self._calibrate(size, outcome, outcome.confidence)
+
+    def _seconds(self, outcome: RoundOutcome, gained: int) -> float:
+        """What a round took, and its share of what drafting takes in the long run."""
+        # A context that lags behind, after rounds without drafts or with a new prompt, is no doing of this round: all
+        # rounds that draft pay for it alike.
+        own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
+        self._reading.add(gained, outcome.extend_s * (1 - own_share))
+        if outcome.plan is None:
+            return outcome.verify_s
+        rule = outcome.plan.rule
+        tried = rule.num_tried if isinstance(rule, _AdaptiveSteps) else 0
+        # Nor is what a step cost that was taken to learn.
+        denoise_s = outcome.denoise_s * (1 - tried / max(1, *outcome.num_denoiser_passes))
+        return outcome.extend_s * own_share + self._reading.price * gained + denoise_s + outcome.verify_s
+
+    def _calibrate(self, size: int, outcome: RoundOutcome, confidence: Tensor) -> None:
+        """Counts what became of drafts of every confidence."""
+        bins = np.searchsorted(CONFIDENCE_BINS, confidence.double().numpy())
         for row, (drafted, accepted) in enumerate(zip(outcome.num_draft_tokens, outcome.num_accepted, strict=True)):
             steps = steps_class(outcome.num_denoiser_passes[row])
             for position in range(min(drafted, accepted + 1)):

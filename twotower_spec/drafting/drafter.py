@@ -22,7 +22,7 @@ from twotower_spec.generation.unmasking import PublishedSchedule
 from twotower_spec.state import ContextState
 from twotower_spec.state.block_context import BlockContext, BlockWorkspace
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
-from twotower_spec.state.token_history import Row, tokens_from
+from twotower_spec.state.token_history import Row, all_below
 from twotower_spec.towers.model import TwoTowers
 
 FirstToken = Literal["context", "denoiser"]
@@ -316,20 +316,20 @@ class BlockDrafter:
         slots = [self.state.entry(request_id).slot for request_id in request_ids]
         return torch.tensor(slots, device=self._last_logits.device)
 
-    def _that_fit(self, rows: Mapping[RequestId, Row]) -> dict[RequestId, list[int]]:
+    def _that_fit(self, rows: Mapping[RequestId, Row]) -> dict[RequestId, Row]:
         """New tokens of the rows whose states fit into the pool together, the fewest first."""
-        new = {request_id: tokens_from(row, self._known(request_id, row)) for request_id, row in rows.items()}
-        vocab_size = self.towers.config.vocab_size
-        usable = [rid for rid in rows if len(rows[rid]) and all(0 <= token < vocab_size for token in new[rid])]
-        self.counters.without_drafts["foreign token"] += len(rows) - len(usable)
-        chosen: dict[RequestId, list[int]] = {}
+        new = {request_id: row[self._known(request_id, row) :] for request_id, row in rows.items()}
+        chosen: dict[RequestId, Row] = {}
         pages = 0
-        for request_id in sorted(usable, key=lambda request_id: len(new[request_id])):
+        for request_id in sorted(rows, key=lambda request_id: len(new[request_id])):
             needed = self.state.kv_cache.pages_for(len(rows[request_id]))
-            if len(chosen) < self.num_slots and pages + needed <= self.num_pages:
+            if len(chosen) >= self.num_slots or pages + needed > self.num_pages:
+                self.counters.without_drafts["no room"] += 1
+            elif not len(rows[request_id]) or not all_below(new[request_id], self.towers.config.vocab_size):
+                self.counters.without_drafts["foreign token"] += 1
+            else:
                 chosen[request_id] = new[request_id]
                 pages += needed
-        self.counters.without_drafts["no room"] += len(usable) - len(chosen)
         return chosen
 
     def _known(self, request_id: RequestId, row: Row) -> int:

@@ -351,13 +351,13 @@ class ContextState:
     def advance_by(
         self,
         tower: ContextTower,
-        increments: Mapping[RequestT, Sequence[int]],
+        increments: Mapping[RequestT, Row],
         token_budget: int = DEFAULT_TOKEN_BUDGET,
     ) -> dict[RequestT, Tensor]:
         """`advance` by the new tokens of every request; one that brings none is only not evicted for the others."""
         for request_id, tokens in increments.items():  # all before the pass, so that none gives way to another one
             self.claim(request_id, self.num_computed_tokens(request_id) + len(tokens), keep=list(increments))
-        left = {request_id: list(tokens) for request_id, tokens in increments.items() if len(tokens)}
+        left = {request_id: tokens for request_id, tokens in increments.items() if len(tokens)}
         chunk = take_within_budget(left, token_budget)
         if not chunk:
             return {}
@@ -439,7 +439,7 @@ def _all_slots(num_slots: int) -> list[int]:
     return list(range(num_slots - 1, -1, -1))
 
 
-def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: int) -> dict[RequestT, list[int]]:
+def take_within_budget(increments: Mapping[RequestT, Row], token_budget: int) -> dict[RequestT, list[int]]:
     """The first tokens of each request, in order, until the budget is used up.
 
     Raises:
@@ -451,6 +451,6 @@ def take_within_budget(increments: Mapping[RequestT, list[int]], token_budget: i
     for request_id, tokens in increments.items():
         if token_budget == 0:
             break
-        chunk[request_id] = tokens[:token_budget]
+        chunk[request_id] = tokens_from(tokens[:token_budget], 0)
         token_budget -= len(chunk[request_id])
     return chunk

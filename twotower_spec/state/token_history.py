@@ -53,3 +53,10 @@ def tokens_from(row: Row, start: int) -> list[int]:
     """The ids of a row from index `start` on, as Python integers."""
     rest = row[start:]
     return rest.tolist() if isinstance(rest, np.ndarray) else list(rest)
+
+
+def all_below(row: Row, bound: int) -> bool:
+    """Whether all ids of a row are from 0 to `bound` - 1."""
+    if isinstance(row, np.ndarray):
+        return not len(row) or bool(row.min() >= 0 and row.max() < bound)
+    return all(0 <= token < bound for token in row)

@@ -8,6 +8,7 @@ vLLM's processes inherit: in vLLM's configuration it would change the key of its
 from __future__ import annotations
 
 import atexit
+import contextlib
 import os
 import tempfile
 from collections.abc import Iterator
@@ -77,10 +78,11 @@ class DrafterStats:
     """The numbers of one drafter; written by the worker."""
 
     def __init__(self, path: Path | None) -> None:
-        """Begins at 0; without a path nobody else can read them."""
+        """Begins at 0; without a path, or one that can be written, nobody else can read them."""
         self._values: Any = np.zeros(len(_PLACES))
         if path is not None:
-            self._values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_PLACES),))
+            with contextlib.suppress(OSError):
+                self._values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_PLACES),))
 
     def add(self, name: str, amount: float, label: str = "") -> None:
         """Raises a counter."""
@@ -164,7 +166,10 @@ class _Collector:
     def _engines(self) -> Iterator[tuple[str, Any]]:
         for base in self.bases:
             for path in sorted(base.parent.glob(f"{base.name}.*")):
-                values = np.fromfile(path, dtype=np.float64)
+                try:
+                    values = np.fromfile(path, dtype=np.float64)
+                except OSError:  # an engine that has just ended
+                    continue
                 if len(values) == len(_PLACES):  # a file is empty for a moment when it is made
                     yield path.name.rpartition(".")[2], values
 

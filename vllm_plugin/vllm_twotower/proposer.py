@@ -64,7 +64,9 @@ class TwoTowerProposer:
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.drafter: BlockDrafter | None = None
         self.stats = DrafterStats(None)
-        self._engine = int(vllm_config.parallel_config.data_parallel_rank)
+        parallel = vllm_config.parallel_config
+        # The rank is 0 in every engine of a dense model.
+        self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
         self._pads = self.settings.pads_drafts(vllm_config)
         self._runner: Any = None
         self._rows_by_content = RowsByContent()
@@ -129,6 +131,7 @@ class TwoTowerProposer:
             Per row, up to `num_speculative_tokens` drafts.
         """
         num_reqs = len(sampled_token_ids)
+        self._count_sampler_failures()
         if self.drafter is None:
             self.stats.add("fallbacks", num_reqs, "not loaded")
             return [[] for _ in range(num_reqs)]
@@ -238,6 +241,11 @@ class TwoTowerProposer:
                 length = self.stats.get("acceptance_length")
                 self.stats.set("acceptance_length", length + share * (accepted[request_id] + 1 - length))
 
+    def _count_sampler_failures(self) -> None:
+        failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)
+        self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
+        self._sampler_failures = failures
+
     def _count(self, drafter: BlockDrafter, block: DraftBlock, before: Counter[str], start: float) -> None:
         stats, times = self.stats, drafter.last_times
         stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
@@ -251,9 +259,6 @@ class TwoTowerProposer:
         held = drafter.request_ids
         stats.set("pool_used", len(held), "requests")
         stats.set("pool_used", sum(map(drafter.state.num_computed_tokens, held)), "tokens")
-        sampler_failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)
-        stats.add("sampler_fallbacks", sampler_failures - self._sampler_failures)
-        self._sampler_failures = sampler_failures
         now = time.monotonic()
         if self.settings.log_interval_s and now - self._logged_at >= self.settings.log_interval_s:
             line = log_line(stats, self._logged)

@@ -7,6 +7,8 @@ Everything then goes through vLLM's own code, and no process but this one needs 
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import importlib
 import logging
 from collections.abc import Mapping
@@ -69,12 +71,13 @@ def _with_alias(stock: Any) -> Any:
     @wraps(stock)
     def add_cli_args(parser: Any) -> Any:
         parser = stock(parser)
-        parser.add_argument(
-            "--speculative-model",
-            dest="spec_model",
-            default=None,
-            help="Draft model, as --spec-model; a TwoTower checkpoint drafts whole blocks (twotower-spec).",
-        )
+        with contextlib.suppress(argparse.ArgumentError):  # vLLM or another plugin has it
+            parser.add_argument(
+                "--speculative-model",
+                dest="spec_model",
+                default=None,
+                help="Draft model, as --spec-model; a TwoTower checkpoint drafts whole blocks (twotower-spec).",
+            )
         return parser
 
     return add_cli_args
@@ -85,7 +88,9 @@ def _lenient(stock: Any) -> Any:
 
     @wraps(stock)
     def _validate_spec_decode(self: Any, speculative_config: Any) -> None:
-        if getattr(speculative_config, "model", None) not in PROPOSER_PATHS:
+        ours = getattr(speculative_config, "model", None) in PROPOSER_PATHS
+        # Its lossy methods are vLLM's own sampler's.
+        if not ours or speculative_config.rejection_sample_method != "standard":
             stock(self, speculative_config)
 
     return _validate_spec_decode
@@ -147,7 +152,13 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
     method, model = given.get("method"), given.get("model")
     if method == METHOD or (model in PROPOSER_PATHS and method in (None, "custom_class")):
         return True
-    return method is None and model is not None and is_two_tower(model, given.get("revision"))
+    elsewhere = model is None or model.strip("[]") == "ngram" or _is_import_path(model)
+    return method is None and not elsewhere and is_two_tower(model, given.get("revision"))
+
+
+def _is_import_path(model: str) -> bool:
+    """Whether a model is named like a class of another drafter, `package.module.Class`, as vLLM sees it."""
+    return "." in model and all(part.isidentifier() for part in model.split(".")) and not Path(model).exists()
 
 
 def _knobs(holder: Any) -> dict[str, Any]:

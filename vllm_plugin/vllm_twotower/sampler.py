@@ -87,8 +87,10 @@ class TwoTowerRejectionSampler(RejectionSampler):
                 out[start : start + count + 1, tokens] += biases
             start += count + 1
         at_drafts, after_them = metadata.target_logits_indices, metadata.bonus_logits_indices
-        out[at_drafts] = self.apply_logits_processors(out[at_drafts], sampling_metadata, metadata)
+        # In vLLM's order: the former brings thinking budgets up to date, which the latter only reads.
         out[after_them] = self.sampler.apply_logits_processors(out[after_them], sampling_metadata, True)
+        if len(at_drafts):
+            out[at_drafts] = self.apply_logits_processors(out[at_drafts], sampling_metadata, metadata)
         return out
 
 

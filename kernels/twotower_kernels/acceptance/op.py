@@ -21,6 +21,9 @@ NEXT_TOKEN_DRAW = ACCEPT_DRAW + 1
 
 PLACEHOLDER = -1
 
+# Logits that are sampled from at once: about 1 GiB of working memory.
+MOST_LOGITS = 1 << 25
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,6 +44,10 @@ class Sampling:
     min_p: Tensor | None
     seeds: Tensor
     positions: Tensor
+
+    def of(self, requests: slice) -> Sampling:
+        """The same for some of the requests."""
+        return Sampling(*(None if value is None else value[requests] for value in vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,44 @@ def accept(
         sampling: parameters per request; a token is excluded by min-p, then top-k, then top-p.
         rule: for requests above temperature 0.
     """
+    most_drafts = max(num_draft_tokens, default=0)
+    parts, row, draft = [], 0, 0
+    for requests in _parts(num_draft_tokens, logits.shape[-1], sampling):
+        counts = num_draft_tokens[requests]
+        rows, drafts = slice(row, row + sum(counts) + len(counts)), slice(draft, draft + sum(counts))
+        part = sampling.of(requests)
+        parts.append(_accept(logits[rows], draft_token_ids[drafts], counts, most_drafts, part, rule))
+        row, draft = rows.stop, drafts.stop
+    if len(parts) == 1:
+        return parts[0]
+    return Accepted(torch.cat([part.token_ids for part in parts]), torch.cat([part.num_accepted for part in parts]))
+
+
+def _parts(num_draft_tokens: Sequence[int], vocab_size: int, sampling: Sampling) -> list[slice]:
+    """Requests that are taken together: sorting and noise need many times the memory of the logits."""
+    if sampling.temperature is None:
+        return [slice(0, len(num_draft_tokens))]
+    parts, start, num_rows = [], 0, 0
+    for request, count in enumerate(num_draft_tokens):
+        if num_rows and (num_rows + count + 1) * vocab_size > MOST_LOGITS:
+            parts.append(slice(start, request))
+            start, num_rows = request, 0
+        num_rows += count + 1
+    return [*parts, slice(start, len(num_draft_tokens))]
+
+
+def _accept(
+    logits: Tensor,
+    draft_token_ids: Tensor,
+    num_draft_tokens: Sequence[int],
+    most_drafts: int,
+    sampling: Sampling,
+    rule: Rule,
+) -> Accepted:
+    """`accept` for all requests at once, into rows for `most_drafts` drafts."""
     device = logits.device
     counts = torch.tensor(num_draft_tokens, dtype=torch.int64, device=device)
-    layout = _Layout.of(counts, max(num_draft_tokens, default=0))
+    layout = _Layout.of(counts, most_drafts)
     drafts = torch.full((len(logits),), PLACEHOLDER, dtype=torch.int64, device=device)
     drafts[layout.is_draft_row] = draft_token_ids.to(torch.int64)
     picks = logits.argmax(dim=-1)
@@ -191,7 +233,7 @@ def _scores(logits: Tensor, request: Tensor, sampling: Sampling) -> Tensor:
         probs = torch.softmax(ordered, dim=-1)
         before = probs.cumsum(dim=-1) - probs
         p = sampling.top_p[request, None]
-        out = out | ((before > p) & (rank > 0) & (p < 1))
+        out = out | ((before >= p) & (rank > 0) & (p < 1))
     return scores.masked_fill(torch.zeros_like(out).scatter_(1, order, out), -torch.inf)
 
 

@@ -61,6 +61,6 @@ def _filtered(scores: Tensor, request: int, sampling: Sampling) -> Tensor:
         ordered = probs[order]
         before = ordered.cumsum(0) - ordered
         for rank, token in enumerate(order):
-            if rank > 0 and float(before[rank]) > p:
+            if rank > 0 and float(before[rank]) >= p:
                 scores[token] = -torch.inf
     return scores
