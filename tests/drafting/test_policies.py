@@ -242,7 +242,7 @@ def test_under_load_drafting_steps_down_to_nothing_and_comes_back() -> None:
 
 
 def test_reading_long_prompts_for_short_texts_is_charged_to_drafting() -> None:
-    """Prompts of 2000 tokens, texts of 16: reading a prompt costs 0.2 s, what is drafted then brings 3 tokens a round."""
+    """Prompts of 2000 tokens take 0.2 s to read, texts have 16: what is drafted then brings 3 tokens a round."""
     policy, drafted = AdaptivePolicy([4]), []
     left, backlog = 0, 0
     for _ in range(4000):
@@ -279,3 +279,13 @@ def test_a_policy_gives_up_where_nobody_ever_gets_drafts() -> None:
         extend_s = 0.02 if plan else 0.0
         policy.observe(RoundOutcome(plan, [0, 0], [0, 0], torch.zeros(2, 0), [0, 0], 500, extend_s, 0.0, 0.01))
     assert sum(planned[100:]) < 0.2 * 200
+
+
+def test_a_block_size_that_was_slow_at_the_start_is_tried_again() -> None:
+    policy, world = AdaptivePolicy([4, 8]), World({4: 0.8, 8: 0.9})
+    usual = world.step_s
+    for _ in range(12):  # whatever else the machine does, it does it while 8 has its first rounds
+        world.step_s = 0.04 if policy._loads[1].num_rounds[4] >= 4 else usual
+        world.round(policy)
+    world.step_s = usual
+    assert sizes(policy, world, 600)[300:].count(8) > 0.8 * 300

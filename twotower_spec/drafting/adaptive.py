@@ -29,6 +29,8 @@ PRIOR_WEIGHT = 4.0
 MOST_STEPS_APART = 4
 # Rounds are forgotten at this rate: what a few hundred rounds ago was measured hardly counts.
 MEMORY = 0.998
+# What block sizes bring is forgotten sooner: one that was slow for a while, or while vLLM started, is tried again.
+ARM_MEMORY = 0.99
 COST_MEMORY = 0.9
 # Rounds that every block size gets before any is preferred, and how many standard errors doubt is worth after that.
 FIRST_ROUNDS = 4
@@ -57,7 +59,7 @@ class _Arm:
 
     def fade(self) -> None:
         """A round has gone by: what was measured before counts less, and doubt about it grows."""
-        self.rounds, self.tokens, self.squares = (x * MEMORY for x in (self.rounds, self.tokens, self.squares))
+        self.rounds, self.tokens, self.squares = (x * ARM_MEMORY for x in (self.rounds, self.tokens, self.squares))
 
     def add(self, tokens: float, seconds: float) -> None:
         """Counts a round."""
