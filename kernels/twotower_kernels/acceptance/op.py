@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -47,7 +47,8 @@ class Sampling:
 
     def of(self, requests: slice) -> Sampling:
         """The same for some of the requests."""
-        return Sampling(*(None if value is None else value[requests] for value in vars(self).values()))
+        chosen = {name: None if value is None else value[requests] for name, value in vars(self).items()}
+        return replace(self, **chosen)
 
 
 @dataclass(frozen=True)
