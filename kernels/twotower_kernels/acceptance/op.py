@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -47,8 +47,12 @@ class Sampling:
 
     def of(self, requests: slice) -> Sampling:
         """The same for some of the requests."""
-        chosen = {name: None if value is None else value[requests] for name, value in vars(self).items()}
-        return replace(self, **chosen)
+
+        def some(values: Tensor | None) -> Tensor | None:
+            return None if values is None else values[requests]
+
+        filters = some(self.temperature), some(self.top_k), some(self.top_p), some(self.min_p)
+        return Sampling(*filters, self.seeds[requests], self.positions[requests])
 
 
 @dataclass(frozen=True)
