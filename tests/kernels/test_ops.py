@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.builders import padding_mask
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT64
-from twotower_kernels.block_attention import attention, causal_mask, padding_mask
+from twotower_kernels.block_attention import attention, causal_mask
 from twotower_kernels.block_attention.reference import attention_reference
 from twotower_kernels.experts import grouped_experts, route
 from twotower_kernels.experts.reference import grouped_experts_reference, route_reference

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.support.builders import padding_mask
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
-from twotower_kernels.block_attention import attention, causal_mask, padding_mask
+from twotower_kernels.block_attention import attention, causal_mask
 from twotower_kernels.block_attention.reference import attention_reference
 from twotower_kernels.experts import grouped_experts, route
 from twotower_kernels.experts.reference import grouped_experts_reference, route_reference
@@ -52,10 +53,6 @@ def test_what_a_mask_hides_has_no_influence() -> None:
     expected = attention(query, key, value, mask)
     key[0, 4:], value[0, 4:] = 1e4, -1e4
     assert torch.equal(attention(query, key, value, mask), expected)
-
-
-def test_padding_mask_shows_the_first_keys_of_each_row() -> None:
-    assert padding_mask(torch.tensor([0, 2]), 3).tolist() == [[[0, 0, 0]], [[1, 1, 0]]]
 
 
 @pytest.mark.parametrize("num_groups", [1, 3])

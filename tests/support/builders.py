@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from twotower_spec import TwoTowerConfig, TwoTowerModel
 
@@ -52,3 +53,8 @@ def random_ids(length: int, seed: int = 0, vocab_size: int = 61) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     ids: list[int] = torch.randint(4, vocab_size, (length,), generator=generator).tolist()
     return ids
+
+
+def padding_mask(key_lens: Tensor, num_keys: int) -> Tensor:
+    """One mask for all queries of a row, which sees its first keys: bool [num_reqs, 1, num_keys]."""
+    return (torch.arange(num_keys) < key_lens[:, None])[:, None]

@@ -76,15 +76,3 @@ def causal_mask(prefix_lens: Tensor, num_queries: int, num_keys: int) -> Tensor:
     device = prefix_lens.device
     last_key = prefix_lens[:, None] + torch.arange(num_queries, device=device)
     return torch.arange(num_keys, device=device) <= last_key[:, :, None]
-
-
-def padding_mask(key_lens: Tensor, num_keys: int) -> Tensor:
-    """Every query of a row sees its first `key_lens` keys.
-
-    Args:
-        key_lens: int64 [num_reqs].
-
-    Returns:
-        bool [num_reqs, 1, num_keys].
-    """
-    return (torch.arange(num_keys, device=key_lens.device) < key_lens[:, None])[:, None]
