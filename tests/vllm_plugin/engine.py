@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_spec.demo.trio import held_out_prompts, trio_path
+from vllm_twotower.demo import systems
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512}
@@ -54,17 +55,8 @@ def run_engine(
 
 
 def engine_environment() -> dict[str, str]:
-    """For vLLM on a small CPU machine."""
-    return {
-        **os.environ,
-        "OMP_NUM_THREADS": "1",
-        # Engines of tests that run side by side would all be bound to the same core.
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
-    }
+    """As the demo has it, and all of the log."""
+    return {**os.environ, **systems.engine_environment(), "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def _run(order: str, environment: dict[str, str], timeout_s: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy,
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
 from twotower_spec.generation.result import PhaseTimes
-from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.sampling import Sampler, signed_seed
 from twotower_spec.generation.unmasking import PublishedSchedule
 from twotower_spec.state import ContextState
 from twotower_spec.state.block_context import BlockContext, BlockWorkspace
@@ -360,7 +360,7 @@ class BlockDrafter:
         """One block for every request that is ready, the others' rows empty."""
         denoiser = self.towers.denoiser
         device = denoiser.device
-        own_seeds = [_signed(seeds[request_id]) for request_id in drafted]
+        own_seeds = [signed_seed(seeds[request_id]) for request_id in drafted]
         starts = torch.tensor([len(rows[request_id]) for request_id in drafted], device=device)
         if self.noise == "private":
             own_seeds = [seed ^ PRIVATE_SEED for seed in own_seeds]
@@ -468,8 +468,3 @@ class BlockDrafter:
             config = DiffusionConfig(block_size, mask_token_id=self.towers.config.mask_token_id)
             self._denoisers[block_size] = BlockDenoiser(self.towers.denoiser, config, self.num_token_ids, self.sampler)
         return self._denoisers[block_size]
-
-
-def _signed(seed: int) -> int:
-    """A seed as a signed 64-bit integer, whatever it was."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -15,14 +15,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from twotower_kernels.acceptance import ACCEPT_DRAW, NEXT_TOKEN_DRAW
 from twotower_kernels.noise import gumbel_noise, uniform_noise
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.sampling import Sampler
-
-# Draws of the noise; 0 is the target's own sample (coupled rule, and generation without drafts).
-LENGTH_DRAW = 1 << 16
-NEXT_TOKEN_DRAW = LENGTH_DRAW + 1
 
 
 @dataclass(frozen=True)
@@ -152,7 +149,7 @@ class RejectingRule(ABC):
             return Verdict(draft.num_draft_tokens, (target[:, 0].log() + noise).argmax(dim=-1).tolist())
         self.require_exact(draft.provenance, sampler)
         lengths = self.length_probs(target.double(), draft)
-        uniform = uniform_noise(seeds, positions, LENGTH_DRAW, 1).double()
+        uniform = uniform_noise(seeds, positions, ACCEPT_DRAW, 1).double()
         # Rounding may leave the sum short of 1; a length that cannot be is not reached by it.
         numbers = torch.arange(lengths.shape[1], device=lengths.device)
         longest = torch.where(lengths > 0, numbers, 0).amax(dim=1)

@@ -84,3 +84,8 @@ def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, min_p:
         beyond[..., 1:] = reached[..., :-1]
         logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
     return logits
+
+
+def signed_seed(seed: int) -> int:
+    """A seed as a signed 64-bit integer, whatever it was."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

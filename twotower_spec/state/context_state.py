@@ -345,7 +345,7 @@ class ContextState:
         Raises:
             StateFullError: the requests of this call do not fit together.
         """
-        increments = {rid: tokens_from(row, self.continue_or_restart(rid, row)) for rid, row in rows.items()}
+        increments = {rid: row[self.continue_or_restart(rid, row) :] for rid, row in rows.items()}
         return self.advance_by(tower, increments, token_budget)
 
     def advance_by(

@@ -10,7 +10,7 @@ import importlib
 import inspect
 import re
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from types import ModuleType
@@ -29,12 +29,16 @@ __all__ = [
     "rejection_sampler_runs_without_drafts",
     "vllm_version",
     "warning_text",
+    "wrap_once",
 ]
 
 # The wheels in which `python -m vllm_twotower.check_wheel` has found every hook, oldest first.
 CHECKED_VERSIONS = ("0.25.1", "0.30.0", "0.32.0", "0.33.0")
 
 Stage = Literal["routing", "worker"]
+
+# An attribute of what stands in the place of a function of vLLM.
+_MARK = "_twotower_hook"
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
@@ -279,6 +283,16 @@ def accepts(signature: inspect.Signature, names: Sequence[str]) -> bool:
         other for other in parameters[len(names) :] if other.default is other.empty and other.kind not in variadic
     ]
     return not names or (len(parameters) >= len(names) and not demanded)
+
+
+def wrap_once(owner: Any, name: str, wrapper: Callable[[Any], Any]) -> None:
+    """Puts `wrapper(stock)` in the place of a function of a class or module of vLLM; a second time changes nothing."""
+    stock = getattr(owner, name)
+    if not hasattr(stock, _MARK):
+        wrapped = wrapper(stock)
+        setattr(wrapped, _MARK, True)
+        is_static = isinstance(vars(owner).get(name), staticmethod)
+        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
 
 
 def vllm_version() -> str:

@@ -10,15 +10,15 @@ from typing import Any, Literal, get_args
 from twotower_kernels.acceptance import Rule
 from twotower_spec.config import TORCH_DTYPES, DiffusionConfig, check_integer
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
+from twotower_spec.drafting.drafter import DEFAULT_NUM_TOKENS, FirstToken
 from twotower_spec.errors import ArgumentError
+from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
 
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
-FirstToken = Literal["context", "denoiser"]
 
 DEFAULT_BLOCK_SIZE = 16
 SMALLEST_ADAPTIVE_BLOCK = 4
 MOST_DEFAULT_SLOTS = 64
-DEFAULT_TOKENS_PER_SLOT = 2048
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TwoTowerSettings:
     dtype: str | None = None
     pool_requests: int | None = None
     pool_tokens: int | None = None
-    prefill_budget: int = 2048
+    prefill_budget: int = DEFAULT_TOKEN_BUDGET
     pad_drafts: bool | None = None
     log_interval_s: float = 10.0
     num_token_ids: int | None = None
@@ -138,7 +138,7 @@ class TwoTowerSettings:
     def pool_size(self, max_num_seqs: int, max_model_len: int) -> tuple[int, int]:
         """Requests and tokens that the pool holds."""
         requests = self.pool_requests or min(max_num_seqs, MOST_DEFAULT_SLOTS)
-        tokens = self.pool_tokens or requests * min(max_model_len, DEFAULT_TOKENS_PER_SLOT)
+        tokens = self.pool_tokens or requests * min(max_model_len, DEFAULT_NUM_TOKENS)
         return requests, tokens
 
     def pads_drafts(self, vllm_config: Any) -> bool:

@@ -12,20 +12,13 @@ import torch
 from torch import Tensor
 from vllm.v1.sample import rejection_sampler
 
-_MARK = "_twotower_fix"
+from vllm_twotower.compat import wrap_once
 
 
 def install() -> None:
     """Replaces the two functions in vLLM's module, once."""
-    if hasattr(rejection_sampler.expand_batch_to_tokens, _MARK):
-        return
-    _replace("expand_batch_to_tokens", _expanding(rejection_sampler.expand_batch_to_tokens))
-    _replace("apply_sampling_constraints", _not_on_nothing(rejection_sampler.apply_sampling_constraints))
-
-
-def _replace(name: str, function: Any) -> None:
-    setattr(function, _MARK, True)
-    setattr(rejection_sampler, name, function)
+    wrap_once(rejection_sampler, "expand_batch_to_tokens", _expanding)
+    wrap_once(rejection_sampler, "apply_sampling_constraints", _not_on_nothing)
 
 
 def _expanding(stock: Any) -> Any:

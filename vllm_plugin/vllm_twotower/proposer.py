@@ -18,11 +18,10 @@ from twotower_spec.drafting import BlockDrafter, DraftBlock
 from twotower_spec.errors import TwoTowerError
 from twotower_spec.model import TwoTowerModel
 from vllm_twotower import runner_hooks
-from vllm_twotower.config import TwoTowerSettings
 from vllm_twotower.metrics import DrafterStats, log_line, stats_path
 from vllm_twotower.request_state import RowsByContent, gone, usable_drafts
-from vllm_twotower.requirements import check_requirements, with_checkpoint_defaults
-from vllm_twotower.routing import KNOBS
+from vllm_twotower.requirements import check_requirements, settings_from
+from vllm_twotower.routing import knobs_in
 from vllm_twotower.sampler import TwoTowerRejectionSampler
 
 logger = init_logger("vllm.twotower.proposer")
@@ -53,9 +52,8 @@ class TwoTowerProposer:
             TwoTowerError: the settings are refused.
         """
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
-        knobs = _knobs(vllm_config.additional_config)
         self.settings = check_requirements(
-            with_checkpoint_defaults(TwoTowerSettings.from_knobs(knobs), knobs.get("block_size")),
+            settings_from(knobs_in(vllm_config.additional_config)),
             self.num_speculative_tokens,
             vllm_config.model_config,
             vllm_config.parallel_config,
@@ -71,7 +69,7 @@ class TwoTowerProposer:
         self._runner: Any = None
         self._rows_by_content = RowsByContent()
         self._scheduled: Mapping[str, Sequence[int]] = {}
-        self._step_start = self._round_end = time.perf_counter()
+        self._round_end = time.perf_counter()
         self._block: DraftBlock | None = None
         self._failures = Counter[str]()
         self._failed_in_row = self._pause = 0
@@ -103,7 +101,6 @@ class TwoTowerProposer:
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step; never raises."""
-        self._step_start = time.perf_counter()
         self._scheduled = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
         if self._runner is not runner:
             self._runner = runner
@@ -301,8 +298,3 @@ def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: 
         row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
         for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
     ]
-
-
-def _knobs(additional_config: Any) -> dict[str, Any]:
-    knobs = additional_config.get(KNOBS) if isinstance(additional_config, Mapping) else None
-    return dict(knobs or {})

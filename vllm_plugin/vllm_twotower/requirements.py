@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -18,15 +19,18 @@ from vllm_twotower.config import DEFAULT_BLOCK_SIZE, TwoTowerSettings
 logger = logging.getLogger("vllm.twotower")
 
 
-def with_checkpoint_defaults(settings: TwoTowerSettings, given: object) -> TwoTowerSettings:
-    """Takes the block size from config.json where no knob names one and the checkpoint does.
+def settings_from(knobs: Mapping[str, Any]) -> TwoTowerSettings:
+    """Settings from knobs; the block size from config.json where no knob names one and the checkpoint does.
 
     Raises:
+        ArgumentError: a knob is refused.
         ConfigError: there is no TwoTower configuration.
     """
+    settings = TwoTowerSettings.from_knobs(knobs)
+    if knobs.get("block_size") is not None:
+        return settings
     config = TwoTowerConfig.from_pretrained(settings.model, settings.revision)
-    block_size = config.unknown_fields.get("block_size", DEFAULT_BLOCK_SIZE)
-    return replace(settings, block_size=block_size) if given is None else settings
+    return replace(settings, block_size=config.unknown_fields.get("block_size", DEFAULT_BLOCK_SIZE))
 
 
 def check_requirements(

@@ -21,8 +21,6 @@ PROPOSER_PATHS = (PROPOSER, "vllm_twotower.proposer.TwoTowerProposer")
 METHOD = "twotower"
 KNOBS = "twotower"
 
-_MARK = "_twotower_hook"
-
 logger = logging.getLogger("vllm.twotower")
 
 
@@ -43,18 +41,9 @@ def install() -> None:
             (compat.SAMPLING_PARAMS, "SamplingParams", "_validate_spec_decode", _lenient),
         ):
             if f"{owner}.{name}" not in absent:
-                _wrap(getattr(importlib.import_module(module), owner), name, wrapper)
+                compat.wrap_once(getattr(importlib.import_module(module), owner), name, wrapper)
     except Exception:
         logger.warning("twotower-spec could not hook into this vLLM, which goes on without it.", exc_info=True)
-
-
-def _wrap(owner: Any, name: str, wrapper: Any) -> None:
-    stock = getattr(owner, name)
-    if not hasattr(stock, _MARK):
-        wrapped = wrapper(stock)
-        setattr(wrapped, _MARK, True)
-        is_static = isinstance(vars(owner).get(name), staticmethod)
-        setattr(owner, name, staticmethod(wrapped) if is_static else wrapped)
 
 
 def _routing(stock: Any) -> Any:
@@ -114,15 +103,14 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     if not _is_ours(given):
         return
     from vllm_twotower import metrics
-    from vllm_twotower.config import TwoTowerSettings
-    from vllm_twotower.requirements import check_requirements, with_checkpoint_defaults
+    from vllm_twotower.requirements import check_requirements, settings_from
 
-    knobs = {**_knobs(engine_args.additional_config), **_knobs(given)}
+    knobs = {**knobs_in(engine_args.additional_config), **knobs_in(given)}
     given.pop(KNOBS, None)
     if given.get("model") not in PROPOSER_PATHS:
         revision = given.pop("revision", None)
         knobs = {"model": given.get("model"), "revision": revision, **knobs}
-    settings = with_checkpoint_defaults(TwoTowerSettings.from_knobs(knobs), knobs.get("block_size"))
+    settings = settings_from(knobs)
     num_speculative_tokens = given.get("num_speculative_tokens") or settings.block_size
     settings = check_requirements(settings, num_speculative_tokens, model_config, parallel_config)
     knobs |= {"block_size": settings.block_size, "num_token_ids": settings.num_token_ids}
@@ -161,7 +149,7 @@ def _is_import_path(model: str) -> bool:
     return "." in model and all(part.isidentifier() for part in model.split(".")) and not Path(model).exists()
 
 
-def _knobs(holder: Any) -> dict[str, Any]:
+def knobs_in(holder: Any) -> dict[str, Any]:
     """Content of `"twotower": {...}`; a copy.
 
     Raises:

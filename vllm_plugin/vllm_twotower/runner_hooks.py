@@ -16,8 +16,6 @@ from vllm_twotower.sampler import TwoTowerRejectionSampler
 
 logger = init_logger("vllm.twotower.runner_hooks")
 
-_MARK = "_twotower_hook"
-
 
 def install() -> bool:
     """Wraps `GPUModelRunner.execute_model` and puts our rejection sampler into its module, once.
@@ -36,19 +34,11 @@ def install() -> bool:
     if on_cpu:
         cpu_fixes.install()
     gpu_model_runner.RejectionSampler = TwoTowerRejectionSampler
-    _wrap("execute_model", announcing_steps)
-    if not compat.rejection_sampler_runs_without_drafts():
-        _wrap("_sample", sampling_without_drafts)
-    return True
-
-
-def _wrap(name: str, wrapper: Any) -> None:
     runner_class = gpu_model_runner.GPUModelRunner
-    stock = getattr(runner_class, name)
-    if not hasattr(stock, _MARK):
-        wrapped = wrapper(stock)
-        setattr(wrapped, _MARK, True)
-        setattr(runner_class, name, wrapped)
+    compat.wrap_once(runner_class, "execute_model", announcing_steps)
+    if not compat.rejection_sampler_runs_without_drafts():
+        compat.wrap_once(runner_class, "_sample", sampling_without_drafts)
+    return True
 
 
 def announcing_steps(stock: Any) -> Any:

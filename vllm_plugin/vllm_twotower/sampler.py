@@ -13,6 +13,7 @@ from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import Rule, Sampling, accept, filtered_logits
+from twotower_spec.generation.sampling import signed_seed
 
 logger = init_logger("vllm.twotower.sampler")
 
@@ -115,7 +116,7 @@ class _RequestBatch:
         params = [runner.requests[request_id].sampling_params for request_id in request_ids]
         engine_seed = runner.vllm_config.model_config.seed
         seeds = [
-            own_seed(engine_seed, request_id) if one.seed is None else signed(one.seed)
+            own_seed(engine_seed, request_id) if one.seed is None else signed_seed(one.seed)
             for request_id, one in zip(request_ids, params, strict=True)
         ]
         min_p = [one.min_p for one in params]
@@ -145,11 +146,6 @@ def own_seed(engine_seed: int | None, request_id: str) -> int:
     """Seed of a request that brings none: the same on all ranks, another one for every request."""
     digest = hashlib.blake2b(f"{engine_seed}:{request_id}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def signed(seed: int) -> int:
-    """A seed as a signed 64-bit integer."""
-    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def _has_processors(sampling_metadata: Any) -> bool:
