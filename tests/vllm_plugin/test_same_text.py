@@ -59,7 +59,7 @@ def test_with_room_for_all(num_speculative_tokens: int, knobs: dict[str, Any], w
     facts = found["facts"]
     assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["vllm_accepted"] == facts["accepted"]
-    assert facts["held"] <= 1  # what has ended is forgotten with the next step
+    assert facts["held"] <= 1  # what ended before the last request is forgotten
 
 
 @pytest.mark.parametrize(("num_speculative_tokens", "knobs"), DRAFTING[1:])
