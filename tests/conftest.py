@@ -1,4 +1,12 @@
+import shutil
+
 import pytest
+
+from tests.support.interpreter import interpret_kernels
+
+# Before any test imports a kernel. With a driver the kernels run on the device instead.
+if shutil.which("nvidia-smi") is None:
+    interpret_kernels()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

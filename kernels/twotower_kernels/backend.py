@@ -1,0 +1,49 @@
+"""The one place that asks what the device can run."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache, wraps
+from importlib.util import find_spec
+from typing import Concatenate, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# "torch" in this variable leaves the Triton kernels aside everywhere, to compare or to look for a fault.
+SWITCH = "TWOTOWER_KERNELS"
+
+
+def use_triton(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether an op on `x` runs its Triton kernel: on CUDA, where Triton is installed, unless switched off.
+
+    Where a gradient is wanted of `x` or of other arguments it is PyTorch's turn: no kernel has a backward pass.
+    """
+    return x.is_cuda and _triton_wanted() and not _wants_gradient(x, *others)
+
+
+def _wants_gradient(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+
+
+@cache
+def _triton_wanted() -> bool:
+    chosen = os.environ.get(SWITCH, "auto")
+    if chosen not in ("auto", "torch"):
+        raise ValueError(f"{SWITCH}={chosen} is not allowed; give auto or torch")
+    return chosen == "auto" and find_spec("triton") is not None
+
+
+def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
+    """Makes the device of the first argument current for a function that launches: Triton takes the current one."""
+
+    @wraps(launch)
+    def guarded(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.cuda.device_of(x):
+            return launch(x, *args, **kwargs)
+
+    return guarded

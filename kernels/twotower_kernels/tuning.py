@@ -1,0 +1,59 @@
+"""Block sizes and warps of every kernel, from the table in its folder; nothing is searched for while serving.
+
+`python -m benchmarks.tune` writes the tables.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TypedDict
+
+Settings = dict[str, int]
+
+TABLE = "tuned.json"
+
+
+class Table(TypedDict):
+    """Contents of a table.
+
+    Attributes:
+        chosen_by: how its settings were chosen, and on which hardware.
+        kernels: settings of every kernel of the op, by name: `constexpr` arguments, `num_warps`, `num_stages`.
+    """
+
+    chosen_by: str
+    kernels: dict[str, Settings]
+
+
+_tried: dict[tuple[str, str], Settings] = {}
+
+
+def settings(op: str, kernel: str) -> Settings:
+    """Arguments that a launch of `kernel` of the op in folder `op` is given."""
+    return _tried.get((op, kernel)) or read_table(op)["kernels"][kernel]
+
+
+@contextmanager
+def trying(op: str, kernel: str, candidate: Settings) -> Iterator[None]:
+    """Launches take the candidate's settings inside: for the tuner and for tests."""
+    _tried[op, kernel] = candidate
+    try:
+        yield
+    finally:
+        del _tried[op, kernel]
+
+
+def table_path(op: str) -> Path:
+    """Where the table of an op is."""
+    return Path(__file__).parent / op / TABLE
+
+
+@cache
+def read_table(op: str) -> Table:
+    """The table of an op."""
+    table: Table = json.loads(table_path(op).read_text())
+    return table
