@@ -1,16 +1,33 @@
-"""Norm and modulation. Inside a norm everything is float32 (float64 for float64 inputs), as published."""
+"""Norm, modulation and gates. Inside a norm everything is float32 (float64 for float64 inputs), as published."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower_kernels.backend import use_triton
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide, in the dtype of `x`."""
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    if x.dtype == wide:
-        return F.rms_norm(x, weight.shape, weight.to(wide), eps)
-    return F.rms_norm(x.to(wide), weight.shape, weight.to(wide), eps).to(x.dtype)
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide, in the dtype of `x`.
+
+    Args:
+        x: [..., hidden], any strides; the kernel copies it where its rows have no common step or its channels do not
+            lie side by side. So it is for every activation below.
+        weight: [hidden].
+        eps: added to the mean square.
+
+    Returns:
+        [..., hidden].
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    _check_weight(x, weight)
+    if _in_triton(x, weight):
+        from twotower_kernels.time_modulation.kernel import NORM, launch_norm
+
+        return launch_norm(x, None, None, weight, eps, x.dtype, NORM)
+    return _rms_norm(x, weight, eps)
 
 
 def modulate_then_norm(
@@ -20,20 +37,141 @@ def modulate_then_norm(
 
     Args:
         x: [num_reqs, num_tokens, hidden].
-        shift, scale_plus_one: [num_reqs, hidden].
+        shift, scale_plus_one: [num_reqs, hidden], or [1, hidden] for all alike; of one dtype.
         weight: [hidden].
+        eps: added to the mean square.
         dtype: dtype of the mixer's input.
+
+    Returns:
+        [num_reqs, num_tokens, hidden] in `dtype`.
+
+    Raises:
+        ValueError: shapes or dtypes do not fit.
     """
-    return rms_norm((x * scale_plus_one[:, None] + shift[:, None]).to(dtype), weight, eps)
+    _check_weight(x, weight)
+    _check_modulation(x, shift, scale_plus_one)
+    if _in_triton(x, shift, scale_plus_one, weight):
+        from twotower_kernels.time_modulation.kernel import MODULATE_THEN_NORM, launch_norm
+
+        return launch_norm(x, shift, scale_plus_one, weight, eps, dtype, MODULATE_THEN_NORM)
+    return _rms_norm(_modulate(x, shift, scale_plus_one).to(dtype), weight, eps)
 
 
 def norm_then_modulate(
     x: Tensor, shift: Tensor, scale_plus_one: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    """Input of an expert or MLP layer: the norm first, then the modulation. Arguments as `modulate_then_norm`."""
-    return rms_norm(x.to(dtype), weight, eps) * scale_plus_one[:, None] + shift[:, None]
+    """Input of an expert or MLP layer: the norm first, then the modulation. Arguments as `modulate_then_norm`.
+
+    Returns:
+        [num_reqs, num_tokens, hidden] in the wider of `dtype` and the modulation's dtype.
+    """
+    _check_weight(x, weight)
+    _check_modulation(x, shift, scale_plus_one)
+    if _in_triton(x, shift, scale_plus_one, weight):
+        from twotower_kernels.time_modulation.kernel import NORM_THEN_MODULATE, launch_norm
+
+        return launch_norm(x, shift, scale_plus_one, weight, eps, dtype, NORM_THEN_MODULATE)
+    return _modulate(_rms_norm(x.to(dtype), weight, eps), shift, scale_plus_one)
 
 
 def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """`residual + gate * x` with one gate row [num_reqs, hidden] per request; the gate has no `1 +`."""
+    """`residual + gate * x` with one gate row per request; the gate has no `1 +`.
+
+    Args:
+        residual, x: [num_reqs, num_tokens, hidden].
+        gate: [num_reqs, hidden], or [1, hidden] for all alike.
+
+    Returns:
+        [num_reqs, num_tokens, hidden] in the widest dtype of the three.
+
+    Raises:
+        ValueError: shapes do not fit.
+    """
+    if residual.shape != x.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)} and x {tuple(x.shape)}; give them one shape")
+    _check_request_rows(x, gate, "gate")
+    if _in_triton(x, residual, gate):
+        from twotower_kernels.time_modulation.kernel import launch_gated_residual
+
+        return launch_gated_residual(residual, x, gate)
     return residual + gate[:, None] * x
+
+
+def gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
+    """What enters the output projection of a Mamba-2 layer: `rms_norm(scanned * silu(gate))` per group of channels.
+
+    Args:
+        scanned: [..., channels], the scan's output; rounded to the dtype of `gate` first, as published.
+        gate: [..., channels].
+        weight: [channels].
+        num_groups: divides channels; consecutive channels make a group.
+        eps: added to the mean square of a group.
+
+    Returns:
+        [..., channels] in the dtype of `gate`; everything in between is wide.
+
+    Raises:
+        ValueError: shapes do not fit.
+
+    Source: modeling_nemotron_h.py, MambaRMSNormGated.
+    """
+    _check_weight(gate, weight)
+    if scanned.shape != gate.shape:
+        raise ValueError(f"scanned is {tuple(scanned.shape)} and gate {tuple(gate.shape)}; give them one shape")
+    if gate.shape[-1] % num_groups:
+        raise ValueError(f"num_groups {num_groups} does not divide {gate.shape[-1]} channels; give a divisor")
+    if _in_triton(gate, scanned, weight):
+        from twotower_kernels.time_modulation.kernel import launch_gated_group_norm
+
+        return launch_gated_group_norm(scanned, gate, weight, num_groups, eps)
+    dtype, wide = gate.dtype, _wide(gate.dtype)
+    if dtype != wide:
+        scanned, gate = scanned.to(dtype).to(wide), gate.to(wide)
+    groups = F.silu(gate).mul_(scanned).unflatten(-1, (num_groups, -1))
+    normed = F.rms_norm(groups, groups.shape[-1:], eps=eps)
+    return normed.mul_(weight.unflatten(0, (num_groups, -1))).flatten(-2).to(dtype)
+
+
+def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    wide = _wide(x.dtype)
+    if x.dtype == wide:
+        return F.rms_norm(x, weight.shape, weight.to(wide), eps)
+    return F.rms_norm(x.to(wide), weight.shape, None, eps).mul_(weight).to(x.dtype)
+
+
+def _modulate(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tensor:
+    # The product is new and at least as wide as the shift: the sum may take its place.
+    return (x * scale_plus_one[:, None]).add_(shift[:, None])
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _in_triton(x: Tensor, *others: Tensor) -> bool:
+    # The kernels add up in float32.
+    return use_triton(x, *others) and x.dtype != torch.float64
+
+
+def _check_weight(x: Tensor, weight: Tensor) -> None:
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight is {tuple(weight.shape)} and the last axis of x {x.shape[-1]}; give them one size")
+
+
+def _check_modulation(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> None:
+    _check_request_rows(x, shift, "shift")
+    if shift.shape != scale_plus_one.shape or shift.dtype != scale_plus_one.dtype:
+        raise ValueError(
+            f"shift is {tuple(shift.shape)} {shift.dtype} and scale_plus_one {tuple(scale_plus_one.shape)} "
+            f"{scale_plus_one.dtype}; give them one shape and dtype"
+        )
+
+
+def _check_request_rows(x: Tensor, modulation: Tensor, name: str) -> None:
+    """A row per request, or one for all."""
+    num_reqs, _, hidden = x.shape
+    num_rows, width = modulation.shape
+    if width != hidden or num_rows not in (1, num_reqs):
+        raise ValueError(
+            f"{name} is {tuple(modulation.shape)} and x {tuple(x.shape)}; give {(num_reqs, hidden)} or {(1, hidden)}"
+        )

@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower_kernels.block_scan import ScanWeights
 from twotower_kernels.linear import linear
+from twotower_kernels.time_modulation import gated_group_norm
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, taps_first
 
@@ -51,13 +51,7 @@ class Mamba2(nn.Module):
 
     def output(self, scanned: Tensor, gate: Tensor) -> Tensor:
         """Gated norm and output projection: [..., d_inner] twice to [..., hidden]."""
-        # The scan's result is rounded to the model's dtype before the gate, the norm itself is computed wide.
-        dtype, wide = gate.dtype, accumulation_dtype(gate.dtype)
-        if dtype != wide:
-            scanned, gate = scanned.to(dtype).to(wide), gate.to(wide)
-        groups = (scanned * F.silu(gate)).unflatten(-1, (self.num_groups, -1))
-        normed = F.rms_norm(groups, groups.shape[-1:], eps=self.eps).flatten(-2) * self.norm
-        return linear(normed.to(dtype), self.out_proj)
+        return linear(gated_group_norm(scanned, gate, self.norm, self.num_groups, self.eps), self.out_proj)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""

@@ -1,0 +1,308 @@
+"""Norms, modulation and gates in Triton: one program per row, which it reads and writes once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.backend import on_its_device
+from twotower_kernels.compilation import Variant
+from twotower_kernels.tuning import Settings, settings
+
+OP = "time_modulation"
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+# What `norm_kernel` does, its argument ORDER.
+NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE = "norm", "modulate, norm", "norm, modulate"
+
+# Without it a product and a sum become one operation, rounded once: PyTorch rounds both.
+LAUNCH = {"enable_fp_fusion": False}
+
+
+@triton.jit
+def rounded(x, DTYPE: tl.constexpr):
+    """float32 values as they are after a result of `DTYPE` was stored."""
+    return x.to(DTYPE).to(tl.float32)
+
+
+@triton.jit
+def load_wide(row, channel, WIDTH: tl.constexpr):
+    """One row as float32, zeros behind."""
+    return tl.load(row + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def unit_rms(x, eps, WIDTH: tl.constexpr):
+    """`x / sqrt(mean(x^2) + eps)` of a row of `WIDTH` float32 numbers with zeros behind."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def norm_kernel(
+    x,  # [num_rows, HIDDEN], num_rows = num_reqs * num_tokens
+    shift,  # [num_reqs, HIDDEN]; None without modulation, as are all that belong to it
+    scale_plus_one,  # [num_reqs, HIDDEN]
+    weight,  # [HIDDEN]
+    out,  # [num_rows, HIDDEN], contiguous
+    num_tokens,
+    x_stride,
+    shift_stride,  # 0 where one row serves all requests
+    scale_stride,
+    eps,
+    ORDER: tl.constexpr,
+    NORM_DTYPE: tl.constexpr,  # of what enters the norm and leaves it
+    MODULATED_DTYPE: tl.constexpr,  # of the modulation's product and sum
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    # Everything is asked for before the sum over the row, at which all threads wait.
+    y = load_wide(x + row * x_stride, channel, HIDDEN)
+    w = load_wide(weight, channel, HIDDEN)
+    if ORDER != "norm":
+        # Divided before it is widened: a division of int64 numbers is a long subroutine.
+        request = (tl.program_id(0) // num_tokens).to(tl.int64)
+        added = load_wide(shift + request * shift_stride, channel, HIDDEN)
+        factor = load_wide(scale_plus_one + request * scale_stride, channel, HIDDEN)
+    if ORDER == "modulate, norm":
+        y = rounded(rounded(y * factor, MODULATED_DTYPE) + added, MODULATED_DTYPE)
+    y = unit_rms(rounded(y, NORM_DTYPE), eps, HIDDEN) * w
+    if ORDER == "norm, modulate":
+        y = rounded(rounded(y, NORM_DTYPE) * factor, MODULATED_DTYPE) + added
+    tl.store(out + row * HIDDEN + channel, y, mask=channel < HIDDEN)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def gated_residual_kernel(
+    residual,  # [num_rows, HIDDEN], num_rows = num_reqs * num_tokens
+    x,  # [num_rows, HIDDEN]
+    gate,  # [num_reqs, HIDDEN]
+    out,  # [num_rows, HIDDEN], contiguous
+    num_tokens,
+    residual_stride,
+    x_stride,
+    gate_stride,  # 0 where one row serves all requests
+    PRODUCT_DTYPE: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    request = (tl.program_id(0) // num_tokens).to(tl.int64)
+    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    product = load_wide(gate + request * gate_stride, channel, HIDDEN) * load_wide(x + row * x_stride, channel, HIDDEN)
+    total = load_wide(residual + row * residual_stride, channel, HIDDEN) + rounded(product, PRODUCT_DTYPE)
+    tl.store(out + row * HIDDEN + channel, total, mask=channel < HIDDEN)
+
+
+@triton.jit
+def gated_group_norm_kernel(
+    scanned,  # [num_rows, num_groups * WIDTH]
+    gate,  # [num_rows, num_groups * WIDTH]
+    weight,  # [num_groups * WIDTH]
+    out,  # [num_rows, num_groups * WIDTH], contiguous
+    scanned_stride,
+    gate_stride,
+    eps,
+    DTYPE: tl.constexpr,  # of gate and out
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row, group = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    channel = tl.arange(0, BLOCK)
+    first = group * WIDTH
+    y = rounded(load_wide(scanned + row * scanned_stride + first, channel, WIDTH), DTYPE)
+    z = load_wide(gate + row * gate_stride + first, channel, WIDTH)
+    w = load_wide(weight + first, channel, WIDTH)
+    y = unit_rms(y * (z / (1 + tl.exp(-z))), eps, WIDTH) * w
+    tl.store(out + (row * tl.num_programs(1) + group) * WIDTH + channel, y, mask=channel < WIDTH)
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., width] as [num_rows, width], channels contiguous; copied only where strides allow no such view."""
+    rows = x.reshape(-1, x.shape[-1])
+    return rows if rows.stride(-1) == 1 else rows.contiguous()
+
+
+def request_rows(modulation: Tensor) -> tuple[Tensor, int]:
+    """[num_reqs or 1, hidden], channels contiguous, and the step from one request's row to the next."""
+    rows = as_rows(modulation)
+    return rows, rows.stride(0) if len(rows) > 1 else 0
+
+
+@on_its_device
+def launch_norm(
+    x: Tensor,
+    shift: Tensor | None,
+    scale_plus_one: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    order: str,
+) -> Tensor:
+    """The norms of op.py, by `order`. Arguments as there; the plain norm takes `dtype` of `x` and no modulation."""
+    rows, modulated_dtype, shift_stride, scale_stride = as_rows(x), dtype, 0, 0
+    if shift is not None and scale_plus_one is not None:
+        modulated_dtype = torch.promote_types(x.dtype if order == MODULATE_THEN_NORM else dtype, shift.dtype)
+        (shift, shift_stride), (scale_plus_one, scale_stride) = request_rows(shift), request_rows(scale_plus_one)
+    out = torch.empty(x.shape, dtype=modulated_dtype if order == NORM_THEN_MODULATE else dtype, device=x.device)
+    norm_kernel[(len(rows),)](
+        rows,
+        shift,
+        scale_plus_one,
+        weight.contiguous(),
+        out,
+        1 if order == NORM else x.shape[1],
+        rows.stride(0),
+        shift_stride,
+        scale_stride,
+        eps,
+        ORDER=order,
+        NORM_DTYPE=TRITON_DTYPES[dtype],
+        MODULATED_DTYPE=TRITON_DTYPES[modulated_dtype],
+        HIDDEN=rows.shape[1],
+        BLOCK=triton.next_power_of_2(rows.shape[1]),
+        **settings(OP, "norm"),
+        **LAUNCH,
+    )
+    return out
+
+
+@on_its_device
+def launch_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
+    """`gated_residual` of op.py."""
+    residual_rows, x_rows, (gate_rows, gate_stride) = as_rows(residual), as_rows(x), request_rows(gate)
+    product_dtype = torch.promote_types(gate.dtype, x.dtype)
+    out = torch.empty(x.shape, dtype=torch.promote_types(residual.dtype, product_dtype), device=x.device)
+    num_rows, hidden = x_rows.shape
+    chosen = settings(OP, "gated_residual")
+    gated_residual_kernel[(num_rows, triton.cdiv(hidden, chosen["BLOCK"]))](
+        residual_rows,
+        x_rows,
+        gate_rows,
+        out,
+        x.shape[1],
+        residual_rows.stride(0),
+        x_rows.stride(0),
+        gate_stride,
+        PRODUCT_DTYPE=TRITON_DTYPES[product_dtype],
+        HIDDEN=hidden,
+        **chosen,
+        **LAUNCH,
+    )
+    return out
+
+
+@on_its_device
+def launch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
+    """`gated_group_norm` of op.py."""
+    scanned_rows, gate_rows = as_rows(scanned), as_rows(gate)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    width = gate.shape[-1] // num_groups
+    gated_group_norm_kernel[(len(gate_rows), num_groups)](
+        scanned_rows,
+        gate_rows,
+        weight.contiguous(),
+        out,
+        scanned_rows.stride(0),
+        gate_rows.stride(0),
+        eps,
+        DTYPE=TRITON_DTYPES[gate.dtype],
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        **settings(OP, "gated_group_norm"),
+        **LAUNCH,
+    )
+    return out
+
+
+CANDIDATES: dict[str, list[Settings]] = {
+    "norm": [{"num_warps": warps, "num_stages": 1} for warps in (4, 8, 16)],
+    "gated_residual": [
+        {"BLOCK": block, "num_warps": warps, "num_stages": 1} for block in (512, 1024, 2048) for warps in (2, 4, 8)
+    ],
+    "gated_group_norm": [{"num_warps": warps, "num_stages": 1} for warps in (1, 2, 4)],
+}
+
+# Of the released model: the residual stream, and a group of a Mamba-2 layer's channels.
+HIDDEN_SIZE, GROUP_WIDTH = 2688, 512
+
+# Triton types of a model's weights and of its residual stream.
+MODELS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
+
+
+def variants() -> list[Variant]:
+    """Each kernel for the models that are served."""
+    orders = (NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE)
+    return [
+        *(_norm_variant(order, model, stream) for order in orders for model, stream in MODELS),
+        *(_gated_residual_variant(model, stream) for model, stream in MODELS),
+        *(_gated_group_norm_variant(model) for model in ("bf16", "fp32")),
+    ]
+
+
+def _norm_variant(order: str, model: str, stream: str) -> Variant:
+    normed = stream if order == NORM else model
+    modulated = stream if order == MODULATE_THEN_NORM else normed
+    shift_and_scale = ("shift", "scale_plus_one")
+    return _variant(
+        f"{order}: {model}, stream {stream}",
+        norm_kernel,
+        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"}
+        | ({} if order == NORM else dict.fromkeys(shift_and_scale, f"*{model}")),
+        ("x_stride", "shift_stride", "scale_stride"),
+        (dict.fromkeys(shift_and_scale) if order == NORM else {})
+        | {"ORDER": order, "NORM_DTYPE": tl.dtype(normed), "MODULATED_DTYPE": tl.dtype(modulated)}
+        | {"HIDDEN": HIDDEN_SIZE, "BLOCK": triton.next_power_of_2(HIDDEN_SIZE)},
+        settings(OP, "norm"),
+    )
+
+
+def _gated_residual_variant(model: str, stream: str) -> Variant:
+    return _variant(
+        f"gated residual: {model}, stream {stream}",
+        gated_residual_kernel,
+        {"residual": f"*{stream}", "x": f"*{model}", "gate": f"*{model}", "out": f"*{stream}"},
+        ("residual_stride", "x_stride", "gate_stride"),
+        {"PRODUCT_DTYPE": tl.dtype(model), "HIDDEN": HIDDEN_SIZE},
+        settings(OP, "gated_residual"),
+    )
+
+
+def _gated_group_norm_variant(model: str) -> Variant:
+    return _variant(
+        f"gated group norm: {model}",
+        gated_group_norm_kernel,
+        {"scanned": "*fp32", "gate": f"*{model}", "weight": f"*{model}", "out": f"*{model}", "eps": "fp32"},
+        ("scanned_stride", "gate_stride"),
+        {"DTYPE": tl.dtype(model), "WIDTH": GROUP_WIDTH, "BLOCK": triton.next_power_of_2(GROUP_WIDTH)},
+        settings(OP, "gated_group_norm"),
+    )
+
+
+def _variant(
+    name: str,
+    function: Any,
+    signature: dict[str, str],
+    strides: tuple[str, ...],
+    constants: dict[str, Any],
+    chosen: Settings,
+) -> Variant:
+    """A variant with strides that are multiples of 16, and the settings of its launch."""
+    blocks = {key: value for key, value in chosen.items() if key not in ("num_warps", "num_stages")}
+    counts = {"num_tokens": "i32"} if "num_tokens" in function.arg_names else {}
+    return Variant(
+        name,
+        function,
+        signature | dict.fromkeys(strides, "i32") | counts,
+        constants | blocks,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+        aligned=(*(key for key, kind in signature.items() if kind.startswith("*")), *strides),
+        options=LAUNCH,
+    )
