@@ -1,5 +1,5 @@
 """Mixture of experts for few tokens: routing, and the squared-ReLU experts that tokens chose."""
 
-from twotower_kernels.experts.op import grouped_experts, route
+from twotower_kernels.experts.op import grouped_experts, route, route_tokens
 
-__all__ = ["grouped_experts", "route"]
+__all__ = ["grouped_experts", "route", "route_tokens"]

@@ -1,14 +1,50 @@
 """Routing and experts over all tokens at once; experts that nobody chose are not touched."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from twotower_kernels.backend import use_triton
 from twotower_kernels.linear import linear
+
+# What the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # With more experts than this per choice of a token, computing all of them costs more than it saves.
 MOST_EXPERTS_PER_CHOICE = 2
 # Up to this many tokens a CPU reads weights for longer than it multiplies with them.
 MOST_TOKENS_BY_ALL_EXPERTS = 8
+
+
+def route_tokens(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Chooses and weighs experts for tokens; logits, scores and weights are float64, whatever `x` and `router` are.
+
+    Args:
+        x: [num_tokens, hidden].
+        router: [num_experts, hidden].
+        bias, top_k, num_groups, top_groups, normalise, scale: as `route` takes them.
+
+    Returns:
+        Expert ids int64 [num_tokens, top_k] and their weights float64 [num_tokens, top_k].
+
+    Source: the two-tower release, whose router is float64; otherwise as `route`.
+    """
+    if _on_kernels(x, router, bias):
+        from twotower_kernels.experts.kernel import launch_route_tokens
+
+        _check_choice(router.shape[0], bias, top_k, num_groups, top_groups)
+        return launch_route_tokens(x, router, bias, top_k, num_groups, top_groups, normalise, scale)
+    scores = F.linear(x.double(), router.double()).sigmoid()
+    return _chosen(scores, bias, top_k, num_groups, top_groups, normalise, scale)
 
 
 def route(
@@ -26,10 +62,24 @@ def route(
         scale: factor on all weights.
 
     Returns:
-        Expert ids int64 [num_tokens, top_k] and their weights in the dtype of `scores`.
+        Expert ids int64 [num_tokens, top_k], in no particular order within a token, and their weights in the dtype of
+        `scores`. Of experts, and of groups, with equal corrected scores the lower ids go first on a GPU; on a CPU
+        torch.topk picks any.
 
     Source: DeepSeek-V3 (2024), section 2.1.2; modeling_nemotron_h.py, NemotronHTopkRouter.
     """
+    if _on_kernels(scores, bias):
+        from twotower_kernels.experts.kernel import launch_choose
+
+        _check_choice(scores.shape[1], bias, top_k, num_groups, top_groups)
+        return launch_choose(scores[None], False, bias, top_k, num_groups, top_groups, normalise, scale)
+    return _chosen(scores, bias, top_k, num_groups, top_groups, normalise, scale)
+
+
+def _chosen(
+    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """`route` in PyTorch."""
     choice = scores + bias
     if num_groups > 1:
         grouped = choice.unflatten(-1, (num_groups, -1))
@@ -43,19 +93,72 @@ def route(
     return expert_ids, weights * scale
 
 
-def grouped_experts(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+def grouped_experts(
+    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None = None
+) -> Tensor:
     """Weighted sum of `down(relu(up(x))^2)` over the experts each token chose.
 
     Args:
         x: [num_tokens, hidden].
         up: [num_experts, width, hidden]; any strides.
         down: [num_experts, hidden, width]; any strides.
-        expert_ids: int64 [num_tokens, top_k], distinct within a token.
+        expert_ids: int64 [num_tokens, top_k], distinct within a token, each in [0, num_experts).
         expert_weights: [num_tokens, top_k]; the sum over experts runs in this dtype (float64 as published).
+        shared: [num_tokens, hidden], output of a shared expert; added unscaled to the sum once that is rounded.
 
     Returns:
         [num_tokens, hidden] in the dtype of `x`.
     """
+    tensors = (x, up, down, expert_weights, *(() if shared is None else (shared,)))
+    if _on_kernels(*tensors) and x.dtype in KERNEL_DTYPES:
+        from twotower_kernels.experts.kernel import launch_grouped_experts
+
+        _check_experts(x, up, down, expert_ids, expert_weights, shared)
+        return launch_grouped_experts(x, up, down, expert_ids, expert_weights, shared)
+    routed = _routed_sum(x, up, down, expert_ids, expert_weights)
+    return routed if shared is None else routed + shared
+
+
+def _on_kernels(x: Tensor, *others: Tensor) -> bool:
+    """Whether the kernels may take these inputs: they know neither gradients nor autocast."""
+    return use_triton(x, *others) and not torch.is_autocast_enabled(x.device.type)
+
+
+def _check_choice(num_experts: int, bias: Tensor, top_k: int, num_groups: int, top_groups: int) -> None:
+    """The kernel reads by these sizes, and would read beyond its inputs if they contradicted each other."""
+    if bias.shape != (num_experts,):
+        raise ValueError(f"bias has shape {tuple(bias.shape)}; give one number for each of {num_experts} experts")
+    if not 1 <= top_k <= num_experts:
+        raise ValueError(f"top_k {top_k} is not allowed with {num_experts} experts; give 1 to {num_experts}")
+    if num_groups == 1:
+        return
+    if num_experts % num_groups or num_experts < 2 * num_groups:
+        raise ValueError(f"{num_groups} groups do not share {num_experts} experts; give a divisor, of two or more each")
+    if not 1 <= top_groups <= num_groups:
+        raise ValueError(f"top_groups {top_groups} is not allowed with {num_groups} groups; give 1 to {num_groups}")
+
+
+def _check_experts(
+    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
+) -> None:
+    """As `_check_choice`."""
+    (num_tokens, hidden), (num_experts, width, _) = x.shape, up.shape
+    if up.shape[2] != hidden or down.shape != (num_experts, hidden, width):
+        shapes = f"x {tuple(x.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
+        raise ValueError(
+            f"{shapes} do not fit; give [tokens, hidden], [experts, width, hidden], [experts, hidden, width]"
+        )
+    if not x.dtype == up.dtype == down.dtype:
+        raise ValueError(f"x is {x.dtype}, up {up.dtype} and down {down.dtype}; give one dtype")
+    if expert_ids.shape != expert_weights.shape or expert_ids.shape[0] != num_tokens:
+        shapes = f"expert_ids {tuple(expert_ids.shape)}, expert_weights {tuple(expert_weights.shape)}"
+        raise ValueError(f"{shapes} do not fit; give one row for each of {num_tokens} tokens")
+    if shared is not None and (shared.shape != x.shape or shared.dtype != x.dtype):
+        raise ValueError(f"shared is {shared.dtype} {tuple(shared.shape)}; give {x.dtype} {tuple(x.shape)}, as x is")
+
+
+def _routed_sum(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
+    """`grouped_experts` without a shared expert, by the PyTorch path that is fastest for its sizes."""
     num_tokens, top_k = expert_ids.shape
     if torch.is_autocast_enabled(x.device.type) and up.shape[0] <= MOST_EXPERTS_PER_CHOICE * top_k:
         return _one_wide_mlp(x, up, down, expert_ids, expert_weights)

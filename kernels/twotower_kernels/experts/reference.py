@@ -4,19 +4,37 @@ import torch
 from torch import Tensor
 
 
+def route_tokens_reference(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """What `route_tokens` computes. Same arguments and results."""
+    scores = 1 / (1 + torch.exp(-(x.double() @ router.double().T)))
+    return route_reference(scores, bias.double(), top_k, num_groups, top_groups, normalise, scale)
+
+
 def route_reference(
     scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """What `route` computes, token by token. Same arguments and results."""
+    """What `route` computes, token by token. Same arguments and results.
+
+    Of equal corrected scores the lower id goes first: a stable sort keeps their order.
+    """
     ids, weights = [], []
     for token_scores in scores:
         choice = token_scores + bias
         if num_groups > 1:
             groups = choice.view(num_groups, -1)
             group_scores = groups.topk(2, dim=-1).values.sum(-1)
-            kept = set(group_scores.topk(top_groups).indices.tolist())
+            kept = set(group_scores.sort(descending=True, stable=True).indices[:top_groups].tolist())
             choice = torch.stack([g if i in kept else torch.zeros_like(g) for i, g in enumerate(groups)]).flatten()
-        chosen = choice.topk(top_k).indices
+        chosen = choice.sort(descending=True, stable=True).indices[:top_k]
         weight = token_scores[chosen]
         if normalise:
             weight = weight / (weight.sum() + 1e-20)
@@ -26,7 +44,7 @@ def route_reference(
 
 
 def grouped_experts_reference(
-    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor
+    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None = None
 ) -> Tensor:
     """What `grouped_experts` computes, token by token. Same arguments and result."""
     output = expert_weights.new_zeros(x.shape)
@@ -34,4 +52,5 @@ def grouped_experts_reference(
         for expert, weight in zip(ids, weights, strict=True):
             hidden = torch.relu(up[expert] @ x[token]).square()
             output[token] += weight * (down[expert] @ hidden).to(weight.dtype)
-    return output.to(x.dtype)
+    routed = output.to(x.dtype)
+    return routed if shared is None else routed + shared

@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower_kernels.experts import grouped_experts, route
+from twotower_kernels.experts import grouped_experts, route_tokens
 from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
@@ -55,16 +54,15 @@ class MixtureOfExperts(nn.Module):
         if tokens.shape[0] == 0:
             return x
         expert_ids, expert_weights = self.route(tokens)
-        routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights)
-        out: Tensor = routed.view_as(x) + self.shared(x)
-        return out
+        shared = self.shared(x).flatten(0, -2)
+        return grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared).view_as(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and float64 weights [num_tokens, top_k] of tokens [num_tokens, hidden]."""
-        scores = F.linear(tokens.double(), self.router.double()).sigmoid()
-        return route(
-            scores,
-            self.score_correction.double(),
+        return route_tokens(
+            tokens,
+            self.router,
+            self.score_correction,
             top_k=self.top_k,
             num_groups=self.num_groups,
             top_groups=self.top_groups,

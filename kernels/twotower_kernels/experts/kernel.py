@@ -1,0 +1,637 @@
+"""Triton kernels of routing and of the experts that tokens chose. No launch waits for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.backend import on_its_device
+from twotower_kernels.compilation import Variant
+from twotower_kernels.tuning import Settings, settings
+
+# Up to this many tokens router logits are made in parts along the hidden dimension: cuBLAS would give the float64
+# product of a few tokens to a handful of processors, after two launches that widen its operands.
+MOST_TOKENS_IN_PARTS = 1024
+# Ranking compares every pair with every other; beyond this many a sort costs less.
+MOST_PAIRS_BY_RANK = 8192
+# Nothing here rests on the order of a product and a sum, and a float32 product without tensor cores on their fusion.
+LAUNCH = {"enable_fp_fusion": True}
+# Average number of tokens an expert has up to which a kind of product is used; see `kind_of_product`.
+FEW_ROWS, SOME_ROWS = 8, 64
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def router_logits(
+    x_ptr,  # [num_tokens, HIDDEN]
+    router_ptr,  # [NUM_EXPERTS, HIDDEN]
+    parts_ptr,  # float64 [cdiv(HIDDEN, PART), num_tokens, NUM_EXPERTS]
+    num_tokens,
+    x_token_stride,
+    x_hidden_stride,
+    router_expert_stride,
+    router_hidden_stride,
+    HIDDEN: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    PART: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_EXPERTS: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """Products of one part of the hidden dimension; their sum over the parts is the logits."""
+    part = tl.program_id(2).to(tl.int64)
+    tokens = tl.program_id(0).to(tl.int64) * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    experts = tl.program_id(1).to(tl.int64) * BLOCK_EXPERTS + tl.arange(0, BLOCK_EXPERTS)
+    token_exists, expert_exists = tokens < num_tokens, experts < NUM_EXPERTS
+    logits = tl.zeros((BLOCK_TOKENS, BLOCK_EXPERTS), tl.float64)
+    for start in range(0, PART, BLOCK_HIDDEN):
+        within = start + tl.arange(0, BLOCK_HIDDEN)
+        hidden = part * PART + within
+        exists = (within < PART) & (hidden < HIDDEN)
+        x = tl.load(
+            x_ptr + tokens[:, None] * x_token_stride + hidden[None, :] * x_hidden_stride,
+            mask=token_exists[:, None] & exists[None, :],
+            other=0.0,
+        )
+        router = tl.load(
+            router_ptr + hidden[:, None] * router_hidden_stride + experts[None, :] * router_expert_stride,
+            mask=exists[:, None] & expert_exists[None, :],
+            other=0.0,
+        )
+        # The interpreter knows no other way from bfloat16.
+        wide = x.to(tl.float32) if x.dtype == tl.bfloat16 else x
+        logits = tl.dot(wide.to(tl.float64), router.to(tl.float64), logits, out_dtype=tl.float64)
+    tl.store(
+        parts_ptr + (part * num_tokens + tokens[:, None]) * NUM_EXPERTS + experts[None, :],
+        logits,
+        mask=token_exists[:, None] & expert_exists[None, :],
+    )
+
+
+@triton.jit
+def choose_experts(
+    scores_ptr,  # [NUM_PARTS, num_tokens, NUM_GROUPS * GROUP_SIZE]: scores, or parts of logits
+    bias_ptr,  # [NUM_GROUPS * GROUP_SIZE]
+    expert_ids_ptr,  # int64 [num_tokens, TOP_K]
+    expert_weights_ptr,  # [num_tokens, TOP_K]
+    part_stride,
+    token_stride,
+    expert_stride,
+    NUM_PARTS: tl.constexpr,
+    FROM_LOGITS: tl.constexpr,
+    NUM_GROUPS: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    TOP_GROUPS: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    SCALE: tl.constexpr,
+    BLOCK_GROUPS: tl.constexpr,
+    BLOCK_MEMBERS: tl.constexpr,
+    BLOCK_SLOTS: tl.constexpr,
+):
+    """Expert ids and weights of one token; of equal corrected scores the lower id goes first."""
+    token = tl.program_id(0).to(tl.int64)
+    groups, members = tl.arange(0, BLOCK_GROUPS), tl.arange(0, BLOCK_MEMBERS)
+    experts = groups[:, None] * GROUP_SIZE + members[None, :]
+    exists = (groups[:, None] < NUM_GROUPS) & (members[None, :] < GROUP_SIZE)
+    score_ptrs = scores_ptr + token * token_stride + experts.to(tl.int64) * expert_stride
+    scores = tl.load(score_ptrs, mask=exists, other=0.0)
+    for part in tl.static_range(1, NUM_PARTS):
+        scores += tl.load(score_ptrs + part * part_stride, mask=exists, other=0.0)
+    if FROM_LOGITS:
+        scores = 1.0 / (1.0 + tl.exp(-scores))
+
+    choice = scores + tl.load(bias_ptr + experts, mask=exists, other=0.0)
+    # NaN equals nothing, and then the searches below would find no expert; torch.topk too takes it for the largest.
+    choice = tl.where(choice != choice, float("inf"), choice)
+    if NUM_GROUPS > 1:
+        eligible = tl.where(exists, choice, float("-inf"))
+        best = tl.max(eligible, axis=1)
+        best_member = tl.min(tl.where(eligible == best[:, None], members[None, :], BLOCK_MEMBERS), axis=1)
+        second = tl.max(tl.where(members[None, :] == best_member[:, None], float("-inf"), eligible), axis=1)
+        group_scores, closed = best + second, groups < NUM_GROUPS
+        for _ in tl.static_range(TOP_GROUPS):
+            highest = tl.max(tl.where(closed, group_scores, float("-inf")))
+            group = tl.min(tl.where(closed & (group_scores == highest), groups, BLOCK_GROUPS))
+            closed = closed & (groups != group)
+        choice = tl.where(closed[:, None], 0.0, choice)
+
+    slots = tl.arange(0, BLOCK_SLOTS)
+    chosen_ids, weights = tl.zeros((BLOCK_SLOTS,), tl.int64), tl.zeros((BLOCK_SLOTS,), tl.float64)
+    for slot in tl.static_range(TOP_K):
+        highest = tl.max(tl.where(exists, choice, float("-inf")))
+        chosen = tl.min(tl.where(exists & (choice == highest), experts, NUM_GROUPS * GROUP_SIZE))
+        # Padding of a group bears the ids of the next one.
+        weight = tl.sum(tl.where(exists & (experts == chosen), scores, 0.0)).to(tl.float64)
+        chosen_ids = tl.where(slots == slot, chosen, chosen_ids)
+        weights = tl.where(slots == slot, weight, weights)
+        exists = exists & (experts != chosen)
+    if NORMALISE:
+        weights = weights / (tl.sum(weights) + 1e-20)
+    places, wanted = token * TOP_K + slots, slots < TOP_K
+    tl.store(expert_ids_ptr + places, chosen_ids, mask=wanted)
+    tl.store(expert_weights_ptr + places, weights * SCALE, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["num_pairs"])
+def rank_pairs(
+    expert_ids_ptr,  # int64 [num_pairs], a token's experts together
+    order_ptr,  # int32 [num_pairs], pairs ordered by expert
+    expert_ends_ptr,  # int32 [NUM_EXPERTS], the place in that order where an expert's pairs end
+    num_pairs,
+    NUM_EXPERTS: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    """Places of pairs in the order (expert, pair): each counts the pairs before it.
+
+    Behind the pairs stand the experts as items of their own, each after all of its pairs.
+    """
+    items = tl.program_id(0) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
+    is_pair = items < num_pairs
+    chosen = tl.load(expert_ids_ptr + items, mask=is_pair, other=0).to(tl.int32)
+    experts = tl.where(is_pair, chosen, items - num_pairs)
+    ranks = tl.zeros((BLOCK_ITEMS,), tl.int32)
+    for start in range(0, num_pairs, BLOCK_PAIRS):
+        others = start + tl.arange(0, BLOCK_PAIRS)
+        # The padding's expert is behind all others.
+        theirs = tl.load(expert_ids_ptr + others, mask=others < num_pairs, other=NUM_EXPERTS).to(tl.int32)
+        same_and_earlier = (theirs[None, :] == experts[:, None]) & (others[None, :] < items[:, None])
+        before = (theirs[None, :] < experts[:, None]) | same_and_earlier
+        ranks += tl.sum(before.to(tl.int32), axis=1)
+    tl.store(order_ptr + ranks, items, mask=is_pair)
+    is_expert = (items >= num_pairs) & (items < num_pairs + NUM_EXPERTS)
+    tl.store(expert_ends_ptr + (items - num_pairs), ranks, mask=is_expert)
+
+
+@triton.jit
+def grouped_product(
+    x_ptr,  # UP: [num_tokens, IN_FEATURES]; else [num_pairs, IN_FEATURES], rows ordered by expert
+    weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES]
+    out_ptr,  # [num_pairs, OUT_FEATURES]; UP: rows ordered by expert; else rows of a token together
+    expert_ids_ptr,  # int64 [num_pairs], of a single token; read unless ORDERED
+    order_ptr,  # int32 [num_pairs], from rank_pairs; read if ORDERED
+    expert_ends_ptr,  # int32 [NUM_EXPERTS], from rank_pairs; read if ORDERED
+    x_row_stride,
+    x_in_stride,
+    weight_expert_stride,
+    weight_out_stride,
+    weight_in_stride,
+    UP: tl.constexpr,
+    ORDERED: tl.constexpr,
+    TOP_K: tl.constexpr,
+    NUM_EXPERTS: tl.constexpr,
+    IN_FEATURES: tl.constexpr,
+    OUT_FEATURES: tl.constexpr,
+    EXPERT_RANGE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_OUT: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """`x @ weight[expert].T` of the rows of one expert; UP squares its positive part.
+
+    Programs share out the blocks of all experts, a block's columns in turn, so that rows and weights are found in the
+    cache; those beyond the last block end at once.
+    """
+    column_blocks: tl.constexpr = (OUT_FEATURES + BLOCK_OUT - 1) // BLOCK_OUT
+    block = tl.program_id(0) // column_blocks
+    if ORDERED:
+        experts = tl.arange(0, EXPERT_RANGE)
+        ends = tl.load(expert_ends_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
+        begins = tl.load(expert_ends_ptr + experts - 1, mask=(experts > 0) & (experts < NUM_EXPERTS), other=0)
+        blocks = tl.cdiv(ends - begins, BLOCK_ROWS)
+        blocks_before = tl.cumsum(blocks, 0) - blocks
+        is_mine = (blocks_before <= block) & (block < blocks_before + blocks)
+        expert = tl.sum(tl.where(is_mine, experts, 0)).to(tl.int64)
+        begin = tl.sum(tl.where(is_mine, begins + (block - blocks_before) * BLOCK_ROWS, 0))
+        end = tl.sum(tl.where(is_mine, ends, 0))
+        if end == 0:
+            return
+    else:
+        # The experts of one token are distinct: a block for each.
+        expert = tl.load(expert_ids_ptr + block).to(tl.int64)
+        begin = block
+        end = block + 1
+    places = begin + tl.arange(0, BLOCK_ROWS)
+    row_exists = places < end
+    if ORDERED:
+        pairs = tl.load(order_ptr + places, mask=row_exists, other=0)
+    else:
+        pairs = places
+    if UP:
+        rows_in, rows_out = pairs // TOP_K, places
+    else:
+        rows_in, rows_out = places, pairs
+
+    columns = tl.program_id(0) % column_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    column_exists = columns < OUT_FEATURES
+    within = tl.arange(0, BLOCK_IN)
+    x_ptrs = x_ptr + rows_in.to(tl.int64)[:, None] * x_row_stride + within.to(tl.int64)[None, :] * x_in_stride
+    weight_ptrs = (
+        weight_ptr
+        + expert * weight_expert_stride
+        + columns.to(tl.int64)[None, :] * weight_out_stride
+        + within.to(tl.int64)[:, None] * weight_in_stride
+    )
+    product = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
+    for start in range(0, IN_FEATURES, BLOCK_IN):
+        exists = within < IN_FEATURES - start
+        x = tl.load(x_ptrs, mask=row_exists[:, None] & exists[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=exists[:, None] & column_exists[None, :], other=0.0)
+        product = tl.dot(x, weight, product, input_precision="ieee")
+        x_ptrs += BLOCK_IN * x_in_stride
+        weight_ptrs += BLOCK_IN * weight_in_stride
+    if UP:
+        # Rounded where the separate product, ReLU and square round; a comparison lets NaN pass.
+        narrow = product.to(out_ptr.dtype.element_ty).to(tl.float32)
+        positive = tl.where(narrow < 0, 0.0, narrow)
+        product = positive * positive
+    out_ptrs = out_ptr + rows_out.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+    tl.store(out_ptrs, product.to(out_ptr.dtype.element_ty), mask=row_exists[:, None] & column_exists[None, :])
+
+
+@triton.jit
+def weigh_outputs(
+    outputs_ptr,  # [num_tokens * TOP_K, HIDDEN]
+    expert_weights_ptr,  # [num_tokens, TOP_K]
+    shared_ptr,  # [num_tokens, HIDDEN], or None
+    out_ptr,  # [num_tokens, HIDDEN]
+    weight_token_stride,
+    weight_slot_stride,
+    shared_token_stride,
+    shared_hidden_stride,
+    TOP_K: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    BLOCK_HIDDEN: tl.constexpr,
+):
+    """Sum over a token's experts, always in the same order, in the dtype of the weights."""
+    token = tl.program_id(0).to(tl.int64)
+    hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
+    exists = hidden < HIDDEN
+    total = tl.zeros((BLOCK_HIDDEN,), expert_weights_ptr.dtype.element_ty)
+    for slot in tl.static_range(TOP_K):
+        weight = tl.load(expert_weights_ptr + token * weight_token_stride + slot * weight_slot_stride)
+        output = tl.load(outputs_ptr + (token * TOP_K + slot) * HIDDEN + hidden, mask=exists, other=0.0)
+        # By way of float32, the interpreter's only way from bfloat16, and PyTorch's from float64 to it.
+        total += weight * output.to(tl.float32).to(total.dtype)
+    out = total.to(tl.float32).to(out_ptr.dtype.element_ty)
+    if shared_ptr is not None:
+        shared_ptrs = shared_ptr + token * shared_token_stride + hidden.to(tl.int64) * shared_hidden_stride
+        shared = tl.load(shared_ptrs, mask=exists, other=0.0).to(tl.float32)
+        out = (out.to(tl.float32) + shared).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + token * HIDDEN + hidden, out, mask=exists)
+
+
+@on_its_device
+def launch_route_tokens(
+    x: Tensor,
+    router: Tensor,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Arguments and results of `route_tokens`, in two launches for few tokens."""
+    (num_tokens, hidden), num_experts = x.shape, router.shape[0]
+    if num_tokens > MOST_TOKENS_IN_PARTS:
+        logits = F.linear(x.double(), router.double())
+        return launch_choose(logits[None], True, bias, top_k, num_groups, top_groups, normalise, scale)
+    tiles = settings("experts", "router_logits")
+    parts = x.new_empty((triton.cdiv(hidden, tiles["PART"]), num_tokens, num_experts), dtype=torch.float64)
+    grid = (
+        triton.cdiv(num_tokens, tiles["BLOCK_TOKENS"]),
+        triton.cdiv(num_experts, tiles["BLOCK_EXPERTS"]),
+        len(parts),
+    )
+    router_logits[grid](
+        x,
+        router,
+        parts,
+        num_tokens,
+        *x.stride(),
+        *router.stride(),
+        HIDDEN=hidden,
+        NUM_EXPERTS=num_experts,
+        **tiles,
+        **LAUNCH,
+    )
+    return launch_choose(parts, True, bias, top_k, num_groups, top_groups, normalise, scale)
+
+
+@on_its_device
+def launch_choose(
+    parts: Tensor,
+    from_logits: bool,
+    bias: Tensor,
+    top_k: int,
+    num_groups: int,
+    top_groups: int,
+    normalise: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Results of `route` from scores [1, num_tokens, num_experts], or from parts of their logits."""
+    num_parts, num_tokens, num_experts = parts.shape
+    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=parts.device)
+    expert_weights = parts.new_empty((num_tokens, top_k))
+    choose_experts[(num_tokens,)](
+        parts,
+        bias.contiguous(),
+        expert_ids,
+        expert_weights,
+        *parts.stride(),
+        NUM_PARTS=num_parts,
+        FROM_LOGITS=from_logits,
+        TOP_GROUPS=top_groups,
+        NORMALISE=normalise,
+        SCALE=scale,
+        **_choice_sizes(num_experts, num_groups, top_k),
+        **settings("experts", "choose_experts"),
+        **LAUNCH,
+    )
+    return expert_ids, expert_weights
+
+
+def _choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int]:
+    """Sizes of what one program of `choose_experts` holds."""
+    group_size = num_experts // num_groups
+    return {
+        "NUM_GROUPS": num_groups,
+        "GROUP_SIZE": group_size,
+        "TOP_K": top_k,
+        "BLOCK_GROUPS": triton.next_power_of_2(num_groups),
+        "BLOCK_MEMBERS": triton.next_power_of_2(group_size),
+        "BLOCK_SLOTS": triton.next_power_of_2(top_k),
+    }
+
+
+@on_its_device
+def launch_grouped_experts(
+    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
+) -> Tensor:
+    """Arguments and result of `grouped_experts`, for at least one token."""
+    (num_tokens, hidden), (num_experts, width), top_k = x.shape, up.shape[:2], expert_ids.shape[1]
+    num_pairs = num_tokens * top_k
+    kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype)
+    pairs = expert_ids.contiguous().view(-1)
+    ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts)
+    squares, outputs = x.new_empty((num_pairs, width)), x.new_empty((num_pairs, hidden))
+    _launch_product(kind, True, x, up, squares, pairs, ordering, top_k)
+    _launch_product(kind, False, squares, down, outputs, pairs, ordering, top_k)
+    out = x.new_empty((num_tokens, hidden))
+    tiles = settings("experts", "weigh_outputs")
+    weigh_outputs[(num_tokens, triton.cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
+        outputs,
+        expert_weights,
+        shared,
+        out,
+        *expert_weights.stride(),
+        *((0, 0) if shared is None else shared.stride()),
+        TOP_K=top_k,
+        HIDDEN=hidden,
+        **tiles,
+        **LAUNCH,
+    )
+    return out
+
+
+def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> str:
+    """Name of the settings that fit the number of rows that an expert has on average.
+
+    A single token needs no tensor cores, but takes the same kernel: reading weights is what takes the time, rows that
+    fill a block up are not loaded, and its products add up as they do among a few other tokens.
+    """
+    if dtype == torch.float32:
+        return "product_float32"
+    if num_tokens == 1:
+        return "product_one"
+    rows = num_tokens * top_k / num_experts
+    return f"product_{'few' if rows <= FEW_ROWS else 'some' if rows <= SOME_ROWS else 'many'}"
+
+
+def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Pairs ordered by expert, and where each expert's end.
+
+    Args:
+        expert_ids: int64 [num_pairs], contiguous.
+
+    Returns:
+        int32 [num_pairs]: pairs in the order of their experts, and in their own order within an expert.
+        int32 [num_experts]: the place in that order where the pairs of an expert end.
+    """
+    num_pairs = len(expert_ids)
+    if num_pairs > MOST_PAIRS_BY_RANK:
+        ordered_ids, order = expert_ids.sort(stable=True)
+        experts = torch.arange(num_experts, device=expert_ids.device)
+        return order.int(), torch.searchsorted(ordered_ids, experts, right=True, out_int32=True)
+    order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
+    expert_ends = expert_ids.new_empty(num_experts, dtype=torch.int32)
+    tiles = settings("experts", "rank_pairs")
+    grid = (triton.cdiv(num_pairs + num_experts, tiles["BLOCK_ITEMS"]),)
+    rank_pairs[grid](expert_ids, order, expert_ends, num_pairs, NUM_EXPERTS=num_experts, **tiles, **LAUNCH)
+    return order, expert_ends
+
+
+def _launch_product(
+    kind: str,
+    is_up: bool,
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    pairs: Tensor,
+    ordering: tuple[Tensor, Tensor] | None,
+    top_k: int,
+) -> None:
+    """Fills `out` [num_pairs, out_features]."""
+    num_experts, out_features, in_features = weight.shape
+    tiles = settings("experts", kind)
+    blocks = most_blocks(len(pairs), num_experts, tiles["BLOCK_ROWS"]) if ordering else len(pairs)
+    order, expert_ends = ordering or (pairs, pairs)
+    grouped_product[(blocks * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
+        x,
+        weight,
+        out,
+        pairs,
+        order,
+        expert_ends,
+        *x.stride(),
+        *weight.stride(),
+        UP=is_up,
+        ORDERED=ordering is not None,
+        TOP_K=top_k,
+        NUM_EXPERTS=num_experts,
+        IN_FEATURES=in_features,
+        OUT_FEATURES=out_features,
+        EXPERT_RANGE=triton.next_power_of_2(num_experts),
+        **tiles,
+        **LAUNCH,
+    )
+
+
+def most_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
+    """The most blocks of rows that any choice of experts makes; which ones it makes, the host does not know.
+
+    With v experts visited, the sum of ceil(count / rows) is at most (num_pairs + v (rows - 1)) / rows.
+    """
+    visited = min(num_pairs, num_experts)
+    return (num_pairs + visited * (block_rows - 1)) // block_rows
+
+
+def _products(rows: int, *tiles: tuple[int, int, int, int]) -> list[Settings]:
+    """Candidates from (BLOCK_OUT, BLOCK_IN, num_warps, num_stages)."""
+    return [
+        {"BLOCK_ROWS": rows, "BLOCK_OUT": outs, "BLOCK_IN": ins, "num_warps": warps, "num_stages": stages}
+        for outs, ins, warps, stages in tiles
+    ]
+
+
+_PRODUCTS: dict[str, list[Settings]] = {
+    "product_one": _products(
+        16, (16, 256, 4, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)
+    ),
+    "product_few": _products(
+        16, (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 5), (64, 64, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4)
+    )
+    + _products(16, (64, 128, 8, 4), (128, 128, 8, 5)),
+    "product_some": _products(32, (32, 128, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4))
+    + _products(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 4)),
+    "product_many": _products(64, (128, 64, 4, 4), (256, 64, 8, 3))
+    + _products(128, (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)),
+    "product_float32": _products(16, (32, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3)),
+}
+
+CANDIDATES: dict[str, list[Settings]] = {
+    "router_logits": [
+        {
+            "PART": part,
+            "BLOCK_TOKENS": 16,
+            "BLOCK_EXPERTS": experts,
+            "BLOCK_HIDDEN": 64,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+        for part, experts in ((128, 16), (192, 16), (384, 16), (192, 32), (384, 32))
+    ],
+    "choose_experts": [{"num_warps": w} for w in (1, 2, 4)],
+    "rank_pairs": [
+        {"BLOCK_ITEMS": i, "BLOCK_PAIRS": p, "num_warps": w} for i in (16, 32) for p in (128, 256) for w in (4, 8)
+    ],
+    "weigh_outputs": [{"BLOCK_HIDDEN": h, "num_warps": w} for h in (256, 512, 1024) for w in (2, 4)],
+    **_PRODUCTS,
+}
+
+
+def variants() -> list[Variant]:
+    """Specialisations for the released model: 128 experts of width 1856, 6 for a token, hidden 2688."""
+    return [
+        *(_router_variant(dtype) for dtype in ("bf16", "fp32")),
+        *(_choice_variant(dtype, num_groups) for dtype in ("logits", "fp64", "fp32") for num_groups in (1, 8)),
+        _ranking_variant(),
+        *(_product_variant(kind, is_up) for kind in _PRODUCTS for is_up in (True, False)),
+        *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
+    ]
+
+
+_EXPERTS, _TOP_K, _HIDDEN, _WIDTH = 128, 6, 2688, 1856
+
+
+def _variant(
+    name: str, function: Any, settings_name: str, signature: dict[str, str], constants: dict[str, Any]
+) -> Variant:
+    """A variant whose pointers and strides are all aligned, with the settings of the table."""
+    tiles = dict(settings("experts", settings_name))
+    launch = {option: tiles.pop(option) for option in ("num_warps", "num_stages") if option in tiles}
+    aligned = tuple(n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride"))
+    return Variant(name, function, signature, {**constants, **tiles}, aligned=aligned, options=LAUNCH, **launch)
+
+
+def _router_variant(dtype: str) -> Variant:
+    strides = {"x_token_stride": "i32", "router_expert_stride": "i32"}
+    return _variant(
+        f"router_logits {dtype}",
+        router_logits,
+        "router_logits",
+        {"x_ptr": f"*{dtype}", "router_ptr": "*fp32", "parts_ptr": "*fp64", "num_tokens": "i32", **strides},
+        {"x_hidden_stride": 1, "router_hidden_stride": 1, "HIDDEN": _HIDDEN, "NUM_EXPERTS": _EXPERTS},
+    )
+
+
+def _choice_variant(source: str, num_groups: int) -> Variant:
+    from_logits = source == "logits"
+    dtype = "fp64" if from_logits else source
+    num_parts = triton.cdiv(_HIDDEN, settings("experts", "router_logits")["PART"]) if from_logits else 1
+    return _variant(
+        f"choose_experts from {source}, {num_groups} groups",
+        choose_experts,
+        "choose_experts",
+        {
+            "scores_ptr": f"*{dtype}",
+            "bias_ptr": "*fp32",
+            "expert_ids_ptr": "*i64",
+            "expert_weights_ptr": f"*{dtype}",
+            "part_stride": "i32",
+            "token_stride": "i32",
+        },
+        {
+            "expert_stride": 1,
+            "NUM_PARTS": num_parts,
+            "FROM_LOGITS": from_logits,
+            "TOP_GROUPS": min(num_groups, 4),
+            "NORMALISE": True,
+            "SCALE": 2.5,
+            **_choice_sizes(_EXPERTS, num_groups, _TOP_K),
+        },
+    )
+
+
+def _ranking_variant() -> Variant:
+    pointers = {"expert_ids_ptr": "*i64", "order_ptr": "*i32", "expert_ends_ptr": "*i32"}
+    return _variant("rank_pairs", rank_pairs, "rank_pairs", {**pointers, "num_pairs": "i32"}, {"NUM_EXPERTS": _EXPERTS})
+
+
+def _product_variant(kind: str, is_up: bool) -> Variant:
+    dtype = "fp32" if kind == "product_float32" else "bf16"
+    index = "*i64" if kind == "product_one" else "*i32"  # a single token's pairs stand in for what it does not read
+    strides = {"x_row_stride": "i32", "weight_expert_stride": "i32", "weight_out_stride": "i32"}
+    return _variant(
+        f"{kind} {'up' if is_up else 'down'}",
+        grouped_product,
+        kind,
+        {
+            **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}"),
+            "expert_ids_ptr": "*i64",
+            "order_ptr": index,
+            "expert_ends_ptr": index,
+            **strides,
+        },
+        {
+            "x_in_stride": 1,
+            "weight_in_stride": 1,
+            "UP": is_up,
+            "ORDERED": kind != "product_one",
+            "TOP_K": _TOP_K,
+            "NUM_EXPERTS": _EXPERTS,
+            "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
+            "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
+            "EXPERT_RANGE": triton.next_power_of_2(_EXPERTS),
+        },
+    )
+
+
+def _sum_variant(dtype: str, with_shared: bool) -> Variant:
+    pointers = {"outputs_ptr": f"*{dtype}", "expert_weights_ptr": "*fp64", "out_ptr": f"*{dtype}"}
+    strides = {"weight_token_stride": "i32"}
+    constants: dict[str, Any] = {"weight_slot_stride": 1, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN}
+    if with_shared:
+        pointers["shared_ptr"] = f"*{dtype}"
+        strides["shared_token_stride"] = "i32"
+        constants |= {"shared_hidden_stride": 1}
+    else:
+        constants |= {"shared_ptr": None, "shared_token_stride": 0, "shared_hidden_stride": 0}
+    name = f"weigh_outputs {dtype}{', shared expert added' if with_shared else ''}"
+    return _variant(name, weigh_outputs, "weigh_outputs", {**pointers, **strides}, constants)
