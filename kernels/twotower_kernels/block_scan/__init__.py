@@ -1,5 +1,25 @@
 """A block of Mamba-2 tokens from a seeded state, convolution included, and replay of an accepted prefix."""
 
-from twotower_kernels.block_scan.op import ScanWeights, block_scan, replay_scan, sequence_scan
+from twotower_kernels.block_scan.long_scan import (
+    LongScan,
+    choose_long_scan,
+    mamba_ssm_scan,
+    register_long_scan,
+    scan_with,
+    varlen_scan,
+)
+from twotower_kernels.block_scan.op import ScanWeights, block_scan, replay_scan, sequence_scan, warm_up
 
-__all__ = ["ScanWeights", "block_scan", "replay_scan", "sequence_scan"]
+__all__ = [
+    "LongScan",
+    "ScanWeights",
+    "block_scan",
+    "choose_long_scan",
+    "mamba_ssm_scan",
+    "register_long_scan",
+    "replay_scan",
+    "scan_with",
+    "sequence_scan",
+    "varlen_scan",
+    "warm_up",
+]

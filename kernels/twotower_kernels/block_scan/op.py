@@ -1,4 +1,4 @@
-"""Public functions of the scan: checks, then the chunked matrix form (or one recurrence step for one token)."""
+"""Public functions of the scan: checks, then a kernel on CUDA, else the chunked matrix form in PyTorch."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower_kernels.backend import use_triton
+
 # Tokens per scan chunk: the matrix form costs chunk^2 per token pair, the loop over chunks is what remains sequential.
 SCAN_CHUNK = 64
+# From this many tokens on a library's scan, which works on all chunks at once, is asked for on CUDA; our kernel goes
+# through them one after the other. Not measured: below, the launches of a convolution in PyTorch alone take longer.
+LONG_SCAN = 512
 
 
 @dataclass(frozen=True)
@@ -44,13 +49,18 @@ def block_scan(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Runs a block of tokens through convolution and state-space recurrence, from a given state.
 
+    On CUDA a float32 state is scanned by our kernel, convolution included: in one launch up to 32 tokens, in one per 32
+    tokens beyond. From `LONG_SCAN` tokens on the recurrence is left to mamba-ssm or vLLM where one of them is there and
+    right, see `long_scan.py`. On a CPU, for float64 models and under autograd PyTorch does it, 64 tokens at a time.
+
     Args:
         u: [num_reqs, num_tokens, channels], raw inputs of the convolution; channels = x | B | C.
         delta: [num_reqs, num_tokens, heads], raw time steps.
         conv_state: [num_reqs, taps - 1, channels], the raw inputs before the block, oldest first. Not modified.
         ssm_state: [num_reqs, heads, head_dim, state_size], float32 (float64 for float64 models). Not modified.
         weights: parameters of the layer.
-        query_lens: int64 [num_reqs], valid tokens per row, or None if all are. Outputs beyond are undefined.
+        query_lens: int64 [num_reqs], valid tokens per row, or None if all are. Outputs beyond are undefined, but they
+            depend on nothing of other rows.
         return_state: whether the states after the block are computed.
 
     Returns:
@@ -63,8 +73,10 @@ def block_scan(
     Source: Mamba-2 (Dao & Gu 2024), section 6, the block decomposition of the semiseparable matrix.
     """
     _check(u, delta, conv_state, ssm_state, weights)
+    if _has_kernel(u, ssm_state):
+        return _block_scan_on_gpu(u, delta, conv_state, ssm_state, weights, query_lens, return_state)
     window = torch.cat([conv_state, u], dim=1)
-    x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, query_lens)
+    x, b, c, step = scan_inputs(u, delta, window, ssm_state, weights, query_lens)
     if u.shape[1] == 1:
         y, new_ssm = _one_token(x, b, c, step, ssm_state, weights)
     else:
@@ -74,7 +86,7 @@ def block_scan(
     y = y.flatten(2)
     if not return_state:
         return y, None, None
-    return y, _last_inputs(window, conv_state.shape[1], query_lens), new_ssm
+    return y, last_inputs(window, conv_state.shape[1], query_lens), new_ssm
 
 
 def sequence_scan(
@@ -92,7 +104,7 @@ def sequence_scan(
     """
     _check(u, delta, conv_state, ssm_state, weights)
     window = torch.cat([conv_state, u], dim=1)
-    x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, None)
+    x, b, c, step = scan_inputs(u, delta, window, ssm_state, weights, None)
     y, states = _chunked(x, b, c, step, ssm_state, weights, chunk=block_size, want_output=True, want_state=False)
     histories = window.unfold(1, conv_state.shape[1], block_size)[:, : len(states)].transpose(2, 3)
     return y.flatten(2), histories, torch.stack(states, dim=1)
@@ -116,11 +128,61 @@ def replay_scan(
         Convolution and SSM states, shaped like the inputs.
     """
     _check(u, delta, conv_state, ssm_state, weights)
+    if _has_kernel(u, ssm_state):
+        from twotower_kernels.block_scan.kernel import launch_scan
+
+        _, conv, ssm = launch_scan(
+            u, delta, conv_state, ssm_state, weights, num_accepted, want_output=False, want_state=True
+        )
+        assert conv is not None and ssm is not None
+        return conv, ssm
     window = torch.cat([conv_state, u], dim=1)
-    x, b, c, step = _scan_inputs(u, delta, window, ssm_state, weights, num_accepted)
+    x, b, c, step = scan_inputs(u, delta, window, ssm_state, weights, num_accepted)
     chunk = min(u.shape[1], SCAN_CHUNK)
     _, states = _chunked(x, b, c, step, ssm_state, weights, chunk, want_output=False, want_state=True)
-    return _last_inputs(window, conv_state.shape[1], num_accepted), states[-1]
+    return last_inputs(window, conv_state.shape[1], num_accepted), states[-1]
+
+
+def warm_up(device: torch.device, dtype: torch.dtype, head_dim: int, state_size: int) -> None:
+    """Chooses who runs long scans, before a request waits for it; nothing where no kernels run.
+
+    Args:
+        device, dtype: of the model.
+        head_dim, state_size: of its SSM states.
+    """
+    if dtype != torch.float64 and use_triton(torch.empty(0, device=device)):
+        from twotower_kernels.block_scan.long_scan import choose_long_scan
+
+        choose_long_scan(device, dtype, head_dim, state_size)
+
+
+def _has_kernel(u: Tensor, ssm_state: Tensor) -> bool:
+    return ssm_state.dtype == torch.float32 and use_triton(u)
+
+
+def _block_scan_on_gpu(
+    u: Tensor,
+    delta: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: ScanWeights,
+    query_lens: Tensor | None,
+    return_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    from twotower_kernels.block_scan.kernel import launch_scan
+
+    if u.shape[1] >= LONG_SCAN:
+        from twotower_kernels.block_scan.long_scan import choose_long_scan, scan_with
+
+        scan = choose_long_scan(u.device, u.dtype, *ssm_state.shape[2:])
+        if scan is not None:
+            y, conv, ssm = scan_with(scan, u, delta, conv_state, ssm_state, weights, query_lens)
+            return (y, conv, ssm) if return_state else (y, None, None)
+    output, new_conv, new_ssm = launch_scan(
+        u, delta, conv_state, ssm_state, weights, query_lens, want_output=True, want_state=return_state
+    )
+    assert output is not None
+    return output, new_conv, new_ssm
 
 
 def _check(u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights) -> None:
@@ -138,7 +200,7 @@ def _check(u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weig
         raise ValueError(f"delta is {tuple(delta.shape)}; expected {(num_reqs, num_tokens, heads)}")
 
 
-def _scan_inputs(
+def scan_inputs(
     u: Tensor, delta: Tensor, window: Tensor, ssm_state: Tensor, weights: ScanWeights, query_lens: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Convolution, SiLU and softplus: x [r, t, h, p], B and C [r, t, g, n], time step [r, t, h]; padding has step 0."""
@@ -173,7 +235,7 @@ def _convolution(window: Tensor, num_tokens: int, weights: ScanWeights, acc: tor
     return F.silu(mixed)
 
 
-def _last_inputs(window: Tensor, history: int, query_lens: Tensor | None) -> Tensor:
+def last_inputs(window: Tensor, history: int, query_lens: Tensor | None) -> Tensor:
     """The newest `history` valid rows of a window that starts with `history` earlier ones."""
     if query_lens is None:
         return window[:, window.shape[1] - history :]

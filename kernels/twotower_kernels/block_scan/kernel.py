@@ -1,0 +1,325 @@
+"""The scan in Triton: one program per request, head and part of a head; convolution and recurrence in one launch."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.backend import on_its_device
+from twotower_kernels.block_scan.op import ScanWeights
+from twotower_kernels.compilation import Variant
+from twotower_kernels.tuning import Settings, settings
+
+OP = "block_scan"
+
+# Three TF32 products make one float32 product on tensor cores; a single one would lose 13 bits of the state.
+PRECISION = "tf32x3"
+
+# Tokens of one launch: how many one program takes together. With 64 registers run out on sm_80.
+MOST_TOKENS = 32
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + exp(x)), to the last bits for any x: log1p(e) is 2 artanh(e / (2 + e)), and e <= 1 lets 8 terms do."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    square = s * s
+    series = 1.0 / 15 * square + 1.0 / 13
+    series = series * square + 1.0 / 11
+    series = series * square + 1.0 / 9
+    series = series * square + 1.0 / 7
+    series = series * square + 1.0 / 5
+    series = series * square + 1.0 / 3
+    series = series * square + 1.0
+    return tl.maximum(x, 0.0) + 2.0 * s * series
+
+
+@triton.jit
+def raw_inputs(
+    u, conv_state, token, channel, valid, u_stride, conv_stride, HISTORY: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Convolution inputs of one request at `token` (negative: before the block), zeros where not `valid`."""
+    row = tl.where(token >= 0, u + token * u_stride, conv_state + (token + HISTORY) * conv_stride)
+    if ALIGNED:
+        # Which the compiler does not see of a pointer that is one of two: it would load number by number.
+        row = tl.multiple_of(row, (16, 16))
+    return tl.load(row + channel, mask=valid, other=0.0)
+
+
+@triton.jit
+def convolved(
+    u, conv_state, conv_weight, conv_bias, token, channel, valid, wanted,
+    u_stride, conv_stride, weight_stride, tap_stride, TAPS: tl.constexpr, ALIGNED: tl.constexpr,
+):  # fmt: skip
+    """Convolution and SiLU at [tokens, 1] x [1, channels], rounded to the dtype of `u`; zeros where not `valid`."""
+    mixed = tl.zeros(valid.shape, tl.float32)
+    if conv_bias is not None:
+        mixed += tl.load(conv_bias + channel, mask=wanted, other=0.0).to(tl.float32)
+    for k in tl.static_range(TAPS):
+        tap = tl.load(conv_weight + channel * weight_stride + k * tap_stride, mask=wanted, other=0.0)
+        source = token + k - TAPS + 1
+        inputs = raw_inputs(u, conv_state, source, channel, valid, u_stride, conv_stride, TAPS - 1, ALIGNED)
+        mixed += inputs.to(tl.float32) * tap.to(tl.float32)
+    mixed = mixed / (1.0 + tl.exp(-mixed))
+    return tl.where(valid, mixed, 0.0).to(u.dtype.element_ty).to(tl.float32)
+
+
+@triton.jit
+def keep_last_inputs(
+    u, conv_state, new_conv, length, channel, wanted, u_stride, conv_stride, channels, HISTORY: tl.constexpr
+):
+    """The last `HISTORY` inputs of one request that end at its `length`, for some of the channels."""
+    for k in tl.static_range(HISTORY):
+        token = tl.full((1, 1), k - HISTORY, tl.int64) + length
+        kept = raw_inputs(u, conv_state, token, channel, wanted, u_stride, conv_stride, HISTORY, ALIGNED=False)
+        tl.store(new_conv + k * channels + channel, kept, mask=wanted)
+
+
+@triton.jit(do_not_specialize=["first_token", "num_tokens"])
+def scan_kernel(
+    u,  # [num_reqs, num_tokens, channels], channels = x | B | C
+    delta,  # [num_reqs, num_tokens, HEADS]
+    conv_state,  # [num_reqs, TAPS - 1, channels]
+    ssm_state,  # float32 [num_reqs, HEADS, HEAD_DIM, STATE]
+    conv_weight,  # [channels, TAPS]
+    conv_bias,  # [channels] or None
+    a_log,  # float32 [HEADS]
+    d,  # float32 [HEADS]
+    dt_bias,  # float32 [HEADS]
+    query_lens,  # int64 [num_reqs] or None
+    y,  # float32 [num_reqs, num_tokens, HEADS, HEAD_DIM], zeros beyond query_lens; None if not wanted
+    new_conv,  # [num_reqs, TAPS - 1, channels], contiguous; None if not wanted, as is the next
+    new_ssm,  # float32 [num_reqs, HEADS, HEAD_DIM, STATE], contiguous
+    first_token,  # of query_lens that stands at the front here
+    num_tokens,  # at most BLOCK_T
+    u_request_stride,
+    u_stride,
+    delta_request_stride,
+    delta_stride,
+    conv_request_stride,
+    conv_stride,
+    y_request_stride,
+    ssm_request_stride,
+    weight_stride,
+    tap_stride,
+    TAPS: tl.constexpr,
+    HEADS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STATE: tl.constexpr,
+    ALIGNED: tl.constexpr,  # rows of u and conv_state start at multiples of 16 bytes
+    PRECISION: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    PARTS: tl.constexpr = (HEAD_DIM + BLOCK_P - 1) // BLOCK_P
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM + 2 * GROUPS * STATE
+    head, part, request = tl.program_id(0) // PARTS, tl.program_id(0) % PARTS, tl.program_id(1).to(tl.int64)
+    group = head // (HEADS // GROUPS)
+    length = num_tokens
+    if query_lens is not None:
+        length = tl.minimum(tl.maximum(tl.load(query_lens + request).to(tl.int32) - first_token, 0), num_tokens)
+    u += request * u_request_stride
+    conv_state += request * conv_request_stride
+
+    t = tl.arange(0, BLOCK_T)
+    token, valid = t.to(tl.int64)[:, None], (t < length)[:, None]
+    delta += request * delta_request_stride + t.to(tl.int64) * delta_stride + head
+    raw_step = tl.load(delta, mask=t < length, other=0.0)
+    step = tl.where(t < length, softplus(raw_step.to(tl.float32) + tl.load(dt_bias + head)), 0.0)
+    # Sums of many decays lose the small differences that matter: they are formed in float64.
+    decays = (step * -tl.exp(tl.load(a_log + head))).to(tl.float64)
+    log_decay, whole = tl.cumsum(decays, 0), tl.sum(decays, 0)
+
+    place = part * BLOCK_P + tl.arange(0, BLOCK_P)  # in the head
+    x_channel, x_wanted = (head * HEAD_DIM + place)[None, :], (place < HEAD_DIM)[None, :]
+    x = convolved(
+        u, conv_state, conv_weight, conv_bias, token, x_channel, valid & x_wanted, x_wanted,
+        u_stride, conv_stride, weight_stride, tap_stride, TAPS, ALIGNED,
+    )  # fmt: skip
+    if new_ssm is not None:
+        driving = tl.trans(x * (tl.exp((whole - log_decay).to(tl.float32)) * step)[:, None])
+
+    # The state is read once, a part of its columns at a time.
+    from_state = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
+    similarity = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
+    for first in range(0, STATE, BLOCK_N):
+        n = first + tl.arange(0, BLOCK_N)
+        b_channel, b_wanted = (HEADS * HEAD_DIM + group * STATE + n)[None, :], (n < STATE)[None, :]
+        c_channel = b_channel + GROUPS * STATE
+        cell, stored = (head * HEAD_DIM + place[:, None]) * STATE + n[None, :], tl.trans(x_wanted) & b_wanted
+        state = tl.load(ssm_state + request * ssm_request_stride + cell, mask=stored, other=0.0)
+        b = convolved(
+            u, conv_state, conv_weight, conv_bias, token, b_channel, valid & b_wanted, b_wanted,
+            u_stride, conv_stride, weight_stride, tap_stride, TAPS, ALIGNED,
+        )  # fmt: skip
+        if y is not None:
+            c = convolved(
+                u, conv_state, conv_weight, conv_bias, token, c_channel, valid & b_wanted, b_wanted,
+                u_stride, conv_stride, weight_stride, tap_stride, TAPS, ALIGNED,
+            )  # fmt: skip
+            similarity = tl.dot(c, tl.trans(b), similarity, input_precision=PRECISION)
+            from_state = tl.dot(c, tl.trans(state), from_state, input_precision=PRECISION)
+        if new_ssm is not None:
+            state = tl.dot(driving, b, state * tl.exp(whole.to(tl.float32)), input_precision=PRECISION)
+            tl.store(new_ssm + request * HEADS * HEAD_DIM * STATE + cell, state, mask=stored)
+
+    if y is not None:
+        # How much of token t' is left at token t. Capped before exp, which overflows above the diagonal.
+        gap = tl.minimum(log_decay[:, None] - log_decay[None, :], 0.0).to(tl.float32)
+        mixing = tl.where(t[:, None] >= t[None, :], tl.exp(gap) * step[None, :] * similarity, 0.0)
+        out = from_state * tl.exp(log_decay.to(tl.float32))[:, None] + tl.load(d + head) * x
+        out = tl.dot(mixing, x, out, input_precision=PRECISION)
+        y += request * y_request_stride + token * HEADS * HEAD_DIM + x_channel
+        tl.store(y, tl.where(valid, out, 0.0), mask=(t < num_tokens)[:, None] & x_wanted)
+    if new_conv is not None:
+        new_conv += request * (TAPS - 1) * CHANNELS
+        keep_last_inputs(
+            u, conv_state, new_conv, length, x_channel, x_wanted, u_stride, conv_stride, CHANNELS, TAPS - 1
+        )
+        # B and C belong to all heads of a group: the first part of its first head keeps them.
+        if (part == 0) & (head % (HEADS // GROUPS) == 0):
+            for start in range(0, 2 * GROUPS * STATE, GROUPS * STATE):
+                for first_kept in range(0, STATE, BLOCK_N):
+                    kept = first_kept + tl.arange(0, BLOCK_N)
+                    keep_last_inputs(
+                        u, conv_state, new_conv, length,
+                        (HEADS * HEAD_DIM + start + group * STATE + kept)[None, :], (kept < STATE)[None, :],
+                        u_stride, conv_stride, CHANNELS, TAPS - 1,
+                    )  # fmt: skip
+
+
+@on_its_device
+def launch_scan(
+    u: Tensor,
+    delta: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: ScanWeights,
+    query_lens: Tensor | None,
+    want_output: bool,
+    want_state: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Output, convolution state and SSM state of `block_scan`, each None if not wanted; a launch per `MOST_TOKENS`."""
+    num_tokens, (heads, head_dim) = u.shape[1], ssm_state.shape[1:3]
+    # The kernel takes a pointer into one or the other: they must have one dtype.
+    conv_state = conv_state.to(u.dtype)
+    u, delta, conv_state = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, conv_state))
+    ssm_state = ssm_state if ssm_state[:1].is_contiguous() else ssm_state.contiguous()
+    y = ssm_state.new_empty(len(u), num_tokens, heads * head_dim) if want_output else None
+    for first in range(0, num_tokens, MOST_TOKENS):
+        part = slice(first, min(first + MOST_TOKENS, num_tokens))
+        goes_on = want_state or part.stop < num_tokens
+        new_conv = torch.empty_like(conv_state, memory_format=torch.contiguous_format) if goes_on else None
+        new_ssm = torch.empty_like(ssm_state, memory_format=torch.contiguous_format) if goes_on else None
+        part_of_y = None if y is None else y[:, part]
+        _launch(
+            u[:, part], delta[:, part], conv_state, ssm_state, weights, query_lens, part_of_y, new_conv, new_ssm, first
+        )
+        if new_conv is not None and new_ssm is not None:
+            conv_state, ssm_state = new_conv, new_ssm
+    return (y, conv_state, ssm_state) if want_state else (y, None, None)
+
+
+def _launch(
+    u: Tensor,
+    delta: Tensor,
+    conv_state: Tensor,
+    ssm_state: Tensor,
+    weights: ScanWeights,
+    query_lens: Tensor | None,
+    y: Tensor | None,
+    new_conv: Tensor | None,
+    new_ssm: Tensor | None,
+    first_token: int,
+) -> None:
+    num_reqs, num_tokens, _ = u.shape
+    heads, head_dim, state_size = ssm_state.shape[1:]
+    block_t = _tile(num_tokens)
+    chosen = settings(OP, f"scan_{block_t}")
+    scan_kernel[heads * triton.cdiv(head_dim, chosen["BLOCK_P"]), num_reqs](
+        u, delta, conv_state, ssm_state,
+        weights.conv_weight, weights.conv_bias, weights.a_log, weights.d, weights.dt_bias,
+        query_lens, y, new_conv, new_ssm, first_token, num_tokens,
+        *u.stride()[:2], *delta.stride()[:2], *conv_state.stride()[:2],
+        0 if y is None else y.stride(0), ssm_state.stride(0), *weights.conv_weight.stride(),
+        TAPS=weights.conv_weight.shape[1], HEADS=heads, GROUPS=weights.num_groups,
+        HEAD_DIM=head_dim, STATE=state_size, ALIGNED=_rows_aligned(u) and _rows_aligned(conv_state),
+        PRECISION=PRECISION, BLOCK_T=block_t, **chosen,
+    )  # fmt: skip
+
+
+def _rows_aligned(x: Tensor) -> bool:
+    request_bytes, token_bytes = (stride * x.element_size() for stride in x.stride()[:2])
+    return (x.data_ptr() | request_bytes | token_bytes) % 16 == 0
+
+
+def _tile(num_tokens: int) -> int:
+    """Rows of a program's matrices; tensor cores take 16 at a time."""
+    return 16 if num_tokens <= 16 else MOST_TOKENS
+
+
+# `scan_kernel` for every size of the tile of tokens.
+CANDIDATES: dict[str, list[Settings]] = {
+    f"scan_{block_t}": [
+        {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
+        for block_p in (16, 32, 64)
+        for block_n in (16, 32, 64)
+        for num_warps in (2, 4, 8)
+        for num_stages in (1, 2)
+    ]
+    for block_t in (16, MOST_TOKENS)
+}
+
+
+def variants() -> list[Variant]:
+    """What drafting with and extending of the real model launch: 64 heads of 64, state 128, 8 groups, 4 taps."""
+    return [
+        _variant("draft of 16, bf16", "*bf16", 16, ragged=False, output=True, state=False),
+        _variant("draft of 16, fp32", "*fp32", 16, ragged=False, output=True, state=False),
+        _variant("draft of 17, bf16", "*bf16", 32, ragged=False, output=True, state=False),
+        _variant("extension by 16, bf16", "*bf16", 16, ragged=False, output=True, state=True),
+        _variant("ragged extension by 17, bf16", "*bf16", 32, ragged=True, output=True, state=True),
+        _variant("ragged extension by 17, fp32", "*fp32", 32, ragged=True, output=True, state=True),
+        _variant("replay of 17, bf16", "*bf16", 32, ragged=True, output=False, state=True),
+    ]
+
+
+def _variant(name: str, dtype: str, block_t: int, ragged: bool, output: bool, state: bool) -> Variant:
+    chosen = settings(OP, f"scan_{block_t}")
+    signature = dict.fromkeys(("u", "delta", "conv_state", "conv_weight", "conv_bias"), dtype)
+    signature |= dict.fromkeys(("ssm_state", "a_log", "d", "dt_bias"), "*fp32")
+    given = {"query_lens": "*i64", "y": "*fp32", "new_conv": dtype, "new_ssm": "*fp32"}
+    absent = {"query_lens": not ragged, "y": not output, "new_conv": not state, "new_ssm": not state}
+    signature |= {pointer: kind for pointer, kind in given.items() if not absent[pointer]}
+    # Widths 10304, 6144 and 4096 and their multiples; also where the parts of a projection begin.
+    strides: tuple[str, ...] = ("u_request_stride", "u_stride", "delta_request_stride", "delta_stride", "conv_stride")
+    strides += ("conv_request_stride", "y_request_stride", "ssm_request_stride", "tap_stride")
+    aligned = (*signature, *strides)
+    signature |= dict.fromkeys((*strides, "first_token", "num_tokens"), "i32")
+    return Variant(
+        name=f"scan_kernel, {name}",
+        function=scan_kernel,
+        signature=signature,
+        constants={
+            **{pointer: None for pointer, is_absent in absent.items() if is_absent},
+            "weight_stride": 1,
+            "TAPS": 4,
+            "HEADS": 64,
+            "GROUPS": 8,
+            "HEAD_DIM": 64,
+            "STATE": 128,
+            "ALIGNED": True,
+            "PRECISION": PRECISION,
+            "BLOCK_T": block_t,
+            "BLOCK_P": chosen["BLOCK_P"],
+            "BLOCK_N": chosen["BLOCK_N"],
+        },
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+        aligned=aligned,
+    )
