@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.errors import ArgumentError, StateFullError
-from twotower_spec.state.block_context import BlockContext, BlockWorkspace
+from twotower_spec.state.block_context import BlockContext, BlockWorkspace, keys_for_block
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
@@ -397,8 +397,8 @@ class ContextState:
             block_size: tokens of the block.
             device: the denoiser's device; None for the pool's.
             dtype: the denoiser's dtype; None for the pool's.
-            workspace: on that device and of that dtype, with room for all of it; a later call with the same one ends
-                what this call gives. None for a new one.
+            workspace: on that device and of that dtype, with room for the blocks and for all pages of the requests; a
+                later call with the same one ends what this call gives. None for a new one.
         """
         entries = [self.entry(request_id) for request_id in request_ids]
         for entry in entries:
@@ -406,20 +406,16 @@ class ContextState:
         device, dtype = device or self.mamba.conv.device, dtype or self.mamba.conv.dtype
         slots = self.mamba.index([entry.slot for entry in entries])
         lens = [len(entry.history) for entry in entries]
-        starts = [0, *itertools.accumulate(length + block_size for length in lens)]
-        workspace = workspace or BlockWorkspace(self.config, starts[-1], dtype, device)
-        for entry, start, stop in zip(entries, starts, starts[1:], strict=False):
-            span = self.kv_cache.span([entry.pages], len(entry.history))
-            workspace.keys[:, start + block_size : stop] = span.take(self.kv_cache.keys)[:, 0]
-            workspace.values[:, start + block_size : stop] = span.take(self.kv_cache.values)[:, 0]
+        page_lists = [entry.pages for entry in entries]
+        if workspace is None:
+            room = sum(self.kv_cache.pages_for(length) * self.kv_cache.page_size + block_size for length in lens)
+            workspace = BlockWorkspace(self.config, room, dtype, device)
         return BlockContext(
             layer_slot=self._layer_slot,
             conv=self.mamba.conv[:, slots].to(device, dtype),
             ssm=self.mamba.ssm[:, slots].to(device, accumulation_dtype(dtype)),
-            workspace=workspace,
-            starts=starts[:-1],
+            keys=keys_for_block(self.kv_cache, page_lists, lens, block_size, workspace),
             context_lens=lens,
-            block_size=block_size,
         )
 
     def _evict_one(self, keep: Sequence[RequestId], what: str) -> None:

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from twotower_kernels.block_attention import attention, causal_mask, ragged_attention
+from twotower_kernels.block_attention import attention, causal_mask, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
 from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
 from twotower_spec.state.mamba_state import MambaState, Slots
+from twotower_spec.state.paged_keys import PagedKeys
 
 
 class RaggedLayout:
@@ -52,6 +53,51 @@ class RaggedLayout:
         return torch.tensor(self.query_lens, device=device).cumsum(0) - 1
 
 
+class ViewedKeys:
+    """Keys of a causal pass for PyTorch: views of the cache, into which the pass has written its own keys."""
+
+    def __init__(
+        self,
+        cache: PagedKVCache,
+        page_lists: list[list[int]],
+        prefix_lens: Sequence[int],
+        query_lens: Sequence[int],
+    ) -> None:
+        """Looks at requests that have `prefix_lens` tokens in the cache and bring `query_lens`."""
+        self._cache, self._query_lens = cache, query_lens
+        key_lens = [p + q for p, q in zip(prefix_lens, query_lens, strict=True)]
+        self._masks = self._causal_masks(prefix_lens) if max(query_lens) > 1 else None
+        self._span = None
+        if len(set(query_lens)) == 1 and len(set(prefix_lens)) == 1:
+            span = cache.span(page_lists, key_lens[0])
+            self._span = span if span.index is None else None
+        if self._span is None:
+            self._separate = SeparateKeys(cache, page_lists, key_lens)
+
+    def _causal_masks(self, prefix_lens: Sequence[int]) -> list[Tensor]:
+        """What is added to the scores of every request, [num_queries, num_keys]: parts of one tensor."""
+        cache, queries, longest = self._cache.keys, max(self._query_lens), max(prefix_lens)
+        allowed = causal_mask(torch.tensor([longest], device=cache.device), queries, longest + queries)[0]
+        whole = cache.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
+        # Query i sees the first longest + i + 1 keys; of a shorter prefix there are as many fewer.
+        lens = zip(prefix_lens, self._query_lens, strict=True)
+        return [whole[:length, longest - prefix : longest + length] for prefix, length in lens]
+
+    def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """As `PagedKeys.attend`; the pass's own keys are read from the cache, not from `key` and `value`."""
+        if self._span is not None:
+            keys, values = self._span.take(self._cache.keys[slot]), self._span.take(self._cache.values[slot])
+            return attention(query, keys, values, None if self._masks is None else self._masks[0][None])
+        out = ragged_attention(
+            query.flatten(0, 1),
+            self._separate.keys(slot),
+            self._separate.values(slot),
+            self._query_lens,
+            self._masks,
+        )
+        return out.view_as(query)
+
+
 @dataclass
 class ExtensionPass:
     """The `Prefix` of a context pass.
@@ -78,23 +124,14 @@ class ExtensionPass:
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
         self._written = torch.tensor(index, device=device)
-        key_lens = [p + q for p, q in zip(self.prefix_lens, query_lens, strict=True)]
-        self._masks = self._causal_masks() if self.layout.max_len > 1 else None
-        self._span = None
-        if self.layout.uniform and len(set(self.prefix_lens)) == 1:
-            span = self.kv_cache.span(self.page_lists, key_lens[0])
-            self._span = span if span.index is None else None
-        if self._span is None:
-            self._separate = SeparateKeys(self.kv_cache, self.page_lists, key_lens)
-
-    def _causal_masks(self) -> list[Tensor]:
-        """What is added to the scores of every request, [num_queries, num_keys]: parts of one tensor."""
-        cache, queries, longest = self.kv_cache.keys, self.layout.max_len, max(self.prefix_lens)
-        allowed = causal_mask(torch.tensor([longest], device=cache.device), queries, longest + queries)[0]
-        whole = cache.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
-        # Query i sees the first longest + i + 1 keys; of a shorter prefix there are as many fewer.
-        lens = zip(self.prefix_lens, self.layout.query_lens, strict=True)
-        return [whole[:length, longest - prefix : longest + length] for prefix, length in lens]
+        self._keys: PagedKeys | ViewedKeys
+        cache = self.kv_cache
+        if reads_pages(cache.keys):
+            self._keys = PagedKeys.of(
+                cache, cache.page_size, self.page_lists, self.prefix_lens, query_lens, causal=True
+            )
+        else:
+            self._keys = ViewedKeys(cache, self.page_lists, self.prefix_lens, query_lens)
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
@@ -117,17 +154,7 @@ class ExtensionPass:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
         slot = self.layer_slot[layer]
         self.kv_cache.write(slot, self._written, key.flatten(0, 1), value.flatten(0, 1))
-        if self._span is not None:
-            keys, values = self._span.take(self.kv_cache.keys[slot]), self._span.take(self.kv_cache.values[slot])
-            return attention(query, keys, values, None if self._masks is None else self._masks[0][None])
-        out = ragged_attention(
-            query.flatten(0, 1),
-            self._separate.keys(slot),
-            self._separate.values(slot),
-            self.layout.query_lens,
-            self._masks,
-        )
-        return out.view_as(query)
+        return self._keys.attend(slot, query, key, value)
 
     def replay(self, num_accepted: Sequence[int]) -> None:
         """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""

@@ -1,10 +1,17 @@
-"""Attention over keys that the caller laid out, and the two masks the towers need."""
+"""Attention over keys that the caller laid out, over keys in pages of a cache, and the mask the towers need."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from twotower_kernels.backend import use_triton
+
+# What the kernel's tiles are made for.
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_HEAD_DIM = 128
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -76,3 +83,142 @@ def causal_mask(prefix_lens: Tensor, num_queries: int, num_keys: int) -> Tensor:
     device = prefix_lens.device
     last_key = prefix_lens[:, None] + torch.arange(num_queries, device=device)
     return torch.arange(num_keys, device=device) <= last_key[:, :, None]
+
+
+def reads_pages(cache: Tensor) -> bool:
+    """Whether `paged_attention` reads keys of this cache in place, with its kernel.
+
+    Where it does not, `attention` and `ragged_attention` on views of the keys are quicker.
+
+    Args:
+        cache: [..., kv_heads, head_dim], keys or values.
+    """
+    return use_triton(cache) and cache.dtype in KERNEL_DTYPES and cache.shape[-1] <= MAX_HEAD_DIM
+
+
+def paged_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    page_size: int,
+    max_query_len: int,
+    causal: bool,
+) -> Tensor:
+    """Attention of each request's queries to its context, in pages of a cache, and to the keys of the same pass.
+
+    A request's pages beyond its context, and other pages, are not read: what they hold does not matter, be it NaN.
+
+    Args:
+        query: [num_tokens, heads, head_dim], request after request; here and below heads and head_dim may stand in a
+            wider tensor, but head_dim is contiguous.
+        key, value: [num_tokens, kv_heads, head_dim], of the pass itself; query head j reads kv head
+            j // (heads / kv_heads).
+        key_cache, value_cache: [num_cache_tokens, kv_heads, head_dim]; page p holds tokens p * page_size and on.
+        block_table: int32 [num_reqs, max_pages], pages of each request in the order of its tokens; anything after them.
+        context_lens: int32 [num_reqs], tokens of context, at most max_pages * page_size.
+        query_start_loc: int32 [num_reqs + 1], first token of each request in the pass, leading 0 included.
+        page_size: tokens of a page.
+        max_query_len: most tokens that a request has in the pass, or more.
+        causal: a query sees its own and earlier keys of the pass; otherwise all of its request's.
+
+    Returns:
+        [num_tokens, heads, head_dim]; tokens from `query_start_loc[-1]` on are not defined.
+
+    Raises:
+        ValueError: shapes, dtypes or strides do not fit.
+    """
+    _check_paged(query, key, value, key_cache, value_cache, block_table, context_lens, query_start_loc)
+    if reads_pages(key_cache):
+        from twotower_kernels.block_attention.kernel import paged_attention_triton
+
+        return paged_attention_triton(
+            query,
+            key,
+            value,
+            key_cache,
+            value_cache,
+            block_table,
+            context_lens,
+            query_start_loc,
+            page_size,
+            max_query_len,
+            causal,
+        )
+    return _paged_attention_on_views(
+        query, key, value, key_cache, value_cache, block_table, context_lens, query_start_loc, page_size, causal
+    )
+
+
+def _paged_attention_on_views(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    page_size: int,
+    causal: bool,
+) -> Tensor:
+    """Request by request: nothing is padded to the longest one."""
+    bounds, lens = query_start_loc.tolist(), context_lens.tolist()
+    in_page = torch.arange(page_size, device=query.device)
+    keys, values, query_lens, masks = [], [], [], []
+    for pages, context_len, (start, stop) in zip(block_table, lens, pairwise(bounds), strict=True):
+        if start == stop:
+            continue
+        own = pages[: -(-context_len // page_size), None]
+        slots = (own * page_size + in_page).flatten()[:context_len]
+        keys.append(torch.cat([key_cache[slots], key[start:stop]]).transpose(0, 1)[None])
+        values.append(torch.cat([value_cache[slots], value[start:stop]]).transpose(0, 1)[None])
+        query_lens.append(stop - start)
+        if causal:
+            allowed = causal_mask(context_lens.new_tensor([context_len]), stop - start, context_len + stop - start)[0]
+            masks.append(query.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf))
+    needs_masks = causal and max(query_lens, default=0) > 1
+    out = query.new_zeros(query.shape)
+    if query_lens:
+        seen = query[bounds[0] : bounds[-1]]
+        out[bounds[0] : bounds[-1]] = ragged_attention(seen, keys, values, query_lens, masks if needs_masks else None)
+    return out
+
+
+def _check_paged(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+) -> None:
+    num_tokens, heads, head_dim = query.shape
+    kv_heads, num_reqs = key.shape[1], len(context_lens)
+    wanted = {
+        "key": (key, (num_tokens, kv_heads, head_dim)),
+        "value": (value, (num_tokens, kv_heads, head_dim)),
+        "key_cache": (key_cache, (len(key_cache), kv_heads, head_dim)),
+        "value_cache": (value_cache, (len(key_cache), kv_heads, head_dim)),
+        "block_table": (block_table, (num_reqs, block_table.shape[-1])),
+        "query_start_loc": (query_start_loc, (num_reqs + 1,)),
+    }
+    for name, (tensor, shape) in wanted.items():
+        if tensor.shape != shape:
+            raise ValueError(
+                f"{name} has shape {list(tensor.shape)}; beside query {list(query.shape)} give {list(shape)}"
+            )
+    if heads % kv_heads:
+        raise ValueError(f"{heads} heads are not a multiple of {kv_heads} kv heads; give each kv head as many")
+    data = (query, key, value, key_cache, value_cache)
+    if any(x.dtype != query.dtype or x.stride(-1) != 1 for x in data):
+        seen = [(str(x.dtype), x.stride(-1)) for x in data]
+        raise ValueError(f"dtypes and strides of head_dim are {seen}; give one dtype and stride 1")
+    if any(x.dtype != torch.int32 for x in (block_table, context_lens, query_start_loc)):
+        raise ValueError("block_table, context_lens or query_start_loc is not int32; give int32")

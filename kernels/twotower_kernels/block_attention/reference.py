@@ -1,6 +1,7 @@
 """Softmax attention written out."""
 
 import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,3 +16,33 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
     if mask is not None:
         scores = scores.masked_fill(~mask[:, None], -torch.inf)
     return torch.einsum("rhqk,rkhd->rqhd", torch.softmax(scores, dim=-1), value)
+
+
+def paged_attention_reference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    page_size: int,
+    max_query_len: int,
+    causal: bool,
+) -> Tensor:
+    """What `paged_attention` computes. Same arguments and result."""
+    bounds = query_start_loc.tolist()
+    assert max(stop - start for start, stop in pairwise(bounds)) <= max_query_len
+    out = torch.empty_like(query)
+    for pages, context_len, (start, stop) in zip(block_table, context_lens.tolist(), pairwise(bounds), strict=True):
+        slots = [int(pages[t // page_size]) * page_size + t % page_size for t in range(context_len)]
+        keys, values = (
+            torch.cat([key_cache[slots], key[start:stop]]),
+            torch.cat([value_cache[slots], value[start:stop]]),
+        )
+        position = torch.arange(len(keys), device=keys.device)
+        mask = (position <= position[context_len:, None])[None] if causal else None
+        own_query, keys, values = (x[None].float() for x in (query[start:stop], keys, values))
+        out[start:stop] = attention_reference(own_query, keys, values, mask)[0]
+    return out

@@ -1,0 +1,365 @@
+"""Attention of a few queries per request over pages of a cache and the pass's own keys.
+
+Source: FlashAttention-2 (Dao 2023), algorithm 1, for the softmax while keys stream by; Flash-Decoding (Dao et al. 2023)
+for the splits of a long context.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from twotower_kernels.backend import on_its_device
+from twotower_kernels.compilation import Variant
+from twotower_kernels.tuning import Settings, settings
+
+# Programs that fill a GPU twice over. A constant, so that results do not depend on the device.
+PROGRAMS_WANTED = 256
+# Said aloud, because Triton's default is about to change.
+LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+
+
+@triton.jit
+def _absorb(
+    queries,  # [BLOCK_ROWS, BLOCK_DIM]
+    key_rows,  # pointers [BLOCK_KEYS]
+    value_rows,  # pointers [BLOCK_KEYS]
+    inside,  # [BLOCK_KEYS, BLOCK_DIM], where keys and values are
+    allowed,  # [BLOCK_ROWS or 1, BLOCK_KEYS], where scores count
+    dim,  # [1, BLOCK_DIM]
+    scale,
+    weighted,  # [BLOCK_ROWS, BLOCK_DIM], values seen so far times exp2(score - best)
+    best,  # [BLOCK_ROWS], highest score so far
+    total,  # [BLOCK_ROWS], sum of exp2(score - best) so far
+    PRECISION: tl.constexpr,
+):
+    # 0 where nothing is: what is masked counts zero times, but zero times NaN would be NaN.
+    keys = tl.load(key_rows[:, None] + dim, mask=inside, other=0.0)
+    values = tl.load(value_rows[:, None] + dim, mask=inside, other=0.0)
+    scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
+    scores = tl.where(allowed, scores, -float("inf"))
+    new_best = tl.maximum(best, tl.max(scores, axis=1))
+    # Where a row has seen no key yet, -inf - -inf would be NaN.
+    shift = tl.where(new_best == -float("inf"), 0.0, new_best)
+    weights = tl.exp2(scores - shift[:, None])
+    kept = tl.exp2(best - shift)
+    weighted = tl.dot(weights.to(values.dtype), values, weighted * kept[:, None], input_precision=PRECISION)
+    return weighted, new_best, total * kept + tl.sum(weights, axis=1)
+
+
+@triton.jit(
+    do_not_specialize=["table_stride", "num_tokens", "num_parts"],
+    # They may lie in one tensor, one behind the other, at whatever offset.
+    do_not_specialize_on_alignment=["block_table", "context_lens", "query_start_loc"],
+)
+def attend_kernel(
+    query,  # [num_tokens, kv_heads * GROUP, HEAD_DIM]
+    key,  # [num_tokens, kv_heads, HEAD_DIM]
+    value,  # [num_tokens, kv_heads, HEAD_DIM]
+    key_cache,  # [num_cache_tokens, kv_heads, HEAD_DIM]
+    value_cache,  # [num_cache_tokens, kv_heads, HEAD_DIM]
+    block_table,  # int32 [num_reqs, max_pages]
+    context_lens,  # int32 [num_reqs]
+    query_start_loc,  # int32 [num_reqs + 1]
+    out,  # [num_tokens, kv_heads * GROUP, HEAD_DIM]; with SPLIT float32, num_parts of them
+    log_totals,  # float32 [num_parts, num_tokens, kv_heads * GROUP], to the base 2; None without SPLIT
+    scale,  # of the scores, log2(e) included
+    query_token_stride,
+    query_head_stride,
+    key_token_stride,
+    key_head_stride,
+    value_token_stride,
+    value_head_stride,
+    key_cache_token_stride,
+    key_cache_head_stride,
+    value_cache_token_stride,
+    value_cache_head_stride,
+    table_stride,
+    num_tokens,
+    num_parts,
+    GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Program (i, j, r * num_parts + p): rows of tile i, of kv head j, of request r, over part p of its keys.
+
+    The rows of a kv head are its GROUP query heads of the first query, then those of the second, and so on. The keys of
+    a request are its context's and behind them its own, which stand elsewhere.
+    """
+    first_row = tl.program_id(0) * BLOCK_ROWS
+    kv_head = tl.program_id(1).to(tl.int64)
+    request = (tl.program_id(2) // num_parts).to(tl.int64)
+    part = tl.program_id(2) % num_parts
+    first_token = tl.load(query_start_loc + request)
+    num_queries = tl.load(query_start_loc + request + 1) - first_token
+    if first_row >= num_queries * GROUP:
+        return
+    context_len = tl.load(context_lens + request)
+    start, stop = 0, context_len + num_queries
+    if CAUSAL:
+        stop = context_len + tl.minimum(num_queries, (first_row + BLOCK_ROWS - 1) // GROUP + 1)
+    if SPLIT:
+        # Of what this request has: the parts of a short context are as even as those of a long one.
+        share = tl.cdiv(tl.cdiv(stop, num_parts), BLOCK_KEYS) * BLOCK_KEYS
+        start = part * share
+        stop = tl.minimum(start + share, stop)
+
+    row = first_row + tl.arange(0, BLOCK_ROWS)
+    query_index = row // GROUP
+    token = first_token.to(tl.int64) + query_index
+    head = kv_head * GROUP + row % GROUP
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    wanted = (query_index < num_queries)[:, None] & (dim < HEAD_DIM)
+    query_rows = query + token * query_token_stride + head * query_head_stride
+    queries = tl.load(query_rows[:, None] + dim, mask=wanted, other=0.0)
+
+    weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    best = tl.full([BLOCK_ROWS], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+
+    pages = block_table + request * table_stride
+    key_cache += kv_head * key_cache_head_stride
+    value_cache += kv_head * value_cache_head_stride
+    context_stop = tl.minimum(stop, context_len)
+    for first in range(start, context_stop, BLOCK_KEYS):
+        position = first + tl.arange(0, BLOCK_KEYS)
+        present = position < context_stop
+        page = tl.load(pages + position // PAGE_SIZE, mask=present, other=0)
+        slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
+        key_rows, value_rows = key_cache + slot * key_cache_token_stride, value_cache + slot * value_cache_token_stride
+        inside, allowed = present[:, None] & (dim < HEAD_DIM), present[None, :]
+        weighted, best, total = _absorb(
+            queries, key_rows, value_rows, inside, allowed, dim, scale, weighted, best, total, PRECISION
+        )
+
+    key += first_token.to(tl.int64) * key_token_stride + kv_head * key_head_stride
+    value += first_token.to(tl.int64) * value_token_stride + kv_head * value_head_stride
+    own_stop = stop - context_len
+    for first in range(tl.maximum(start - context_len, 0), own_stop, BLOCK_KEYS):
+        position = first + tl.arange(0, BLOCK_KEYS)
+        present = position < own_stop
+        key_rows = key + position.to(tl.int64) * key_token_stride
+        value_rows = value + position.to(tl.int64) * value_token_stride
+        inside, allowed = present[:, None] & (dim < HEAD_DIM), present[None, :]
+        if CAUSAL:
+            allowed = allowed & (position[None, :] <= query_index[:, None])
+        weighted, best, total = _absorb(
+            queries, key_rows, value_rows, inside, allowed, dim, scale, weighted, best, total, PRECISION
+        )
+
+    averaged = weighted / total[:, None]
+    place = token * (tl.num_programs(1) * GROUP) + head
+    if SPLIT:
+        place += part.to(tl.int64) * num_tokens * (tl.num_programs(1) * GROUP)
+        tl.store(log_totals + place, best + tl.log2(total), mask=query_index < num_queries)
+        # The average of no keys would only be skipped.
+        wanted = wanted & (query_index < tl.where(start < stop, num_queries, 0))[:, None]
+    tl.store(out + place[:, None] * HEAD_DIM + dim, averaged.to(out.dtype.element_ty), mask=wanted)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_parts"])
+def combine_kernel(
+    averages,  # float32 [num_parts, num_rows, HEAD_DIM]; rows are the heads of every token
+    log_totals,  # float32 [num_parts, num_rows], to the base 2; -inf where a part had no keys
+    out,  # [num_rows, HEAD_DIM]
+    num_rows,
+    num_parts,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """Averages the parts of a softmax by their totals."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    in_head = dim[None, :] < HEAD_DIM
+    weighted = tl.zeros([BLOCK_ROWS, BLOCK_DIM], dtype=tl.float32)
+    best = tl.full([BLOCK_ROWS], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([BLOCK_ROWS], dtype=tl.float32)
+    for part in range(num_parts):
+        place = part * num_rows + row
+        log_total = tl.load(log_totals + place, mask=row < num_rows, other=-float("inf"))
+        # Not `>`: the NaN of a request is to arrive.
+        written = (log_total != -float("inf"))[:, None] & in_head
+        average = tl.load(averages + place[:, None] * HEAD_DIM + dim[None, :], mask=written, other=0.0)
+        new_best = tl.maximum(best, log_total)
+        shift = tl.where(new_best == -float("inf"), 0.0, new_best)
+        kept, weight = tl.exp2(best - shift), tl.exp2(log_total - shift)
+        weighted = weighted * kept[:, None] + average * weight[:, None]
+        total = total * kept + weight
+        best = new_best
+    mask = (row < num_rows)[:, None] & in_head
+    combined = (weighted / total[:, None]).to(out.dtype.element_ty)
+    tl.store(out + row[:, None] * HEAD_DIM + dim[None, :], combined, mask=mask)
+
+
+@on_its_device
+def paged_attention_triton(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    page_size: int,
+    max_query_len: int,
+    causal: bool,
+) -> Tensor:
+    """Launches the kernel, and where contexts may be long and programs are few a second one that joins their parts.
+
+    See `paged_attention`. The number of parts follows from shapes alone, so that nothing waits for the device.
+    """
+    num_tokens, heads, head_dim = query.shape
+    kv_heads, num_reqs = key.shape[1], len(context_lens)
+    group = heads // kv_heads
+    out = query.new_empty(query.shape)
+    if num_tokens == 0 or num_reqs == 0:
+        return out
+    chosen = dict(settings("block_attention", attend_settings(query.dtype, max_query_len * group)))
+    keys_per_part = chosen.pop("KEYS_PER_PART")
+    tiles = triton.cdiv(max_query_len * group, chosen["BLOCK_ROWS"])
+    parts = parts_of_context(tiles * kv_heads * num_reqs, block_table.shape[1] * page_size, keys_per_part)
+    averages, log_totals = out, None
+    if parts > 1:
+        averages = query.new_empty((parts, *query.shape), dtype=torch.float32)
+        log_totals = query.new_empty((parts, num_tokens, heads), dtype=torch.float32)
+    shape = {"HEAD_DIM": head_dim, "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim))}
+    attend_kernel[(tiles, kv_heads, num_reqs * parts)](
+        query,
+        key,
+        value,
+        key_cache,
+        value_cache,
+        block_table,
+        context_lens,
+        query_start_loc,
+        averages,
+        log_totals,
+        math.log2(math.e) / math.sqrt(head_dim),
+        *query.stride()[:2],
+        *key.stride()[:2],
+        *value.stride()[:2],
+        *key_cache.stride()[:2],
+        *value_cache.stride()[:2],
+        block_table.stride(0),
+        num_tokens,
+        parts,
+        GROUP=group,
+        PAGE_SIZE=page_size,
+        CAUSAL=causal,
+        SPLIT=parts > 1,
+        PRECISION=_precision(query.dtype),
+        **shape,
+        **chosen,
+        **LAUNCH_OPTIONS,
+    )
+    if parts > 1:
+        num_rows, combining = num_tokens * heads, settings("block_attention", "combine")
+        combine_kernel[(triton.cdiv(num_rows, combining["BLOCK_ROWS"]),)](
+            averages, log_totals, out, num_rows, parts, **shape, **combining, **LAUNCH_OPTIONS
+        )
+    return out
+
+
+def attend_settings(dtype: torch.dtype, num_rows: int) -> str:
+    """Name in the table of settings for `num_rows` rows of a kv head: queries times heads of its group."""
+    if dtype == torch.float32:
+        return "attend_float32"  # takes twice the room, and no tensor cores
+    return "attend_few_rows" if num_rows <= 16 else "attend"
+
+
+def parts_of_context(num_programs: int, max_context_len: int, keys_per_part: int) -> int:
+    """Parts that every context is divided into, so that `num_programs` programs become enough to fill a GPU."""
+    return max(1, min(PROGRAMS_WANTED // num_programs, max_context_len // keys_per_part))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    return "ieee" if dtype == torch.float32 else "tf32"
+
+
+def _candidates(blocks: list[tuple[int, int, int, int]]) -> list[Settings]:
+    """Settings by (BLOCK_ROWS, BLOCK_KEYS, num_warps, num_stages), each with two lengths of a part."""
+    names = ("BLOCK_ROWS", "BLOCK_KEYS", "num_warps", "num_stages")
+    return [dict(zip(names, block, strict=True)) | {"KEYS_PER_PART": part} for block in blocks for part in (256, 512)]
+
+
+# What the tuner may choose from.
+CANDIDATES: dict[str, list[Settings]] = {
+    "attend": _candidates(
+        [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
+    ),
+    "attend_few_rows": _candidates([(16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2)]),
+    "attend_float32": _candidates([(16, 16, 4, 2), (32, 16, 4, 2), (32, 16, 8, 2), (32, 32, 8, 2)]),
+    "combine": [{"BLOCK_ROWS": rows, "num_warps": warps, "num_stages": 3} for rows, warps in ((1, 1), (4, 1), (8, 2))],
+}
+
+
+def variants() -> list[Variant]:
+    """What dispatch launches at the shapes of the release (32 heads, 2 of keys and values) and of the bundled trio."""
+    return [
+        _attend("bf16", queries=16, split=True),
+        _attend("bf16", queries=16, split=False),
+        _attend("bf16", queries=16, split=True, causal=True),
+        _attend("bf16", queries=1, split=True, causal=True),
+        _attend("bf16", queries=1, split=False, causal=True),
+        _attend("fp16", queries=16, split=True),
+        _attend("fp32", queries=16, split=True),
+        _attend("fp32", queries=1, split=False, causal=True),
+        _attend("bf16", queries=16, split=False, group=2, head_dim=64),
+        _attend("fp32", queries=16, split=False, group=2, head_dim=64),
+        _combine("bf16"),
+        _combine("fp32"),
+    ]
+
+
+def _attend(
+    dtype: str, queries: int, split: bool, causal: bool = False, group: int = 16, head_dim: int = 128
+) -> Variant:
+    tensors = ("query", "key", "value", "key_cache", "value_cache")
+    strides = [f"{tensor}_{axis}_stride" for tensor in tensors for axis in ("token", "head")]
+    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
+    name = attend_settings(torch_dtype, queries * group)
+    chosen = dict(settings("block_attention", name))
+    del chosen["KEYS_PER_PART"]
+    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    signature = dict.fromkeys(tensors, f"*{dtype}") | {"out": "*fp32" if split else f"*{dtype}"}
+    signature |= {"log_totals": "*fp32"} if split else {}
+    aligned = (*signature, *strides)
+    signature |= dict.fromkeys(("block_table", "context_lens", "query_start_loc"), "*i32")
+    signature |= {"scale": "fp32"} | dict.fromkeys([*strides, "table_stride", "num_tokens", "num_parts"], "i32")
+    return Variant(
+        f"{name}[{dtype} {queries}x{group}x{head_dim}{' split' * split}{' causal' * causal}]",
+        attend_kernel,
+        signature,
+        chosen
+        | ({} if split else {"log_totals": None})
+        | {"GROUP": group, "HEAD_DIM": head_dim, "PAGE_SIZE": 16, "CAUSAL": causal, "SPLIT": split}
+        | {"PRECISION": _precision(torch_dtype), "BLOCK_DIM": triton.next_power_of_2(head_dim)},
+        num_warps,
+        num_stages,
+        aligned=aligned,
+        options=LAUNCH_OPTIONS,
+    )
+
+
+def _combine(dtype: str) -> Variant:
+    chosen = dict(settings("block_attention", "combine"))
+    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
+    return Variant(
+        f"combine[{dtype} 128]",
+        combine_kernel,
+        {"averages": "*fp32", "log_totals": "*fp32", "out": f"*{dtype}", "num_rows": "i32", "num_parts": "i32"},
+        chosen | {"HEAD_DIM": 128, "BLOCK_DIM": 128},
+        num_warps,
+        num_stages,
+        options=LAUNCH_OPTIONS,
+    )
