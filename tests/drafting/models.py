@@ -12,7 +12,6 @@ from torch import Tensor
 from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 
 from tests.support.builders import tiny_model
-from twotower_kernels.unmasking import pick_tokens
 from twotower_spec import TwoTowerModel
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
 from twotower_spec.generation.sampling import Sampler
@@ -128,7 +127,7 @@ def _draft_outcomes(
         modulation = model.denoiser.time_conditioning.for_block_size(size)[masked.sum(1)]
         positions = masked.flatten().nonzero()[:, 0]
         step_logits = model.denoiser(block, context, modulation, positions)
-        pick_tokens(step_logits, mask)  # excludes the mask token
+        step_logits[:, mask] = -torch.inf
         own = sampler.probs(step_logits)
         natural = torch.softmax(step_logits, -1)
         for picks in itertools.product(range(vocab), repeat=len(positions)):

@@ -16,7 +16,7 @@ from tests.drafting.models import Outcome, draft_outcomes, target_probs, tiny_dr
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import RULES, AdaptivePolicy, BlockDrafter
 from twotower_spec.drafting.policies import FixedSteps
-from twotower_spec.drafting.verification import BlockRule, OneHotRule, ProbabilityRatioRule, RejectingRule, compare
+from twotower_spec.drafting.verification import BlockRule, GreedyRule, OneHotRule, ProbabilityRatioRule, RejectingRule
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.generation.unmasking import CommitRule, PublishedSchedule
 
@@ -86,8 +86,10 @@ def after_comparing(drafts: list[Outcome], probs: dict[Text, Tensor]) -> Results
     """The target's own tokens at every position, all combinations; they do not depend on the drafts."""
     for draft in drafts:
         width = len(draft.tokens) + 1
-        own = list(itertools.product(range(VOCAB), repeat=width))
-        verdict = compare(draft.block("private"), torch.tensor(own))
+        own = torch.tensor(list(itertools.product(range(VOCAB), repeat=width)))
+        block, zeros = draft.block("private"), torch.zeros(len(own), dtype=torch.int64)
+        together = replace(block, token_ids=block.token_ids.expand(len(own), -1))
+        verdict = GreedyRule().verify(torch.nn.functional.one_hot(own).double(), together, GREEDY, zeros, zeros)
         chances = torch.ones(1, dtype=torch.float64)
         for i in range(width):
             chances = (chances[:, None] * probs[draft.tokens[:i]]).flatten()

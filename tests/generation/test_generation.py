@@ -8,7 +8,7 @@ from scipy import stats
 
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError, DiffusionConfig, TwoTowerModel
-from twotower_spec.generation.sampling import filter_logits
+from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 
 MODES = ("generate_ar", "generate_mock_ar", "generate_mask_diffusion")
@@ -104,11 +104,15 @@ def test_sampled_tokens_follow_the_softmax(model: TwoTowerModel) -> None:
 
 def test_top_k_and_top_p_keep_the_published_sets() -> None:
     logits = torch.log(torch.tensor([[0.4, 0.3, 0.2, 0.1]]))
-    assert filter_logits(logits, 2, None).isfinite().tolist() == [[True, True, False, False]]
-    assert filter_logits(logits, None, 0.5).isfinite().tolist() == [[True, True, False, False]]
-    assert filter_logits(logits, None, 0.35).isfinite().tolist() == [[True, False, False, False]]
-    assert filter_logits(logits, 3, 0.99).isfinite().tolist() == [[True, True, True, False]]
-    assert torch.equal(filter_logits(logits, 0, 1.0), logits)
+    kept = [
+        (Sampler(1.0, top_k=2), [True, True, False, False]),
+        (Sampler(1.0, top_p=0.5), [True, True, False, False]),
+        (Sampler(1.0, top_p=0.35), [True, False, False, False]),
+        (Sampler(1.0, top_k=3, top_p=0.99), [True, True, True, False]),
+    ]
+    for sampler, expected in kept:
+        assert sampler.filter(logits).isfinite().tolist() == [expected]
+    assert Sampler(1.0, top_k=0, top_p=1.0).filter(logits).equal(logits)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -5,11 +5,20 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from twotower_kernels.acceptance import Sampling, accept, op
+from twotower_kernels.acceptance import Accepted, Sampling, op
+from twotower_kernels.acceptance import accept as accept_cumulative
 from twotower_kernels.acceptance.op import Rule
 from twotower_kernels.acceptance.reference import accept_reference
 
 VOCAB = 37
+
+
+def accept(logits: Tensor, drafts: Tensor, counts: list[int], sampling: Sampling, rule: Rule = "one-hot") -> Accepted:
+    return accept_cumulative(logits, drafts, cumulative(counts), max(counts, default=0), sampling, rule)
+
+
+def cumulative(counts: list[int]) -> Tensor:
+    return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
 def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> Sampling:
@@ -55,7 +64,7 @@ def test_every_request_gets_what_the_reference_gives_it(rule: Rule, counts: list
     drafts = likely_drafts(logits, counts, sampling, rule)
     before = logits.clone()
     result = accept(logits, drafts, counts, sampling, rule)
-    expected = accept_reference(logits, drafts, counts, sampling, rule)
+    expected = accept_reference(logits, drafts, cumulative(counts), max(counts), sampling, rule)
     assert [[token for token in row if token >= 0] for row in result.token_ids.tolist()] == expected
     assert result.num_accepted.tolist() == [len(row) - 1 for row in expected]
     assert result.token_ids.dtype == result.num_accepted.dtype == torch.int32
@@ -139,8 +148,13 @@ def test_a_batch_too_large_for_memory_is_taken_in_parts(rule: Rule, monkeypatch:
         assert torch.equal(parts.token_ids, whole.token_ids) and torch.equal(parts.num_accepted, whole.num_accepted)
 
 
-def test_top_p_ends_where_it_is_reached_as_in_vllm() -> None:
+def test_tokens_as_probable_as_the_last_of_top_p_stay() -> None:
     logits = torch.tensor([[0.0, 0.0, -100.0, -100.0]]).repeat(200, 1)
-    sampling = sampling_for(200, temperature=torch.ones(200), top_k=None, min_p=None, top_p=torch.full((200,), 0.5))
+    sampling = sampling_for(200, temperature=torch.ones(200), top_k=None, min_p=None, top_p=torch.full((200,), 0.4))
     taken = accept(logits, torch.zeros(0, dtype=torch.int64), [0] * 200, sampling).token_ids
-    assert set(taken.flatten().tolist()) == {0}
+    assert set(taken.flatten().tolist()) == {0, 1}
+
+
+def test_a_number_of_rows_that_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"logits has 3 rows; 3 drafts of 1 requests need 4"):
+        accept(torch.zeros(3, VOCAB), torch.zeros(3, dtype=torch.int64), [3], sampling_for(1))

@@ -71,6 +71,7 @@ def group_case(num_reqs: int, num_tokens: int, width: int, dtype: torch.dtype) -
 @pytest.fixture
 def in_triton(device: torch.device) -> Op:
     """Calls an op that takes its kernels, wherever they run."""
+
     def run(function: Op, *arguments: Any) -> Tensor:
         moved = [on_device(a, device) if isinstance(a, Tensor) else a for a in arguments]
         with pytest.MonkeyPatch.context() as patch:

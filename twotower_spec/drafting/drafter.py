@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from twotower_kernels.block_scan import warm_up
 from twotower_kernels.unmasking import pick_tokens
 from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
@@ -18,7 +19,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
 from twotower_spec.generation.result import PhaseTimes
 from twotower_spec.generation.sampling import Sampler, signed_seed
-from twotower_spec.generation.unmasking import PublishedSchedule
+from twotower_spec.generation.unmasking import PublishedSchedule, pick_noise
 from twotower_spec.state import ContextState
 from twotower_spec.state.block_context import BlockContext, BlockWorkspace
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
@@ -186,7 +187,7 @@ class BlockDrafter:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs both towers once for a request of its own: nothing large is allocated by later rounds.
+        """Runs both towers once for a request of its own: nothing large is allocated or compiled by later rounds.
 
         Raises:
             ArgumentError: requests are held; the pool might have to give one up.
@@ -196,12 +197,15 @@ class BlockDrafter:
         plan = self.policy.plan(1)
         # Policies that choose among several sizes say so.
         sizes = {*getattr(self.policy, "block_sizes", ()), *([plan.block_size] if plan else ())}
+        context, config = self.towers.context, self.towers.config
+        warm_up(context.device, context.dtype, config.mamba_head_dim, config.ssm_state_size)
         request, zero = object(), torch.zeros(1, dtype=torch.long, device=self.towers.denoiser.device)
         try:
-            self.state.advance(self.towers.context, {request: [0]})
+            self.state.advance(context, {request: [0]})
+            if self.first_token == "context":
+                self._first_tokens([request], zero, zero)
             for size in sorted(sizes, reverse=True):
-                context = self._context([request], size)
-                self._denoiser(size).denoise(context, zero, zero, rule=PublishedSchedule(0.0, 1))
+                self._denoiser(size).denoise(self._context([request], size), zero, zero, rule=PublishedSchedule(0.0, 1))
         finally:
             self.state.release(request)
 
@@ -396,8 +400,8 @@ class BlockDrafter:
         mask_token_id = self.towers.config.mask_token_id
         logits[:, mask_token_id] = -torch.inf
         logits[:, self.num_token_ids :] = -torch.inf
-        scores = None if self.sampler.greedy else self.sampler.scores(logits, seeds, positions)
-        tokens, confidence = pick_tokens(logits, mask_token_id, scores)
+        noise = pick_noise(self.sampler, logits, seeds, positions)
+        tokens, confidence = pick_tokens(logits, mask_token_id, noise=noise)
         return tokens, confidence, None if self.sampler.greedy else self.sampler.probs(logits)
 
     def _as_block(
@@ -459,7 +463,7 @@ class BlockDrafter:
         """Context of requests for one block, in the drafter's own workspace."""
         denoiser = self.towers.denoiser
         room = self.num_pages * DEFAULT_PAGE_SIZE + self.num_slots * block_size
-        if self._workspace is None or self._workspace.keys.shape[1] < room:
+        if self._workspace is None or self._workspace.num_tokens < room:
             self._workspace = BlockWorkspace(self.towers.config, room, denoiser.dtype, denoiser.device)
         return self.state.block_context(request_ids, block_size, denoiser.device, denoiser.dtype, self._workspace)
 

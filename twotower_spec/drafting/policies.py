@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_kernels.unmasking import choose_commits
 from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule
+from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule, Schedule
 
 
 @dataclass(frozen=True)
@@ -169,17 +169,15 @@ class FixedPolicy(_SteadyPolicy):
 
 
 @dataclass(frozen=True)
-class FixedSteps:
+class FixedSteps(Schedule):
     """The commit rule of `FixedPolicy`."""
 
     num_steps: int
     confidence_threshold: float
 
-    def commits(self, step: DenoisingStep) -> Tensor:
-        """See `CommitRule.commits`."""
-        if step.index >= self.num_steps - 1:
-            return step.masked
-        return confident(step, self.confidence_threshold)
+    def remaining_steps(self, index: int, block_size: int) -> int:
+        """See `Schedule.remaining_steps`; before the last step nothing presses."""
+        return 1 if index >= self.num_steps - 1 else block_size
 
 
 def confident(step: DenoisingStep, confidence_threshold: float) -> Tensor:

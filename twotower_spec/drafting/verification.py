@@ -15,8 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twotower_kernels.acceptance import ACCEPT_DRAW, NEXT_TOKEN_DRAW
-from twotower_kernels.noise import gumbel_noise, uniform_noise
+from twotower_kernels.acceptance import ACCEPT_DRAW, NEXT_TOKEN_DRAW, Rule, accept
+from twotower_kernels.noise import gumbel_argmax, uniform_noise
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.sampling import Sampler
@@ -76,12 +76,7 @@ class _ComparingRule:
 
     def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
         """See `VerificationRule.verify`."""
-        num_reqs, width, vocab = logits.shape
-        offsets = torch.arange(width, device=logits.device)
-        targets = sampler.sample(
-            logits.reshape(-1, vocab), seeds.repeat_interleave(width), (positions[:, None] + offsets).flatten()
-        )
-        return compare(draft, targets.view(num_reqs, width))
+        return _accept(logits, draft, sampler, seeds, positions, "coupled")
 
 
 class GreedyRule(_ComparingRule):
@@ -108,11 +103,17 @@ class CoupledRule(_ComparingRule):
     name = "coupled"
 
 
-def compare(draft: DraftBlock, targets: Tensor) -> Verdict:
-    """Accepts drafts that equal the target's tokens int64 [num_reqs, num_speculative_tokens + 1], from the left."""
-    agree = draft.token_ids.to(targets.device) == targets[:, :-1]
-    num_accepted = agree.cumprod(dim=1).sum(dim=1)
-    next_tokens = targets.gather(1, num_accepted[:, None])[:, 0]
+def _accept(
+    logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor, rule: Rule
+) -> Verdict:
+    """`VerificationRule.verify` by the kernel. Rows bring equally many drafts; those that are -1 are not accepted."""
+    num_reqs, width, vocab = logits.shape
+    sampling = sampler.sampling(seeds, positions, torch.promote_types(logits.dtype, torch.float32))
+    counts = torch.arange(1, num_reqs + 1, device=logits.device) * (width - 1)
+    drafts = draft.token_ids.to(logits.device).flatten()
+    done = accept(logits.reshape(-1, vocab), drafts, counts, width - 1, sampling, rule)
+    num_accepted = done.num_accepted.long()
+    next_tokens = done.token_ids.gather(1, num_accepted[:, None])[:, 0]
     return Verdict(num_accepted.tolist(), next_tokens.tolist())
 
 
@@ -145,8 +146,8 @@ class RejectingRule(ABC):
         """See `VerificationRule.verify`."""
         target = sampler.probs(logits)
         if not any(draft.num_draft_tokens):
-            noise = gumbel_noise(seeds, positions, NEXT_TOKEN_DRAW, target.shape[-1])
-            return Verdict(draft.num_draft_tokens, (target[:, 0].log() + noise).argmax(dim=-1).tolist())
+            tokens = gumbel_argmax(target[:, 0].log(), seeds, positions, NEXT_TOKEN_DRAW)
+            return Verdict(draft.num_draft_tokens, tokens.tolist())
         self.require_exact(draft.provenance, sampler)
         lengths = self.length_probs(target.double(), draft)
         uniform = uniform_noise(seeds, positions, ACCEPT_DRAW, 1).double()
@@ -155,21 +156,26 @@ class RejectingRule(ABC):
         longest = torch.where(lengths > 0, numbers, 0).amax(dim=1)
         num_accepted = torch.minimum((lengths.cumsum(dim=1) <= uniform).sum(dim=1), longest)
         following = self.next_token_probs(target, draft, num_accepted)
-        noise = gumbel_noise(seeds, positions + num_accepted, NEXT_TOKEN_DRAW, following.shape[-1])
-        return Verdict(num_accepted.tolist(), (following.log() + noise).argmax(dim=-1).tolist())
+        tokens = gumbel_argmax(following.log(), seeds, positions + num_accepted, NEXT_TOKEN_DRAW)
+        return Verdict(num_accepted.tolist(), tokens.tolist())
 
 
 class OneHotRule(RejectingRule):
     """Accepts a draft with the target's probability of it; else takes another token, as the target would.
 
     It is the p/q rule for a draft distribution that has all on the draft itself, hence exact for every draft that was
-    made without the rule's own noise, in any number of steps.
+    made without the rule's own noise, in any number of steps. The probabilities are its specification; verdicts are
+    drawn by the kernel.
     """
 
     name = "one-hot"
 
     def require_exact(self, made: Provenance, sampler: Sampler) -> None:
         """See `VerificationRule.require_exact`; every draft will do."""
+
+    def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
+        """See `VerificationRule.verify`."""
+        return _accept(logits, draft, sampler, seeds, positions, "one-hot")
 
     def length_probs(self, target: Tensor, draft: DraftBlock) -> Tensor:
         """See `RejectingRule.length_probs`."""

@@ -9,13 +9,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twotower_kernels.unmasking import pick_tokens
 from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
 from twotower_spec.generation.sampling import Sampler
-from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule
+from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule, pick_noise, unmask_by
 from twotower_spec.state import BlockContext
 from twotower_spec.towers import DenoiserTower
 from twotower_spec.towers.model import TwoTowers
@@ -155,20 +154,26 @@ class BlockDenoiser:
             full_logits = None
             positions = masked.flatten().nonzero()[:, 0]
             if step_callback is None:
-                logits = self.denoiser(xt, context, self._modulation(num_masked), positions)
+                logits = self.denoiser(xt, context, self._modulation(num_masked), positions, wide_logits=False)
             else:
                 full_logits = self.denoiser(xt, context, self._modulation(num_masked))
                 logits = full_logits[positions]
-            before = xt
-            picks, picked_confidence = self._pick(logits, positions, seeds, first_positions, 0 if same_noise else step)
+            if self.sampler.filters or (with_probs and step == 0):
+                self._exclude(logits)
             if with_probs and step == 0:
-                probs = logits.new_zeros(xt.numel(), logits.shape[-1])
-                probs[positions] = self.sampler.probs(logits)
-            seen = sure.flatten().index_copy(0, positions, picked_confidence).view_as(xt)
-            # A row of NaN commits like one without confidence, and what the rule decides for the others stays theirs.
-            commits = rule.commits(DenoisingStep(step, active, masked, seen.nan_to_num(nan=0.0)))
-            xt = torch.where(commits, xt.flatten().index_copy(0, positions, picks).view_as(xt), xt)
-            sure = torch.where(commits, seen, sure)
+                probs = confidence.new_zeros(xt.numel(), logits.shape[-1])
+                probs[positions] = self.sampler.probs(logits).to(probs.dtype)
+            done = unmask_by(
+                rule,
+                DenoisingStep(step, active, masked, sure),
+                xt,
+                logits,
+                positions,
+                config.mask_token_id,
+                self.num_token_ids,
+                pick_noise(self.sampler, logits, seeds, first_positions, 0 if same_noise else step),
+            )
+            before, xt, sure = xt, done.token_ids, done.confidence
             if len(active) == num_reqs:
                 block, confidence = xt, sure
             else:
@@ -178,7 +183,7 @@ class BlockDenoiser:
                     [active[row] for row in open_rows],
                     block,
                     [num_masked[row] for row in open_rows],
-                    commits[open_rows].sum(-1).tolist(),
+                    done.commits[open_rows].sum(-1).tolist(),
                 )
             if step_callback is not None and full_logits is not None:
                 step_callback(
@@ -198,19 +203,11 @@ class BlockDenoiser:
         alike = min(num_masked) == max(num_masked)
         return self.modulation[num_masked[:1] if alike else num_masked]
 
-    def _pick(
-        self, logits: Tensor, positions: Tensor, seeds: Tensor, first_positions: Tensor, draw: int
-    ) -> tuple[Tensor, Tensor]:
-        """Token and confidence of every masked position; excluded ids get -inf in `logits`."""
-        config = self.config
-        if self.num_token_ids is not None and self.num_token_ids < logits.shape[1]:
+    def _exclude(self, logits: Tensor) -> None:
+        """Gives ids that are never picked -inf."""
+        logits[:, self.config.mask_token_id] = -torch.inf
+        if self.num_token_ids is not None:
             logits[:, self.num_token_ids :] = -torch.inf
-        scores = None
-        if not self.sampler.greedy:
-            logits[:, config.mask_token_id] = -torch.inf
-            rows, offsets = positions // config.block_size, positions % config.block_size
-            scores = self.sampler.scores(logits, seeds[rows], first_positions[rows] + offsets, draw)
-        return pick_tokens(logits, config.mask_token_id, scores)
 
 
 class _Recorder:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from twotower_kernels.noise import gumbel_noise
+from twotower_kernels.acceptance import Sampling, accept, filtered_logits
 from twotower_spec.config import check_sampling
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """Turns logits into scores whose argmax is the sample.
+    """Temperature and filters, the same for all rows.
 
     Attributes:
         temperature: 0 for greedy.
@@ -34,23 +33,47 @@ class Sampler:
 
     @property
     def greedy(self) -> bool:
-        """Whether the scores are the logits themselves."""
+        """Whether the sample is the most probable token."""
         return self.temperature == 0
 
-    def scores(self, logits: Tensor, seeds: Tensor, positions: Tensor, draw: int = 0) -> Tensor:
-        """Noisy, filtered logits; their argmax is distributed as the softmax of the filtered logits.
+    @property
+    def filters(self) -> bool:
+        """Whether tokens may be excluded."""
+        return bool(self.top_k) or (self.top_p is not None and self.top_p < 1) or bool(self.min_p)
+
+    def sampling(self, seeds: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> Sampling:
+        """The same parameters for requests with these int64 [num_reqs] seeds and first positions."""
+
+        def every(value: float | None, kind: torch.dtype = dtype) -> Tensor | None:
+            return torch.full(seeds.shape, value, dtype=kind, device=seeds.device) if value else None
+
+        top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
+        top_k = every(self.top_k, torch.int32)
+        return Sampling(every(self.temperature), top_k, every(top_p), every(self.min_p), seeds, positions)
+
+    def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+        """Token ids int64 [num_rows], distributed as the softmax of the filtered logits.
 
         Args:
             logits: [num_rows, vocab]; not modified. -inf excludes a token.
             seeds: int64 [num_rows].
             positions: int64 [num_rows], index of the token in its sequence.
-            draw: tells repeated draws at one position apart.
         """
-        return self.filter(logits) + gumbel_noise(seeds, positions, draw, logits.shape[-1])
+        no_drafts = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
+        sampling = self.sampling(seeds, positions, _wide(logits))
+        return accept(logits, no_drafts[:0], no_drafts, 0, sampling, "coupled").token_ids[:, 0].long()
 
     def filter(self, logits: Tensor) -> Tensor:
-        """Logits [..., vocab] over the temperature, excluded tokens -inf; their softmax is what is sampled from."""
-        return filter_logits(logits / self.temperature, self.top_k, self.top_p, self.min_p)
+        """Logits [..., vocab] over the temperature, excluded tokens -inf; their softmax is what is sampled from.
+
+        Min-p keeps tokens at least `min_p` times as probable as the most probable one, top-k and top-p those that are
+        at least as probable as the last one that is needed.
+
+        Source: modeling_nemotron_twotower.py, _sample_token; min-p comes first as in vLLM.
+        """
+        rows = logits.reshape(-1, logits.shape[-1])
+        zero = torch.zeros(1, dtype=torch.int64, device=logits.device)
+        return filtered_logits(rows, zero.expand(len(rows)), self.sampling(zero, zero, _wide(logits))).view_as(logits)
 
     def probs(self, logits: Tensor) -> Tensor:
         """The distribution that is sampled from, shaped like `logits`; all on the argmax when greedy."""
@@ -58,32 +81,9 @@ class Sampler:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.softmax(self.filter(logits), dim=-1)
 
-    def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
-        """Token ids int64 [num_rows]; arguments as `scores`."""
-        return (logits if self.greedy else self.scores(logits, seeds, positions)).argmax(dim=-1)
 
-
-def filter_logits(logits: Tensor, top_k: int | None, top_p: float | None, min_p: float | None = None) -> Tensor:
-    """Excludes tokens by min-p, then by top-k, then by top-p on what is left; excluded tokens get -inf.
-
-    Min-p keeps tokens at least `min_p` times as probable as the most probable one. Ties with the k-th token stay. Top-p
-    keeps the most probable tokens up to and including the one that makes their sum exceed `top_p`.
-
-    Source: modeling_nemotron_twotower.py, _sample_token; min-p comes first as in vLLM.
-    """
-    if min_p:
-        bound = logits.max(dim=-1, keepdim=True).values + math.log(min_p)
-        logits = logits.masked_fill(logits < bound, -torch.inf)
-    if top_k and top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    if top_p is not None and top_p < 1.0:
-        ordered, order = torch.sort(logits, dim=-1, descending=True)
-        reached = torch.softmax(ordered, dim=-1).cumsum(-1) > top_p
-        beyond = torch.zeros_like(reached)
-        beyond[..., 1:] = reached[..., :-1]
-        logits = logits.masked_fill(beyond.gather(-1, order.argsort(-1)), -torch.inf)
-    return logits
+def _wide(logits: Tensor) -> torch.dtype:
+    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def signed_seed(seed: int) -> int:

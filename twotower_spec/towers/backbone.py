@@ -93,7 +93,12 @@ class Backbone(nn.Module):
         return self.embeddings.device
 
     def forward(
-        self, token_ids: Tensor, prefix: Prefix, modulation: Tensor | None = None, positions: Tensor | None = None
+        self,
+        token_ids: Tensor,
+        prefix: Prefix,
+        modulation: Tensor | None = None,
+        positions: Tensor | None = None,
+        wide_logits: bool = True,
     ) -> Tensor:
         """Logits of a pass.
 
@@ -104,9 +109,10 @@ class Backbone(nn.Module):
                 `Layer.forward`.
             positions: int64 [num_positions], flat indices into [num_reqs * num_tokens] whose logits are wanted;
                 None for all.
+            wide_logits: False leaves the logits in the tower's dtype, for ops that read them as they are.
 
         Returns:
-            Logits [num_positions, vocab], float32 (float64 in a float64 model).
+            Logits [num_positions, vocab], float32 (float64 in a float64 model) if wide.
         """
         x = F.embedding(token_ids, self.embeddings).to(self.residual_dtype)
         layers = list(self.layers)
@@ -123,12 +129,8 @@ class Backbone(nn.Module):
             modulation = modulation[rows]
         for i, layer in enumerate(layers[self.num_mixing_layers :], self.num_mixing_layers):
             x = layer(x, prefix, None if modulation is None else modulation[:, i])
-        return self.logits(x[:, 0])
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Final norm and head: [num_positions, hidden] to [num_positions, vocab]."""
-        wide = accumulation_dtype(self.dtype)
-        return linear(rms_norm(x, self.norm_f, self.eps).to(self.dtype), self.head).to(wide)
+        logits = linear(rms_norm(x[:, 0], self.norm_f, self.eps).to(self.dtype), self.head)
+        return logits.to(accumulation_dtype(self.dtype)) if wide_logits else logits
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names; the head stands outside the tower there and is not among them."""

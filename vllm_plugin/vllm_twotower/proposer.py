@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
+from twotower_kernels.acceptance import warm_up
+from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
 from twotower_spec.config import TORCH_DTYPES
 from twotower_spec.drafting import BlockDrafter, DraftBlock
 from twotower_spec.errors import TwoTowerError
@@ -62,6 +66,7 @@ class TwoTowerProposer:
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.drafter: BlockDrafter | None = None
         self.stats = DrafterStats(None)
+        self._vocab_size = int(vllm_config.model_config.get_vocab_size())
         parallel = vllm_config.parallel_config
         # The rank is 0 in every engine of a dense model.
         self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
@@ -86,14 +91,20 @@ class TwoTowerProposer:
         Raises:
             TwoTowerError: the checkpoint is refused. Any other failure leaves vLLM without drafts.
         """
-        if not self._hooked or get_tensor_model_parallel_rank() != 0:
+        if not self._hooked:
+            return
+        parameter = next(iter(target_model.parameters()))
+        # What fails here fails in the first verification too, where it is counted and logged.
+        with suppress(Exception):
+            warm_up(self._vocab_size, parameter.dtype, parameter.device, self.settings.verification)
+        if get_tensor_model_parallel_rank() != 0:
             return
         self.stats = DrafterStats(stats_path(self._engine))
         if self.settings.policy == "off":
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
         try:
-            self.drafter = self._load(next(iter(target_model.parameters())))
+            self.drafter = self._load(parameter)
         except TwoTowerError:
             raise
         except Exception as error:
@@ -146,6 +157,9 @@ class TwoTowerProposer:
         denoiser_device = settings.denoiser_device or context_device
         wide = parameter.dtype if parameter.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
         dtype = TORCH_DTYPES[settings.dtype] if settings.dtype else wide
+        # What the kernels say of their choices stands in vLLM's log.
+        logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
+        register_long_scan("vllm", _vllm_scan)
         model = TwoTowerModel.from_pretrained(
             settings.model,
             revision=settings.revision,
@@ -298,3 +312,10 @@ def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: 
         row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
         for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
     ]
+
+
+def _vllm_scan() -> LongScan:
+    """vLLM's own chunk scan, for long prompts of the context tower."""
+    from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+
+    return varlen_scan(mamba_chunk_scan_combined_varlen)

@@ -60,12 +60,21 @@ class TwoTowerRejectionSampler(RejectionSampler):
         lengths = self._runner.input_batch.num_tokens_no_spec[: len(counts)].tolist()
         sampling = batch.sampling(torch.tensor(lengths, dtype=torch.int64, device=logits.device))
         processed = self._processed(metadata, logits, sampling_metadata, batch)
-        token_ids = accept(processed, metadata.draft_token_ids, counts, sampling, self._rule).token_ids
+        token_ids = accept(
+            processed,
+            metadata.draft_token_ids,
+            metadata.cu_num_draft_tokens,
+            metadata.max_spec_len,
+            sampling,
+            self._rule,
+        ).token_ids
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
             shown = logits
             if self.is_processed_logprobs_mode:
-                shown = filtered_logits(processed, counts, sampling)
+                widths = torch.tensor(counts, device=logits.device) + 1
+                request = torch.arange(len(counts), device=logits.device).repeat_interleave(widths)
+                shown = filtered_logits(processed, request, sampling)
             logprobs = self._get_logprobs_tensors(
                 sampling_metadata.max_num_logprobs,
                 metadata,

@@ -9,6 +9,17 @@ from twotower_kernels.acceptance.op import (
     Sampling,
     accept,
     filtered_logits,
+    warm_up,
 )
 
-__all__ = ["ACCEPT_DRAW", "NEXT_TOKEN_DRAW", "SAMPLE_DRAW", "Accepted", "Rule", "Sampling", "accept", "filtered_logits"]
+__all__ = [
+    "ACCEPT_DRAW",
+    "NEXT_TOKEN_DRAW",
+    "SAMPLE_DRAW",
+    "Accepted",
+    "Rule",
+    "Sampling",
+    "accept",
+    "filtered_logits",
+    "warm_up",
+]

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from twotower_kernels.noise import gumbel_noise, uniform_noise
+from twotower_kernels.backend import use_triton
+from twotower_kernels.noise import gumbel_argmax, reproducible_log, uniform_noise
 
 Rule = Literal["one-hot", "coupled"]
 
@@ -21,8 +21,12 @@ NEXT_TOKEN_DRAW = ACCEPT_DRAW + 1
 
 PLACEHOLDER = -1
 
-# Logits that are sampled from at once: about 1 GiB of working memory.
+# Logits that are sampled from at once without the kernel: about 1 GiB of working memory.
 MOST_LOGITS = 1 << 25
+
+
+# Tokens among which the last one that top-k and top-p keep is sought first, without sorting the vocabulary.
+MOST_KEPT = 1024
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,11 @@ class Sampling:
     seeds: Tensor
     positions: Tensor
 
+    @property
+    def filters(self) -> bool:
+        """Whether tokens may be excluded."""
+        return not (self.top_k is None and self.top_p is None and self.min_p is None)
+
     def of(self, requests: slice) -> Sampling:
         """The same for some of the requests."""
 
@@ -60,7 +69,7 @@ class Accepted:
     """Outcome of a verification.
 
     Attributes:
-        token_ids: int32 [num_reqs, most drafts + 1]: accepted drafts, the token after them, then -1.
+        token_ids: int32 [num_reqs, max_num_draft_tokens + 1]: accepted drafts, the token after them, then -1.
         num_accepted: int32 [num_reqs].
     """
 
@@ -69,7 +78,12 @@ class Accepted:
 
 
 def accept(
-    logits: Tensor, draft_token_ids: Tensor, num_draft_tokens: Sequence[int], sampling: Sampling, rule: Rule = "one-hot"
+    logits: Tensor,
+    draft_token_ids: Tensor,
+    cu_num_draft_tokens: Tensor,
+    max_num_draft_tokens: int,
+    sampling: Sampling,
+    rule: Rule = "one-hot",
 ) -> Accepted:
     """Accepts drafts from the left, and takes the token after them.
 
@@ -81,81 +95,117 @@ def accept(
     * coupled: the target's sample is fixed by (seed, position) before any draft is looked at; drafts are accepted while
       they agree with it. The text is the same for any drafts, and without.
 
+    On CUDA these are two launches without a copy of the logits and without synchronisation, also for CUDA graphs; each
+    logit is read once, of requests with filters several times. Of equal logits the first is taken, NaN counts as the
+    largest.
+
     Args:
-        logits: float [num_draft_tokens + num_reqs, vocab] of the target, rows of a request together: one per draft and
-            one after all of them. Not modified.
-        draft_token_ids: integer [num_draft_tokens], of all requests one after the other.
-        num_draft_tokens: per request, 0 allowed.
-        sampling: parameters per request; a token is excluded by min-p, then top-k, then top-p.
+        logits: bfloat16, float16 or float32 (on CPU also float64) [num_draft_tokens + num_reqs, vocab] of the target,
+            any row stride; rows of a request together: one per draft and one after all of them. Not modified.
+        draft_token_ids: integer [num_draft_tokens], of all requests one after the other; -1 is never accepted.
+        cu_num_draft_tokens: integer [num_reqs], drafts of each request and all before it; without the leading 0.
+        max_num_draft_tokens: at least the drafts of any request.
+        sampling: parameters per request; a token is excluded by min-p, then top-k, then top-p. Tokens as probable as
+            the last one that stays do stay.
         rule: for requests above temperature 0.
+
+    Raises:
+        ValueError: shapes do not fit, or on CUDA the vocabulary is strided.
     """
-    most_drafts = max(num_draft_tokens, default=0)
+    num_reqs = len(cu_num_draft_tokens)
+    if len(logits) != len(draft_token_ids) + num_reqs:
+        raise ValueError(
+            f"logits has {len(logits)} rows; {len(draft_token_ids)} drafts of {num_reqs} requests need "
+            f"{len(draft_token_ids) + num_reqs}"
+        )
+    if use_triton(logits) and logits.dtype != torch.float64:
+        from twotower_kernels.acceptance.kernel import accept as kernel
+
+        return kernel(logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, rule)
+    ends = cu_num_draft_tokens.tolist()
     parts, row, draft = [], 0, 0
-    for requests in _parts(num_draft_tokens, logits.shape[-1], sampling):
-        counts = num_draft_tokens[requests]
-        rows, drafts = slice(row, row + sum(counts) + len(counts)), slice(draft, draft + sum(counts))
+    for requests in _parts(ends, logits.shape[-1], sampling):
+        last = ends[requests.stop - 1] if requests.stop else 0
+        count = requests.stop - requests.start
+        rows, drafts = slice(row, row + last - draft + count), slice(draft, last)
+        cumulative = cu_num_draft_tokens[requests] - draft
         part = sampling.of(requests)
-        parts.append(_accept(logits[rows], draft_token_ids[drafts], counts, most_drafts, part, rule))
-        row, draft = rows.stop, drafts.stop
+        parts.append(_accept(logits[rows], draft_token_ids[drafts], cumulative, max_num_draft_tokens, part, rule))
+        row, draft = rows.stop, last
     if len(parts) == 1:
         return parts[0]
     return Accepted(torch.cat([part.token_ids for part in parts]), torch.cat([part.num_accepted for part in parts]))
 
 
-def _parts(num_draft_tokens: Sequence[int], vocab_size: int, sampling: Sampling) -> list[slice]:
+def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Rule) -> None:
+    """Compiles what `accept` launches for logits of this kind, before a request waits for it; nothing without kernels.
+
+    Args:
+        vocab_size: columns of the logits.
+        dtype, device: of the logits.
+        rule: for requests above temperature 0.
+    """
+    logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
+    if not use_triton(logits):
+        return
+    one, nothing = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
+    no_drafts = torch.zeros(1, dtype=torch.int32, device=device)
+    for temperature, top_p in ((None, None), (one, None), (one, one)):
+        sampling = Sampling(temperature, None, top_p, None, nothing, nothing)
+        accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
+
+
+def _parts(ends: list[int], vocab_size: int, sampling: Sampling) -> list[slice]:
     """Requests that are taken together: sorting and noise need many times the memory of the logits."""
     if sampling.temperature is None:
-        return [slice(0, len(num_draft_tokens))]
-    parts, start, num_rows = [], 0, 0
-    for request, count in enumerate(num_draft_tokens):
-        if num_rows and (num_rows + count + 1) * vocab_size > MOST_LOGITS:
+        return [slice(0, len(ends))]
+    parts, start, num_rows, before = [], 0, 0, 0
+    for request, end in enumerate(ends):
+        count = end - before + 1
+        if num_rows and (num_rows + count) * vocab_size > MOST_LOGITS:
             parts.append(slice(start, request))
             start, num_rows = request, 0
-        num_rows += count + 1
-    return [*parts, slice(start, len(num_draft_tokens))]
+        num_rows, before = num_rows + count, end
+    return [*parts, slice(start, len(ends))]
 
 
 def _accept(
     logits: Tensor,
     draft_token_ids: Tensor,
-    num_draft_tokens: Sequence[int],
-    most_drafts: int,
+    cu_num_draft_tokens: Tensor,
+    max_num_draft_tokens: int,
     sampling: Sampling,
     rule: Rule,
 ) -> Accepted:
-    """`accept` for all requests at once, into rows for `most_drafts` drafts."""
-    device = logits.device
-    counts = torch.tensor(num_draft_tokens, dtype=torch.int64, device=device)
-    layout = _Layout.of(counts, most_drafts)
-    drafts = torch.full((len(logits),), PLACEHOLDER, dtype=torch.int64, device=device)
+    """`accept` for all requests at once, vectorised."""
+    layout = _Layout.of(cu_num_draft_tokens, max_num_draft_tokens)
+    drafts = torch.full((len(logits),), PLACEHOLDER, dtype=torch.int64, device=logits.device)
     drafts[layout.is_draft_row] = draft_token_ids.to(torch.int64)
     picks = logits.argmax(dim=-1)
     accepted = picks == drafts
     sampled = None if sampling.temperature is None else (sampling.temperature > 0)[layout.request]
     if sampled is not None and bool(sampled.any()):
         rows = sampled.nonzero()[:, 0]
-        scores = _scores(logits[rows], layout.request[rows], sampling)
-        seeds, positions = sampling.seeds[layout.request[rows]], layout.positions(sampling.positions)[rows]
+        request, positions = layout.request[rows], layout.positions(sampling.positions)[rows]
+        scores = filtered_logits(logits[rows], request, sampling)
         if rule == "coupled":
-            picks[rows] = (scores + gumbel_noise(seeds, positions, SAMPLE_DRAW, scores.shape[-1])).argmax(dim=-1)
+            picks[rows] = gumbel_argmax(scores, sampling.seeds[request], positions, SAMPLE_DRAW)
             accepted[rows] = picks[rows] == drafts[rows]
         else:
-            chance = uniform_noise(seeds, positions, ACCEPT_DRAW, 1)[:, 0]
+            chance = uniform_noise(sampling.seeds[request], positions, ACCEPT_DRAW, 1)[:, 0]
             accepted[rows] = chance < _probability(scores, drafts[rows])
     num_accepted = layout.leading(accepted & layout.is_draft_row)
     if sampled is not None and rule == "one-hot":
         last = layout.starts + num_accepted
         at = last[sampled[last]]  # rows of the requests that sample their next token
         if len(at):
-            request = layout.request[at]
-            scores = _scores(logits[at], request, sampling)
+            request, positions = layout.request[at], layout.positions(sampling.positions)[at]
+            scores = filtered_logits(logits[at], request, sampling)
             # Where the draft of this row was rejected, another token is taken; the row after all drafts has none.
-            refused = drafts[at]
-            hit = (torch.arange(scores.shape[-1], device=device) == refused[:, None]) & (refused >= 0)[:, None]
-            noise = gumbel_noise(
-                sampling.seeds[request], layout.positions(sampling.positions)[at], NEXT_TOKEN_DRAW, scores.shape[-1]
-            )
-            picks[at] = (scores.masked_fill(hit, -torch.inf) + noise).argmax(dim=-1)
+            refused = torch.where(drafts[at] < scores.shape[-1], drafts[at], PLACEHOLDER)
+            rejected = (refused >= 0).nonzero()[:, 0]
+            scores[rejected, refused[rejected]] = -torch.inf
+            picks[at] = gumbel_argmax(scores, sampling.seeds[request], positions, NEXT_TOKEN_DRAW)
     return layout.output(drafts, picks, num_accepted)
 
 
@@ -178,11 +228,13 @@ class _Layout:
     most_drafts: int
 
     @classmethod
-    def of(cls, counts: Tensor, most_drafts: int) -> _Layout:
-        widths = counts + 1
-        starts = widths.cumsum(0) - widths
-        request = torch.arange(len(counts), device=counts.device).repeat_interleave(widths)
-        offset = torch.arange(len(request), device=counts.device) - starts[request]
+    def of(cls, cu_num_draft_tokens: Tensor, most_drafts: int) -> _Layout:
+        ends = cu_num_draft_tokens.long()
+        counts = ends.diff(prepend=ends.new_zeros(1))
+        requests = torch.arange(len(counts), device=ends.device)
+        starts = ends - counts + requests
+        request = requests.repeat_interleave(counts + 1)
+        offset = torch.arange(len(request), device=ends.device) - starts[request]
         return cls(starts, request, offset, offset < counts[request], most_drafts)
 
     def positions(self, first: Tensor) -> Tensor:
@@ -204,42 +256,57 @@ class _Layout:
         return Accepted(token_ids, num_accepted.to(torch.int32))
 
 
-def filtered_logits(logits: Tensor, num_draft_tokens: Sequence[int], sampling: Sampling) -> Tensor:
-    """What `accept` samples from: logits over the temperature, excluded tokens -inf, float32, as a copy.
+def filtered_logits(logits: Tensor, request: Tensor, sampling: Sampling) -> Tensor:
+    """What is sampled from: logits over the temperature, excluded tokens -inf; a copy, float32 at least.
 
     Args:
-        logits, num_draft_tokens, sampling: as `accept`; of requests of temperature 0 the temperature is left alone.
+        logits: float [num_rows, vocab]. Not modified.
+        request: int64 [num_rows], whose parameters hold for each row; at temperature 0 the logits are not divided.
+        sampling: as `accept`.
     """
-    counts = torch.tensor(num_draft_tokens, dtype=torch.int64, device=logits.device)
-    return _scores(logits, _Layout.of(counts, 0).request, sampling)
-
-
-def _scores(logits: Tensor, request: Tensor, sampling: Sampling) -> Tensor:
-    """Rows of the given requests over their temperature, float32, excluded tokens -inf; a copy."""
-    scores = logits.float()
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    scale = None
     if sampling.temperature is not None:
         temperature = sampling.temperature[request, None]
-        scores = scores / torch.where(temperature > 0, temperature, 1.0)
+        # Once the inverse, as the kernel has it: a quotient would round otherwise.
+        scale = torch.where(temperature > 0, 1.0 / temperature, 1.0).to(wide)
+    scores = logits.to(wide, copy=True) if scale is None else logits.to(wide) * scale
     if sampling.min_p is not None:
-        bound = scores.amax(dim=-1, keepdim=True) + sampling.min_p[request, None].log()
-        scores = scores.masked_fill(scores < bound, -torch.inf)
+        min_p = sampling.min_p[request, None].float()
+        bound = scores.amax(dim=-1, keepdim=True) + reproducible_log(min_p.clamp(min=torch.finfo(torch.float32).tiny))
+        scores.masked_fill_((scores < bound) & (min_p > 0), -torch.inf)
     if sampling.top_k is None and sampling.top_p is None:
         return scores
-    ordered, order = scores.sort(dim=-1, descending=True, stable=True)
-    rank = torch.arange(scores.shape[-1], device=scores.device)
-    out = torch.zeros_like(ordered, dtype=torch.bool)
-    if sampling.top_k is not None:
-        k = sampling.top_k[request, None].long()
-        k = torch.where(k < 1, scores.shape[-1], k).clamp(max=scores.shape[-1])
-        kth = ordered.gather(1, k - 1)
-        out = ordered < kth  # tokens as probable as the k-th stay
-        ordered = ordered.masked_fill(out, -torch.inf)
-    if sampling.top_p is not None:
-        probs = torch.softmax(ordered, dim=-1)
-        before = probs.cumsum(dim=-1) - probs
-        p = sampling.top_p[request, None]
-        out = out | ((before >= p) & (rank > 0) & (p < 1))
-    return scores.masked_fill(torch.zeros_like(out).scatter_(1, order, out), -torch.inf)
+    rows, vocab_size = len(scores), scores.shape[1]
+    k = torch.full((rows,), vocab_size) if sampling.top_k is None else sampling.top_k[request].long()
+    k = torch.where(k < 1, vocab_size, k).to(scores.device)
+    p = torch.ones(rows).to(scores.device) if sampling.top_p is None else sampling.top_p[request]
+    least, complete = _least_score(scores, scores.topk(min(MOST_KEPT, vocab_size)).values, k, p)
+    if not bool(complete.all()):
+        rest = (~complete).nonzero()[:, 0]
+        ordered = scores[rest].sort(dim=-1, descending=True).values
+        least[rest] = _least_score(scores[rest], ordered, k[rest], p[rest])[0]
+    return scores.masked_fill_(scores < least[:, None], -torch.inf)
+
+
+def _least_score(scores: Tensor, ordered: Tensor, k: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
+    """Score [num_rows] that a token must reach by top-k, then top-p, and whether `ordered` sufficed to know it.
+
+    Args:
+        scores: [num_rows, vocab].
+        ordered: the largest of them, descending.
+        k: int64 [num_rows], the vocabulary for all.
+        p: float [num_rows].
+    """
+    (count, vocab_size), all_there = (ordered.shape[1], scores.shape[1]), ordered.shape == scores.shape
+    kth = ordered.gather(1, k.clamp(max=count)[:, None] - 1).masked_fill((k >= vocab_size)[:, None], -torch.inf)
+    kept = ordered.masked_fill(ordered < kth, -torch.inf)
+    total = torch.where(k < vocab_size, kept.logsumexp(1), scores.logsumexp(1))
+    num_before = ((kept - total[:, None]).exp().cumsum(1) < p[:, None]).sum(1)
+    last = ordered.gather(1, num_before.clamp(max=count - 1)[:, None])[:, 0].masked_fill(p >= 1, -torch.inf)
+    kth = kth[:, 0]
+    complete = ((k >= vocab_size) | (ordered[:, -1] < kth)) & ((p >= 1) | (num_before < count))
+    return torch.maximum(last, kth), complete | all_there
 
 
 def _probability(scores: Tensor, tokens: Tensor) -> Tensor:

@@ -1,5 +1,5 @@
 """One denoising step after the logits: picks, their confidence, and which of them are committed."""
 
-from twotower_kernels.unmasking.op import choose_commits, pick_tokens
+from twotower_kernels.unmasking.op import PickNoise, Unmasked, choose_commits, pick_tokens, unmask
 
-__all__ = ["choose_commits", "pick_tokens"]
+__all__ = ["PickNoise", "Unmasked", "choose_commits", "pick_tokens", "unmask"]

@@ -1,54 +1,198 @@
 """Picks and commits of one denoising step, all rows at once."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from twotower_kernels.backend import use_triton
+from twotower_kernels.noise import gumbel_argmax
 
-def pick_tokens(logits: Tensor, mask_token_id: int, scores: Tensor | None = None) -> tuple[Tensor, Tensor]:
+
+@dataclass(frozen=True)
+class PickNoise:
+    """What picks are sampled with: they are `argmax(logits / temperature + gumbel_noise)`.
+
+    Attributes:
+        temperature: above 0.
+        seeds: int64 [num_reqs].
+        first_positions: int64 [num_reqs], index of a block's first token in its sequence.
+        draw: tells the steps of a block apart.
+        scores: float [num_positions, vocab] that noise is added to in place of the logits over the temperature, where
+            some tokens are excluded: these have -inf, the mask token too. None for all tokens.
+    """
+
+    temperature: float
+    seeds: Tensor
+    first_positions: Tensor
+    draw: int = 0
+    scores: Tensor | None = None
+
+    def picks(self, scores: Tensor, positions: Tensor, block_size: int) -> Tensor:
+        """Samples int64 [num_positions] from the softmax of scores [num_positions, vocab] at these flat positions."""
+        rows, offsets = positions // block_size, positions % block_size
+        return gumbel_argmax(scores, self.seeds[rows], self.first_positions[rows] + offsets, self.draw)
+
+
+@dataclass(frozen=True)
+class Unmasked:
+    """Blocks after a step, and what it changed.
+
+    Attributes:
+        token_ids: int64 [num_reqs, block_size], the picks at positions that were committed, as before elsewhere.
+        confidence: float [num_reqs, block_size], likewise.
+        commits: bool [num_reqs, block_size].
+    """
+
+    token_ids: Tensor
+    confidence: Tensor
+    commits: Tensor
+
+
+def unmask(
+    logits: Tensor,
+    positions: Tensor | None,
+    token_ids: Tensor,
+    masked: Tensor,
+    confidence: Tensor,
+    mask_token_id: int,
+    confidence_threshold: float | Tensor,
+    remaining_steps: int | Tensor,
+    num_token_ids: int | None = None,
+    noise: PickNoise | None = None,
+) -> Unmasked:
+    """Picks a token at every masked position and commits the confident ones; the others stay masked.
+
+    Of the m masked positions of a row the n most confident are committed,
+    `n = min(m, max(1, #{confidence > threshold}, ceil(m / remaining_steps)))`; of equal confidences the later position
+    goes first. Confidence is the pick's softmax probability at temperature 1; one that is NaN ranks as 0.
+
+    On CUDA this is one launch that reads each logit once, without a copy of them and without synchronisation, also for
+    CUDA graphs (capture after a first call, or the graph clears a few counters itself); filtered scores need a launch
+    more.
+
+    Args:
+        logits: bfloat16, float16 or float32 (on CPU also float64) [num_positions, vocab], any row stride. The same
+            afterwards; on CPU the mask token's are put aside for a moment.
+        positions: int64 [num_positions], flat indices `row * block_size + offset` of the logits: of all masked
+            positions, each once, in any order. None where logits has a row for every position of the blocks, of which
+            those that are not masked are skipped.
+        token_ids: int64 [num_reqs, block_size]. Not modified.
+        masked: bool [num_reqs, block_size]; rows without masked positions stay as they are.
+        confidence: float32 (float64 for float64 logits) [num_reqs, block_size] of earlier steps' commits. Not modified.
+        mask_token_id: never picked, and not part of the softmax.
+        confidence_threshold: strict bound; or float32 [num_reqs].
+        remaining_steps: denoising steps left, this one included, at least 1, which commits everything; or int32
+            [num_reqs].
+        num_token_ids: ids from this one on are treated as the mask token; None for the whole vocabulary.
+        noise: of sampled picks; None for the most probable token, the first of equal ones.
+
+    Raises:
+        ValueError: shapes do not fit, or on CUDA the vocabulary is strided.
+
+    Source: modeling_nemotron_twotower.py, generate_mask_diffusion.
+    """
+    num_positions = masked.numel() if positions is None else len(positions)
+    if len(logits) != num_positions or not token_ids.shape == masked.shape == confidence.shape:
+        raise ValueError(
+            f"logits has {len(logits)} rows for {num_positions} positions, of blocks {tuple(token_ids.shape)}, masked "
+            f"{tuple(masked.shape)}, confidence {tuple(confidence.shape)}; give a row per position, and the same shapes"
+        )
+    if use_triton(logits) and logits.dtype != torch.float64:
+        from twotower_kernels.unmasking.kernel import unmask as kernel
+
+        return kernel(
+            logits,
+            positions,
+            token_ids,
+            masked,
+            confidence,
+            mask_token_id,
+            confidence_threshold,
+            remaining_steps,
+            num_token_ids,
+            noise,
+        )
+    at = torch.arange(masked.numel(), device=masked.device) if positions is None else positions
+    picks, probability = _picks(logits, at, masked.shape[1], mask_token_id, num_token_ids, noise)
+    seen = confidence.flatten().index_copy(0, at, probability.to(confidence.dtype)).view_as(confidence)
+    # Without confidence a row commits by the schedule all the same.
+    commits = choose_commits(seen.nan_to_num(nan=0.0), masked, confidence_threshold, remaining_steps)
+    picked = token_ids.flatten().index_copy(0, at, picks).view_as(token_ids)
+    return Unmasked(torch.where(commits, picked, token_ids), torch.where(commits, seen, confidence), commits)
+
+
+def pick_tokens(
+    logits: Tensor, mask_token_id: int, num_token_ids: int | None = None, noise: PickNoise | None = None
+) -> tuple[Tensor, Tensor]:
     """The token each position would take, and how probable it is.
 
     Args:
-        logits: float [num_positions, vocab]; the entry of the mask token is overwritten with -inf.
-        mask_token_id: never picked.
-        scores: float [num_positions, vocab] whose argmax is the pick (noisy logits when sampling), or None for the
-            logits themselves. The confidence always comes from `logits`.
+        logits: float [num_positions, vocab], as `unmask`.
+        mask_token_id, num_token_ids: as `unmask`.
+        noise: as `unmask`, with one block per position.
 
     Returns:
-        Picks int64 [num_positions] and confidences [num_positions]: softmax of `logits` without the mask token.
+        Picks int64 [num_positions] and confidences [num_positions], float32 at least: softmax of `logits` without the
+        mask token.
     """
-    logits[:, mask_token_id] = -torch.inf
-    if scores is None:
-        best, picks = logits.max(dim=-1)
+    if use_triton(logits) and logits.dtype != torch.float64:
+        from twotower_kernels.unmasking.kernel import pick_tokens as kernel
+
+        return kernel(logits, mask_token_id, num_token_ids, noise)
+    return _picks(logits, torch.arange(len(logits), device=logits.device), 1, mask_token_id, num_token_ids, noise)
+
+
+def _picks(
+    logits: Tensor,
+    positions: Tensor,
+    block_size: int,
+    mask_token_id: int,
+    num_token_ids: int | None,
+    noise: PickNoise | None,
+) -> tuple[Tensor, Tensor]:
+    """Picks and their probabilities, vectorised."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logits = (logits if num_token_ids is None else logits[:, :num_token_ids]).to(wide)
+    column = logits[:, mask_token_id : mask_token_id + 1]
+    # The column alone: a copy of all logits would cost more.
+    put_aside = column.clone()
+    column.fill_(-torch.inf)
+    if noise is None:
+        picks = logits.argmax(dim=-1)
     else:
-        scores[:, mask_token_id] = -torch.inf
-        picks = scores.argmax(dim=-1)
-        best = logits.gather(-1, picks[:, None])[:, 0]
-    return picks, torch.exp(best - torch.logsumexp(logits, dim=-1))
+        # Once the inverse, as the kernel has it: a quotient would round otherwise.
+        scale = 1.0 / torch.tensor(noise.temperature, dtype=wide)
+        scores = logits * scale if noise.scores is None else noise.scores
+        picks = noise.picks(scores, positions, block_size)
+    probability = torch.softmax(logits, dim=-1).gather(-1, picks[:, None])[:, 0]
+    column.copy_(put_aside)
+    return picks, probability
 
 
-def choose_commits(confidence: Tensor, masked: Tensor, confidence_threshold: float, remaining_steps: int) -> Tensor:
-    """Which masked positions are fixed in this step.
-
-    Of the m masked positions of a row the n most confident are committed,
-    `n = min(m, max(1, #{confidence > threshold}, ceil(m / remaining_steps)))`.
+def choose_commits(
+    confidence: Tensor, masked: Tensor, confidence_threshold: float | Tensor, remaining_steps: int | Tensor
+) -> Tensor:
+    """Which masked positions are fixed in this step; the rule is that of `unmask`.
 
     Args:
         confidence: float [num_reqs, block_size]; read at masked positions only.
         masked: bool [num_reqs, block_size].
-        confidence_threshold: strict bound.
-        remaining_steps: denoising steps left, this one included; 1 commits everything.
+        confidence_threshold: strict bound; or float [num_reqs].
+        remaining_steps: denoising steps left, this one included; 1 commits everything; or int [num_reqs].
 
     Returns:
-        bool [num_reqs, block_size], a subset of `masked`. Of equal confidences the later position goes first.
+        bool [num_reqs, block_size], a subset of `masked`.
 
     Source: modeling_nemotron_twotower.py, generate_mask_diffusion.
     """
+    if isinstance(confidence_threshold, Tensor):
+        confidence_threshold = confidence_threshold[:, None]
     num_masked = masked.sum(-1)
     above = ((confidence > confidence_threshold) & masked).sum(-1)
-    floor = (num_masked + remaining_steps - 1) // remaining_steps
-    quota = torch.minimum(num_masked, torch.maximum(above, floor).clamp(min=1))
-    order = confidence.masked_fill(~masked, -torch.inf).argsort(dim=-1, stable=True)
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(masked.shape[1], device=masked.device).expand_as(order)
-    )
+    floor = (num_masked + (remaining_steps - 1)) // remaining_steps
+    quota = torch.maximum(above, floor).clamp(min=1)
+    rank = confidence.masked_fill(~masked, -torch.inf).argsort(dim=-1, stable=True).argsort(dim=-1)
     return masked & (rank >= masked.shape[1] - quota[:, None])
