@@ -24,10 +24,10 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format demo bench wheel check-vllm clean
+.PHONY: help setup test lint format demo bench bench-kernels kernels wheel check-vllm clean
 
 help: ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
 
 setup: $(STAMP) ## create .venv with everything needed to run, test and change the project
 
@@ -61,6 +61,14 @@ demo: setup ## the bundled trio in real vLLM: text as it comes, then its speed b
 
 bench: setup ## run the benchmarks and keep their results in .benchmarks/; choose some with ARGS=
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-autosave $(ARGS)
+
+bench-kernels: ## on a GPU: time every kernel beside its rivals, and write the table of kernels/README.md
+	PYTHONPATH=.:kernels:vllm_plugin $(PYTHON) -m benchmarks.kernels $(ARGS)
+
+kernels: setup ## compile every kernel for sm_80, sm_90 and sm_100, and write the table of kernels/README.md
+	@mkdir -p .benchmarks
+	$(PY) -m twotower_kernels.compilation --markdown > .benchmarks/compiled.md
+	$(PY) -m benchmarks.readme compiled < .benchmarks/compiled.md
 
 wheel: setup ## build sdist and wheel into dist/
 	$(PY) -m build --no-isolation --outdir dist .

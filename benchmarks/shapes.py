@@ -26,6 +26,29 @@ MID_SIZE = TwoTowerConfig(
     routed_scaling_factor=2.5,
 )
 
+# The released model, of which only single layers fit a benchmark.
+REAL_SIZE = TwoTowerConfig(
+    hidden_size=2688,
+    num_hidden_layers=52,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    vocab_size=131072,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    n_groups=8,
+    ssm_state_size=128,
+    conv_kernel=4,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    routed_scaling_factor=2.5,
+    intermediate_size=1856,
+    torch_dtype="bfloat16",
+)
+
 PROMPT_LENGTH = 64
 NEW_TOKENS = 64
 

@@ -1,0 +1,176 @@
+"""Attention over a paged context beside padded SDPA, SDPA on views, and vLLM's FlashAttention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
+from benchmarks.shapes import REAL_SIZE
+from twotower_kernels.block_attention import causal_mask, paged_attention, ragged_attention
+
+BLOCK_SIZE = 16
+PAGE_SIZE = 16
+DTYPE = torch.bfloat16
+HEADS, KV_HEADS, HEAD_DIM = REAL_SIZE.num_attention_heads, REAL_SIZE.num_key_value_heads, REAL_SIZE.head_dim
+
+Arguments = dict[str, Any]
+
+
+def cases(device: torch.device) -> list[Case]:
+    """A block of the denoiser, and one token or a draft of the context tower, of contexts as they come."""
+    if device.type == "cpu":
+        return [_case(device, *shape) for shape in ((1, 256, 16, False), (4, 256, 16, False), (4, 256, 1, True))]
+    sizes = [(num_reqs, context) for num_reqs in (1, 8, 64) for context in (512, 8192)]
+    steps = [(BLOCK_SIZE, False), (BLOCK_SIZE, True), (1, True)]
+    return [_case(device, *size, *step) for step in steps for size in sizes]
+
+
+def _case(device: torch.device, num_reqs: int, context: int, queries: int, causal: bool) -> Case:
+    def make() -> Systems:
+        arguments = inputs(device, num_reqs, context, queries, causal)
+        functions = {OURS: paged_attention, "torch composition": padded_sdpa, "SDPA on views": on_views(arguments)}
+        if device.type == "cuda":
+            functions |= vllm_flash_attention(arguments)
+        wide = {name: _wide(value) for name, value in arguments.items()}
+        expected = on_views(wide)(**wide)
+        for function in functions.values():
+            # Weights and results are rounded to 8 bits.
+            assert (function(**arguments).double() - expected).norm() < 2**-7 * expected.norm()
+        return {name: lambda function=function: function(**arguments) for name, function in functions.items()}
+
+    num_keys = sum(context_lens(num_reqs, context)) + num_reqs * queries
+    bytes_moved = DTYPE.itemsize * HEAD_DIM * (2 * KV_HEADS * num_keys + 2 * HEADS * num_reqs * queries)
+    kernel = "attend_few_rows" if queries == 1 else "attend"
+    shape = f"[{num_reqs}, {queries}{' causal' * causal}] on {context} tokens, {HEADS}/{KV_HEADS}x{HEAD_DIM} bf16"
+    return Case("block_attention", kernel, shape, bytes_moved, make)
+
+
+def context_lens(num_reqs: int, context: int) -> list[int]:
+    """From the full length down to half of it."""
+    return [context - row * context // (2 * num_reqs) for row in range(num_reqs)]
+
+
+def inputs(device: torch.device, num_reqs: int, context: int, queries: int, causal: bool) -> Arguments:
+    """Scattered pages; queries and keys as parts of one projection."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=DTYPE)
+
+    pages = context // PAGE_SIZE
+    table = torch.randperm(num_reqs * pages, generator=generator, device=device).view(num_reqs, pages)
+    query, key, value = randn(num_reqs * queries, HEADS + 2 * KV_HEADS, HEAD_DIM).split([HEADS, KV_HEADS, KV_HEADS], 1)
+    return {
+        "query": query,
+        "key": key,
+        "value": value,
+        "key_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
+        "value_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
+        "block_table": table.int(),
+        "context_lens": torch.tensor(context_lens(num_reqs, context), dtype=torch.int32, device=device),
+        "query_start_loc": torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * queries,
+        "page_size": PAGE_SIZE,
+        "max_query_len": queries,
+        "causal": causal,
+    }
+
+
+def _wide(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def padded_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    context_lens: Tensor,
+    query_start_loc: Tensor,
+    page_size: int,
+    max_query_len: int,
+    causal: bool,
+) -> Tensor:
+    """As it is written without a kernel: pages gathered, behind them the block's keys, padding masked."""
+    num_reqs, longest = len(context_lens), block_table.shape[1] * page_size
+    slots = (block_table.long()[:, :, None] * page_size + torch.arange(page_size, device=query.device)).flatten(1)
+    query, key, value = (x.unflatten(0, (num_reqs, max_query_len)) for x in (query, key, value))
+    keys, values = torch.cat([key_cache[slots], key], 1), torch.cat([value_cache[slots], value], 1)
+    in_context = torch.arange(longest, device=query.device) < context_lens[:, None]
+    own = torch.ones(max_query_len, max_query_len, dtype=torch.bool, device=query.device)
+    own = own.tril() if causal else own
+    mask = torch.cat(
+        [in_context[:, None].expand(-1, max_query_len, -1), own.expand(num_reqs, max_query_len, max_query_len)], 2
+    )
+    q, k, v = (x.transpose(1, 2) for x in (query, keys, values))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None], enable_gqa=True)
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def laid_out(arguments: Arguments) -> list[list[Tensor]]:
+    """Keys, and values, of every request with its own behind its context, [num_keys, kv_heads, head_dim]."""
+    queries, lens = arguments["max_query_len"], arguments["context_lens"].tolist()
+    pages = arguments["block_table"].long()[:, :, None] * PAGE_SIZE
+    slots = (pages + torch.arange(PAGE_SIZE, device=pages.device)).flatten(1)
+    return [
+        [torch.cat([cache[row[:n]], new]) for row, n, new in zip(slots, lens, own.split(queries), strict=True)]
+        for cache, own in ((arguments["key_cache"], arguments["key"]), (arguments["value_cache"], arguments["value"]))
+    ]
+
+
+def on_views(arguments: Arguments) -> Callable[..., Tensor]:
+    """What the towers do on a CPU: SDPA per request on keys that lie ready. Laying them out is not timed."""
+    queries, lens = arguments["max_query_len"], arguments["context_lens"].tolist()
+    keys, values = ([one.transpose(0, 1)[None] for one in rows] for rows in laid_out(arguments))
+    masks = None
+    if arguments["causal"] and queries > 1:
+        allowed = [causal_mask(arguments["context_lens"].new_tensor([n]), queries, n + queries)[0] for n in lens]
+        masks = [arguments["query"].new_zeros(one.shape).masked_fill_(~one, -torch.inf) for one in allowed]
+    return lambda query, **_: ragged_attention(query, keys, values, [queries] * len(lens), masks)
+
+
+def vllm_flash_attention(arguments: Arguments) -> dict[str, Callable[..., Tensor]]:
+    """Where vLLM is installed. It wants a pass's own keys in the cache; writing them there is not timed."""
+    try:
+        from vllm.vllm_flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return {}
+    rows = laid_out(arguments)
+    key_lens = arguments["context_lens"] + arguments["max_query_len"]
+    longest = int(key_lens.max())
+    width = -(-longest // PAGE_SIZE)
+    shape = (len(key_lens), width * PAGE_SIZE, KV_HEADS, HEAD_DIM)
+    caches = [arguments["query"].new_zeros(shape) for _ in rows]
+    for cache, requests in zip(caches, rows, strict=True):
+        for room, one in zip(cache, requests, strict=True):
+            room[: len(one)] = one
+    keys, values = (cache.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for cache in caches)
+    table = torch.arange(len(keys), dtype=torch.int32, device=keys.device).view(-1, width)
+
+    def attend(query: Tensor, query_start_loc: Tensor, max_query_len: int, causal: bool, **_: Any) -> Tensor:
+        out: Tensor = flash_attn_varlen_func(
+            query,
+            keys,
+            values,
+            max_query_len,
+            query_start_loc,
+            longest,
+            seqused_k=key_lens,
+            block_table=table,
+            causal=causal,
+        )
+        return out
+
+    return {"vLLM FlashAttention": attend}
+
+
+@one_by_one(cases(torch.device("cpu")))
+def test_block_attention(benchmark: BenchmarkFixture, case: Case) -> None:
+    side_by_side(benchmark, case)
