@@ -42,7 +42,7 @@ def _case(device: torch.device, mode: str, num_reqs: int, vocab_size: int, dtype
 
     return Case(
         op="acceptance",
-        kernel="judge_rows",
+        kernel="judge_one_hot" if mode.startswith("one-hot") else "judge_rows",
         shape=f"{mode}, {num_reqs} x {NUM_DRAFTS + 1} x {vocab_size} {str(dtype).removeprefix('torch.')}",
         bytes_moved=rows * vocab_size * dtype.itemsize,
         make=make,

@@ -170,3 +170,20 @@ def test_requests_that_grow_side_by_side_are_read_in_place(monkeypatch: pytest.M
         drafter.draft(rows)
     pool = drafter.state.kv_cache.keys.untyped_storage().data_ptr()
     assert seen and all(place == pool for places in seen for place in places)
+
+
+@pytest.mark.parametrize(("num_tokens", "longest"), [(2048, 1100), (336, 300), (32, 17)])
+def test_warming_up_for_kernels_makes_passes_of_every_kind_that_fits(
+    num_tokens: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The passes of a GPU on a CPU; only whether kernels run is pretended, and only to the drafter."""
+    monkeypatch.setattr("twotower_spec.drafting.drafter.use_triton", lambda *tensors: True)
+    drafter, seen = make(num_tokens=num_tokens), []
+    extend = drafter.state.extend
+    monkeypatch.setattr(
+        drafter.state, "extend", lambda tower, new: seen.append([len(t) for t in new.values()]) or extend(tower, new)
+    )
+    drafter.warm_up()
+    assert [1] in seen and [17] in seen and max(map(max, seen)) == longest
+    assert not len(drafter.state)
+    assert drafter.draft({"a": random_ids(5)}).num_draft_tokens == [7]

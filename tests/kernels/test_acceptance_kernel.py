@@ -1,5 +1,8 @@
 """The Triton kernels of `acceptance` and of the noise against their references, in the interpreter or on the device."""
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
 import pytest
 import torch
 import triton
@@ -12,7 +15,7 @@ from twotower_kernels.acceptance.op import Rule
 from twotower_kernels.acceptance.reference import accept_reference
 from twotower_kernels.noise import gumbel_argmax, gumbel_noise, reproducible_log, uniform_noise
 from twotower_kernels.noise import kernel as noise_kernel
-from twotower_kernels.tuning import settings, trying
+from twotower_kernels.tuning import Settings, settings, trying
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -67,10 +70,17 @@ def test_rows_that_are_cut_into_splits_with_an_odd_rest(device: torch.device, ru
     logits = random_logits(4, vocab=4099).bfloat16()
     sampling = sampling_for(2, temperature=torch.tensor([0.8, 1.1]), top_k=None, top_p=None, min_p=None)
     drafts = likely_drafts(logits, counts, sampling, rule)
-    small = settings("acceptance", "judge_rows") | {"WIDTH": 64, "TARGET_PROGRAMS": 1000}
-    with trying("acceptance", "judge_rows", small):
+    with small_tiles({"WIDTH": 64, "TARGET_PROGRAMS": 1000}):
         assert_as_reference(device, logits, drafts, counts, sampling, rule)
         assert_as_reference(device, logits, logits.argmax(-1)[:2], counts, greedy(2), rule)
+
+
+@contextmanager
+def small_tiles(changes: Settings) -> Iterator[None]:
+    with ExitStack() as stack:
+        for name in ("judge_rows", "judge_one_hot"):
+            stack.enter_context(trying("acceptance", name, settings("acceptance", name) | changes))
+        yield
 
 
 def greedy(num_reqs: int) -> Sampling:
@@ -124,6 +134,29 @@ def test_rows_may_be_cut_out_of_wider_ones(device: torch.device, rule: Rule) -> 
     sampling = sampling_for(2, temperature=torch.tensor([1.0, 0.7]))
     drafts = likely_drafts(logits, counts, sampling, rule)
     assert_as_reference(device, logits, drafts, counts, sampling, rule)
+
+
+def test_undefined_logits_of_a_filtered_row_are_found_wherever_they_stand(device: torch.device) -> None:
+    """In blocks of 32: in the first one, in the last one, and where the probability of a draft depends on it."""
+    given = {"top_k": None, "top_p": None, "min_p": torch.full((2,), 0.5)}
+    sampling = sampling_for(2, temperature=torch.ones(2), **given)
+    with small_tiles({"FILTER_BLOCK": 32}):
+        for where in (2, 36):
+            logits = random_logits(4, seed=where)
+            logits[0, where] = logits[2, where] = torch.nan
+            drafts = torch.tensor([where, 5])
+            for rule in ("one-hot", "coupled"):
+                assert_as_reference(device, logits, drafts, [1, 1], sampling, rule)
+
+
+def test_parameters_of_requests_may_be_strided(device: torch.device) -> None:
+    sampling, logits = sampling_for(3), random_logits(5)
+    strided = Sampling(
+        *(torch.stack([value, value * 0], dim=1)[:, 0] for value in vars(sampling).values() if value is not None)
+    )
+    drafts = torch.tensor([[3, 0], [5, 0]])[:, 0]
+    assert not strided.seeds.is_contiguous() and not drafts.is_contiguous()
+    assert_as_reference(device, logits, drafts, [1, 0, 1], strided, "one-hot")
 
 
 def test_a_strided_vocabulary_is_refused() -> None:
@@ -200,9 +233,6 @@ def test_warming_up_launches_what_requests_will_need(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(op, "use_triton", lambda *tensors: True)
     monkeypatch.setattr(kernel, "accept", lambda *arguments: launched.append(arguments[4:]))
     op.warm_up(8, torch.bfloat16, torch.device("cpu"), "coupled")
-    assert [(sampling.temperature is None, sampling.filters) for sampling, _ in launched] == [
-        (True, False),
-        (False, False),
-        (False, True),
-    ]
+    kinds = [(sampling.temperature is None, sampling.filters) for sampling, _ in launched]
+    assert sorted(kinds) == sorted(2 * [(True, False), (False, False), (False, True)])  # bfloat16 and float32
     assert {rule for _, rule in launched} == {"coupled"}

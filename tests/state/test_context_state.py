@@ -1,32 +1,17 @@
 """The pool: memory, slots and pages, eviction, histories, provisional passes, the denoiser's view."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.shapes import REAL_SIZE
 from tests.state.steps import assert_same, logits_after
 from tests.support.builders import random_ids, tiny_config, tiny_model
-from twotower_spec import ArgumentError, StateFullError, TwoTowerConfig, TwoTowerModel
-from twotower_spec.state import ContextState
-
-REAL = TwoTowerConfig(
-    hidden_size=2688,
-    num_hidden_layers=52,
-    vocab_size=131072,
-    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    num_attention_heads=32,
-    num_key_value_heads=2,
-    head_dim=128,
-    mamba_num_heads=64,
-    mamba_head_dim=64,
-    n_groups=8,
-    ssm_state_size=128,
-    conv_kernel=4,
-    n_routed_experts=128,
-    num_experts_per_tok=6,
-    moe_intermediate_size=1856,
-    moe_shared_expert_intermediate_size=3712,
-    routed_scaling_factor=2.5,
-)
+from tests.support.tolerances import FLOAT64
+from twotower_spec import ArgumentError, StateFullError, TwoTowerModel
+from twotower_spec.state import ContextState, extension
 
 
 @pytest.fixture
@@ -39,10 +24,10 @@ def new_state(model: TwoTowerModel, num_slots: int = 3, num_pages: int = 30, pag
 
 
 def test_real_geometry_needs_what_the_architecture_says() -> None:
-    assert REAL.kv_bytes_per_token(torch.bfloat16) == 6144
-    assert REAL.mamba_bytes_per_request(torch.bfloat16) == 23 * (2 * 2**20 + 6144 * 3 * 2)
+    assert REAL_SIZE.kv_bytes_per_token(torch.bfloat16) == 6144
+    assert REAL_SIZE.mamba_bytes_per_request(torch.bfloat16) == 23 * (2 * 2**20 + 6144 * 3 * 2)
     # Section 8 counts the published history of 4 columns (48 KiB): 47.1 MiB. Ours holds the 3 that are read.
-    assert 46.8 < REAL.mamba_bytes_per_request(torch.bfloat16) / 2**20 < 47.1
+    assert 46.8 < REAL_SIZE.mamba_bytes_per_request(torch.bfloat16) / 2**20 < 47.1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
@@ -238,3 +223,38 @@ def test_a_request_of_a_call_is_not_evicted_for_another_one_of_it(model: TwoTowe
     state.advance(model.context, {"old": random_ids(8, seed=9)}, token_budget=20)
     state.advance(model.context, rows, token_budget=3)  # reads a part of b alone, and needs the slot of "old"
     assert state.num_computed_tokens("a") == 8 and "old" not in state
+
+
+def test_a_long_prompt_does_not_pad_the_short_increments_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sizes = tiny_model(), []
+    scan = extension.block_scan
+
+    def counted(u: Tensor, *others: Any, **options: Any) -> Any:
+        sizes.append(u.shape[0] * u.shape[1])
+        return scan(u, *others, **options)
+
+    monkeypatch.setattr(extension, "block_scan", counted)
+    lengths = [3, 200, 1, 40, 32, 130, 5]
+    together, alone = new_state(model, len(lengths), 150), new_state(model, 1, 60)
+    rows = {i: random_ids(length, seed=i) for i, length in enumerate(lengths)}
+    result = together.extend(model.context, rows)
+    per_layer = sum(sizes) // len(model.config.mamba_layers)
+    assert per_layer <= 2 * sum(lengths) and result.logits is not None
+    for i, row in rows.items():
+        alone.reset()
+        expected = alone.extend(model.context, {i: row}).logits
+        assert expected is not None
+        torch.testing.assert_close(result.logits[i], expected[0], atol=FLOAT64, rtol=0)
+        slot = together.entry(i).slot
+        torch.testing.assert_close(together.mamba.ssm[:, slot], alone.mamba.ssm[:, 0], atol=FLOAT64, rtol=0)
+
+
+def test_short_and_long_increments_of_one_provisional_pass_are_accepted_apart() -> None:
+    model = tiny_model()
+    lengths, accepted = [3, 70, 2, 40], [1, 50, 2, 40]
+    rows = {i: random_ids(length, seed=i) for i, length in enumerate(lengths)}
+    given, kept = new_state(model, 4, 40), new_state(model, 4, 40)
+    given.extend(model.context, rows, provisional=True).accept(dict(enumerate(accepted)))
+    kept.extend(model.context, {i: row[: accepted[i]] for i, row in rows.items()})
+    torch.testing.assert_close(given.mamba.ssm, kept.mamba.ssm, atol=FLOAT64, rtol=0)
+    torch.testing.assert_close(given.mamba.conv, kept.mamba.conv, atol=FLOAT64, rtol=0)

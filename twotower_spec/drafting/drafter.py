@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from twotower_kernels.backend import use_triton
 from twotower_kernels.block_scan import warm_up
 from twotower_kernels.unmasking import pick_tokens
 from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
@@ -187,7 +188,9 @@ class BlockDrafter:
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs both towers once for a request of its own: nothing large is allocated or compiled by later rounds.
+        """Runs both towers for requests of its own: nothing large is allocated by later rounds.
+
+        On a GPU this compiles kernels, for passes of the sizes that take different ones.
 
         Raises:
             ArgumentError: requests are held; the pool might have to give one up.
@@ -199,15 +202,31 @@ class BlockDrafter:
         sizes = {*getattr(self.policy, "block_sizes", ()), *([plan.block_size] if plan else ())}
         context, config = self.towers.context, self.towers.config
         warm_up(context.device, context.dtype, config.mamba_head_dim, config.ssm_state_size)
-        request, zero = object(), torch.zeros(1, dtype=torch.long, device=self.towers.denoiser.device)
-        try:
-            self.state.advance(context, {request: [0]})
-            if self.first_token == "context":
-                self._first_tokens([request], zero, zero)
-            for size in sorted(sizes, reverse=True):
-                self._denoiser(size).denoise(self._context([request], size), zero, zero, rule=PublishedSchedule(0.0, 1))
-        finally:
-            self.state.release(request)
+        for lengths in self._trial_passes():
+            requests = {object(): [0] * length for length in lengths}
+            zeros = torch.zeros(len(requests), dtype=torch.long, device=self.towers.denoiser.device)
+            try:
+                self.state.extend(context, requests)
+                if self.first_token == "context":
+                    self._first_tokens(list(requests), zeros, zeros)
+                for size in sorted(sizes, reverse=True):
+                    block = self._context(list(requests), size)
+                    self._denoiser(size).denoise(block, zeros, zeros, rule=PublishedSchedule(0.0, 1))
+            finally:
+                for request in requests:
+                    self.state.release(request)
+
+    def _trial_passes(self) -> list[list[int]]:
+        """New tokens of the requests of each pass that `warm_up` makes, if the pool has room for it."""
+        passes = [[1]]
+        if use_triton(self.towers.context.embeddings):
+            passes += [[17], [17, 1], [64], [300, 17], [1100]]
+        pages = [sum(map(self.state.kv_cache.pages_for, lengths)) for lengths in passes]
+        return [
+            lengths
+            for lengths, needed in zip(passes, pages, strict=True)
+            if len(lengths) <= self.num_slots and needed <= self.num_pages and sum(lengths) <= self.token_budget
+        ]
 
     def memory(self) -> DrafterMemory:
         """Bytes held now; after `warm_up` they stay."""

@@ -274,7 +274,7 @@ class ContextState:
             layer_slot=self._layer_slot,
             mamba=self.mamba,
             kv_cache=self.kv_cache,
-            slots=self.mamba.index([entry.slot for entry in entries]),
+            slots=[entry.slot for entry in entries],
             page_lists=[entry.pages for entry in entries],
             prefix_lens=[len(entry.history) for entry in entries],
             layout=layout,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -11,8 +12,31 @@ from torch import Tensor
 from twotower_kernels.block_attention import attention, causal_mask, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
 from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
-from twotower_spec.state.mamba_state import MambaState, Slots
+from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
+
+# Up to so many new tokens requests are scanned together; above, with those that bring up to twice as many.
+ALIKE = 32
+
+
+@dataclass(frozen=True)
+class SimilarLengths:
+    """Requests of a pass that are scanned together, padded to the longest.
+
+    Attributes:
+        requests: which of the pass, ascending.
+        lens: int64 [num_reqs], new tokens of each; None if all bring equally many.
+        unpacked: int64 [num_reqs, max_len], index of each token in the pass; padding repeats the request's own last
+            one: what is masked counts zero times, but zero times another one's NaN would be NaN. None if nothing moves.
+    """
+
+    requests: list[int]
+    lens: Tensor | None = None
+    unpacked: Tensor | None = None
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """[1, num_tokens, ...] of the pass to [num_reqs, max_len, ...]."""
+        return x if self.unpacked is None else x[0][self.unpacked]
 
 
 class RaggedLayout:
@@ -21,36 +45,43 @@ class RaggedLayout:
     Attributes:
         query_lens: new tokens per request.
         uniform: all requests bring the same number; then nothing is moved.
+        groups: all requests, by the number of their new tokens: one long prompt must not pad many short increments.
     """
 
     def __init__(self, query_lens: Sequence[int], device: torch.device) -> None:
         self.query_lens = list(query_lens)
-        self.max_len = max(query_lens)
-        self.uniform = min(query_lens) == self.max_len
-        self.lens_tensor: Tensor | None = None
-        if not self.uniform:
-            lens = torch.tensor(self.query_lens, device=device)
-            self.lens_tensor = lens
-            valid = torch.arange(self.max_len, device=device) < lens[:, None]
-            self._packed = valid.flatten().nonzero()[:, 0]
-            starts = lens.cumsum(0) - lens
-            offsets = torch.arange(self.max_len, device=device)
-            self._unpacked = starts[:, None] + torch.minimum(offsets, lens[:, None] - 1)
+        self.uniform = min(query_lens) == max(query_lens)
+        if self.uniform:
+            self.groups = [SimilarLengths(list(range(len(query_lens))))]
+            return
+        starts = list(accumulate(query_lens, initial=0))
+        members: dict[int, list[int]] = {}
+        for request, length in enumerate(query_lens):
+            members.setdefault(0 if length <= ALIKE else length.bit_length(), []).append(request)
+        self.groups = []
+        packed, base = [0] * starts[-1], 0
+        for _, requests in sorted(members.items()):
+            lens = [self.query_lens[request] for request in requests]
+            longest = max(lens)
+            rows = [[starts[r] + min(i, n - 1) for i in range(longest)] for r, n in zip(requests, lens, strict=True)]
+            for row, length in zip(rows, lens, strict=True):
+                packed[row[0] : row[0] + length] = range(base, base + length)
+                base += longest
+            lens_tensor = torch.tensor(lens, device=device) if min(lens) < longest else None
+            self.groups.append(SimilarLengths(requests, lens_tensor, torch.tensor(rows, device=device)))
+        self._packed = torch.tensor(packed, device=device)
 
-    def unpack(self, x: Tensor) -> Tensor:
-        """[1, num_tokens, ...] to [num_reqs, max_len, ...]; padding repeats the request's own last token.
-
-        Not another one's: what is masked counts zero times, but zero times NaN would be NaN.
-        """
-        return x if self.uniform else x[0][self._unpacked]
-
-    def pack(self, x: Tensor) -> Tensor:
-        """[num_reqs, max_len, ...] to [1, num_tokens, ...]."""
-        return x if self.uniform else x.flatten(0, 1)[self._packed][None]
+    def pack(self, parts: Sequence[Tensor]) -> Tensor:
+        """[num_reqs, max_len, ...] of every group to [1, num_tokens, ...]."""
+        if self.uniform:
+            return parts[0]
+        rows = [part.flatten(0, 1) for part in parts]
+        joined: Tensor = rows[0] if len(rows) == 1 else torch.cat(rows)
+        return joined[self._packed][None]
 
     def last_positions(self, device: torch.device) -> Tensor:
         """Flat index of the last token of every request."""
-        return torch.tensor(self.query_lens, device=device).cumsum(0) - 1
+        return torch.tensor(list(accumulate(self.query_lens)), device=device) - 1
 
 
 class ViewedKeys:
@@ -103,6 +134,7 @@ class ExtensionPass:
     """The `Prefix` of a context pass.
 
     Attributes:
+        slots: Mamba slot of every request.
         provisional: Mamba states are left as they are and the scan's inputs kept, so that any prefix of the pass's
             tokens can be accepted afterwards.
     """
@@ -110,16 +142,17 @@ class ExtensionPass:
     layer_slot: Sequence[int]
     mamba: MambaState
     kv_cache: PagedKVCache
-    slots: Slots
+    slots: Sequence[int]
     page_lists: list[list[int]]
     prefix_lens: Sequence[int]
     layout: RaggedLayout
     provisional: bool = False
-    kept: dict[int, tuple[Tensor, Tensor, ScanWeights]] = field(default_factory=dict)
+    kept: dict[int, list[tuple[Tensor, Tensor, ScanWeights]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         device = self.mamba.conv.device
         query_lens = self.layout.query_lens
+        self._slots = [self.mamba.index([self.slots[r] for r in group.requests]) for group in self.layout.groups]
         index: list[int] = []
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
@@ -137,18 +170,20 @@ class ExtensionPass:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
         slot = self.layer_slot[layer]
         conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
-        u, delta = self.layout.unpack(u), self.layout.unpack(delta)
-        lens = self.layout.lens_tensor
-        y, new_conv, new_ssm = block_scan(
-            u, delta, conv[self.slots], ssm[self.slots], weights, lens, return_state=not self.provisional
-        )
-        if self.provisional:
-            self.kept[layer] = (u, delta, weights)
-        else:
-            assert new_conv is not None and new_ssm is not None
-            conv[self.slots] = new_conv
-            ssm[self.slots] = new_ssm
-        return self.layout.pack(y)
+        outputs = []
+        for group, slots in zip(self.layout.groups, self._slots, strict=True):
+            inputs = group.unpack(u), group.unpack(delta)
+            y, new_conv, new_ssm = block_scan(
+                *inputs, conv[slots], ssm[slots], weights, group.lens, return_state=not self.provisional
+            )
+            if self.provisional:
+                self.kept.setdefault(layer, []).append((*inputs, weights))
+            else:
+                assert new_conv is not None and new_ssm is not None
+                conv[slots] = new_conv
+                ssm[slots] = new_ssm
+            outputs.append(y)
+        return self.layout.pack(outputs)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
@@ -158,11 +193,12 @@ class ExtensionPass:
 
     def replay(self, num_accepted: Sequence[int]) -> None:
         """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""
-        accepted = torch.tensor(num_accepted, device=self.mamba.conv.device)
-        for layer, (u, delta, weights) in self.kept.items():
-            slot = self.layer_slot[layer]
-            conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
-            conv[self.slots], ssm[self.slots] = replay_scan(
-                u, delta, conv[self.slots], ssm[self.slots], weights, accepted
-            )
+        device = self.mamba.conv.device
+        accepted = [
+            torch.tensor([num_accepted[r] for r in group.requests], device=device) for group in self.layout.groups
+        ]
+        for layer, inputs in self.kept.items():
+            conv, ssm = self.mamba.conv[self.layer_slot[layer]], self.mamba.ssm[self.layer_slot[layer]]
+            for (u, delta, weights), slots, counts in zip(inputs, self._slots, accepted, strict=True):
+                conv[slots], ssm[slots] = replay_scan(u, delta, conv[slots], ssm[slots], weights, counts)
         self.kept.clear()

@@ -57,8 +57,10 @@ class TwoTowerRejectionSampler(RejectionSampler):
         batch = self._batch
         if batch is None or batch.sampling_metadata is not sampling_metadata:
             batch = self._batch = _RequestBatch.of(self._runner, sampling_metadata, logits.device)
-        lengths = self._runner.input_batch.num_tokens_no_spec[: len(counts)].tolist()
-        sampling = batch.sampling(torch.tensor(lengths, dtype=torch.int64, device=logits.device))
+        lengths = torch.from_numpy(self._runner.input_batch.num_tokens_no_spec[: len(counts)]).long()
+        if logits.is_cuda:
+            lengths = lengths.pin_memory()  # from pageable memory the copy would wait for the verifier's pass
+        sampling = batch.sampling(lengths.to(logits.device, non_blocking=True))
         processed = self._processed(metadata, logits, sampling_metadata, batch)
         token_ids = accept(
             processed,

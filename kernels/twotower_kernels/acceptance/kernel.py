@@ -38,11 +38,17 @@ LEAST_ROWS = 32
 _LOWEST_STEP = {torch.bfloat16: 1 << 16, torch.float16: 1 << 12, torch.float32: 1}
 
 
-# They change from step to step: kernels of their own for 1 and for multiples of 16 would be compiled while serving.
-_RUNTIME = ("num_splits", "width", "has_top_k", "has_top_p", "has_min_p")
+# They change from step to step: kernels of their own for 1 and for multiples of 16 would be compiled while serving, and
+# for pointers that are aligned by chance.
+_RUNTIME = ("num_splits", "has_top_k", "has_top_p", "has_min_p")
+_SETTLE_RUNTIME = ("num_splits", "width")
+_REQUESTS = ("draft_token_ids", "cu_num_draft_tokens", "temperature", "seeds", "positions")
+_PARTS = ("best_scores", "picks", "maxima", "sums", "draft_scores")
+_ANY_ALIGNMENT = (*_REQUESTS, "top_k", "top_p", "min_p", *_PARTS)
+_SETTLE_ANY_ALIGNMENT = (*_REQUESTS, *_PARTS, "token_ids", "num_accepted")
 
 
-@triton.jit(do_not_specialize=_RUNTIME)
+@triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
 def _judge_rows(
     logits,  # float [num_rows, vocab]
     row_stride,
@@ -91,7 +97,8 @@ def _judge_rows(
     least = tl.full((), float("-inf"), tl.float32)
     if FILTERS:
         k = tl.load(top_k + request, mask=has_top_k != 0, other=0).to(tl.int32)
-        p = tl.load(top_p + request, mask=has_top_p != 0, other=1.0).to(tl.float32)
+        # Above 0: the most probable token stays in any case.
+        p = tl.maximum(tl.load(top_p + request, mask=has_top_p != 0, other=1.0).to(tl.float32), _TINY)
         low = tl.load(min_p + request, mask=has_min_p != 0, other=0.0).to(tl.float32)
         filtered = sampled & (((k > 0) & (k < vocab_size)) | (p < 1) | (low > 0))
         # The bound needs the whole row: one program takes it.
@@ -162,12 +169,10 @@ def _scale_of(temperature, request):
 def _least_score(row, vocab_size, scale, k, p, low, LOWEST_STEP: tl.constexpr, BLOCK: tl.constexpr):
     """Scaled logit that tokens must reach to stay: by min-p, then top-k, then top-p."""
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    start = vocab_size * 0
-    while start < vocab_size:
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=3):
         tokens = tl.arange(0, BLOCK) + start
         x = tl.load(row + tokens, mask=tokens < vocab_size, other=float("-inf")).to(tl.float32)
-        highest = tl.where(x <= highest, highest, x)  # keeps NaN
-        start += BLOCK
+        highest = tl.where((x > highest) | (x != x), x, highest)  # keeps NaN
     top = tl.max(highest, axis=0) * scale
     has_nan = tl.max((highest != highest).to(tl.int32), axis=0) > 0
     least = tl.where((low > 0) & ~has_nan, top + reproducible_log(tl.maximum(low, _TINY)), float("-inf"))
@@ -203,8 +208,7 @@ def _weight_from(row, vocab_size, scale, top, least, key, step, BY_MASS: tl.cons
     one = tl.zeros((BLOCK,), tl.float32)
     two = tl.zeros((BLOCK,), tl.float32)
     three = tl.zeros((BLOCK,), tl.float32)
-    start = vocab_size * 0
-    while start < vocab_size:
+    for start in tl.range(0, vocab_size, BLOCK, num_stages=3):
         tokens = tl.arange(0, BLOCK) + start
         inside = tokens < vocab_size
         x = tl.load(row + tokens, mask=inside, other=float("-inf")).to(tl.float32)
@@ -216,7 +220,6 @@ def _weight_from(row, vocab_size, scale, top, least, key, step, BY_MASS: tl.cons
         one += tl.where(keys >= key + step, weight, 0.0)
         two += tl.where(keys >= key + 2 * step, weight, 0.0)
         three += tl.where(keys >= key + 3 * step, weight, 0.0)
-        start += BLOCK
     return tl.sum(one, axis=0), tl.sum(two, axis=0), tl.sum(three, axis=0)
 
 
@@ -226,7 +229,7 @@ def _in_order(bits):
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
-@triton.jit(do_not_specialize=_RUNTIME[:2])
+@triton.jit(do_not_specialize=_SETTLE_RUNTIME, do_not_specialize_on_alignment=_SETTLE_ANY_ALIGNMENT)
 def _settle_requests(
     draft_token_ids,  # int [num_draft_tokens]
     cu_num_draft_tokens,  # int [num_reqs]
@@ -300,15 +303,19 @@ def accept(
     if num_reqs == 0:
         return result
     num_rows, vocab_size = logits.shape
-    chosen = settings("acceptance", "judge_rows")
+    one_hot = rule == "one-hot" and sampling.temperature is not None
+    chosen = settings("acceptance", _settings_name(one_hot))
     chunk = chosen["WIDTH"] * GROUP.value
     num_splits, tokens_per_split = _splits(num_reqs * width, vocab_size, chunk, chosen["TARGET_PROGRAMS"])
-    one_hot = rule == "one-hot" and sampling.temperature is not None
     parts = torch.empty(4, num_rows, num_splits, dtype=torch.float32, device=device)
     best_scores, picks, maxima, sums = parts[0], parts[1].view(torch.int32), parts[2], parts[3]
     draft_scores = torch.empty(num_rows, dtype=torch.float32, device=device)
-    temperature = sampling.temperature
-    given = (sampling.top_k, sampling.top_p, sampling.min_p)
+    temperature, *given = (
+        None if value is None else value.contiguous()
+        for value in (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    )
+    seeds, positions = sampling.seeds.contiguous(), sampling.positions.contiguous()
+    draft_token_ids, cu_num_draft_tokens = draft_token_ids.contiguous(), cu_num_draft_tokens.contiguous()
     # What is not given is not read. A pointer of its type stands for it, so that one kernel serves all combinations.
     stand_ins = (cu_num_draft_tokens, temperature, temperature)
     filters = [stand_in if value is None else value for value, stand_in in zip(given, stand_ins, strict=True)]
@@ -321,8 +328,8 @@ def accept(
         temperature,
         *filters,
         *(int(value is not None) for value in given),
-        sampling.seeds,
-        sampling.positions,
+        seeds,
+        positions,
         best_scores,
         picks,
         maxima,
@@ -341,9 +348,9 @@ def accept(
     _settle_requests[(num_reqs,)](
         draft_token_ids,
         cu_num_draft_tokens,
-        sampling.temperature,
-        sampling.seeds,
-        sampling.positions,
+        temperature,
+        seeds,
+        positions,
         best_scores,
         picks,
         maxima,
@@ -362,6 +369,11 @@ def accept(
     return result
 
 
+def _settings_name(one_hot: bool) -> str:
+    """The one-hot rule needs sums and a second maximum on top: registers for narrower tiles."""
+    return "judge_one_hot" if one_hot else "judge_rows"
+
+
 def _splits(most_rows: int, vocab_size: int, chunk: int, target_programs: int) -> tuple[int, int]:
     """Into how many parts a row is cut so that about `target_programs` programs run, and tokens per part."""
     chunks = -(-vocab_size // chunk)
@@ -370,13 +382,15 @@ def _splits(most_rows: int, vocab_size: int, chunk: int, target_programs: int) -
     return -(-vocab_size // tokens), tokens
 
 
+_JUDGE: list[Settings] = [
+    {"WIDTH": width, "FILTER_BLOCK": block, "TARGET_PROGRAMS": programs, "num_warps": warps}
+    for width, warps in ((128, 4), (128, 8), (256, 4), (256, 8))
+    for block in (2048, 4096)
+    for programs in (1056, 2112, 4224)
+]
 CANDIDATES: dict[str, list[Settings]] = {
-    "judge_rows": [
-        {"WIDTH": width, "FILTER_BLOCK": block, "TARGET_PROGRAMS": programs, "num_warps": warps}
-        for width, warps in ((128, 4), (256, 4), (256, 8))
-        for block in (2048, 4096)
-        for programs in (1056, 2112, 4224)
-    ],
+    "judge_rows": _JUDGE,
+    "judge_one_hot": _JUDGE,
     "settle_requests": [{"num_warps": warps} for warps in (1, 4)],
 }
 
@@ -392,7 +406,7 @@ def variants() -> list[Variant]:
 
 
 def _judge_variant(mode: str, kind: str, lowest_step: int) -> Variant:
-    chosen = settings("acceptance", "judge_rows")
+    chosen = settings("acceptance", _settings_name("one-hot" in mode))
     pointers = {} if mode == "greedy" else {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
     signature = {
         "logits": f"*{kind}",
@@ -421,14 +435,13 @@ def _judge_variant(mode: str, kind: str, lowest_step: int) -> Variant:
         "WIDTH": chosen["WIDTH"],
         "FILTER_BLOCK": chosen["FILTER_BLOCK"],
     }
-    aligned = tuple(name for name, type_name in signature.items() if type_name.startswith("*"))
     return Variant(
         name=f"judge_rows {mode} {kind}",
         function=_judge_rows,
         signature=signature,
         constants=constants,
         num_warps=chosen["num_warps"],
-        aligned=(*aligned, "row_stride", "vocab_size", "tokens_per_split"),
+        aligned=("logits", "row_stride", "vocab_size", "tokens_per_split"),
         options=LAUNCH,
     )
 
@@ -457,5 +470,6 @@ def _settle_variant(mode: str) -> Variant:
         constants={"ONE_HOT": mode == "one-hot", "ROWS": 32, "SPLITS": 16}
         | ({} if temperature else {"temperature": None}),
         num_warps=settings("acceptance", "settle_requests")["num_warps"],
+        aligned=(),
         options=LAUNCH,
     )

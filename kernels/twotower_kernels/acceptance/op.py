@@ -145,14 +145,16 @@ def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Rul
         dtype, device: of the logits.
         rule: for requests above temperature 0.
     """
-    logits = torch.zeros(1, vocab_size, dtype=dtype, device=device)
-    if not use_triton(logits):
+    if not use_triton(torch.empty(0, device=device)):
         return
     one, nothing = torch.ones(1, device=device), torch.zeros(1, dtype=torch.int64, device=device)
     no_drafts = torch.zeros(1, dtype=torch.int32, device=device)
-    for temperature, top_p in ((None, None), (one, None), (one, one)):
-        sampling = Sampling(temperature, None, top_p, None, nothing, nothing)
-        accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
+    # Penalties and the like make float32 of the logits.
+    for kind in {dtype, torch.float32}:
+        logits = torch.zeros(1, vocab_size, dtype=kind, device=device)
+        for temperature, top_p in ((None, None), (one, None), (one, one)):
+            sampling = Sampling(temperature, None, top_p, None, nothing, nothing)
+            accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
 
 
 def _parts(ends: list[int], vocab_size: int, sampling: Sampling) -> list[slice]:
@@ -278,9 +280,10 @@ def filtered_logits(logits: Tensor, request: Tensor, sampling: Sampling) -> Tens
     if sampling.top_k is None and sampling.top_p is None:
         return scores
     rows, vocab_size = len(scores), scores.shape[1]
-    k = torch.full((rows,), vocab_size) if sampling.top_k is None else sampling.top_k[request].long()
-    k = torch.where(k < 1, vocab_size, k).to(scores.device)
-    p = torch.ones(rows).to(scores.device) if sampling.top_p is None else sampling.top_p[request]
+    every = scores.new_ones(rows)
+    k = every.long() * vocab_size if sampling.top_k is None else sampling.top_k[request].long()
+    k = torch.where(k < 1, vocab_size, k)
+    p = every if sampling.top_p is None else sampling.top_p[request]
     least, complete = _least_score(scores, scores.topk(min(MOST_KEPT, vocab_size)).values, k, p)
     if not bool(complete.all()):
         rest = (~complete).nonzero()[:, 0]

@@ -142,7 +142,8 @@ def _choose(place: _Place) -> tuple[str, LongScan | None]:
         except Exception as fault:
             logger.warning("long scans: %s does not load: %r", name, fault)
             continue
-        fault_found = _fault_of(scan, place)
+        with torch.cuda.device_of(torch.empty(0, device=place.device)):  # Triton launches on the current device
+            fault_found = _fault_of(scan, place)
         if fault_found is None:
             return name, scan
         logger.warning("long scans: %s is refused: %s", name, fault_found)

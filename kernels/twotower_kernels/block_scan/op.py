@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_kernels.backend import use_triton
+from twotower_kernels.backend import on_its_device, use_triton
 
 # Tokens per scan chunk: the matrix form costs chunk^2 per token pair, the loop over chunks is what remains sequential.
 SCAN_CHUNK = 64
@@ -73,7 +73,7 @@ def block_scan(
     Source: Mamba-2 (Dao & Gu 2024), section 6, the block decomposition of the semiseparable matrix.
     """
     _check(u, delta, conv_state, ssm_state, weights)
-    if _has_kernel(u, ssm_state):
+    if _has_kernel(u, delta, conv_state, ssm_state, weights):
         return _block_scan_on_gpu(u, delta, conv_state, ssm_state, weights, query_lens, return_state)
     window = torch.cat([conv_state, u], dim=1)
     x, b, c, step = scan_inputs(u, delta, window, ssm_state, weights, query_lens)
@@ -128,7 +128,7 @@ def replay_scan(
         Convolution and SSM states, shaped like the inputs.
     """
     _check(u, delta, conv_state, ssm_state, weights)
-    if _has_kernel(u, ssm_state):
+    if _has_kernel(u, delta, conv_state, ssm_state, weights):
         from twotower_kernels.block_scan.kernel import launch_scan
 
         _, conv, ssm = launch_scan(
@@ -156,10 +156,12 @@ def warm_up(device: torch.device, dtype: torch.dtype, head_dim: int, state_size:
         choose_long_scan(device, dtype, head_dim, state_size)
 
 
-def _has_kernel(u: Tensor, ssm_state: Tensor) -> bool:
-    return ssm_state.dtype == torch.float32 and use_triton(u)
+def _has_kernel(u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights) -> bool:
+    tensors = (delta, conv_state, ssm_state, weights.conv_weight, weights.a_log, weights.d, weights.dt_bias)
+    return ssm_state.dtype == torch.float32 and use_triton(u, *tensors, weights.conv_bias)
 
 
+@on_its_device
 def _block_scan_on_gpu(
     u: Tensor,
     delta: Tensor,

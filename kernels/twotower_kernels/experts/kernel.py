@@ -62,8 +62,11 @@ def router_logits(
             mask=exists[:, None] & expert_exists[None, :],
             other=0.0,
         )
-        # The interpreter knows no other way from bfloat16.
-        wide = x.to(tl.float32) if x.dtype == tl.bfloat16 else x
+        wide = x
+        if x.dtype.primitive_bitwidth == 16:
+            # A sum of one: Triton 3.6 shapes the float64 product by the narrowest load behind it, and has no shape for
+            # 16 bits. By way of float32, the interpreter's only way from bfloat16.
+            wide = tl.sum(x.to(tl.float32)[None, :, :], axis=0)
         logits = tl.dot(wide.to(tl.float64), router.to(tl.float64), logits, out_dtype=tl.float64)
     tl.store(
         parts_ptr + (part * num_tokens + tokens[:, None]) * NUM_EXPERTS + experts[None, :],

@@ -146,7 +146,7 @@ def race(best, pick, x, row, start, vocab_size, scale, key, other, noisy, exclud
     return best, pick
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["draw"])
 def _gumbel_argmax(
     scores,  # float [num_rows, vocab]
     row_stride,
