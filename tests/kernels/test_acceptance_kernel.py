@@ -17,11 +17,7 @@ from twotower_kernels.noise import gumbel_argmax, gumbel_noise, reproducible_log
 from twotower_kernels.noise import kernel as noise_kernel
 from twotower_kernels.tuning import Settings, settings, trying
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_memory"),
-    # The interpreter computes with NumPy, which speaks up about infinities.
-    pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning"),
-]
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 VOCAB = 37  # that of `sampling_for`
 

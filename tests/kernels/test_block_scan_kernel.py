@@ -143,7 +143,6 @@ def test_views_and_copies_of_them_are_scanned_alike(device: torch.device) -> Non
         assert one is not None and other is not None and torch.equal(one, other)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of numpy, in the interpreter
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf])
 def test_a_poisoned_request_stays_alone(poison: float, device: torch.device) -> None:
     u, delta, conv, ssm, weights = inputs(device, 3, 18)

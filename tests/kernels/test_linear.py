@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE
-from twotower_kernels.linear import linear
+from twotower_kernels.linear import linear, op
 from twotower_kernels.linear.op import MOST_TOKENS_ON_THE_RIGHT
 from twotower_kernels.linear.reference import linear_reference
 
@@ -15,7 +15,11 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 64, MOST_TOKENS_ON_THE_RIGHT, MOST_TOKENS_ON_THE_RIGHT + 1])
-def test_every_number_of_tokens_gives_the_same_product(num_tokens: int) -> None:
+@pytest.mark.parametrize("amx", [False, True])
+def test_every_number_of_tokens_gives_the_same_product(
+    num_tokens: int, amx: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(op, "has_amx", lambda: amx)
     x, weight = randn(num_tokens, 24), randn(17, 24, seed=1)
     got = linear(x.bfloat16(), weight.bfloat16())
     error = (got.double() - x @ weight.t()).norm() / (x @ weight.t()).norm()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
@@ -123,15 +125,14 @@ def accept(
 
         return kernel(logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, rule)
     ends = cu_num_draft_tokens.tolist()
+    counts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     parts, row, draft = [], 0, 0
-    for requests in _parts(ends, logits.shape[-1], sampling):
-        last = ends[requests.stop - 1] if requests.stop else 0
-        count = requests.stop - requests.start
-        rows, drafts = slice(row, row + last - draft + count), slice(draft, last)
-        cumulative = cu_num_draft_tokens[requests] - draft
+    for requests in _parts(counts, logits.shape[-1], sampling):
+        own = counts[requests]
+        rows, drafts = slice(row, row + sum(own) + len(own)), slice(draft, draft + sum(own))
         part = sampling.of(requests)
-        parts.append(_accept(logits[rows], draft_token_ids[drafts], cumulative, max_num_draft_tokens, part, rule))
-        row, draft = rows.stop, last
+        parts.append(_accept(logits[rows], draft_token_ids[drafts], own, max_num_draft_tokens, part, rule))
+        row, draft = rows.stop, drafts.stop
     if len(parts) == 1:
         return parts[0]
     return Accepted(torch.cat([part.token_ids for part in parts]), torch.cat([part.num_accepted for part in parts]))
@@ -157,32 +158,30 @@ def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Rul
             accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
 
 
-def _parts(ends: list[int], vocab_size: int, sampling: Sampling) -> list[slice]:
+def _parts(counts: list[int], vocab_size: int, sampling: Sampling) -> list[slice]:
     """Requests that are taken together: sorting and noise need many times the memory of the logits."""
     if sampling.temperature is None:
-        return [slice(0, len(ends))]
-    parts, start, num_rows, before = [], 0, 0, 0
-    for request, end in enumerate(ends):
-        count = end - before + 1
-        if num_rows and (num_rows + count) * vocab_size > MOST_LOGITS:
+        return [slice(0, len(counts))]
+    parts, start, num_rows = [], 0, 0
+    for request, count in enumerate(counts):
+        if num_rows and (num_rows + count + 1) * vocab_size > MOST_LOGITS:
             parts.append(slice(start, request))
             start, num_rows = request, 0
-        num_rows, before = num_rows + count, end
-    return [*parts, slice(start, len(ends))]
+        num_rows += count + 1
+    return [*parts, slice(start, len(counts))]
 
 
 def _accept(
     logits: Tensor,
     draft_token_ids: Tensor,
-    cu_num_draft_tokens: Tensor,
+    counts: list[int],
     max_num_draft_tokens: int,
     sampling: Sampling,
     rule: Rule,
 ) -> Accepted:
     """`accept` for all requests at once, vectorised."""
-    layout = _Layout.of(cu_num_draft_tokens, max_num_draft_tokens)
-    drafts = torch.full((len(logits),), PLACEHOLDER, dtype=torch.int64, device=logits.device)
-    drafts[layout.is_draft_row] = draft_token_ids.to(torch.int64)
+    layout = _Layout.of(counts, max_num_draft_tokens + 1, logits.device)
+    drafts = layout.beside_drafts(draft_token_ids)
     picks = logits.argmax(dim=-1)
     accepted = picks == drafts
     sampled = None if sampling.temperature is None else (sampling.temperature > 0)[layout.request]
@@ -196,7 +195,7 @@ def _accept(
         else:
             chance = uniform_noise(sampling.seeds[request], positions, ACCEPT_DRAW, 1)[:, 0]
             accepted[rows] = chance < _probability(scores, drafts[rows])
-    num_accepted = layout.leading(accepted & layout.is_draft_row)
+    num_accepted = layout.table(accepted.long(), 0).cumprod(dim=1).sum(dim=1)
     if sampled is not None and rule == "one-hot":
         last = layout.starts + num_accepted
         at = last[sampled[last]]  # rows of the requests that sample their next token
@@ -208,7 +207,9 @@ def _accept(
             rejected = (refused >= 0).nonzero()[:, 0]
             scores[rejected, refused[rejected]] = -torch.inf
             picks[at] = gumbel_argmax(scores, sampling.seeds[request], positions, NEXT_TOKEN_DRAW)
-    return layout.output(drafts, picks, num_accepted)
+    limit = num_accepted[layout.request]
+    tokens = torch.where(layout.offset < limit, drafts, picks).masked_fill_(layout.offset > limit, PLACEHOLDER)
+    return Accepted(layout.table(tokens, PLACEHOLDER).to(torch.int32), num_accepted.to(torch.int32))
 
 
 @dataclass(frozen=True)
@@ -216,46 +217,53 @@ class _Layout:
     """Where the rows of every request are.
 
     Attributes:
+        counts: drafts of every request.
+        width: columns of a table with a row per request.
         starts: int64 [num_reqs], first row of every request.
         request: int64 [num_rows], whose row it is.
         offset: int64 [num_rows], which of its rows.
-        is_draft_row: bool [num_rows], whether the row judges a draft.
-        most_drafts: of any request.
     """
 
+    counts: list[int]
+    width: int
     starts: Tensor
     request: Tensor
     offset: Tensor
-    is_draft_row: Tensor
-    most_drafts: int
 
     @classmethod
-    def of(cls, cu_num_draft_tokens: Tensor, most_drafts: int) -> _Layout:
-        ends = cu_num_draft_tokens.long()
-        counts = ends.diff(prepend=ends.new_zeros(1))
-        requests = torch.arange(len(counts), device=ends.device)
-        starts = ends - counts + requests
-        request = requests.repeat_interleave(counts + 1)
-        offset = torch.arange(len(request), device=ends.device) - starts[request]
-        return cls(starts, request, offset, offset < counts[request], most_drafts)
+    def of(cls, counts: list[int], width: int, device: torch.device) -> _Layout:
+        if min(counts, default=0) == width - 1:
+            rows = torch.arange(len(counts) * width, device=device)
+            request = rows // width
+            return cls(counts, width, rows[::width], request, rows - request * width)
+        starts = [0, *accumulate(count + 1 for count in counts)][: len(counts)]
+        request = torch.tensor([r for r, count in enumerate(counts) for _ in range(count + 1)], dtype=torch.int64)
+        offset = torch.tensor([i for count in counts for i in range(count + 1)], dtype=torch.int64)
+        first = torch.tensor(starts, dtype=torch.int64)
+        return cls(counts, width, first.to(device), request.to(device), offset.to(device))
+
+    def beside_drafts(self, draft_token_ids: Tensor) -> Tensor:
+        """int64 [num_rows], the draft that each row judges, -1 where it judges none."""
+        if len(draft_token_ids) == len(self.counts) * (self.width - 1):
+            return F.pad(
+                draft_token_ids.long().view(len(self.counts), self.width - 1), (0, 1), value=PLACEHOLDER
+            ).flatten()
+        drafts = torch.full_like(self.request, PLACEHOLDER)
+        counts = torch.tensor(self.counts, device=drafts.device)
+        drafts[self.offset < counts[self.request]] = draft_token_ids.long()
+        return drafts
 
     def positions(self, first: Tensor) -> Tensor:
         """Index in its sequence of the token that every row decides on."""
         return first[self.request] + self.offset
 
-    def leading(self, accepted: Tensor) -> Tensor:
-        """Accepted rows from the left, int64 [num_reqs]."""
-        table = torch.zeros(len(self.starts), self.most_drafts + 1, dtype=torch.int64, device=accepted.device)
-        table[self.request, self.offset] = accepted.to(torch.int64)
-        return table.cumprod(dim=1).sum(dim=1)
-
-    def output(self, drafts: Tensor, picks: Tensor, num_accepted: Tensor) -> Accepted:
-        shape = (len(self.starts), self.most_drafts + 1)
-        token_ids = torch.full(shape, PLACEHOLDER, dtype=torch.int32, device=drafts.device)
-        limit = num_accepted[self.request]
-        tokens = torch.where(self.offset < limit, drafts, picks)
-        token_ids[self.request, self.offset] = torch.where(self.offset <= limit, tokens, PLACEHOLDER).to(torch.int32)
-        return Accepted(token_ids, num_accepted.to(torch.int32))
+    def table(self, values: Tensor, fill: int) -> Tensor:
+        """int64 [num_reqs, width] of values int64 [num_rows]."""
+        if len(values) == len(self.counts) * self.width:
+            return values.view(len(self.counts), self.width)
+        table = torch.full((len(self.counts), self.width), fill, device=values.device)
+        table[self.request, self.offset] = values
+        return table
 
 
 def filtered_logits(logits: Tensor, request: Tensor, sampling: Sampling) -> Tensor:
