@@ -26,7 +26,6 @@ from twotower_spec.towers.model import TwoTowers
 from twotower_spec.training.sampling import continue_prompts
 
 NGRAM_LENGTHS = (3, 2)
-CONFIDENCE_LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -77,20 +76,12 @@ class Acceptance:
 
     def interval(self) -> tuple[float, float]:
         """Bootstrap interval of the acceptance length at 95 %, over texts; its ends are `length` for a single text."""
-        from scipy.stats import bootstrap  # a second of import, and part of the extra "train" alone
+        from twotower_spec.evaluation.statistics import bootstrap_interval  # a package that stands above this one
 
-        if len(self.tokens) < 2:
+        if not self.tokens:
             return self.length, self.length
-        result = bootstrap(
-            (np.array(self.tokens), np.array(self.verify_steps)),
-            lambda tokens, steps, axis=-1: tokens.sum(axis) / steps.sum(axis),
-            paired=True,
-            confidence_level=CONFIDENCE_LEVEL,
-            method="percentile",
-            n_resamples=1000,
-            rng=np.random.default_rng(0),
-        )
-        return float(result.confidence_interval.low), float(result.confidence_interval.high)
+        interval = bootstrap_interval(self.tokens, self.verify_steps)
+        return interval.low, interval.high
 
 
 def write_texts(
