@@ -9,14 +9,19 @@ from typing import Any
 
 import typer
 
+from twotower_spec.cli.bench import build_bench_app
 from twotower_spec.cli.demo import demo
 from twotower_spec.cli.generate import generate
 from twotower_spec.cli.inspect import inspect
+from twotower_spec.cli.lm_eval import SETTINGS as LM_EVAL_SETTINGS
+from twotower_spec.cli.lm_eval import lm_eval
+from twotower_spec.cli.plan import plan
 from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
 
-# Entry points of functions that become commands.
+# Entry points of functions that become commands; one named `bench.NAME` becomes `bench NAME`.
 COMMANDS_GROUP = "twotower_spec.commands"
+BENCH_PREFIX = "bench."
 
 
 def build_app() -> typer.Typer:
@@ -31,11 +36,17 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect}
+    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect, "plan": plan}
+    benchmarks: dict[str, Callable[..., Any]] = {}
     for entry in entry_points(group=COMMANDS_GROUP):
-        commands[entry.name] = entry.load()
+        if entry.name.startswith(BENCH_PREFIX):
+            benchmarks[entry.name.removeprefix(BENCH_PREFIX)] = entry.load()
+        else:
+            commands[entry.name] = entry.load()
     for name, command in commands.items():
         app.command(name)(command)
+    app.command("lm-eval", context_settings=LM_EVAL_SETTINGS, add_help_option=False)(lm_eval)
+    app.add_typer(build_bench_app(benchmarks), name="bench")
     app.add_typer(train, name="train")
     return app
 

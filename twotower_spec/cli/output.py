@@ -19,15 +19,16 @@ class ResumableOutput:
     Every row carries the fingerprint of the run: a file is only gone on with by the run that began it.
     """
 
-    def __init__(self, path: Path, run: str, overwrite: bool = False) -> None:
+    def __init__(self, path: Path, run: str, overwrite: bool = False, option: str = "--output") -> None:
         """Opens or creates the file; a half-written last line is cut off.
 
-        With `overwrite` the present content goes when the first new rows are there, not before.
+        With `overwrite` the present content goes when the first new rows are there, not before. `option` is what
+        messages call the file.
 
         Raises:
             ArgumentError: it cannot be written, is in use, or belongs to a run with other prompts or settings.
         """
-        self.path, self.run = path, run
+        self.path, self.run, self._option = path, run, option
         self.done: set[int] = set()
         self._begin_anew = overwrite
         if path.exists() and not path.is_file():
@@ -87,12 +88,12 @@ class ResumableOutput:
                 index, run = row["index"], row["run"]
             except (ValueError, KeyError, TypeError) as error:
                 raise ArgumentError(
-                    f"{self.path}:{number} is not a row of such a run; give another --output, or --overwrite"
+                    f"{self.path}:{number} is not a row of such a run; give another {self._option}, or --overwrite"
                 ) from error
             if run != self.run:
                 raise ArgumentError(
                     f"{self.path} was begun with other prompts or settings (run {run}, now {self.run}); give another "
-                    f"--output, or --overwrite"
+                    f"{self._option}, or --overwrite"
                 )
             self.done.add(index)
         if len(whole) < len(content):

@@ -1,0 +1,200 @@
+"""The model on its own: what each setting of mask diffusion gains in speed over AR, and what it costs in text.
+
+A cell is one setting in one repeat over all prompts, one prompt at a time and greedy. Repeats run all settings in an
+order of their own, so that what changes slowly on the machine meets all alike.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from twotower_spec.evaluation.settings import Setting
+from twotower_spec.evaluation.statistics import Interval, Spread, bootstrap_interval, median_and_spread
+from twotower_spec.generation.self_speculative import agreeing
+from twotower_spec.model import TwoTowerModel
+
+AR = Setting.of("ar")
+# AR; what two towers cost apart from diffusion; the same text as AR, drafted by the denoiser.
+BASELINES = (AR, Setting.of("mock-ar"), Setting.of("self-speculative"))
+
+WARM_UP_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One setting in one repeat.
+
+    Attributes:
+        setting: how text was generated.
+        repeat: counts from 0.
+        seconds: per prompt, from prompt to text.
+        token_ids: new tokens per prompt, up to the end of the document, its token included. What a last block holds
+            beyond is not counted as text.
+        num_denoiser_passes: denoiser passes (NFE) per prompt.
+        num_context_passes: context passes per prompt, the prompt counted as one.
+        phase_seconds: of all prompts together: prefill, denoise, extend.
+    """
+
+    setting: Setting
+    repeat: int
+    seconds: list[float]
+    token_ids: list[list[int]]
+    num_denoiser_passes: list[int]
+    num_context_passes: list[int]
+    phase_seconds: dict[str, float]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all texts."""
+        return sum(map(len, self.token_ids))
+
+    @property
+    def tokens_per_s(self) -> float:
+        """Tokens of all texts per second."""
+        return self.num_tokens / sum(self.seconds)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Cell:
+        """From `to_json`, whatever else is in the row."""
+        values = {name: row[name] for name in cls.__dataclass_fields__}
+        return cls(**{**values, "setting": Setting(**row["setting"])})
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What the cells of one setting come to.
+
+    Attributes:
+        setting: how text was generated.
+        tokens_per_s: over the repeats.
+        speed_up: over AR in the same repeat, the median of all repeats.
+        tokens_per_nfe: with an interval over prompts; None without denoiser passes.
+        tokens_per_context_pass: likewise.
+        identical: fraction of the prompts whose text is AR's to the token, with an interval over prompts.
+        common_prefix: mean number of leading tokens that are AR's, with an interval over prompts.
+        length: mean tokens per text.
+    """
+
+    setting: Setting
+    tokens_per_s: Spread
+    speed_up: float
+    tokens_per_nfe: Interval | None
+    tokens_per_context_pass: Interval
+    identical: Interval
+    common_prefix: Interval
+    length: float
+
+
+def sweep(
+    confidence_thresholds: Iterable[float], block_sizes: Iterable[int], steps_per_block: Iterable[int]
+) -> list[Setting]:
+    """The baselines and all combinations for mask diffusion, without those that are the same (see `Setting.of`).
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+    thresholds, steps = list(confidence_thresholds), list(steps_per_block)
+    combinations = [
+        Setting.of("mask-diffusion", size, most, threshold)
+        for size in block_sizes
+        for most in steps
+        for threshold in thresholds
+    ]
+    return list(dict.fromkeys([*BASELINES, *combinations]))
+
+
+def in_order(settings: Sequence[Setting], num_repeats: int) -> list[tuple[Setting, int]]:
+    """Every setting in every repeat, each repeat shuffled by itself."""
+    order: list[tuple[Setting, int]] = []
+    for repeat in range(num_repeats):
+        order.extend((setting, repeat) for setting in random.Random(repeat).sample(settings, len(settings)))
+    return order
+
+
+def warm_up(towers: TwoTowerModel, setting: Setting, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+    """A short text that does not count: the first one of a setting pays for memory and kernels."""
+    setting.generate(towers, [prompts[0]], min(max_new_tokens, WARM_UP_TOKENS), None)
+
+
+def measure(
+    towers: TwoTowerModel,
+    setting: Setting,
+    repeat: int,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    eos_token_ids: Sequence[int],
+) -> Cell:
+    """One cell.
+
+    Args:
+        towers: the model.
+        setting: how text is generated.
+        repeat: number of the repeat, for the record.
+        prompts: token ids.
+        max_new_tokens: most new tokens per prompt.
+        eos_token_ids: ids that end a document.
+    """
+    seconds: list[float] = []
+    token_ids: list[list[int]] = []
+    denoiser_passes: list[int] = []
+    context_passes: list[int] = []
+    phases = {"prefill": 0.0, "denoise": 0.0, "extend": 0.0}
+    for prompt in prompts:
+        start = time.perf_counter()
+        # Tokens are on the host when this returns, so nothing is left running on a GPU.
+        result = setting.generate(towers, [prompt], max_new_tokens, eos_token_ids)
+        seconds.append(time.perf_counter() - start)
+        tokens = result.token_ids[0]
+        ends = [i for i, token in enumerate(tokens) if token in eos_token_ids]
+        token_ids.append(tokens[: ends[0] + 1] if ends else tokens)
+        denoiser_passes.append(result.num_denoiser_passes[0])
+        context_passes.append(result.num_context_passes[0])
+        for name in phases:
+            phases[name] += getattr(result.times, f"{name}_s")
+    return Cell(setting, repeat, seconds, token_ids, denoiser_passes, context_passes, phases)
+
+
+def summarise(cells: Iterable[Cell]) -> list[Figures]:
+    """Figures of every setting in the order of their first cells, from the repeats in which AR was measured, too.
+
+    Texts are those of the first repeat: greedy text does not change from one to the next.
+    """
+    by_setting: dict[Setting, dict[int, Cell]] = defaultdict(dict)
+    for cell in cells:
+        by_setting[cell.setting][cell.repeat] = cell
+    baseline = by_setting.get(AR, {})
+    figures = []
+    for setting, repeats in by_setting.items():
+        common = sorted(repeats.keys() & baseline.keys())
+        if common:
+            figures.append(_figures(setting, [repeats[i] for i in common], [baseline[i] for i in common]))
+    return figures
+
+
+def _figures(setting: Setting, cells: Sequence[Cell], baseline: Sequence[Cell]) -> Figures:
+    """Figures of one setting from its cells and those of AR in the same repeats."""
+    texts, expected = cells[0].token_ids, baseline[0].token_ids
+    lengths = [float(len(text)) for text in texts]
+    # A text that ends with its first token may take no denoiser pass.
+    passes = [(length, count) for length, count in zip(lengths, cells[0].num_denoiser_passes, strict=True) if count]
+    pairs = list(zip(texts, expected, strict=True))
+    return Figures(
+        setting=setting,
+        tokens_per_s=median_and_spread([cell.tokens_per_s for cell in cells]),
+        speed_up=statistics.median(one.tokens_per_s / ar.tokens_per_s for one, ar in zip(cells, baseline, strict=True)),
+        tokens_per_nfe=bootstrap_interval(*zip(*passes, strict=True)) if passes else None,
+        tokens_per_context_pass=bootstrap_interval(lengths, cells[0].num_context_passes),
+        identical=bootstrap_interval([float(text == other) for text, other in pairs]),
+        common_prefix=bootstrap_interval([float(agreeing(text, other)) for text, other in pairs]),
+        length=statistics.fmean(lengths),
+    )
