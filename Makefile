@@ -38,8 +38,8 @@ $(STAMP): pyproject.toml
 	@$(PY) -m pip install -qq "$(TORCH)" || { echo 'setup: pip found no $(TORCH); point pip at the CPU builds of PyTorch, see CONTRIBUTING.md' >&2; exit 1; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@rm -rf *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info # an old one would hide entry points from here
-	@echo "setup: twotower-spec[cpu,test,dev,bench,train,ray], editable; a few minutes"
-	@$(PY) -m pip install -qq --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench,train,ray]'
+	@echo "setup: twotower-spec[cpu,test,dev,bench,train,ray,eval], editable; a few minutes"
+	@$(PY) -m pip install -qq --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench,train,ray,eval]'
 	@$(PY) -c 'from importlib.metadata import distributions as d; n = sorted(x.name for x in d() if x.name.startswith("nvidia-")); n and __import__("sys").exit("setup: CUDA packages came in: " + ", ".join(n) + "; remove .venv and try again")'
 	@$(PY) -m vllm_twotower.cpu_install
 	@touch $@

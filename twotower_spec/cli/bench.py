@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -226,8 +227,10 @@ class Record:
 
 
 def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:
-    names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok/NFE", "tok/context", "same text", "prefix", "length"]
-    table = Table(*names)
+    names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok / NFE", "tok / ctx", "same text", "prefix", "length"]
+    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in table.columns:
+        column.overflow = "fold"  # rather two lines than a heading cut off
     metric = next((f"{score.task} {score.metric}" for score in scores.values()), None)
     if metric:
         table.add_column(metric)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -229,15 +230,13 @@ def _remarks(doubt: Doubt, size: DrafterSize | None, shortened: bool) -> tuple[s
 
 def _show(found: Plan, console: Console) -> None:
     best = [advice.best for advice in found.advice]
-    table = Table("text", "batch", "setting", title="predicted", title_justify="left")
-    for heading in ("tokens a round", "plain ms", "verify ms", "draft ms", "tokens/s", "speed-up", "pays from"):
-        table.add_column(heading, justify="right")
-    for _, predictions in groupby(found.predictions, _load):
-        table.add_section()
+    for (category, temperature, batch_size), predictions in groupby(found.predictions, _load):
+        text = "" if category == TYPED else f"{category}, "
+        table = _narrow_table(f"predicted: {text}temperature {temperature:g}, batch {batch_size}")
+        for heading in ("tokens a round", "plain ms", "verify ms", "draft ms", "tok/s", "speed-up", "pays from"):
+            table.add_column(heading, justify="right")
         for one in predictions:
             table.add_row(
-                one.category,
-                str(one.batch_size),
                 one.setting.name,
                 _with_interval(one.acceptance_length),
                 f"{one.plain_ms:.1f}",
@@ -248,7 +247,7 @@ def _show(found: Plan, console: Console) -> None:
                 f"{one.break_even_length:.2f}",
                 style="bold" if one in best else "",
             )
-    console.print(table)
+        console.print(table)
     for advice in found.advice:
         text = "" if advice.best.category == TYPED else f"{advice.best.category}: "
         console.print(Text(text + advice.sentence, style="bold"), soft_wrap=True)
@@ -259,8 +258,13 @@ def _show(found: Plan, console: Console) -> None:
         console.print(Text(remark, style="dim"), soft_wrap=True)
 
 
+def _narrow_table(title: str, *columns: str) -> Table:
+    """Without lines between columns: what is left fits a terminal of 80."""
+    return Table(*columns, "setting", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+
+
 def _validation_table(validation: Validation) -> Table:
-    table = Table("text", "batch", "setting", title="measured cells beside their predictions", title_justify="left")
+    table = _narrow_table("measured cells beside their predictions", "text", "batch")
     for heading in ("measured tokens/s", "predicted", "error", "measured speed-up", "predicted", "error"):
         table.add_column(heading, justify="right")
     for check in validation.checks:
