@@ -229,7 +229,8 @@ class Record:
 def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:
     names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok / NFE", "tok / ctx", "same text", "prefix", "length"]
     table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for column in table.columns:
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
         column.overflow = "fold"  # rather two lines than a heading cut off
     metric = next((f"{score.task} {score.metric}" for score in scores.values()), None)
     if metric:
