@@ -13,7 +13,7 @@ from twotower_spec import GenerationResult, TwoTowerModel
 @pytest.mark.parametrize("num_reqs", [1, 8])
 @pytest.mark.parametrize("mode", ["ar", "mock_ar", "mask_diffusion"])
 def test_generation(benchmark: BenchmarkFixture, model: TwoTowerModel, mode: str, num_reqs: int) -> None:
-    benchmark.group = f"generate {NEW_TOKENS} tokens, {model.dtype}"
+    benchmark.group = f"generate {NEW_TOKENS} tokens, {model.dtype}, {model.context.device}"
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(6, MID_SIZE.vocab_size, (num_reqs, PROMPT_LENGTH), generator=generator)
     generate = getattr(model, f"generate_{mode}")
