@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -217,12 +218,15 @@ class Record:
         elif self.task and row["task"] == self.task.to_json():
             self.scores[Setting(**row["setting"])] = TaskScore(**row["score"])
 
+    @cached_property
+    def _where(self) -> dict[str, Any]:
+        return {"machine": machine_info(), "versions": _versions(), "command": _command()}
+
     def _append(self, row: dict[str, Any]) -> None:
         if self._file is None:
             return
         # A run may go on elsewhere, so every row says where it was measured.
-        where = {"machine": machine_info(), "versions": _versions(), "command": _command()}
-        self._file.append([{"index": self._num_rows, **row, **where}])
+        self._file.append([{"index": self._num_rows, **row, **self._where}])
         self._num_rows += 1
 
 

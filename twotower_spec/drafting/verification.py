@@ -108,7 +108,7 @@ def _accept(
 ) -> Verdict:
     """`VerificationRule.verify` by the kernel. Rows bring equally many drafts; those that are -1 are not accepted."""
     num_reqs, width, vocab = logits.shape
-    sampling = sampler.sampling(seeds, positions, torch.promote_types(logits.dtype, torch.float32))
+    sampling = sampler.sampling(seeds, positions, logits.dtype)
     counts = torch.arange(1, num_reqs + 1, device=logits.device) * (width - 1)
     drafts = draft.token_ids.to(logits.device).flatten()
     done = accept(logits.reshape(-1, vocab), drafts, counts, width - 1, sampling, rule)

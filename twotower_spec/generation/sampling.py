@@ -42,9 +42,13 @@ class Sampler:
         return bool(self.top_k) or (self.top_p is not None and self.top_p < 1) or bool(self.min_p)
 
     def sampling(self, seeds: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> Sampling:
-        """The same parameters for requests with these int64 [num_reqs] seeds and first positions."""
+        """The same parameters for requests with these int64 [num_reqs] seeds and first positions.
 
-        def every(value: float | None, kind: torch.dtype = dtype) -> Tensor | None:
+        They are in the dtype that logits of `dtype` are widened to, so that float64 models sample in float64.
+        """
+        wide = torch.promote_types(dtype, torch.float32)
+
+        def every(value: float | None, kind: torch.dtype = wide) -> Tensor | None:
             return torch.full(seeds.shape, value, dtype=kind, device=seeds.device) if value else None
 
         top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
@@ -60,7 +64,7 @@ class Sampler:
             positions: int64 [num_rows], index of the token in its sequence.
         """
         no_drafts = torch.zeros(len(logits), dtype=torch.int32, device=logits.device)
-        sampling = self.sampling(seeds, positions, _wide(logits))
+        sampling = self.sampling(seeds, positions, logits.dtype)
         return accept(logits, no_drafts[:0], no_drafts, 0, sampling, "coupled").token_ids[:, 0].long()
 
     def filter(self, logits: Tensor) -> Tensor:
@@ -73,17 +77,13 @@ class Sampler:
         """
         rows = logits.reshape(-1, logits.shape[-1])
         zero = torch.zeros(1, dtype=torch.int64, device=logits.device)
-        return filtered_logits(rows, zero.expand(len(rows)), self.sampling(zero, zero, _wide(logits))).view_as(logits)
+        return filtered_logits(rows, zero.expand(len(rows)), self.sampling(zero, zero, logits.dtype)).view_as(logits)
 
     def probs(self, logits: Tensor) -> Tensor:
         """The distribution that is sampled from, shaped like `logits`; all on the argmax when greedy."""
         if self.greedy:
             return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return torch.softmax(self.filter(logits), dim=-1)
-
-
-def _wide(logits: Tensor) -> torch.dtype:
-    return torch.promote_types(logits.dtype, torch.float32)
 
 
 def signed_seed(seed: int) -> int:

@@ -201,7 +201,7 @@ def _accept(
         at = last[sampled[last]]  # rows of the requests that sample their next token
         if len(at):
             request, positions = layout.request[at], layout.positions(sampling.positions)[at]
-            scores = filtered_logits(logits[at], request, sampling)
+            scores = scores[(sampled.cumsum(0) - 1)[at]]  # a copy of those rows
             # Where the draft of this row was rejected, another token is taken; the row after all drafts has none.
             refused = torch.where(drafts[at] < scores.shape[-1], drafts[at], PLACEHOLDER)
             rejected = (refused >= 0).nonzero()[:, 0]
