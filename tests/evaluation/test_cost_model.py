@@ -258,3 +258,32 @@ def test_prefill_and_the_unused_end_of_the_last_round_count_where_whole_requests
     assert model.predict_cell(cell, drafted).value == pytest.approx(65 / seconds)
     plain = replace(cell, setting=None, first_token_ms=None)
     assert model.predict_cell(plain, None).value == pytest.approx(1e3 / 12.7)
+
+
+def test_steps_that_read_prompts_let_the_rest_of_the_batch_go_on() -> None:
+    model = CostModel(STEPS, PHASES)
+    # Of 64 rounds of each of 8 requests, 64 are of all together; each prompt takes one of them, of 40 ms.
+    cell = MeasuredCell("maths", 8, None, Estimate(1.0), new_tokens=64, first_token_ms=40.0, prompt_steps=1.0)
+    ms = 1 * 40.0 + (64 / 8 - 1) * 19.0
+    assert model.predict_cell(cell, None).value == pytest.approx(64e3 / ms)
+
+
+def test_batch_that_was_not_full_takes_the_times_of_its_mean_size() -> None:
+    model = CostModel(STEPS, PHASES)
+    cell = MeasuredCell("maths", 8, None, Estimate(1.0), mean_batch_size=4.5)
+    at_half = (12.7 + 19.0) / 2
+    assert model.predict_cell(cell, None).value == pytest.approx(4.5e3 / at_half)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"prompt_steps": 1.5}, "prompt_steps 1.5 is not allowed"),
+        ({"prompt_steps": 0.0}, "prompt_steps 0.0 is not allowed"),
+        ({"mean_batch_size": 8.5}, "mean_batch_size 8.5 is not from 1 to batch_size 8"),
+        ({"mean_batch_size": 0.5}, "mean_batch_size 0.5 is not from 1"),
+    ],
+)
+def test_cell_that_contradicts_itself_is_refused(change: dict[str, float], named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        MeasuredCell("maths", 8, None, Estimate(1.0), **change)

@@ -84,7 +84,7 @@ class DraftingTime:
 class DraftingCost(Protocol):
     """What a round of drafting takes."""
 
-    def round(self, batch_size: int, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
+    def round(self, batch_size: float, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
         """Times of one round.
 
         Raises:
@@ -108,7 +108,7 @@ class MeasuredDrafting:
         self._denoise = grid("the denoiser pass", [doubt.draws(phase.denoise_ms) for phase in phases])
         self._host = grid("the drafter's host work", [np.full(1 + doubt.num_draws, p.host_ms) for p in phases])
 
-    def round(self, batch_size: int, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
+    def round(self, batch_size: float, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
         """See `DraftingCost.round`; the context pass is the one that was measured, whatever is accepted."""
         place = (batch_size, block_size)
         return DraftingTime(self._extend.at(*place), passes * self._denoise.at(*place), self._host.at(*place))
@@ -160,7 +160,7 @@ class DerivedDrafting:
         self.size = size
         self._factor = doubt.draws(Estimate(1.0))
 
-    def round(self, batch_size: int, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
+    def round(self, batch_size: float, block_size: int, passes: float, acceptance_length: float) -> DraftingTime:
         """See `DraftingCost.round`."""
         extend = self.size.pass_ms(batch_size * acceptance_length)
         denoise = passes * self.size.pass_ms(batch_size * block_size)
@@ -288,7 +288,7 @@ class CostModel:
             probability_faster=float((speed_up[1:] > 1).mean()),
         )
 
-    def _round(self, batch_size: int, acceptance: AcceptanceLength, num_speculative_tokens: int | None) -> _Round:
+    def _round(self, batch_size: float, acceptance: AcceptanceLength, num_speculative_tokens: int | None) -> _Round:
         setting = acceptance.setting
         most = setting.num_speculative_tokens
         num_tokens = most if num_speculative_tokens is None else num_speculative_tokens
@@ -318,21 +318,27 @@ class CostModel:
     def predict_cell(self, cell: MeasuredCell, acceptance: AcceptanceLength | None) -> Estimate:
         """Tokens per second of a measured cell; `acceptance` is that of its setting, None without drafting.
 
-        Where whole requests were timed, the time to the first token and the unused end of the last round are counted.
+        Where whole requests were timed, the steps that read prompts are counted with the time to the first token, in
+        which the other requests of the batch go on by a round, and so is the unused end of the last round. Where the
+        batch was not full all the time, as when the last requests of a run end one after the other, times are those
+        of its mean size: exact as far as they grow by the same with every request.
 
         Raises:
             ArgumentError: it is outside what was given.
         """
+        batch_size = cell.batch_size if cell.mean_batch_size is None else cell.mean_batch_size
         if acceptance is None:
-            per_token = self.verifier.at(cell.batch_size, 1)
-            length = np.ones_like(per_token)
+            round_ms = self.verifier.at(batch_size, 1)
+            length = np.ones_like(round_ms)
         else:
-            round_ = self._round(cell.batch_size, acceptance, None)
-            length, per_token = round_.length, round_.total / round_.length
+            round_ = self._round(batch_size, acceptance, None)
+            length, round_ms = round_.length, round_.total
         if cell.new_tokens is None:
-            return summary(1e3 * cell.batch_size / per_token)
-        # Half a round, on average, goes beyond the end; the first token is the prefill's.
+            return summary(1e3 * batch_size * length / round_ms)
+        # Half a round, on average, goes beyond the end; the first token is the prompt step's.
         decoded = np.maximum(cell.new_tokens - 1 + (length - 1) / 2, 0.0)
-        first_ms = self.verifier.at(cell.batch_size, 1) if cell.first_token_ms is None else cell.first_token_ms
-        ms = first_ms + decoded * per_token
-        return summary(1e3 * cell.batch_size * cell.new_tokens / ms)
+        steps = (1 + decoded / length) / batch_size  # per request, that it shares with the others
+        prompt_steps = 1 / batch_size if cell.prompt_steps is None else cell.prompt_steps
+        first_ms = self.verifier.at(batch_size, 1) if cell.first_token_ms is None else cell.first_token_ms
+        ms = prompt_steps * first_ms + np.maximum(steps - prompt_steps, 0.0) * round_ms
+        return summary(1e3 * cell.new_tokens / ms)

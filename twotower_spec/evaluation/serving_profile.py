@@ -143,7 +143,7 @@ class AcceptanceLength:
         temperature: of the verifier's text.
         batch_size: that it holds for; None for all, as with every policy but `adaptive`.
         num_draft_tokens: verified per round on average; None for K.
-        denoiser_passes: per round on average (NFE); None for `steps_per_block`.
+        denoiser_passes: of the whole batch, per round on average; None for `steps_per_block`.
         by_position: share of rounds that accepted the draft at each position, as in `DraftingReport`; may be empty.
 
     Raises:
@@ -168,8 +168,8 @@ class AcceptanceLength:
             )
         if self.num_draft_tokens is not None and not 0 <= self.num_draft_tokens <= most - 1:
             raise ArgumentError(f"num_draft_tokens {self.num_draft_tokens} is not from 0 to K {most - 1}; correct it")
-        if self.denoiser_passes is not None:
-            check_positive("denoiser_passes", self.denoiser_passes)
+        if self.denoiser_passes is not None and not 0 <= self.denoiser_passes < math.inf:
+            raise ArgumentError(f"denoiser_passes {self.denoiser_passes} is not allowed; give 0 or more, or null")
         shares = self.by_position
         if shares and len(shares) != most - 1:
             raise ArgumentError(f"by_position has {len(shares)} shares for K {most - 1}; give one for every draft")
@@ -206,12 +206,16 @@ class MeasuredCell:
 
     Attributes:
         category: kind of prompts.
-        batch_size: requests at once.
+        batch_size: requests at once; at most, with `mean_batch_size`.
         setting: how blocks were drafted; None for no drafting.
         tokens_per_s: of the whole batch.
         temperature: of the verifier's text.
         new_tokens: per request, where whole requests were timed; None where decoding alone was.
-        first_token_ms: time to the first token of the batch; None where not known, and then counted as one plain step.
+        first_token_ms: time to the first token: of a step that reads prompts, those of the whole batch or one; None
+            where not known, and then counted as one plain step.
+        prompt_steps: steps that read prompts, per request: 1 where no two begin together; None where a whole batch
+            does.
+        mean_batch_size: requests in a step on average, where the batch was not full all the time; None where it was.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -224,9 +228,17 @@ class MeasuredCell:
     temperature: float = 0.0
     new_tokens: float | None = None
     first_token_ms: float | None = None
+    prompt_steps: float | None = None
+    mean_batch_size: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, minimum=1)
+        if self.prompt_steps is not None and not 0 < self.prompt_steps <= 1:
+            raise ArgumentError(f"prompt_steps {self.prompt_steps} is not allowed; give more than 0 and at most 1")
+        if self.mean_batch_size is not None and not 1 <= self.mean_batch_size <= self.batch_size:
+            raise ArgumentError(
+                f"mean_batch_size {self.mean_batch_size} is not from 1 to batch_size {self.batch_size}; correct it"
+            )
         if self.new_tokens is not None and not 1 <= self.new_tokens < math.inf:
             raise ArgumentError(f"new_tokens {self.new_tokens} is not allowed; give 1 or more, or null")
         if self.first_token_ms is not None:

@@ -1,0 +1,277 @@
+"""The way to speculate that a sweep speaks for, for what the user wants, and the flags of it."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, get_args
+
+from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.pareto import pareto_front
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, System, cells_of
+from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, latency_of
+from twotower_spec.evaluation.serving_profile import check_positive
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison, Spread, median_and_spread
+
+GoalName = Literal["throughput", "latency"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user wants.
+
+    Attributes:
+        name: "throughput" for most tokens/s of all users together, "latency" for the fastest text of one user.
+        min_user_tokens_per_s: with "throughput", what every user shall have at least; None for no such wish.
+        concurrency: requests at once; None for any that was measured.
+
+    Raises:
+        ArgumentError: a value is not allowed.
+    """
+
+    name: GoalName = "throughput"
+    min_user_tokens_per_s: float | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(GoalName):
+            raise ArgumentError(f"goal {self.name!r} is not allowed; give one of {', '.join(get_args(GoalName))}")
+        if self.concurrency is not None:
+            check_integer("concurrency", self.concurrency, minimum=1)
+        if self.min_user_tokens_per_s is not None:
+            check_positive("min_user_tokens_per_s", self.min_user_tokens_per_s)
+            if self.name == "latency":
+                raise ArgumentError(
+                    f"min_user_tokens_per_s {self.min_user_tokens_per_s:g} has no meaning for the goal latency, which "
+                    f"is the fastest for one user; leave it out, or ask for throughput"
+                )
+
+    def __str__(self) -> str:
+        floor = self.min_user_tokens_per_s
+        return (
+            self.name
+            + ("" if floor is None else f" with {floor:g} tokens/s for every user")
+            + ("" if self.concurrency is None else f" at concurrency {self.concurrency}")
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A system at one concurrency, over all repeats.
+
+    Attributes:
+        system, load: which.
+        tokens_per_s: of all requests together.
+        user_tokens_per_s: of one request, from its first token on; the median over requests.
+        rates: of every repeat, in order: both numbers.
+    """
+
+    system: System
+    load: Load
+    tokens_per_s: Spread
+    user_tokens_per_s: Spread
+    rates: tuple[tuple[float, float], ...]
+
+    def value(self, goal: Goal) -> Spread:
+        """What the goal is about."""
+        return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
+
+    def rates_for(self, goal: Goal) -> list[float]:
+        """The same for every repeat."""
+        return [user if goal.name == "latency" else together for together, user in self.rates]
+
+    def reaches(self, floor: float | None) -> bool:
+        """Whether every user has so many tokens/s, in the median."""
+        return floor is None or self.user_tokens_per_s.median >= floor
+
+    def __str__(self) -> str:
+        return (
+            f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.median:.4g} tokens/s, "
+            f"{self.user_tokens_per_s.median:.4g} for each user)"
+        )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use.
+
+    Attributes:
+        goal: that was asked for.
+        point: to use; may be no speculation.
+        no_speculation: the best point without any.
+        comparison: of the two, or, where no speculation is recommended, of the best that speculates with it; None with
+            fewer than three repeats or without an A/A run.
+        runners_up: other points that speculate, whose quartiles of the goal overlap with those of `point`; best first.
+        sentence: what is recommended and why.
+    """
+
+    goal: Goal
+    point: Point
+    no_speculation: Point
+    comparison: Comparison | None
+    runners_up: tuple[Point, ...]
+    sentence: str
+
+    def serve_command(self, verifier: str | Path) -> str:
+        """One line for a shell.
+
+        Args:
+            verifier: directory or hub id.
+        """
+        config = self.point.system.speculative_config
+        words = ["vllm", "serve", str(verifier)]
+        if config:
+            words += ["--speculative-config", json.dumps(config)]
+        # More users at once would have less each.
+        if self.goal.min_user_tokens_per_s is not None and self.goal.concurrency is None:
+            words += ["--max-num-seqs", str(self.point.load.concurrency)]
+        return shlex.join(words)
+
+    def python_call(self, verifier: str | Path) -> str:
+        """The same in Python."""
+        config = self.point.system.speculative_config
+        more = f", speculative_config={dict(config)!r}" if config else ""
+        if self.goal.min_user_tokens_per_s is not None and self.goal.concurrency is None:
+            more += f", max_num_seqs={self.point.load.concurrency}"
+        return f"LLM(model={str(verifier)!r}{more})"
+
+
+def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES) -> list[Point]:
+    """Every system at every concurrency, in the order in which they come first; the A/A run is no point of its own.
+
+    Args:
+        cells: of a sweep.
+        temperature, category: of the load.
+    """
+    places = dict.fromkeys(
+        (cell.system.name, cell.load)
+        for cell in cells
+        if (cell.load.temperature, cell.load.category) == (temperature, category) and cell.system.name != BASELINE_AGAIN
+    )
+    return [_point(cells, name, load) for name, load in places]
+
+
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """The Pareto front: points that no other beats both in tokens/s of all and in those of one user; slowest first."""
+    medians = [(one.tokens_per_s.median, one.user_tokens_per_s.median) for one in points]
+    return [points[i] for i in pareto_front(medians)]
+
+
+def recommend(
+    cells: Sequence[ServingCell], goal: Goal, temperature: float = 0.0, category: str = ALL_CATEGORIES
+) -> Recommendation:
+    """The best for a goal; no speculation where nothing is faster than it beyond the noise.
+
+    Args:
+        cells: of a sweep, with those of no speculation, twice.
+        goal: what is wanted.
+        temperature, category: of the load.
+
+    Raises:
+        ArgumentError: no speculation was not measured there.
+    """
+    points = [
+        point
+        for point in sweep_points(cells, temperature, category)
+        if goal.concurrency in (None, point.load.concurrency)
+    ]
+    if not any(point.system.name == BASELINE for point in points):
+        known = sorted({(cell.load.temperature, cell.load.concurrency) for cell in cells})
+        places = ", ".join(f"temperature {one:g} and concurrency {other}" for one, other in known)
+        where = "any concurrency" if goal.concurrency is None else f"concurrency {goal.concurrency}"
+        raise ArgumentError(
+            f"no cell without speculation at temperature {temperature:g} and {where} is among those measured, which "
+            f"are of {places or 'nothing'}; measure it, or ask for one of these"
+        )
+    reaching = [point for point in points if point.reaches(goal.min_user_tokens_per_s)]
+    if reaching:
+        return _recommended(cells, goal, points, reaching)
+    closest = _recommended(cells, Goal("latency", concurrency=goal.concurrency), points, points)
+    sentence = f"Nothing that was measured gives {goal}. {closest.sentence}"
+    return replace(closest, sentence=sentence)
+
+
+def best_by_concurrency(
+    cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES
+) -> list[Recommendation]:
+    """What gives most tokens/s at each concurrency, smallest first."""
+    points = sweep_points(cells, temperature, category)
+    concurrencies = sorted({point.load.concurrency for point in points if point.system.name == BASELINE})
+    return [recommend(cells, Goal(concurrency=number), temperature, category) for number in concurrencies]
+
+
+def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
+    own = cells_of(cells, name, load)
+    rates = tuple((cell.tokens_per_s, latency_of(cell.requests).user_tokens_per_s) for cell in own)
+    together, user = (median_and_spread(numbers) for numbers in zip(*rates, strict=True))
+    return Point(own[0].system, load, together, user, rates)
+
+
+def _recommended(
+    cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
+) -> Recommendation:
+    """Of those points that reach the floor."""
+    ranked = sorted(reaching, key=lambda one: one.value(goal).median, reverse=True)
+    baseline = next((one for one in ranked if one.system.name == BASELINE), None)
+    best = next((one for one in ranked if one.system.name != BASELINE), None)
+    if baseline is None:  # and so there is one that speculates
+        assert best is not None
+        nearest = max(
+            (one for one in points if one.system.name == BASELINE), key=lambda one: one.user_tokens_per_s.median
+        )
+        why = f"no speculation does not reach that: it gives each user {nearest.user_tokens_per_s.median:.4g} at most"
+        return _made(goal, best, nearest, None, why, ranked)
+    if best is None:
+        return _made(goal, baseline, baseline, None, "nothing that speculates was measured, or reaches that", ranked)
+    for candidate in ranked[: ranked.index(baseline)]:
+        comparison = _comparison(cells, goal, baseline, candidate)
+        if comparison is None or comparison.verdict == "faster":
+            doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
+            why = f"it is {_against(goal, baseline, candidate, comparison)} as no speculation{doubt}"
+            return _made(goal, candidate, baseline, comparison, why, ranked)
+    comparison = _comparison(cells, goal, baseline, best)
+    noise = ", which cannot be told from noise" if comparison and comparison.verdict == "no difference" else ""
+    why = f"the best that speculates, {best}, is {_against(goal, baseline, best, comparison)} as that{noise}"
+    return _made(goal, baseline, baseline, comparison, why, ranked)
+
+
+def _made(
+    goal: Goal, point: Point, baseline: Point, comparison: Comparison | None, why: str, ranked: Sequence[Point]
+) -> Recommendation:
+    own = point.value(goal)
+    near = tuple(
+        one
+        for one in ranked
+        if one != point
+        and one.system.name != BASELINE
+        and one.value(goal).high >= own.low
+        and one.value(goal).low <= own.high
+    )
+    return Recommendation(goal, point, baseline, comparison, near, f"For {goal}: {point}, because {why}.")
+
+
+def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
+    again = cells_of(cells, BASELINE_AGAIN, baseline.load)
+    if not again:
+        return None
+    noise = _point(cells, BASELINE_AGAIN, baseline.load)
+    rates = [one.rates_for(goal) for one in (baseline, candidate, noise)]
+    # A run that was stopped may have more of one than of the other; a text of one token has no speed.
+    num_rounds = min(map(len, rates))
+    if num_rounds < FEWEST_ROUNDS or not all(map(all, rates)):
+        return None
+    return Comparison.of_rates(*(numbers[:num_rounds] for numbers in rates))
+
+
+def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:
+    if comparison is None:
+        return f"{candidate.value(goal).median / baseline.value(goal).median:.2f} times as fast"
+    ratio = comparison.speed_up
+    return (
+        f"{ratio.estimate:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f}, A/A noise "
+        f"{comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
+    )
