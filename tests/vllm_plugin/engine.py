@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_spec.demo.trio import held_out_prompts, trio_path
-from vllm_twotower.demo import systems
+from vllm_twotower.engines import engine_environment as quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512}
@@ -56,7 +56,7 @@ def run_engine(
 
 def engine_environment() -> dict[str, str]:
     """As the demo has it, and all of the log."""
-    return {**os.environ, **systems.engine_environment(), "VLLM_LOGGING_LEVEL": "INFO"}
+    return {**os.environ, **quiet_environment(), "VLLM_LOGGING_LEVEL": "INFO"}
 
 
 def _run(order: str, environment: dict[str, str], timeout_s: float) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,20 +17,20 @@ from rich.console import Console
 from twotower_spec.cli import main
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
-from vllm_twotower.cli import run_demo
+from twotower_spec.evaluation.serving import ServedRequest
+from vllm_twotower.cli.demo import run_demo
 from vllm_twotower.demo import (
-    SYSTEMS,
     DemoRow,
-    EngineError,
     Sizes,
     check_writable,
+    demo_engines,
+    demo_systems,
     measure,
     print_table,
     print_text,
-    running_engines,
     write_atomically,
 )
-from vllm_twotower.demo.messages import Measured, MeasureOrder, Piece
+from vllm_twotower.engines import Asked, EngineError, Piece, Served, ServeOrder
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["none", "ngram", "draft_model", "twotower"]
@@ -61,19 +62,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(done.stdout, json.loads(file.read_text()), file.parent)
 
 
-@dataclass(frozen=True)
-class StandIn:
-    """Answers like an engine, with what it was given."""
+class StandIns:
+    """Answer like a pool of engines, with what they were given."""
 
-    title: str
-    answers: list[Measured]
+    def __init__(self, **answers: list[Served]) -> None:
+        self.answers = answers
 
-    def measure(self, order: MeasureOrder) -> Measured:
-        return self.answers.pop(0)
+    def use(self, name: str) -> Any:
+        return SimpleNamespace(serve=lambda order: self.answers[name].pop(0))
 
 
-def measured(*token_ids: int, seconds: float = 1.0, drafts: int = 0, accepted: int = 0) -> Measured:
-    return Measured(seconds, (token_ids,), drafts, accepted)
+def served(
+    *token_ids: int, seconds: float = 1.0, drafts: tuple[int, ...] = (), accepted: tuple[int, ...] = ()
+) -> Served:
+    return Served(seconds, (ServedRequest("0", "maths", 3, token_ids, 0.1, seconds, (), drafts, accepted),))
 
 
 def terminal() -> tuple[Console, StringIO]:
@@ -116,7 +118,7 @@ def test_demo_shows_two_texts_a_table_and_what_it_ran_on(run: Run) -> None:
     assert run.text.count("steps of the verifier") == 2
     assert "adaptive policy learns what pays" in run.text
     table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run.text.splitlines() if line[:1] == "│"]
-    assert [row[:2] for row in table] == [[size, system.title] for size in ("1", "8") for system in SYSTEMS]
+    assert [row[:2] for row in table] == [[size, system.title] for size in ("1", "8") for system in demo_systems()]
     assert {row[5] for row in table} == {"yes"}
     assert f"vllm {run.record['versions']['vllm']}" in run.text.splitlines()[-1]
     assert "\x1b" not in run.text and "WARNING" not in run.text
@@ -136,10 +138,10 @@ def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: P
 @needs_vllm
 @pytest.mark.slow
 def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines() -> None:
-    with running_engines(SYSTEMS[:1]) as engines:
-        engines["none"].wait_until_ready()
+    with demo_engines(demo_systems()[:1], Sizes(1, 8, 1)) as engines:
+        engines.load(["none"])
         with pytest.raises(EngineError) as caught:
-            engines["none"].measure(MeasureOrder((("No token is wanted.",),), max_new_tokens=0))
+            engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
     assert "no speculation ended with exit code 1 while generating" in str(caught.value)
     assert "max_tokens must be at least 1, got 0" in str(caught.value)
 
@@ -172,11 +174,10 @@ def test_option_out_of_range_is_refused_in_one_sentence_before_anything_starts(
 
 
 def test_one_other_token_in_one_repeat_is_not_identical() -> None:
-    engines: Any = {
-        "none": StandIn("no speculation", [measured(5, 6, 7) for _ in range(4)]),
-        "twotower": StandIn("TwoTower", [measured(5, 6, 7), measured(5, 6, 7), measured(5, 6, 8), measured(5, 6, 7)]),
-    }
-    rows = measure(engines, Sizes(1, 3, 2))
+    texts = [served(5, 6, 7), served(5, 6, 7), served(5, 6, 8), served(5, 6, 7)]
+    engines: Any = StandIns(none=[served(5, 6, 7) for _ in range(4)], twotower=texts)
+    none, _, _, two_tower = demo_systems()
+    rows = measure(engines, (none, two_tower), Sizes(1, 3, 2))
     assert {(row.system, row.batch_size): row.identical for row in rows} == {
         ("none", 1): True,
         ("twotower", 1): False,
@@ -186,8 +187,10 @@ def test_one_other_token_in_one_repeat_is_not_identical() -> None:
 
 
 def test_figures_are_medians_over_repeats_and_tokens_per_drafted_step() -> None:
-    per_pass = [measured(1, 2, 3, 4, seconds=s, drafts=2, accepted=3) for s in (1, 1, 8, 8, 2, 2)]
-    rows = measure({"none": StandIn("no speculation", per_pass)}, Sizes(1, 4, 3))  # type: ignore[dict-item]
+    drafts = {"drafts": (3, 0, 2), "accepted": (2, 0, 1)}
+    per_pass = [served(1, 2, 3, 4, seconds=s, **drafts) for s in (1.0, 1.0, 8.0, 8.0, 2.0, 2.0)]
+    engines: Any = StandIns(none=per_pass)
+    rows = measure(engines, demo_systems()[:1], Sizes(1, 4, 3))
     assert rows == [DemoRow("none", size, 2.0, 2.5, True) for size in (1, 8)]
 
 
@@ -205,7 +208,7 @@ def test_accepted_drafts_are_green_in_a_terminal_and_unmarked_elsewhere() -> Non
 def test_table_has_the_speed_up_over_no_speculation_at_the_same_batch_size() -> None:
     console, file = terminal()
     rows = [DemoRow("none", 1, 100.0, 1.0, True), DemoRow("twotower", 1, 250.0, 5.25, False)]
-    print_table(console, SYSTEMS, [*rows, DemoRow("none", 8, 500.0, 1.0, True)])
+    print_table(console, demo_systems(), [*rows, DemoRow("none", 8, 500.0, 1.0, True)])
     lines = [line.replace(" ", "") for line in file.getvalue().splitlines() if line[:1] == "│"]
     assert lines == [
         "│1│nospeculation│100│1.00│1.00│yes│",

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 CALIBRATION_BINS = 10
+_EDGES = np.linspace(0, 1, CALIBRATION_BINS + 1)
+# Lower and upper bound of every bin.
+CONFIDENCE_BINS = tuple((round(float(low), 3), round(float(high), 3)) for low, high in pairwise(_EDGES))
+
+
+def bins_of(confidence: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
+    """Index in `CONFIDENCE_BINS` of each confidence."""
+    return np.clip(np.digitize(confidence, _EDGES) - 1, 0, CALIBRATION_BINS - 1)
 
 
 @dataclass(frozen=True)
@@ -141,16 +151,15 @@ class DraftingMetrics:
 
     def _calibration(self) -> list[CalibrationBin]:
         confidence, agreed = np.array(self._confidence), np.array(self._agreed, dtype=bool)
-        edges = np.linspace(0, 1, CALIBRATION_BINS + 1)
-        place = np.clip(np.digitize(confidence, edges) - 1, 0, CALIBRATION_BINS - 1)
+        place = bins_of(confidence)
         bins = []
-        for i in range(CALIBRATION_BINS):
+        for i, (low, high) in enumerate(CONFIDENCE_BINS):
             inside = place == i
             count = int(inside.sum())
             bins.append(
                 CalibrationBin(
-                    low=float(edges[i]),
-                    high=float(edges[i + 1]),
+                    low=low,
+                    high=high,
                     num_drafts=count,
                     mean_confidence=float(confidence[inside].mean()) if count else 0.0,
                     acceptance_rate=float(agreed[inside].mean()) if count else 0.0,

@@ -35,7 +35,7 @@ __all__ = [
 # The wheels in which `python -m vllm_twotower.check_wheel` has found every hook, oldest first.
 CHECKED_VERSIONS = ("0.25.1", "0.30.0", "0.32.0", "0.33.0")
 
-Stage = Literal["routing", "worker"]
+Stage = Literal["routing", "worker", "measuring"]
 
 # An attribute of what stands in the place of a function of vLLM.
 _MARK = "_twotower_hook"
@@ -52,9 +52,15 @@ LOGITS_PROCESSORS = "vllm.v1.sample.logits_processor.state"
 OUTPUTS = "vllm.v1.outputs"
 CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
 DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
+SCHEDULER = "vllm.v1.core.sched.scheduler"
+SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
+ENGINE_CORE = "vllm.v1.engine.core"
+ENGINE_CLIENT = "vllm.v1.engine.core_client"
 
 # They act in every process that reads engine arguments or requests; all others are heavy and act in workers alone.
 ROUTING_MODULES = frozenset({ARG_UTILS, SAMPLING_PARAMS, SPECULATIVE})
+# Only benchmarks look at these.
+MEASURING_MODULES = frozenset({SCHEDULER, SCHEDULER_OUTPUT, ENGINE_CORE, ENGINE_CLIENT})
 
 
 class Kind(StrEnum):
@@ -92,18 +98,21 @@ class Hook:
     @property
     def stage(self) -> Stage:
         """The part of the plugin that touches it."""
+        if self.module in MEASURING_MODULES:
+            return "measuring"
         return "routing" if self.module in ROUTING_MODULES else "worker"
 
 
-def _fields(module: str, owner: str, names: str, needed_for: str) -> tuple[Hook, ...]:
-    """Returns one required hook for each of the space-separated fields of a class."""
-    return tuple(Hook(module, f"{owner}.{name}", Kind.FIELD, needed_for) for name in names.split())
+def _fields(module: str, owner: str, names: str, needed_for: str, required: bool = True) -> tuple[Hook, ...]:
+    """Returns one hook for each of the space-separated fields of a class."""
+    return tuple(Hook(module, f"{owner}.{name}", Kind.FIELD, needed_for, (), required) for name in names.split())
 
 
 ROUTING = "routing TwoTower checkpoints to the drafter"
 STEP = "giving the drafter the requests of a step"
 VERIFYING = "verifying drafts"
 CPU_SAMPLING = "correct sampling on a CPU"
+MEASURING = "benchmarks of acceptance and speed"
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -210,6 +219,24 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *_fields(LOGITS_PROCESSORS, "LogitsProcessors", "non_argmax_invariant", VERIFYING),
     *_fields(OUTPUTS, "SamplerOutput", "sampled_token_ids logprobs_tensors", VERIFYING),
+    Hook(
+        SCHEDULER,
+        "Scheduler.update_from_output",
+        Kind.FUNCTION,
+        MEASURING,
+        ("scheduler_output", "model_runner_output"),
+        required=False,
+    ),
+    *_fields(
+        SCHEDULER_OUTPUT,
+        "SchedulerOutput",
+        "num_scheduled_tokens scheduled_spec_decode_tokens num_invalid_spec_tokens",
+        MEASURING,
+        required=False,
+    ),
+    *_fields(OUTPUTS, "ModelRunnerOutput", "req_id_to_index sampled_token_ids", MEASURING, required=False),
+    *_fields(ENGINE_CLIENT, "InprocClient", "engine_core", MEASURING, required=False),
+    *_fields(ENGINE_CORE, "EngineCore", "scheduler", MEASURING, required=False),
 )
 
 
@@ -217,8 +244,8 @@ def missing_hooks(stage: Stage, *, cpu: bool = False) -> list[Hook]:
     """Returns the hooks that the installed vLLM lacks or has changed; never raises.
 
     Args:
-        stage: "routing" imports what reads engine arguments and requests, "worker" the model runner. Either takes
-            seconds in a process where vLLM has not imported it yet, and milliseconds afterwards.
+        stage: "routing" imports what reads engine arguments and requests, "worker" the model runner, "measuring" the
+            scheduler. Each takes seconds in a process where vLLM has not imported it yet, and milliseconds afterwards.
         cpu: Whether vLLM runs on a CPU, where a few more hooks are needed.
     """
     wanted = [hook for hook in HOOKS if hook.stage == stage and (cpu or not hook.cpu_only)]

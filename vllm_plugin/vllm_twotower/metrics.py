@@ -11,12 +11,15 @@ import atexit
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+
+from twotower_spec.drafting.metrics import CONFIDENCE_BINS, bins_of
 
 STATS_FILE_VARIABLE = "TWOTOWER_STATS_FILE"
 
@@ -33,6 +36,11 @@ FALLBACKS = (
     "not loaded",
 )
 RESOURCES = ("requests", "tokens")
+# Lower bounds, as labels.
+CONFIDENCES = tuple(f"{low:.1f}" for low, _ in CONFIDENCE_BINS)
+
+# By name and label.
+Numbers = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -60,11 +68,15 @@ SERIES = (
     Series("draft_tokens", "counter", "Draft tokens that were verified."),
     Series("accepted_tokens", "counter", "Draft tokens that were accepted."),
     Series("denoiser_passes", "counter", "Passes of the denoiser tower."),
+    Series("request_denoiser_passes", "counter", "The same, every request of a pass counted (NFE)."),
     Series("context_tokens", "counter", "Tokens that the context tower read."),
     Series("drafting_seconds", "counter", "Seconds of drafting, by phase.", "phase", PHASES),
     Series("verify_seconds", "counter", "Seconds from one drafting round to the next."),
     Series("fallbacks", "counter", "Requests that got no drafts in a round, by reason.", "reason", FALLBACKS),
     Series("sampler_fallbacks", "counter", "Steps that vLLM's own sampler took over after a fault."),
+    Series("calibration_drafts", "counter", "Drafts that were decided on.", "confidence", CONFIDENCES),
+    Series("calibration_confidence", "counter", "Sum of their confidences.", "confidence", CONFIDENCES),
+    Series("calibration_accepted", "counter", "Those that were accepted.", "confidence", CONFIDENCES),
     Series("acceptance_length", "gauge", "Tokens per verification, of about the last hundred drafts."),
     Series("pool_used", "gauge", "What is held in the state pool.", "resource", RESOURCES),
     Series("pool_size", "gauge", "What the state pool can hold.", "resource", RESOURCES),
@@ -91,6 +103,13 @@ class DrafterStats:
     def set(self, name: str, value: float, label: str = "") -> None:
         """Sets a gauge."""
         self._values[_PLACES[name, label]] = value
+
+    def add_decided(self, confidence: Sequence[float], num_accepted: int) -> None:
+        """Counts drafts of a request up to the first that was rejected, by their confidence."""
+        for i, (value, place) in enumerate(zip(confidence, bins_of(np.asarray(confidence)), strict=True)):
+            self.add("calibration_drafts", 1, CONFIDENCES[place])
+            self.add("calibration_confidence", value, CONFIDENCES[place])
+            self.add("calibration_accepted", i < num_accepted, CONFIDENCES[place])
 
     def get(self, name: str, label: str = "") -> float:
         """The present value."""
@@ -128,6 +147,14 @@ def publish() -> None:
     _Collector.instance.bases.append(Path(name))
 
 
+def totals() -> Numbers:
+    """Numbers of all drafters that this process started, added up, by name and label; empty without any."""
+    found = Counter[tuple[str, str]]()
+    for _, values in _Collector.instance.engines() if _Collector.instance else ():
+        found.update({place: float(values[i]) for place, i in _PLACES.items()})
+    return found
+
+
 class _Collector:
     """Reads the files of all engines of this process when Prometheus asks."""
 
@@ -144,7 +171,7 @@ class _Collector:
         """One metric family per series, with the data-parallel rank as label `engine`."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        engines = dict(self._engines())
+        engines = dict(self.engines())
         if not engines:
             return
         for series in SERIES:
@@ -163,7 +190,8 @@ class _Collector:
             for path in (base, *base.parent.glob(f"{base.name}.*")):
                 path.unlink(missing_ok=True)
 
-    def _engines(self) -> Iterator[tuple[str, Any]]:
+    def engines(self) -> Iterator[tuple[str, Any]]:
+        """Data-parallel rank and values of every drafter."""
         for base in self.bases:
             for path in sorted(base.parent.glob(f"{base.name}.*")):
                 try:

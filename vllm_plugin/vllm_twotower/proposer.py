@@ -7,6 +7,7 @@ import time
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,11 @@ from vllm.logger import init_logger
 from twotower_kernels.acceptance import warm_up
 from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
 from twotower_spec.config import TORCH_DTYPES
-from twotower_spec.drafting import BlockDrafter, DraftBlock
+from twotower_spec.drafting import BlockDrafter, DraftBlock, DraftPolicy
 from twotower_spec.errors import TwoTowerError
 from twotower_spec.model import TwoTowerModel
 from vllm_twotower import runner_hooks
+from vllm_twotower.config import TwoTowerSettings
 from vllm_twotower.metrics import DrafterStats, log_line, stats_path
 from vllm_twotower.request_state import RowsByContent, gone, usable_drafts
 from vllm_twotower.requirements import check_requirements, settings_from
@@ -76,6 +78,7 @@ class TwoTowerProposer:
         self._scheduled: Mapping[str, Sequence[int]] = {}
         self._round_end = time.perf_counter()
         self._block: DraftBlock | None = None
+        self._policies: dict[TwoTowerSettings, DraftPolicy] = {}
         self._failures = Counter[str]()
         self._failed_in_row = self._pause = 0
         self._sampler_failures = 0
@@ -109,6 +112,27 @@ class TwoTowerProposer:
             raise
         except Exception as error:
             self._log_failure(error, "loading failed; vLLM goes on without drafts until it is started again")
+
+    def change_policy(self, knobs: Mapping[str, Any]) -> None:
+        """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
+
+        Args:
+            knobs: as in `"twotower": {...}`; those that are not named stay.
+
+        Raises:
+            TwoTowerError: one is refused.
+        """
+        self.settings = settings = settings_from({**asdict(self.settings), **knobs})
+        settings.check_num_speculative_tokens(self.num_speculative_tokens)
+        if self.drafter is None:
+            return
+        if settings not in self._policies:
+            self._policies[settings] = settings.policy_for(self.num_speculative_tokens)
+        self.drafter.policy = self._policies[settings]
+        self.drafter.first_token = settings.first_token
+        self.drafter.reset()
+        self.drafter.warm_up()
+        self._block = None
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step; never raises."""
@@ -243,8 +267,11 @@ class TwoTowerProposer:
         with_prompts = any(not tokens for tokens in sampled.values()) or any(rid not in accepted for rid in sampled)
         drafter.observe(accepted, verify_s, verified, with_prompts)
         self.stats.add("verify_seconds", verify_s)
+        confidence = dict(zip(block.request_ids, block.confidence, strict=True))
         for request_id, count in verified.items():
             if count:
+                decided = min(accepted[request_id] + 1, count)
+                self.stats.add_decided(confidence[request_id][:decided].tolist(), accepted[request_id])
                 self.stats.add("drafts", 1)
                 self.stats.add("draft_tokens", count)
                 self.stats.add("accepted_tokens", accepted[request_id])
@@ -260,6 +287,7 @@ class TwoTowerProposer:
     def _count(self, drafter: BlockDrafter, block: DraftBlock, before: Counter[str], start: float) -> None:
         stats, times = self.stats, drafter.last_times
         stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
+        stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
         stats.add("context_tokens", drafter.num_context_tokens)
         stats.add("drafting_seconds", times.extend_s, "extend")
         stats.add("drafting_seconds", times.denoise_s, "denoise")

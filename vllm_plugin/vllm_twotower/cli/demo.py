@@ -1,7 +1,4 @@
-"""Commands that need vLLM, for `twotower-spec`: they join it through the entry points `twotower_spec.commands`.
-
-The command line imports this file wherever it runs, so nothing here imports vLLM.
-"""
+"""`twotower-spec demo`: the bundled trio in real vLLM."""
 
 from __future__ import annotations
 
@@ -21,18 +18,14 @@ from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.machine import describe_machine
 from vllm_twotower.demo import (
-    SYSTEMS,
-    DemoRow,
-    EngineProcess,
-    Engines,
     Sizes,
     as_json,
     check_writable,
+    demo_engines,
+    demo_systems,
     measure,
     print_table,
     print_text,
-    running_engines,
-    warm_up,
     write_atomically,
 )
 
@@ -92,46 +85,38 @@ def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, veri
     Raises:
         EngineError: an engine failed; its last lines are in it.
     """
-    others = [system for system in SYSTEMS if system.name != "twotower"]
-    two_tower = [system for system in SYSTEMS if system.name == "twotower"]
+    systems = demo_systems()
+    *others, two_tower = (system.name for system in systems)
     _say(console, "Loading vLLM, in a process of its own for every system.")
-    with running_engines(two_tower, verifier) as first:
+    with demo_engines(systems, sizes, verifier) as engines:
         with console.status("loading vLLM with TwoTower"):
-            vllm_version = first["twotower"].wait_until_ready()
-        with running_engines(others, verifier) as rest:
-            _show_texts(console, first["twotower"], sizes)
-            rows = _measure(console, {**rest, **first}, sizes)
+            engines.load([two_tower])
+        engines.start(others)
+        # One prompt per category, while the other engines load.
+        with console.status("warming up TwoTower"):
+            engine = engines.use(two_tower)
+        vllm_version = engine.wait_until_ready().version
+        for prompt in demo_prompts(1):
+            print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
+        _say(
+            console,
+            f"Measuring {2 * sizes.prompts} prompts one by one and 16 with 8 at once, maths and Python, up to "
+            f"{sizes.max_new_tokens} new tokens each. One pass is for warming up: in it TwoTower's adaptive policy "
+            f"learns what pays, as in a server that has run for a while. {sizes.repeats} more count, all systems in "
+            f"turn.",
+        )
+        with console.status("loading the other systems") as status:
+            engines.load(others)
+            for system in systems:
+                status.update(f"warming up, {system.title}")
+                engines.use(system.name)
+            rows = measure(engines, systems, sizes, status.update)
     torch.set_num_threads(1)  # as the engines had; the description of the machine says so
     machine, versions = describe_machine(), _versions(vllm_version)
-    print_table(console, SYSTEMS, rows)
+    print_table(console, systems, rows)
     _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")
     if json_file is not None:
         write_atomically(json_file, as_json(machine, versions, rows))
-
-
-def _show_texts(console: Console, engine: EngineProcess, sizes: Sizes) -> None:
-    """One prompt per category through TwoTower, while the other engines load."""
-    with console.status("warming up TwoTower"):
-        engine.measure(sizes.order(1))
-    for prompt in demo_prompts(1):
-        print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
-
-
-def _measure(console: Console, engines: Engines, sizes: Sizes) -> list[DemoRow]:
-    """All figures, after a pass that does not count."""
-    _say(
-        console,
-        f"Measuring {2 * sizes.prompts} prompts one by one and 16 in batches of 8, maths and Python, up to "
-        f"{sizes.max_new_tokens} new tokens each. One pass is for warming up: in it TwoTower's adaptive policy learns "
-        f"what pays, as in a server that has run for a while. {sizes.repeats} more count, all systems in turn.",
-    )
-    with console.status("loading the other systems") as status:
-        for engine in engines.values():
-            engine.wait_until_ready()
-        for engine in engines.values():
-            status.update(f"warming up, {engine.title}")
-            warm_up(engine, sizes)
-        return measure(engines, sizes, status.update)
 
 
 def _versions(vllm_version: str) -> dict[str, str]:

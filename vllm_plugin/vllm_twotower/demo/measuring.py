@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from twotower_spec.demo import demo_prompts
-from vllm_twotower.demo.engine_process import EngineProcess
-from vllm_twotower.demo.messages import Measured, MeasureOrder
-from vllm_twotower.demo.systems import LARGEST_BATCH, System, engine_arguments
+from twotower_spec.demo import demo_prompts, trio_path
+from twotower_spec.evaluation.serving import System
+from twotower_spec.evaluation.serving_figures import acceptance_of
+from vllm_twotower.engines import Asked, EnginePool, EngineProcess, Served, ServeOrder
+from vllm_twotower.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 
+LARGEST_BATCH = 8
 BATCH_SIZES = (1, LARGEST_BATCH)
-Engines = Mapping[str, EngineProcess]
 Say = Callable[[str], None]
 
 
@@ -24,7 +23,7 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        prompts: per category at batch 1; at batch 8 it is one batch per category.
+        prompts: per category at batch 1; at batch 8 there are 8 of each.
         max_new_tokens: most new tokens per prompt.
         repeats: passes over all prompts, of which medians are taken.
     """
@@ -33,11 +32,11 @@ class Sizes:
     max_new_tokens: int
     repeats: int
 
-    def order(self, batch_size: int) -> MeasureOrder:
-        """All batches of one size."""
-        prompts = [one.prompt for one in demo_prompts(self.prompts if batch_size == 1 else batch_size)]
-        batches = tuple(tuple(prompts[i : i + batch_size]) for i in range(0, len(prompts), batch_size))
-        return MeasureOrder(batches, self.max_new_tokens)
+    def order(self, batch_size: int) -> ServeOrder:
+        """All prompts of one batch size."""
+        prompts = demo_prompts(self.prompts if batch_size == 1 else batch_size)
+        asked = tuple(Asked(str(i), one.category, one.prompt) for i, one in enumerate(prompts))
+        return ServeOrder(asked, batch_size, self.max_new_tokens)
 
 
 @dataclass(frozen=True)
@@ -59,51 +58,64 @@ class DemoRow:
     identical: bool
 
 
-@contextmanager
-def running_engines(systems: Sequence[System], verifier: Path | None = None) -> Iterator[Engines]:
-    """An engine for every system, in processes of their own that are still loading."""
-    with TemporaryDirectory(prefix="twotower-demo-") as folder, ExitStack() as stack:
-        engines: dict[str, EngineProcess] = {}
-        for system in systems:
-            own_folder = Path(folder) / system.name
-            own_folder.mkdir()
-            engine = engines[system.name] = EngineProcess(system.title, engine_arguments(system, verifier), own_folder)
-            stack.callback(engine.close)
-        yield engines
+def demo_systems() -> tuple[System, ...]:
+    """What the demo compares, no speculation first and TwoTower last.
+
+    Raises:
+        CheckpointError: the package was installed without the trio's weights.
+    """
+    return (NO_SPECULATION, NGRAM, draft_model(trio_path("draft")), two_tower(trio_path("twotower")))
 
 
-def warm_up(engine: EngineProcess, sizes: Sizes) -> None:
-    """Everything that will be measured, once: whatever is made once is made, and the adaptive policy learns."""
-    for batch_size in BATCH_SIZES:
-        engine.measure(sizes.order(batch_size))
+def demo_engines(systems: Sequence[System], sizes: Sizes, verifier: Path | None = None) -> EnginePool:
+    """Engines of all systems, which do everything that will be measured once before it counts.
+
+    Whatever is made once is made then, and the adaptive policy learns.
+    """
+
+    def warm_up(name: str, engine: EngineProcess) -> None:
+        for batch_size in BATCH_SIZES:
+            engine.serve(sizes.order(batch_size))
+
+    arguments = {**TRIO_ARGUMENTS, "max_num_seqs": LARGEST_BATCH}
+    path = verifier or trio_path("verifier")
+    return EnginePool({system.name: engine_spec(system, path, arguments) for system in systems}, warm_up=warm_up)
 
 
-def measure(engines: Engines, sizes: Sizes, say: Say = lambda progress: None) -> list[DemoRow]:
-    """Figures of all systems at all batch sizes; "none" must be among them.
+def measure(
+    engines: EnginePool, systems: Sequence[System], sizes: Sizes, say: Say = lambda progress: None
+) -> list[DemoRow]:
+    """Figures of all systems at all batch sizes; no speculation is the first of them.
 
     Args:
-        engines: by name, loaded and warm.
+        engines: of the systems.
+        systems: in the order of the table.
         sizes: how much to measure.
         say: told what is being measured.
     """
-    passes: dict[tuple[str, int], list[Measured]] = {(name, size): [] for size in BATCH_SIZES for name in engines}
-    names = list(engines)
+    passes: dict[tuple[int, str], list[Served]] = {(size, one.name): [] for size in BATCH_SIZES for one in systems}
     for repeat in range(sizes.repeats):
         # Another begins each time; what slows the machine for a while hits them all.
-        turn = repeat % len(names)
+        turn = repeat % len(systems)
         for batch_size in BATCH_SIZES:
-            for name in names[turn:] + names[:turn]:
-                say(f"pass {repeat + 1} of {sizes.repeats}, batch {batch_size}, {engines[name].title}")
-                passes[name, batch_size].append(engines[name].measure(sizes.order(batch_size)))
-    return [_row(name, size, found, passes["none", size][0].token_ids) for (name, size), found in passes.items()]
+            for system in (*systems[turn:], *systems[:turn]):
+                say(f"pass {repeat + 1} of {sizes.repeats}, batch {batch_size}, {system.title}")
+                served = engines.use(system.name).serve(sizes.order(batch_size))
+                passes[batch_size, system.name].append(served)
+    first = systems[0].name
+    return [_row(name, size, found, passes[size, first][0]) for (size, name), found in passes.items()]
 
 
-def _row(name: str, batch_size: int, found: list[Measured], expected: tuple[tuple[int, ...], ...]) -> DemoRow:
-    drafts = sum(one.num_drafts for one in found)
+def _row(name: str, batch_size: int, found: list[Served], expected: Served) -> DemoRow:
+    acceptance = acceptance_of([request for served in found for request in served.requests])
     return DemoRow(
         system=name,
         batch_size=batch_size,
-        tokens_per_s=statistics.median(sum(map(len, one.token_ids)) / one.seconds for one in found),
-        acceptance_length=1 + sum(one.num_accepted_tokens for one in found) / drafts if drafts else 1.0,
-        identical=all(one.token_ids == expected for one in found),
+        tokens_per_s=statistics.median(sum(map(len, _texts(served))) / served.seconds for served in found),
+        acceptance_length=acceptance.acceptance_length.estimate if acceptance.acceptance_length else 1.0,
+        identical=all(_texts(served) == _texts(expected) for served in found),
     )
+
+
+def _texts(served: Served) -> list[tuple[int, ...]]:
+    return [request.token_ids for request in served.requests]

@@ -15,9 +15,9 @@ from rich.text import Text
 
 from twotower_spec.demo import HeldOutPrompt
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.serving import System
 from vllm_twotower.demo.measuring import DemoRow
-from vllm_twotower.demo.messages import Piece
-from vllm_twotower.demo.systems import System
+from vllm_twotower.engines import Piece
 
 
 def print_text(console: Console, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:

@@ -1,40 +1,81 @@
-"""What the demo and its engines say to each other."""
+"""What is said to an engine in a process of its own, and what it answers."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
+
+from twotower_spec.evaluation.serving import DecodingSteps, Drafting, ServedRequest
 
 
 @dataclass(frozen=True)
 class Ready:
-    """The engine is loaded; `version` is vLLM's."""
-
-    version: str
-
-
-@dataclass(frozen=True)
-class MeasureOrder:
-    """Generate these batches one after the other, every one with a call of its own."""
-
-    batches: tuple[tuple[str, ...], ...]
-    max_new_tokens: int
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What came of it.
+    """The engine is loaded.
 
     Attributes:
-        seconds: all calls together.
-        token_ids: of every prompt in turn.
-        num_drafts: drafts that were verified, one per request and step.
-        num_accepted_tokens: drafted tokens that were kept.
+        version: vLLM's.
+        max_model_len: most tokens of a prompt and its text together.
     """
 
+    version: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class TokenizeOrder:
+    """Read texts as the verifier does; the answer is a tuple of token ids per text.
+
+    Attributes:
+        texts: any number.
+        chat: whether each is what a user says, and gets the verifier's chat template.
+    """
+
+    texts: tuple[str, ...]
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class DraftOrder:
+    """Let TwoTower draft by these knobs from now on, as far as they concern its policy."""
+
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, as text or tokens."""
+
+    prompt_id: str
+    category: str
+    prompt: str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ServeOrder:
+    """Generate for these prompts; as one request ends the next begins.
+
+    Attributes:
+        prompts: in the order of submission.
+        concurrency: requests at once.
+        max_new_tokens: per prompt.
+        temperature: of the verifier.
+    """
+
+    prompts: tuple[Asked, ...]
+    concurrency: int
+    max_new_tokens: int
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of it; see `ServingCell`."""
+
     seconds: float
-    token_ids: tuple[tuple[int, ...], ...]
-    num_drafts: int
-    num_accepted_tokens: int
+    requests: tuple[ServedRequest, ...]
+    steps: tuple[DecodingSteps, ...] = ()
+    drafting: Drafting | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The demo's end of an engine that runs in a process of its own: vLLM has one `LLM()` per process."""
+"""Our end of an engine that runs in a process of its own: vLLM has one `LLM()` per process."""
 
 from __future__ import annotations
 
@@ -6,76 +6,86 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
 from twotower_spec.errors import TwoTowerError
-from vllm_twotower.demo.messages import Measured, MeasureOrder, Piece, Ready, StreamOrder
-from vllm_twotower.demo.systems import engine_environment
+from vllm_twotower.engines.environment import engine_environment
+from vllm_twotower.engines.messages import DraftOrder, Piece, Ready, Served, ServeOrder, StreamOrder, TokenizeOrder
 
 LONGEST_SILENCE_S = 300.0
 NUM_LAST_LINES = 8
 
 
 class EngineError(TwoTowerError):
-    """An engine of the demo has ended or does not answer."""
+    """An engine has ended or does not answer."""
 
 
 class EngineProcess:
     """Starts loading when it is made; what vLLM says goes to a file, of which only failures are shown."""
 
-    def __init__(self, title: str, arguments: dict[str, Any], folder: Path) -> None:
+    def __init__(
+        self, title: str, arguments: Mapping[str, Any], folder: Path, longest_silence_s: float = LONGEST_SILENCE_S
+    ) -> None:
         """Starts the process and returns at once.
 
         Args:
             title: what errors call it.
             arguments: of `LLM()`.
             folder: for its output and temporary files, its own.
+            longest_silence_s: after which it counts as dead, while it loads or works on an order.
         """
-        self.title, self._log = title, folder / "log"
+        self.title, self._log, self._longest_silence_s = title, folder / "log", longest_silence_s
         self._ready: Ready | None = None
         self._connection, theirs = Pipe()
         with self._log.open("wb") as output, theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_twotower.demo.worker", str(theirs.fileno())],
+                [sys.executable, "-m", "vllm_twotower.engines.worker", str(theirs.fileno())],
                 env={**os.environ, **engine_environment(), "TMPDIR": str(folder)},
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C reaches the demo alone, which closes its engines
+                start_new_session=True,  # Ctrl-C reaches us alone, and we close our engines
             )
-        self._send(arguments)
+        self._send(dict(arguments))
 
-    def wait_until_ready(self) -> str:
-        """Version of vLLM, when the models are loaded.
+    def wait_until_ready(self) -> Ready:
+        """What it says when the models are loaded.
 
         Raises:
             EngineError: they cannot be.
         """
         if self._ready is None:
             self._ready = self._receive("while loading")
-        return self._ready.version
+        return self._ready
 
-    def measure(self, order: MeasureOrder) -> Measured:
-        """Generates batches.
+    def tokenize(self, texts: Sequence[str], chat: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts, see `TokenizeOrder`.
 
         Raises:
-            EngineError: the engine has ended.
+            EngineError: the engine has ended; so with all that follow.
         """
+        self._send(TokenizeOrder(tuple(texts), chat))
+        token_ids: tuple[tuple[int, ...], ...] = self._receive("while reading prompts")
+        return token_ids
+
+    def draft_by(self, knobs: Mapping[str, Any]) -> None:
+        """Changes how TwoTower drafts."""
+        self._send(DraftOrder(knobs))
+        self._receive("while changing how it drafts")
+
+    def serve(self, order: ServeOrder) -> Served:
+        """Generates for prompts."""
         self._send(order)
-        measured: Measured = self._receive("while generating")
-        return measured
+        served: Served = self._receive("while generating")
+        return served
 
     def stream(self, prompt: str, max_new_tokens: int) -> Iterator[Piece]:
-        """Generates one prompt; pieces come as they are made.
-
-        Raises:
-            EngineError: the engine has ended.
-        """
+        """Generates one prompt; pieces come as they are made."""
         self._send(StreamOrder(prompt, max_new_tokens))
         is_last = False
         while not is_last:
@@ -96,12 +106,12 @@ class EngineProcess:
 
     def _receive(self, when: str) -> Any:
         try:
-            if self._connection.poll(LONGEST_SILENCE_S):
+            if self._connection.poll(self._longest_silence_s):
                 return self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
             raise EngineError(self._what_happened(f"ended with exit code {code} {when}")) from None
-        raise EngineError(self._what_happened(f"did not answer for {LONGEST_SILENCE_S:.0f} s {when}"))
+        raise EngineError(self._what_happened(f"did not answer for {self._longest_silence_s:.0f} s {when}"))
 
     def _what_happened(self, what: str) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]

@@ -1,0 +1,117 @@
+"""The order of cells, and what engines are asked for, without engines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation import Prompt
+from twotower_spec.evaluation.serving import Load, System
+from vllm_twotower.engines import EnginePool, EngineSpec, Ready, Served, ServeOrder
+from vllm_twotower.serving_run import Candidate, ServingRun, in_order
+
+PROMPTS = [Prompt(f"p{i}", "maths" if i % 2 else "python", "x" * (i + 1), ("say " + "x" * i,)) for i in range(6)]
+ONE, FOUR = Load("all", 1), Load("all", 4)
+
+
+def candidate(name: str, engine: str | None = None, knobs: Mapping[str, Any] | None = None) -> Candidate:
+    return Candidate(System(name, name), engine or name, knobs)
+
+
+class StandIn:
+    """Reads a character as a token, and keeps what it is asked for."""
+
+    def __init__(self, title: str, arguments: object, folder: object, longest_silence_s: float) -> None:
+        self.title, self.asked, self.is_closed = title, list[Any](), False
+        ALL.append(self)
+
+    def wait_until_ready(self) -> Ready:
+        return Ready("0", 20)
+
+    def tokenize(self, texts: Sequence[str], chat: bool) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(range(len(text))) for text in texts)
+
+    def draft_by(self, knobs: Mapping[str, Any]) -> None:
+        self.asked.append(knobs)
+
+    def serve(self, order: ServeOrder) -> Served:
+        self.asked.append(order)
+        return Served(1.0, ())
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+ALL: list[StandIn] = []
+
+
+@pytest.fixture(autouse=True)
+def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
+    ALL.clear()
+    monkeypatch.setattr("vllm_twotower.engines.pool.EngineProcess", StandIn)
+
+
+def pool_of(*names: str, together: bool = True) -> EnginePool:
+    return EnginePool({name: EngineSpec(name, {}) for name in names}, together)
+
+
+def test_another_candidate_begins_every_load_and_every_repeat() -> None:
+    places = in_order([candidate(name) for name in "abc"], [ONE, FOUR], 2)
+    assert "".join(place.candidate.system.name for place in places) == "abcbcabcacab"
+    assert [place.load for place in places] == ([ONE] * 3 + [FOUR] * 3) * 2
+    assert len({place.key for place in places}) == 12
+
+
+def test_engines_that_are_held_one_at_a_time_are_started_once_a_repeat() -> None:
+    candidates = [candidate("a"), candidate("b", "shared"), candidate("c", "shared")]
+    places = in_order(candidates, [ONE, FOUR], 2, together=False)
+    assert "".join(place.candidate.system.name for place in places) == "aabcbcbcbcaa"
+    with pool_of("a", "shared", together=False) as pool:
+        list(ServingRun(pool, PROMPTS, 4).measure(places))
+        # The second repeat begins with the engine that the first one ended with.
+        assert [engine.title for engine in ALL] == ["a", "shared", "a"]
+        assert [engine.is_closed for engine in ALL] == [True, True, False]
+    assert ALL[-1].is_closed
+
+
+def test_an_engine_drafts_by_the_knobs_of_the_candidate_and_is_warm_before_it_counts() -> None:
+    candidates = [candidate("a", "shared", {"policy": "fixed"}), candidate("b", "shared", {"policy": "adaptive"})]
+    with pool_of("shared") as pool:
+        cells = list(ServingRun(pool, PROMPTS, 4, num_warm_up=1).measure(in_order(candidates, [FOUR], 2)))
+    (engine,) = ALL
+    knobs = [one for one in engine.asked if not isinstance(one, ServeOrder)]
+    # Turned in the second repeat, b comes first and is drafting already.
+    assert knobs == [{"policy": "fixed"}, {"policy": "adaptive"}, {"policy": "fixed"}]
+    orders = [one for one in engine.asked if isinstance(one, ServeOrder)]
+    assert [len(order.prompts) for order in orders] == [4, 6, 4, 6, 6, 6]
+    assert [(cell.system.name, cell.repeat) for cell in cells] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+
+
+def test_all_engines_that_are_needed_are_loaded_before_the_first_is_measured() -> None:
+    with pool_of("a", "b", "not needed") as pool:
+        next(ServingRun(pool, PROMPTS, 4).measure(in_order([candidate("a"), candidate("b")], [ONE], 1)))
+        assert [engine.title for engine in ALL] == ["a", "b"]
+
+
+def test_a_load_gets_the_prompts_of_its_category_as_tokens_and_those_that_are_too_long_are_left_out() -> None:
+    with pool_of("a") as pool:
+        run = ServingRun(pool, PROMPTS, 16)
+        list(run.measure(in_order([candidate("a")], [Load("maths", 2, 0.5), ONE], 1)))
+    maths, _, everything, _ = ALL[0].asked
+    assert [one.prompt_id for one in maths.prompts] == ["p1", "p3"] and maths.prompts[0].prompt == (0, 1)
+    assert (maths.concurrency, maths.max_new_tokens, maths.temperature) == (2, 16, 0.5)
+    assert [one.prompt_id for one in everything.prompts] == ["p0", "p1", "p2", "p3"] and run.num_too_long == 2
+
+
+def test_chat_prompts_are_what_the_user_says_first() -> None:
+    with pool_of("a") as pool:
+        list(ServingRun(pool, PROMPTS, 4, chat=True).measure(in_order([candidate("a")], [ONE], 1)))
+    assert [len(one.prompt) for one in ALL[0].asked[0].prompts] == [4, 5, 6, 7, 8, 9]
+
+
+def test_a_load_without_a_prompt_that_is_short_enough_is_refused_with_the_remedy() -> None:
+    with pool_of("a") as pool, pytest.raises(ArgumentError, match="no prompt of all leaves room for 20 new tokens"):
+        list(ServingRun(pool, PROMPTS, 20).measure(in_order([candidate("a")], [ONE], 1)))
