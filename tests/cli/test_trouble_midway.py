@@ -72,7 +72,7 @@ def test_interrupt_says_how_to_go_on_and_the_next_start_adds_the_others(command:
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130, err
-    assert err == "interrupted; a run with --output goes on where it stopped when started again\n"
+    assert err == "interrupted; a run with --output or --json goes on where it stopped when started again\n"
     assert 3 <= len(rows(file)) < 20
     assert command(*args, file)[0] == 0
     assert command(*args, whole)[0] == 0

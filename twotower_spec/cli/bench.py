@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.interrupts import Interrupts
-from twotower_spec.cli.output import ResumableOutput
+from twotower_spec.cli.measurements import MeasurementFile, fingerprint, numbers, progress_bar
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
@@ -32,13 +26,9 @@ from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import Cell, Figures, in_order, measure, summarise, sweep, warm_up
 from twotower_spec.extras import require_extra
 from twotower_spec.generation.batch import parse_eos, parse_prompts
-from twotower_spec.machine import describe_machine, machine_info
+from twotower_spec.machine import describe_machine
 from twotower_spec.model import TwoTowerModel, as_dtype
 from twotower_spec.towers.model import usable_device
-
-Number = TypeVar("Number", int, float)
-
-VERSIONED = ("twotower-spec", "numpy", "safetensors", "lm-eval")
 
 
 def build_bench_app(others: Mapping[str, Callable[..., Any]]) -> typer.Typer:
@@ -86,9 +76,7 @@ def standalone(
     """
     # Everything that can be refused is checked before weights are read.
     require_extra("bench", "scipy")
-    settings = sweep(
-        _numbers("--gamma", gamma, float), _numbers("-S", block_size, int), _numbers("--steps", steps, int)
-    )
+    settings = sweep(numbers("--gamma", gamma, float), numbers("-S", block_size, int), numbers("--steps", steps, int))
     for name, value in (("--max-new-tokens", max_new_tokens), ("--repeat", repeat), ("--batch-size", batch_size)):
         check_integer(name, value, minimum=1)
     as_dtype(dtype)
@@ -106,7 +94,7 @@ def standalone(
     rows = parse_prompts([list(tokenizer(prompt.text)["input_ids"]) for prompt in texts], config.vocab_size)
     eos = sorted(parse_eos(tokenizer.eos_token_id, config.vocab_size))
     content = [str(directory.resolve()), config.to_dict(), dtype, max_new_tokens, eos, rows]
-    record = Record(hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12], wanted_task)
+    record = Record(fingerprint(content), wanted_task)
     with record.opened(json_file, overwrite):
         cells = [cell for cell in in_order(settings, repeat) if cell not in record.cells]
         unscored = [setting for setting in settings if wanted_task and setting not in record.scores]
@@ -114,7 +102,7 @@ def standalone(
             towers = TwoTowerModel.from_pretrained(
                 directory, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
             )
-            with _progress() as bar, Interrupts() as interrupts:
+            with progress_bar() as bar, Interrupts() as interrupts:
                 total = len(settings) * repeat
                 done = bar.add_task("measuring", total=total, completed=total - len(cells))
                 warm: set[Setting] = set()
@@ -177,11 +165,10 @@ class Record:
             run: fingerprint of model, prompts and length. More settings, repeats or a task go on with a file.
             task: whose scores count.
         """
-        self.run, self.task = run, task
+        self.task = task
         self.cells: dict[tuple[Setting, int], Cell] = {}
         self.scores: dict[Setting, TaskScore] = {}
-        self._file: ResumableOutput | None = None
-        self._num_rows = 0
+        self._file = MeasurementFile(run, ["lm-eval"])
 
     @contextmanager
     def opened(self, path: Path | None, overwrite: bool) -> Iterator[None]:
@@ -190,26 +177,22 @@ class Record:
         Raises:
             ArgumentError: it cannot be written, or belongs to a run with another model, prompts or length.
         """
-        if path is None:
-            yield
-            return
-        with ResumableOutput(path, self.run, overwrite, option="--json") as self._file:
-            if not overwrite:
-                for line in path.read_text(encoding="utf-8").splitlines():
-                    self._read(json.loads(line))
-                    self._num_rows += 1
+        with self._file.opened(path, overwrite) as rows:
+            for row in rows:
+                self._read(row)
             yield
 
     def add_cell(self, cell: Cell) -> None:
         """Keeps a cell."""
         self.cells[cell.setting, cell.repeat] = cell
-        self._append({"kind": "cell", **cell.to_json()})
+        self._file.append("cell", cell.to_json())
 
     def add_score(self, setting: Setting, score: TaskScore) -> None:
         """Keeps a score of the wanted task."""
         assert self.task is not None
         self.scores[setting] = score
-        self._append({"kind": "score", "setting": asdict(setting), "task": self.task.to_json(), "score": asdict(score)})
+        row = {"setting": asdict(setting), "task": self.task.to_json(), "score": asdict(score)}
+        self._file.append("score", row)
 
     def _read(self, row: dict[str, Any]) -> None:
         if row["kind"] == "cell":
@@ -217,17 +200,6 @@ class Record:
             self.cells[cell.setting, cell.repeat] = cell
         elif self.task and row["task"] == self.task.to_json():
             self.scores[Setting(**row["setting"])] = TaskScore(**row["score"])
-
-    @cached_property
-    def _where(self) -> dict[str, Any]:
-        return {"machine": machine_info(), "versions": _versions(), "command": _command()}
-
-    def _append(self, row: dict[str, Any]) -> None:
-        if self._file is None:
-            return
-        # A run may go on elsewhere, so every row says where it was measured.
-        self._file.append([{"index": self._num_rows, **row, **self._where}])
-        self._num_rows += 1
 
 
 def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:
@@ -272,34 +244,3 @@ def _task(name: str | None, include_path: Path | None, num_fewshot: int | None, 
         check_integer("--limit", limit, minimum=1)
     check_task(name, include_path)
     return WantedTask(name, include_path, num_fewshot, limit)
-
-
-def _numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError as error:
-        raise ArgumentError(f"{option} {text!r} is not a list of numbers; give them with commas, like 4,8") from error
-
-
-def _progress() -> Progress:
-    """A bar on stderr; nothing when stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
-
-
-def _versions() -> dict[str, str | None]:
-    """Of packages that `machine_info` leaves out; None where one is not installed."""
-    found: dict[str, str | None] = {}
-    for name in VERSIONED:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
-
-
-def _command() -> str:
-    return shlex.join(["twotower-spec", *sys.argv[1:]])

@@ -1,0 +1,107 @@
+"""`twotower-spec bench acceptance`: TwoTower and its rivals in real vLLM, by category of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation import load_prompts
+from twotower_spec.evaluation.serving import Load, System, over_categories
+from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN, all_figures
+from twotower_spec.extras import require_extra
+from vllm_twotower.cli import options
+from vllm_twotower.cli.serving_record import ServingRecord
+from vllm_twotower.cli.tables import acceptance_table, position_table, print_origin, speed_table
+from vllm_twotower.engines import EnginePool
+from vllm_twotower.serving_run import Candidate, ServingRun, in_order
+from vllm_twotower.systems import NO_SPECULATION, engine_spec
+
+Rival = Annotated[
+    list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
+]
+
+
+def acceptance(
+    verifier: options.Verifier = None,
+    drafter: options.Drafter = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")
+    ] = None,
+    dataset: options.Dataset = "trio",
+    category: options.Category = None,
+    prompts: Annotated[int, typer.Option(help="Prompts, balanced over the categories.")] = 24,
+    max_new_tokens: options.MaxNewTokens = 64,
+    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
+    temperature: Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")] = 0.0,
+    repeat: Annotated[
+        int, typer.Option(help="Passes over everything, of which medians are taken; 3 for verdicts.")
+    ] = 5,
+    rival: Rival = None,
+    only: Annotated[
+        str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
+    ] = None,
+    chat: options.Chat = False,
+    engine_args: options.EngineArgs = None,
+    engines: options.Engines = "auto",
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
+    report: options.ReportFolder = None,
+) -> None:
+    """Acceptance and speed of TwoTower in vLLM beside no speculation, n-gram, suffix, a draft model, and yours.
+
+    The same prompts for all, in turn and repeated; no speculation runs twice (A/A), and a speed-up within what these
+    two differ by is called no difference. Texts are compared with those without speculation.
+    """
+    # Everything that can be refused is checked before anything is loaded.
+    options.require_vllm()
+    require_extra("bench", "scipy")
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+        check_integer(name, value, minimum=1)
+    at_once = options.concurrencies(concurrency)
+    (temperature,) = options.temperatures(str(temperature))
+    together = options.held_together(engines)
+    models = options.Models.of(verifier, drafter, draft_model, engine_args, max(at_once))
+    systems = _chosen([*options.rivals(models, rival), options.drafting_system(models, speculative_config)], only)
+    texts = load_prompts(dataset, category, prompts)
+    loads = [
+        Load(name, number, temperature)
+        for number in at_once
+        for name in dict.fromkeys(prompt.category for prompt in texts)
+    ]
+    json_file = options.measurements_file(json_file, report, "acceptance")
+    record = ServingRecord([models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]])
+    specs = {one.name: engine_spec(one, models.verifier, models.arguments) for one in systems}
+    pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
+    with record.opened(json_file, overwrite), pool:
+        run = ServingRun(pool, texts, max_new_tokens, chat)
+        cells = record.complete(run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
+    console = Console(highlight=False)
+    figures = all_figures([*over_categories(cells), *cells] if len(loads) > len(at_once) else cells)
+    for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):
+        console.print(table)
+    if run.num_too_long:
+        console.print(f"{run.num_too_long} prompts were too long and left out.")
+    print_origin(console, record)
+    if report and json_file:
+        from twotower_spec.report import write_report  # matplotlib and jinja2
+
+        write_report([json_file], report)
+
+
+def _chosen(systems: Sequence[System], only: str | None) -> list[System]:
+    """No speculation twice, and those that are wanted."""
+    names = [system.name for system in systems]
+    wanted = names if only is None else only.split(",")
+    for name in wanted:
+        if name not in names:
+            raise ArgumentError(f"--only {name} is not there; give some of {', '.join(names)}")
+    again = System(BASELINE_AGAIN, f"{NO_SPECULATION.title}, again")
+    return [NO_SPECULATION, again, *(system for system in systems[1:] if system.name in wanted)]

@@ -1,0 +1,209 @@
+"""Options that the benchmarks in vLLM share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import typer
+
+from twotower_spec.cli.measurements import numbers
+from twotower_spec.config import check_integer
+from twotower_spec.demo import trio_path
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.serving import System
+from vllm_twotower.systems import NGRAM, NO_SPECULATION, SUFFIX, TRIO_ARGUMENTS, draft_model, two_tower
+
+Verifier = Annotated[
+    str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
+]
+Drafter = Annotated[str | None, typer.Option(help="TwoTower checkpoint: likewise.")]
+Dataset = Annotated[str, typer.Option(help="A named set, a file, or a hub id; see docs/evaluation.md.")]
+Category = Annotated[list[str] | None, typer.Option(help="Only prompts of this category; can be repeated.")]
+Chat = Annotated[bool, typer.Option("--chat", help="First turns in the verifier's chat template, not plain text.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens per prompt.")]
+EngineArgs = Annotated[
+    str | None, typer.Option(help='Arguments of LLM() for all systems, as JSON: {"tensor_parallel_size": 4}.')
+]
+Engines = Annotated[
+    str,
+    typer.Option(
+        help="together: all at once; in-turn: one at a time, started anew in every repeat; auto: in-turn on a GPU."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="JSON lines, one per finished cell; a stopped run goes on.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin --json anew.")]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--report", help="Folder for the report of it: HTML, PNG, Markdown, JSON.")
+]
+
+Holding = Literal["auto", "together", "in-turn"]
+
+# Large models take their time to load, and a cell may have many prompts.
+LONGEST_SILENCE_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is measured with what.
+
+    Attributes:
+        verifier, drafter: directories or hub ids.
+        draft_model: an AR draft model; None where there is none.
+        arguments: of `LLM()`, the same for all systems.
+    """
+
+    verifier: str
+    drafter: str
+    draft_model: str | None
+    arguments: Mapping[str, Any]
+
+    @property
+    def identity(self) -> list[Any]:
+        """As JSON: what must be the same for measurements to be compared."""
+        paths = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (self.verifier, self.drafter))
+        # More requests at once go on with a file.
+        return [*paths, {name: value for name, value in self.arguments.items() if name != "max_num_seqs"}]
+
+    @classmethod
+    def of(
+        cls,
+        verifier: str | None,
+        drafter: str | None,
+        draft_model: str | None,
+        engine_args: str | None,
+        max_num_seqs: int,
+    ) -> Models:
+        """The bundled ones where none are named.
+
+        Raises:
+            ArgumentError: models of the trio would be measured with others, or the arguments are no JSON object.
+        """
+        if (verifier is None) != (drafter is None):
+            given, missing = ("--verifier", "--drafter") if verifier else ("--drafter", "--verifier")
+            raise ArgumentError(f"{given} came without {missing}; name both, or neither for the bundled trio")
+        own = {"max_num_seqs": max_num_seqs, **as_object("--engine-args", engine_args)}
+        for name in ("speculative_config", "model", "data_parallel_size"):
+            if name in own:
+                raise ArgumentError(f"--engine-args cannot have {name}, which differs or must not; leave it out")
+        if verifier is None or drafter is None:
+            trio = str(trio_path("verifier")), str(trio_path("twotower")), draft_model or str(trio_path("draft"))
+            return cls(*trio, {**TRIO_ARGUMENTS, **own})
+        return cls(verifier, drafter, draft_model, own)
+
+
+def rivals(models: Models, named: Sequence[str] | None) -> list[System]:
+    """No speculation, n-gram lookup, suffix decoding where its package is there, a draft model if there is one; more.
+
+    Args:
+        models: with or without a draft model.
+        named: `NAME=JSON`, each a speculative configuration of vLLM.
+
+    Raises:
+        ArgumentError: one of the latter is not in this form, or has a name that is taken.
+    """
+    found = [NO_SPECULATION, NGRAM]
+    if find_spec("arctic_inference"):
+        found.append(SUFFIX)
+    if models.draft_model:
+        found.append(draft_model(models.draft_model))
+    for text in named or ():
+        name, separator, config = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
+        if name in ("none_again", "twotower", *(system.name for system in found)):
+            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
+        found.append(System(name, name, as_object(f"--rival {name}", config)))
+    return found
+
+
+def drafting_system(models: Models, speculative_config: str | None) -> System:
+    """TwoTower, with the user's speculative configuration over ours.
+
+    Raises:
+        ArgumentError: that is no JSON object.
+    """
+    system = two_tower(models.drafter)
+    own = {**(system.speculative_config or {}), **as_object("--speculative-config", speculative_config)}
+    return System(system.name, system.title, own)
+
+
+def held_together(engines: str) -> bool:
+    """Whether all engines are held at once.
+
+    Raises:
+        ArgumentError: an unknown word.
+    """
+    if engines not in get_args(Holding):
+        raise ArgumentError(f"--engines {engines} is not there; give one of {', '.join(get_args(Holding))}")
+    return engines == "together" or (engines == "auto" and not torch.cuda.is_available())
+
+
+def concurrencies(text: str) -> list[int]:
+    """Requests at once, from a list with commas.
+
+    Raises:
+        ArgumentError: it is no such list, or one is not positive.
+    """
+    found = numbers("--concurrency", text, int)
+    for number in found:
+        check_integer("--concurrency", number, minimum=1)
+    return list(dict.fromkeys(found))
+
+
+def temperatures(text: str) -> list[float]:
+    """Temperatures, from a list with commas.
+
+    Raises:
+        ArgumentError: it is no such list, or one is out of vLLM's range.
+    """
+    found = numbers("--temperature", text, float)
+    for number in found:
+        if not 0 <= number <= 2:
+            raise ArgumentError(f"--temperature {number} is not allowed; give 0 to 2")
+    return list(dict.fromkeys(found))
+
+
+def measurements_file(json_file: Path | None, report: Path | None, name: str) -> Path | None:
+    """Where measured cells go: a report is made of a file.
+
+    Raises:
+        ArgumentError: the folder of the report cannot be made.
+    """
+    if report is None:
+        return json_file
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--report {report} cannot be made ({error.strerror}); give another folder") from error
+    return json_file or report / f"{name}.jsonl"
+
+
+def require_vllm() -> None:
+    """Raises ArgumentError where vLLM is not installed."""
+    if find_spec("vllm") is None:
+        raise ArgumentError(
+            "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
+        )
+
+
+def as_object(option: str, text: str | None) -> dict[str, Any]:
+    """A JSON object; empty without text.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ArgumentError(f"{option} {text!r} is not JSON ({error}); give an object in single quotes") from error
+    if not isinstance(value, dict):
+        raise ArgumentError(f"{option} {text!r} is not an object; give one, like {{}}")
+    return value

@@ -1,0 +1,180 @@
+"""`twotower-spec bench sweep`: which way to draft serves a verifier best, at which load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from twotower_spec.cli.measurements import numbers
+from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation import load_prompts
+from twotower_spec.evaluation.grid import draft_settings, knobs_of, system_of
+from twotower_spec.evaluation.profile_of_cells import serving_profile
+from twotower_spec.evaluation.recommendation import (
+    Goal,
+    GoalName,
+    Point,
+    Recommendation,
+    best_by_concurrency,
+    front_of,
+    recommend,
+    sweep_points,
+)
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, System
+from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN
+from twotower_spec.evaluation.serving_profile import DraftSetting
+from twotower_spec.extras import require_extra
+from vllm_twotower.cli import options
+from vllm_twotower.cli.serving_record import ServingRecord
+from vllm_twotower.cli.tables import print_origin
+from vllm_twotower.engines import EnginePool, EngineSpec
+from vllm_twotower.serving_run import Candidate, ServingRun, in_order
+from vllm_twotower.systems import NO_SPECULATION, engine_spec
+
+# Rounds of prompts before a setting counts under a load.
+NUM_WARM_UP = 2
+
+
+def sweep(
+    verifier: options.Verifier = None,
+    drafter: options.Drafter = None,
+    dataset: options.Dataset = "trio",
+    category: options.Category = None,
+    prompts: Annotated[int, typer.Option(help="Prompts of every cell, balanced over the categories.")] = 48,
+    max_new_tokens: options.MaxNewTokens = 64,
+    gamma: Annotated[str, typer.Option(help="Confidence thresholds, with commas.")] = "0.8",
+    block_size: Annotated[str, typer.Option("--block-size", "-S", help="Positions that are denoised.")] = "4,8,16",
+    steps: Annotated[str, typer.Option(help="Most denoising steps per block.")] = "1,4",
+    policy: Annotated[str, typer.Option(help="fixed, threshold, adaptive.")] = "fixed,threshold,adaptive",
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts per round; default: the whole block.")
+    ] = None,
+    first_token: Annotated[str, typer.Option(help="Tower of the first draft: context or denoiser.")] = "context",
+    temperature: Annotated[str, typer.Option(help="Of the verifier, with commas.")] = "0",
+    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,4,8,16",
+    repeat: Annotated[int, typer.Option(help="Passes over everything; 3 or more for verdicts.")] = 3,
+    goal: Annotated[
+        str, typer.Option(help="throughput: most tokens/s in all; latency: fastest for one user.")
+    ] = "throughput",
+    at_concurrency: Annotated[int | None, typer.Option(help="The load that the goal is about; default: any.")] = None,
+    min_user_tokens_per_s: Annotated[
+        float | None, typer.Option(help="What every user shall have at least, with --goal throughput.")
+    ] = None,
+    chat: options.Chat = False,
+    engine_args: options.EngineArgs = None,
+    engines: options.Engines = "auto",
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
+    profile: Annotated[Path | None, typer.Option(help="Write a profile for `plan --profile` to this file.")] = None,
+    report: options.ReportFolder = None,
+) -> None:
+    """Every way of TwoTower to draft under every load, the best compromises, and the flags for your goal.
+
+    Settings that draft the same are measured once. No speculation is measured, too, twice (A/A): where no setting is
+    faster beyond what these two differ by, that is what is recommended.
+    """
+    # Everything that can be refused is checked before anything is loaded.
+    options.require_vllm()
+    require_extra("bench", "scipy")
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+        check_integer(name, value, minimum=1)
+    at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
+    wanted = _goal(goal, min_user_tokens_per_s, at_concurrency, at_once)
+    settings = draft_settings(
+        num_speculative_tokens,
+        numbers("--gamma", gamma, float),
+        numbers("-S", block_size, int),
+        numbers("--steps", steps, int),
+        policy.split(","),
+        first_token,
+    )
+    together = options.held_together(engines)
+    models = options.Models.of(verifier, drafter, None, engine_args, max(at_once))
+    texts = load_prompts(dataset, category, prompts)
+    loads = [Load(ALL_CATEGORIES, number, heat) for heat in temperatures for number in at_once]
+    candidates, specs = _candidates(models, settings)
+    json_file = options.measurements_file(json_file, report, "sweep")
+    profile = profile or (report and report / "profile.json")
+    record = ServingRecord(["sweep", models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]])
+    pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
+    with record.opened(json_file, overwrite), pool:
+        run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
+        cells = record.complete(run, in_order(candidates, loads, repeat, together))
+    console = Console(highlight=False)
+    for heat in temperatures:
+        if len(temperatures) > 1:
+            console.rule(f"temperature {heat:g}")
+        console.print(_front_table(front_of(sweep_points(cells, heat))))
+        console.print(_best_table(best_by_concurrency(cells, heat)))
+        best = recommend(cells, wanted, heat)
+        console.print(best.sentence, markup=False, soft_wrap=True)
+        console.print(f"\n    {best.serve_command(models.verifier)}\n", markup=False, soft_wrap=True)
+        console.print(f"    {best.python_call(models.verifier)}\n", markup=False, soft_wrap=True)
+    if run.num_too_long:
+        console.print(f"{run.num_too_long} prompts were too long and left out.")
+    print_origin(console, record)
+    if profile:
+        where = record.file.where
+        serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
+        console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
+    if report and json_file:
+        from twotower_spec.report import write_report  # matplotlib and jinja2
+
+        write_report([json_file, *([profile] if profile else [])], report)
+
+
+def _goal(name: str, floor: float | None, concurrency: int | None, measured: Sequence[int]) -> Goal:
+    if name not in get_args(GoalName):
+        raise ArgumentError(f"--goal {name!r} is not there; give one of {', '.join(get_args(GoalName))}")
+    if concurrency is not None and concurrency not in measured:
+        raise ArgumentError(f"--at-concurrency {concurrency} is not among --concurrency; give one of these")
+    return Goal(name, floor, concurrency)  # type: ignore[arg-type]  # checked above
+
+
+def _candidates(
+    models: options.Models, settings: Sequence[DraftSetting]
+) -> tuple[list[Candidate], Mapping[str, EngineSpec]]:
+    """No speculation twice, and one engine for all settings of as many drafts: vLLM knows no other number of them."""
+    again = System(BASELINE_AGAIN, f"{NO_SPECULATION.title}, again")
+    candidates = [Candidate(one, one.name) for one in (NO_SPECULATION, again)]
+    specs = {one.system.name: engine_spec(one.system, models.verifier, models.arguments) for one in candidates}
+    for setting in settings:
+        system, drafts = system_of(setting, models.drafter), setting.num_speculative_tokens
+        knobs: dict[str, Any] = {"confidence_threshold": 0.8, **knobs_of(setting)}
+        candidates.append(Candidate(system, f"twotower-{drafts}", knobs))
+        specs.setdefault(f"twotower-{drafts}", engine_spec(system, models.verifier, models.arguments))
+    return candidates, specs
+
+
+def _front_table(points: Sequence[Point]) -> Table:
+    table = Table("best compromises", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("at once", "tok/s in all", "tok/s per user"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for point in points:
+        row = (point.load.concurrency, f"{point.tokens_per_s.median:.0f}", f"{point.user_tokens_per_s.median:.1f}")
+        table.add_row(point.system.title, *map(str, row))
+    return table
+
+
+def _best_table(best: Sequence[Recommendation]) -> Table:
+    table = Table("at once", "most tokens/s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("tok/s", "of no speculation", "verdict"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for one in best:
+        point, plain = one.point, one.no_speculation
+        ratio = point.tokens_per_s.median / plain.tokens_per_s.median
+        table.add_row(
+            str(point.load.concurrency),
+            point.system.title,
+            f"{point.tokens_per_s.median:.0f}",
+            f"{ratio:.2f}x",
+            one.comparison.verdict if one.comparison else "-",
+        )
+    return table
