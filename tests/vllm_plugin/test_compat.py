@@ -209,7 +209,7 @@ def test_missing_hooks_does_not_raise_where_vllm_is_broken(monkeypatch: pytest.M
 
 def test_every_hook_belongs_to_one_stage_and_is_listed_once() -> None:
     assert len({(hook.module, hook.name, hook.kind) for hook in HOOKS}) == len(HOOKS)
-    assert {hook.stage for hook in HOOKS} == {"routing", "worker", "measuring"}
+    assert {hook.stage for hook in HOOKS} == {"routing", "worker", "measuring", "load"}
 
 
 def test_importing_compat_and_check_wheel_imports_neither_vllm_nor_torch() -> None:
@@ -222,7 +222,7 @@ def test_importing_compat_and_check_wheel_imports_neither_vllm_nor_torch() -> No
 def test_installed_vllm_has_every_hook(sources: dict[str, str]) -> None:
     said = fresh_interpreter(
         "from vllm_twotower.compat import *\n"
-        "missing = [one for stage in ('routing', 'worker', 'measuring') for one in missing_hooks(stage, cpu=True)]\n"
+        "missing = [hook for stage in Stage.__args__ for hook in missing_hooks(stage, cpu=True)]\n"
         "print([hook.name for hook in missing], has_per_request_metrics(), rejection_sampler_runs_without_drafts())"
     )
     assert said == "[] True True"

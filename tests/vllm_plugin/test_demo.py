@@ -18,6 +18,7 @@ from twotower_spec.cli import main
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import ServedRequest
+from vllm_twotower.child_process import ChildError
 from vllm_twotower.cli.demo import run_demo
 from vllm_twotower.demo import (
     DemoRow,
@@ -30,7 +31,7 @@ from vllm_twotower.demo import (
     print_text,
     write_atomically,
 )
-from vllm_twotower.engines import Asked, EngineError, Piece, Served, ServeOrder
+from vllm_twotower.engines import Asked, Piece, Served, ServeOrder
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["none", "ngram", "draft_model", "twotower"]
@@ -128,7 +129,7 @@ def test_demo_shows_two_texts_a_table_and_what_it_ran_on(run: Run) -> None:
 @pytest.mark.slow
 def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: Path) -> None:
     console, _ = terminal()
-    with pytest.raises(EngineError) as caught:
+    with pytest.raises(ChildError) as caught:
         run_demo(console, Sizes(1, 8, 1), verifier=tmp_path / "absent")
     first, *last = str(caught.value).splitlines()
     assert first == "the engine with TwoTower ended with exit code 1 while loading; the last it said was:"
@@ -140,7 +141,7 @@ def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: P
 def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines() -> None:
     with demo_engines(demo_systems()[:1], Sizes(1, 8, 1)) as engines:
         engines.load(["none"])
-        with pytest.raises(EngineError) as caught:
+        with pytest.raises(ChildError) as caught:
             engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
     assert "no speculation ended with exit code 1 while generating" in str(caught.value)
     assert "max_tokens must be at least 1, got 0" in str(caught.value)

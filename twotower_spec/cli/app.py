@@ -60,5 +60,8 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as end:
         if end.code == 130:  # how typer ends after Ctrl-C, without a word
-            print("interrupted; a run with --output or --json goes on where it stopped when started again", file=sys.stderr)
+            print(
+                "interrupted; a run with --output or --json goes on where it stopped when started again",
+                file=sys.stderr,
+            )
         raise

@@ -49,6 +49,10 @@ class Load:
     concurrency: int
     temperature: float = 0.0
 
+    def __str__(self) -> str:
+        heat = f", temperature {self.temperature:g}" if self.temperature else ""
+        return f"{self.category}, {self.concurrency} at once{heat}"
+
 
 @dataclass(frozen=True)
 class ServedRequest:

@@ -35,7 +35,7 @@ __all__ = [
 # The wheels in which `python -m vllm_twotower.check_wheel` has found every hook, oldest first.
 CHECKED_VERSIONS = ("0.25.1", "0.30.0", "0.32.0", "0.33.0")
 
-Stage = Literal["routing", "worker", "measuring"]
+Stage = Literal["routing", "worker", "measuring", "load"]
 
 # An attribute of what stands in the place of a function of vLLM.
 _MARK = "_twotower_hook"
@@ -56,6 +56,7 @@ SCHEDULER = "vllm.v1.core.sched.scheduler"
 SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
 ENGINE_CORE = "vllm.v1.engine.core"
 ENGINE_CLIENT = "vllm.v1.engine.core_client"
+LOAD_GENERATOR = "vllm.benchmarks.serve"
 
 # They act in every process that reads engine arguments or requests; all others are heavy and act in workers alone.
 ROUTING_MODULES = frozenset({ARG_UTILS, SAMPLING_PARAMS, SPECULATIVE})
@@ -100,6 +101,8 @@ class Hook:
         """The part of the plugin that touches it."""
         if self.module in MEASURING_MODULES:
             return "measuring"
+        if self.module == LOAD_GENERATOR:
+            return "load"
         return "routing" if self.module in ROUTING_MODULES else "worker"
 
 
@@ -113,6 +116,7 @@ STEP = "giving the drafter the requests of a step"
 VERIFYING = "verifying drafts"
 CPU_SAMPLING = "correct sampling on a CPU"
 MEASURING = "benchmarks of acceptance and speed"
+SERVING = "benchmarks of servers"
 
 HOOKS: tuple[Hook, ...] = (
     Hook(
@@ -237,6 +241,8 @@ HOOKS: tuple[Hook, ...] = (
     *_fields(OUTPUTS, "ModelRunnerOutput", "req_id_to_index sampled_token_ids", MEASURING, required=False),
     *_fields(ENGINE_CLIENT, "InprocClient", "engine_core", MEASURING, required=False),
     *_fields(ENGINE_CORE, "EngineCore", "scheduler", MEASURING, required=False),
+    Hook(LOAD_GENERATOR, "add_cli_args", Kind.FUNCTION, SERVING, ("parser",), required=False),
+    Hook(LOAD_GENERATOR, "main", Kind.FUNCTION, SERVING, ("args",), required=False),
 )
 
 
@@ -245,7 +251,8 @@ def missing_hooks(stage: Stage, *, cpu: bool = False) -> list[Hook]:
 
     Args:
         stage: "routing" imports what reads engine arguments and requests, "worker" the model runner, "measuring" the
-            scheduler. Each takes seconds in a process where vLLM has not imported it yet, and milliseconds afterwards.
+            scheduler, "load" the load generator. Each takes seconds in a process where vLLM has not imported it yet,
+            and milliseconds afterwards.
         cpu: Whether vLLM runs on a CPU, where a few more hooks are needed.
     """
     wanted = [hook for hook in HOOKS if hook.stage == stage and (cpu or not hook.cpu_only)]

@@ -93,7 +93,7 @@ class ServingRun:
         """One cell after the other.
 
         Raises:
-            EngineError: an engine has ended.
+            ChildError: an engine has ended.
             ArgumentError: no prompt of a load is short enough.
         """
         self.pool.load(dict.fromkeys(place.candidate.engine for place in places))

@@ -15,7 +15,7 @@ from twotower_spec.evaluation.serving import Load, System, over_categories
 from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN, all_figures
 from twotower_spec.extras import require_extra
 from vllm_twotower.cli import options
-from vllm_twotower.cli.serving_record import ServingRecord
+from vllm_twotower.cli.serving_record import complete, serving_record
 from vllm_twotower.cli.tables import acceptance_table, position_table, print_origin, speed_table
 from vllm_twotower.engines import EnginePool
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
@@ -77,12 +77,12 @@ def acceptance(
         for name in dict.fromkeys(prompt.category for prompt in texts)
     ]
     json_file = options.measurements_file(json_file, report, "acceptance")
-    record = ServingRecord([models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]])
+    record = serving_record([models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]], systems)
     specs = {one.name: engine_spec(one, models.verifier, models.arguments) for one in systems}
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
     with record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat)
-        cells = record.complete(run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
+        cells = complete(record, run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
     console = Console(highlight=False)
     figures = all_figures([*over_categories(cells), *cells] if len(loads) > len(at_once) else cells)
     for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):

@@ -83,7 +83,7 @@ def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, veri
         verifier: directory of another verifier than the bundled one.
 
     Raises:
-        EngineError: an engine failed; its last lines are in it.
+        ChildError: an engine failed; its last lines are in it.
     """
     systems = demo_systems()
     *others, two_tower = (system.name for system in systems)

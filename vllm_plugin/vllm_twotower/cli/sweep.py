@@ -32,7 +32,7 @@ from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN
 from twotower_spec.evaluation.serving_profile import DraftSetting
 from twotower_spec.extras import require_extra
 from vllm_twotower.cli import options
-from vllm_twotower.cli.serving_record import ServingRecord
+from vllm_twotower.cli.serving_record import complete, serving_record
 from vllm_twotower.cli.tables import print_origin
 from vllm_twotower.engines import EnginePool, EngineSpec
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
@@ -102,11 +102,12 @@ def sweep(
     candidates, specs = _candidates(models, settings)
     json_file = options.measurements_file(json_file, report, "sweep")
     profile = profile or (report and report / "profile.json")
-    record = ServingRecord(["sweep", models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]])
+    content = ["sweep", models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]]
+    record = serving_record(content, [one.system for one in candidates])
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
     with record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
-        cells = record.complete(run, in_order(candidates, loads, repeat, together))
+        cells = complete(record, run, in_order(candidates, loads, repeat, together))
     console = Console(highlight=False)
     for heat in temperatures:
         if len(temperatures) > 1:

@@ -8,9 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from twotower_spec.evaluation.serving import ServingCell
 from twotower_spec.evaluation.serving_figures import BASELINE, Figures
 from twotower_spec.machine import describe_machine
-from vllm_twotower.cli.serving_record import ServingRecord
+from vllm_twotower.cli.record import Record
 
 
 def speed_table(figures: Sequence[Figures]) -> Table:
@@ -25,7 +26,7 @@ def speed_table(figures: Sequence[Figures]) -> Table:
             "" if row.verdict == "-" else row.verdict,
             f"{1e3 * latency.first_token:.0f} / {1e3 * latency.first_token_p99:.0f}",
             f"{1e3 * latency.gap:.0f} / {1e3 * latency.gap_p99:.0f}",
-            "" if row.num_different is None else f"{row.num_different} of {row.num_requests}",
+            "" if row.num_different is None else str(row.num_different),
         )
     table.caption = "TTFT, ITL: median / 99th percentile. differ: prompts with another text than without speculation."
     return table
@@ -59,7 +60,7 @@ def position_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
-def print_origin(console: Console, record: ServingRecord) -> None:
+def print_origin(console: Console, record: Record[ServingCell]) -> None:
     """What was measured with, and how."""
     vllm = next((f"vllm {v}" for n, v in record.file.where["versions"].items() if n.startswith("vllm") and v), "vllm ?")
     console.print(f"{describe_machine()}, {vllm}", markup=False, soft_wrap=True)
@@ -67,8 +68,7 @@ def print_origin(console: Console, record: ServingRecord) -> None:
 
 
 def _table(*headings: str) -> Table:
-    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.add_column("system", min_width=17)
+    table = Table("system", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for heading in headings:
         # Rather two lines than a heading cut off.
         table.add_column(heading, justify="right", overflow="fold")
@@ -82,6 +82,5 @@ def _with_sections(table: Table, figures: Sequence[Figures]) -> Iterator[Figures
         if row.load != load:
             load = row.load
             table.add_section()
-            temperature = f", temperature {load.temperature:g}" if load.temperature else ""
-            table.add_row(f"[bold]{load.category}, {load.concurrency} at once{temperature}")
+            table.add_row(f"[bold]{load}")
         yield row

@@ -3,11 +3,10 @@
 from vllm_twotower.engines.environment import engine_environment
 from vllm_twotower.engines.messages import Asked, Piece, Ready, Served, ServeOrder
 from vllm_twotower.engines.pool import EnginePool, EngineSpec
-from vllm_twotower.engines.process import EngineError, EngineProcess
+from vllm_twotower.engines.process import EngineProcess
 
 __all__ = [
     "Asked",
-    "EngineError",
     "EnginePool",
     "EngineProcess",
     "EngineSpec",

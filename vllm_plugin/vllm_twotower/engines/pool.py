@@ -75,7 +75,7 @@ class EnginePool:
         Nothing where one is held at a time.
 
         Raises:
-            EngineError: one cannot be loaded.
+            ChildError: one cannot be loaded.
         """
         if self.together:
             self.start(names)
@@ -86,7 +86,7 @@ class EnginePool:
         """An engine that is loaded and warm.
 
         Raises:
-            EngineError: it cannot be.
+            ChildError: it cannot be.
         """
         if not self.together and name not in self._engines:
             self._close_all()

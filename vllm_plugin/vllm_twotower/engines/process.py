@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -12,16 +9,11 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from twotower_spec.errors import TwoTowerError
+from vllm_twotower.child_process import ChildProcess
 from vllm_twotower.engines.environment import engine_environment
 from vllm_twotower.engines.messages import DraftOrder, Piece, Ready, Served, ServeOrder, StreamOrder, TokenizeOrder
 
 LONGEST_SILENCE_S = 300.0
-NUM_LAST_LINES = 8
-
-
-class EngineError(TwoTowerError):
-    """An engine has ended or does not answer."""
 
 
 class EngineProcess:
@@ -38,18 +30,13 @@ class EngineProcess:
             folder: for its output and temporary files, its own.
             longest_silence_s: after which it counts as dead, while it loads or works on an order.
         """
-        self.title, self._log, self._longest_silence_s = title, folder / "log", longest_silence_s
+        self.title, self._longest_silence_s = title, longest_silence_s
         self._ready: Ready | None = None
         self._connection, theirs = Pipe()
-        with self._log.open("wb") as output, theirs:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "vllm_twotower.engines.worker", str(theirs.fileno())],
-                env={**os.environ, **engine_environment(), "TMPDIR": str(folder)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C reaches us alone, and we close our engines
+        with theirs:
+            command = [sys.executable, "-m", "vllm_twotower.engines.worker", str(theirs.fileno())]
+            self._process = ChildProcess(
+                f"the engine with {title}", command, folder, engine_environment(), pass_fds=[theirs.fileno()]
             )
         self._send(dict(arguments))
 
@@ -57,7 +44,7 @@ class EngineProcess:
         """What it says when the models are loaded.
 
         Raises:
-            EngineError: they cannot be.
+            ChildError: they cannot be.
         """
         if self._ready is None:
             self._ready = self._receive("while loading")
@@ -67,7 +54,7 @@ class EngineProcess:
         """Token ids of texts, see `TokenizeOrder`.
 
         Raises:
-            EngineError: the engine has ended; so with all that follow.
+            ChildError: the engine has ended; so with all that follow.
         """
         self._send(TokenizeOrder(tuple(texts), chat))
         token_ids: tuple[tuple[int, ...], ...] = self._receive("while reading prompts")
@@ -94,11 +81,9 @@ class EngineProcess:
             is_last = piece.is_last
 
     def close(self) -> None:
-        """Ends the process at once, with whatever it started: leaving by itself takes vLLM seconds."""
+        """Ends the process at once: leaving by itself takes vLLM seconds."""
         self._connection.close()
-        if self._process.poll() is None:
-            os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
+        self._process.kill()
 
     def _send(self, message: object) -> None:
         with suppress(ConnectionError):  # it has ended, which the next answer tells with the reason
@@ -110,10 +95,5 @@ class EngineProcess:
                 return self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
-            raise EngineError(self._what_happened(f"ended with exit code {code} {when}")) from None
-        raise EngineError(self._what_happened(f"did not answer for {self._longest_silence_s:.0f} s {when}"))
-
-    def _what_happened(self, what: str) -> str:
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
-        last = "\n".join(f"  {line}" for line in lines[-NUM_LAST_LINES:]) or "  (nothing)"
-        return f"the engine with {self.title} {what}; the last it said was:\n{last}"
+            raise self._process.failure(f"ended with exit code {code} {when}") from None
+        raise self._process.failure(f"did not answer for {self._longest_silence_s:.0f} s {when}")

@@ -1,0 +1,96 @@
+"""Processes that we start, watch and end, each with a group and a log of its own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from twotower_spec.errors import TwoTowerError
+
+NUM_LAST_LINES = 8
+STOPPED_WITHIN_S = 20.0
+
+
+class ChildError(TwoTowerError):
+    """An engine, a server or the load generator has failed; its last lines are in the message."""
+
+
+class ChildProcess:
+    """Starts when it is made; what it says goes to a file, of which only failures are shown."""
+
+    def __init__(
+        self,
+        title: str,
+        command: Sequence[str],
+        folder: Path,
+        environment: Mapping[str, str],
+        pass_fds: Sequence[int] = (),
+    ) -> None:
+        """Starts the process and returns at once.
+
+        Args:
+            title: what errors call it.
+            command: with its arguments.
+            folder: for its output and temporary files, its own.
+            environment: variables beside ours.
+            pass_fds: files that stay open in it.
+        """
+        self.title, self._log = title, folder / "log"
+        with self._log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, **environment, "TMPDIR": str(folder)},
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=pass_fds,
+                start_new_session=True,  # Ctrl-C reaches us alone, and we end our children
+            )
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        return self._process.poll()
+
+    def failure(self, what: str) -> ChildError:
+        """An error with the last lines of its log."""
+        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        last = "\n".join(f"  {line}" for line in lines[-NUM_LAST_LINES:]) or "  (nothing)"
+        return ChildError(f"{self.title} {what}; the last it said was:\n{last}")
+
+    def check(self, when: str) -> None:
+        """Raises a `ChildError` if it has ended."""
+        if self.exit_code is not None:
+            raise self.failure(f"ended with exit code {self.exit_code} {when}")
+
+    def wait(self) -> int:
+        """Exit code of a process that is about to end."""
+        return self._process.wait()
+
+    def ask_to_end(self) -> None:
+        """Returns at once."""
+        if self.exit_code is None:
+            self._signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """Waits for its end for a while, then ends it and whatever it started; Ctrl-C makes the while shorter."""
+        self.ask_to_end()
+        try:
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(STOPPED_WITHIN_S)
+        finally:
+            # Its own children may be left.
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once, with whatever it started."""
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)

@@ -1,0 +1,161 @@
+"""`twotower-spec bench serve`: `vllm serve` under load, with each way to speculate."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from twotower_spec.cli.interrupts import Interrupts
+from twotower_spec.cli.measurements import progress_bar
+from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation import load_prompts
+from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, load_figures
+from twotower_spec.evaluation.serving import System
+from twotower_spec.extras import require_extra
+from vllm_twotower.cli import options, serve_options
+from vllm_twotower.cli.load_record import chosen, load_record
+from vllm_twotower.cli.load_tables import print_load_tables
+from vllm_twotower.cli.record import Record
+from vllm_twotower.serving_bench import Endpoint, ServePlan, Slot, Workload, measure_endpoint, measure_servers
+
+THE_SERVER = System("server", "the server")
+
+
+def serve(
+    verifier: options.Verifier = None,
+    drafter: options.Drafter = None,
+    draft_model: Annotated[
+        str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")
+    ] = None,
+    dataset: options.Dataset = "trio",
+    category: options.Category = None,
+    prompts: Annotated[int, typer.Option(help="Prompts per load, balanced over the categories.")] = 32,
+    max_new_tokens: options.MaxNewTokens = 64,
+    concurrency: Annotated[
+        str, typer.Option(help="Closed loops: requests at once, with commas; '' for none.")
+    ] = "1,4,8,16",
+    request_rate: Annotated[
+        str, typer.Option(help="Open loops: requests per second, with commas; '' for none.")
+    ] = "1,2,4",
+    goodput: Annotated[
+        str, typer.Option(help="Milliseconds within which a request is good: any of ttft, tpot, e2el.")
+    ] = "ttft:500,tpot:50",
+    temperature: Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")] = 0.0,
+    repeat: Annotated[
+        int, typer.Option(help="Passes over everything, of which medians are taken; 3 for verdicts.")
+    ] = 3,
+    rival: Annotated[
+        list[str] | None, typer.Option(help="NAME=JSON, another speculative config of vLLM; can be repeated.")
+    ] = None,
+    only: Annotated[
+        str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
+    ] = None,
+    speculative_config: Annotated[
+        str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
+    ] = None,
+    chat: options.Chat = False,
+    serve_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, for all systems.")] = "",
+    servers: Annotated[
+        str,
+        typer.Option(
+            help="together: all at once; in-turn: one at a time, started anew in every repeat; auto: in-turn on a GPU."
+        ),
+    ] = "auto",
+    base_url: Annotated[str | None, typer.Option(help="A server that runs already; only that is measured.")] = None,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
+    report: options.ReportFolder = None,
+) -> None:
+    """Throughput, latency and goodput of `vllm serve` over HTTP, with TwoTower and its rivals.
+
+    The load generator is vLLM's own, `vllm bench serve`. Every load gets the same prompts from all systems, in turn and
+    repeated; no speculation runs twice (A/A), and a speed-up within what these two differ by is called no difference.
+    """
+    # Everything that can be refused is checked before anything starts.
+    options.require_vllm()
+    serve_options.require_load_generator()
+    require_extra("bench", "scipy")
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+        check_integer(name, value, minimum=1)
+    (temperature,) = options.temperatures(str(temperature))
+    bound = LatencyBound.parse(goodput)
+    traffics = serve_options.traffics_of(concurrency, request_rate)
+    found = load_prompts(dataset, category, prompts)
+    texts = tuple(one.turns[0] if chat else one.text for one in found)
+    workload = Workload(texts, chat, max_new_tokens, temperature, bound)
+    endpoint = None
+    if base_url is not None:
+        if any((drafter, draft_model, rival, only, speculative_config, serve_args, servers != "auto")):
+            raise ArgumentError(
+                "--base-url measures a server that runs already; leave out --drafter, --draft-model, --rival, --only, "
+                "--speculative-config, --serve-args and --servers"
+            )
+        endpoint = Endpoint.of_running_server(base_url, verifier)
+        plan = ServePlan(endpoint.model, (), (THE_SERVER,), traffics, repeat, "together", workload)
+    else:
+        models = options.Models.of(verifier, drafter, draft_model, None, serve_options.most_at_once(traffics))
+        serve_options.check_models(models)
+        if verifier is None:
+            serve_options.check_lengths(texts, max_new_tokens)
+        plan = ServePlan(
+            models.verifier,
+            # How many requests a user's verifier can hold is the user's to say.
+            serve_options.serve_arguments(serve_args, models.arguments if verifier is None else {}),
+            serve_options.systems_of(models, speculative_config, rival, only, repeat),
+            traffics,
+            repeat,
+            serve_options.servers_mode(servers),
+            workload,
+        )
+    json_file = options.measurements_file(json_file, report, "serve")
+    record = load_record(plan, endpoint.url if endpoint else None)
+    with record.opened(json_file, overwrite):
+        if missing := [slot for slot in plan.slots() if slot.key not in record.found]:
+            _measure(plan, endpoint, record, missing)
+    print_load_tables(Console(highlight=False), load_figures(chosen(record, plan)), plan, dataset, record)
+    if report and json_file:
+        from twotower_spec.report import write_report  # matplotlib and jinja2
+
+        write_report([json_file], report)
+
+
+def _measure(plan: ServePlan, endpoint: Endpoint | None, record: Record[LoadPoint], missing: list[Slot]) -> None:
+    total = len(plan.systems) * len(plan.traffics) * plan.num_repeats
+    with _ended_by_signals(), progress_bar() as bar, Interrupts() as interrupts:
+        task = bar.add_task("loading", total=total, completed=total - len(missing))
+
+        def keep(point: LoadPoint) -> None:
+            record.keep(point)
+            bar.advance(task)
+            interrupts.check()
+
+        def say(what: str) -> None:
+            bar.update(task, description=what)
+
+        if endpoint is None:
+            measure_servers(plan, missing, keep, say)
+        else:
+            measure_endpoint(plan, missing, endpoint, keep, say)
+
+
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Servers are stopped too when the command is ended, or its terminal goes."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        sys.exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

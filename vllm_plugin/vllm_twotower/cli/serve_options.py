@@ -1,0 +1,173 @@
+"""Options of `bench serve` alone, checked before anything starts."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.cli.measurements import numbers
+from twotower_spec.demo import trio_path
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.load_points import Traffic
+from twotower_spec.evaluation.serving import System
+from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
+from vllm_twotower.cli.options import Models, drafting_system, rivals
+from vllm_twotower.serving_bench import ServersMode
+from vllm_twotower.systems import TRIO_ARGUMENTS
+
+SAME_AGAIN = System(BASELINE_AGAIN, "the same again")
+FEWEST_SEQUENCES = 16
+# What each server is told by us.
+TAKEN = frozenset(
+    [
+        "--host",
+        "--port",
+        "--model",
+        "--served-model-name",
+        "--speculative-config",
+        "--speculative-model",
+        "--spec-model",
+        "--spec-method",
+        "--spec-tokens",
+        "--api-key",
+    ]
+)
+
+
+def require_load_generator() -> None:
+    """Checks that what `vllm bench serve` reads prompts with is there.
+
+    Raises:
+        ArgumentError: it is not.
+    """
+    if find_spec("pandas") is None:
+        raise ArgumentError("package 'pandas' is not installed; vLLM's load generator needs it: pip install pandas")
+
+
+def servers_mode(given: str) -> ServersMode:
+    """How servers run; `auto` is one at a time on a GPU, which each takes for itself.
+
+    Raises:
+        ArgumentError: an unknown word.
+    """
+    if given == "together" or (given == "auto" and not torch.cuda.is_available()):
+        return "together"
+    if given in ("in-turn", "auto"):
+        return "in-turn"
+    raise ArgumentError(f"--servers {given!r} is not there; give one of auto, together, in-turn")
+
+
+def traffics_of(concurrency: str, request_rate: str) -> tuple[Traffic, ...]:
+    """Closed loops, then open ones.
+
+    Args:
+        concurrency, request_rate: numbers with commas; empty for none.
+
+    Raises:
+        ArgumentError: both are empty, or one is no such list.
+    """
+    closed = numbers("--concurrency", concurrency, int) if concurrency.strip() else []
+    opened = numbers("--request-rate", request_rate, float) if request_rate.strip() else []
+    traffics = [Traffic(concurrency=number) for number in closed] + [Traffic(request_rate=rate) for rate in opened]
+    if not traffics:
+        raise ArgumentError("--concurrency and --request-rate are both empty; give at least one load, like 4")
+    return tuple(dict.fromkeys(traffics))
+
+
+def systems_of(
+    models: Models, speculative_config: str | None, named: Sequence[str] | None, only: str | None, num_repeats: int
+) -> tuple[System, ...]:
+    """No speculation, its rivals and TwoTower, and no speculation again where there are enough repeats for a verdict.
+
+    Args:
+        models: which.
+        speculative_config: the user's over ours, for TwoTower.
+        named: further rivals, `NAME=JSON` each.
+        only: names with commas of those beside no speculation; None for all.
+        num_repeats: passes over everything.
+
+    Raises:
+        ArgumentError: JSON that is no object, or a name that is taken or unknown.
+    """
+    none, *others = [*rivals(models, named), drafting_system(models, speculative_config)]
+    names = [system.name for system in others]
+    wanted = names if only is None else [name.strip() for name in only.split(",")]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ArgumentError(f"--only {unknown[0]} is not there; give some of {', '.join(names)}")
+    chosen = [system for system in others if system.name in wanted]
+    return (none, *chosen, SAME_AGAIN) if num_repeats >= FEWEST_ROUNDS else (none, *chosen)
+
+
+def serve_arguments(text: str, ours: Mapping[str, Any]) -> tuple[str, ...]:
+    """Arguments of `vllm serve` for all systems.
+
+    Args:
+        text: the user's, as in a shell; they come last.
+        ours: what the verifier needs, as `LLM()` takes it.
+
+    Raises:
+        ArgumentError: they cannot be split, or are about what differs between the servers.
+    """
+    try:
+        given = shlex.split(text)
+    except ValueError as error:
+        raise ArgumentError(f"--serve-args {text!r} cannot be split ({error}); quote as in a shell") from error
+    taken = [part for part in given if part.partition("=")[0] in TAKEN]
+    if taken:
+        raise ArgumentError(f"--serve-args has {taken[0]}, which is set for each server; leave it out")
+    return (*_as_flags(ours), *given)
+
+
+def most_at_once(traffics: Sequence[Traffic]) -> int:
+    """Requests that servers of the bundled trio hold at once."""
+    return max([FEWEST_SEQUENCES, *(one.concurrency for one in traffics if one.concurrency)])
+
+
+def check_models(models: Models) -> None:
+    """Refuses paths without a model; a hub id is looked up by the servers.
+
+    Raises:
+        ArgumentError: there is one.
+    """
+    named = (("--verifier", models.verifier), ("--drafter", models.drafter), ("--draft-model", models.draft_model))
+    for option, model in named:
+        if model is None or (Path(model) / "config.json").is_file():
+            continue
+        if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+            raise ArgumentError(
+                f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub"
+            )
+
+
+def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:
+    """Refuses prompts that do not fit the bundled trio.
+
+    Raises:
+        ArgumentError: the longest leaves no room for its text.
+    """
+    tokenizer = load_tokenizer(trio_path("verifier"))
+    assert tokenizer is not None
+    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    most = int(TRIO_ARGUMENTS["max_model_len"])
+    if longest + max_new_tokens > most:
+        raise ArgumentError(
+            f"prompts of up to {longest} tokens with --max-new-tokens {max_new_tokens} do not fit the bundled "
+            f"verifier's {most}; give fewer new tokens, other prompts or another --verifier"
+        )
+
+
+def _as_flags(arguments: Mapping[str, Any]) -> list[str]:
+    """`LLM()`'s arguments as `vllm serve` takes them."""
+    flags: list[str] = []
+    for name, value in arguments.items():
+        flag = f"--{name.replace('_', '-')}"
+        flags += [flag] if value is True else [flag, str(value)]
+    return flags

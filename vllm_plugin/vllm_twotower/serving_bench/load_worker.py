@@ -1,0 +1,28 @@
+"""`vllm bench serve` that stays: importing vLLM takes longer than a small load, so one process drives them all."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from multiprocessing.connection import Connection
+
+from vllm.benchmarks.serve import add_cli_args, main
+
+
+def serve_loads(connection: Connection) -> None:
+    """Runs command lines of `vllm bench serve` until the other end closes, and gives back the results.
+
+    An error ends the process; the log has it.
+    """
+    parser = argparse.ArgumentParser("vllm bench serve")
+    add_cli_args(parser)
+    while True:
+        try:
+            arguments = connection.recv()
+        except EOFError:
+            return
+        connection.send(main(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    serve_loads(Connection(int(sys.argv[1])))
