@@ -17,14 +17,14 @@ TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 
 # Small matrices: one thread is about ten times as fast as the default in vLLM on a CPU.
 OMP_NUM_THREADS ?= 1
-test demo bench: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+test demo bench bench-ops: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
 
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test lint format demo bench bench-kernels kernels wheel check-vllm clean
+.PHONY: help setup test lint format demo bench bench-ops bench-kernels kernels wheel check-vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -59,7 +59,10 @@ format: setup ## format the code and apply ruff's safe fixes
 demo: setup ## the bundled trio in real vLLM: text as it comes, then its speed beside its rivals; about 2 minutes
 	$(VENV)/bin/twotower-spec demo
 
-bench: setup ## run the benchmarks and keep their results in .benchmarks/; choose some with ARGS=
+bench: setup ## the short form of all benchmarks: a report in .benchmarks/report/, tables in docs/benchmarks.md; 15 minutes
+	$(PY) -m benchmarks.short $(ARGS)
+
+bench-ops: setup ## all ops and towers on this machine with pytest-benchmark; choose some with ARGS='-k acceptance'
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-autosave $(ARGS)
 
 bench-kernels: ## on a GPU: time every kernel beside its rivals, and write the table of kernels/README.md

@@ -16,7 +16,7 @@ from twotower_spec.evaluation.load_points import (
 )
 from twotower_spec.evaluation.serving import System
 
-NONE, AGAIN = System("none", "no speculation"), System("none_again", "the same again")
+NONE, AGAIN = System("none", "no speculation"), System("none_again", "none again (A/A)")
 TWO_TOWER = System("twotower", "TwoTower", {"model": "T", "num_speculative_tokens": 15})
 FOUR, EIGHT, RATE = Traffic(concurrency=4), Traffic(concurrency=8), Traffic(request_rate=2.0)
 SECOND = Quantiles(1.0, 2.0)

@@ -24,9 +24,9 @@ from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, Traffi
 from twotower_spec.evaluation.serving import System
 from vllm_twotower.child_process import ChildError, ChildProcess
 from vllm_twotower.cli.load_tables import failures, latency_table, throughput_table
-from vllm_twotower.cli.options import Models
+from vllm_twotower.cli.options import Models, systems_of
 from vllm_twotower.cli.serve import serve
-from vllm_twotower.cli.serve_options import most_at_once, serve_arguments, systems_of, traffics_of
+from vllm_twotower.cli.serve_options import most_at_once, serve_arguments, traffics_of
 from vllm_twotower.serving_bench import ServePlan, Workload
 from vllm_twotower.serving_bench.load_generator import as_point, bench_arguments
 from vllm_twotower.serving_bench.server import Endpoint, serve_command
@@ -207,7 +207,7 @@ def test_no_speculation_is_measured_again_where_there_are_repeats_for_a_verdict(
     rival = ['mine={"method": "suffix"}']
     names = [one.name for one in systems_of(MODELS, None, rival, None, num_repeats=3)]
     assert [name for name in names if name != "suffix"] == [
-        *("none", "ngram", "draft_model", "mine", "twotower", "none_again"),
+        *("none", "none_again", "ngram", "draft_model", "mine", "twotower"),
     ]
     assert [one.name for one in systems_of(MODELS, None, rival, "twotower", num_repeats=2)] == ["none", "twotower"]
 
@@ -282,7 +282,7 @@ def test_tables_fit_80_columns_without_cutting_a_word(make: Callable[..., Any]) 
             repeat,
         )
         for repeat in range(3)
-        for system in (NONE, System("draft_model", "AR draft model"), System("none_again", "the same again"))
+        for system in (NONE, System("draft_model", "AR draft model"), System("none_again", "none again (A/A)"))
     ]
     console = Console(width=80, record=True, file=StringIO())
     console.print(make(load_figures(points)))

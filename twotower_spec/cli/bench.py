@@ -17,6 +17,7 @@ from rich.table import Table
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.cli.measurements import MeasurementFile, fingerprint, numbers, progress_bar
+from twotower_spec.cli.report import report
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
@@ -34,7 +35,7 @@ from twotower_spec.towers.model import usable_device
 def build_bench_app(others: Mapping[str, Callable[..., Any]]) -> typer.Typer:
     """Our benchmarks, and those of packages that stand above this one, by name; these may take the place of ours."""
     app = typer.Typer(help="Measure: speed, acceptance, and what they cost in quality.", no_args_is_help=True)
-    commands: dict[str, Callable[..., Any]] = {"standalone": standalone, **others}
+    commands: dict[str, Callable[..., Any]] = {"standalone": standalone, **others, "report": report}
     for name, command in commands.items():
         app.command(name)(command)
     # Without it typer takes a single command for the app itself.

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from twotower_spec.evaluation.serving import System
+from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
 from vllm_twotower.engines import EngineSpec
 
 # Of the bundled trio: float32 is what it was trained in, and longer texts it has never seen.
 TRIO_ARGUMENTS: Mapping[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
 
-NO_SPECULATION = System("none", "no speculation")
+NO_SPECULATION = System(BASELINE, "no speculation")
+NO_SPECULATION_AGAIN = System(BASELINE_AGAIN, "none again (A/A)")
 # The numbers of drafts of both rivals are those that served them best on the trio: tokens/s at batch 1 and at batch 8,
 # in one run on a busy machine (2 cores, one thread), where no speculation gave 100 and 479:
 #   n-gram lookup    4: 105, 448    8: 110, 442

@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from twotower_spec.config import check_integer
-from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
-from twotower_spec.evaluation.serving import Load, System, over_categories
-from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN, all_figures
+from twotower_spec.evaluation.serving import Load, over_categories
+from twotower_spec.evaluation.serving_figures import all_figures
 from twotower_spec.extras import require_extra
 from vllm_twotower.cli import options
 from vllm_twotower.cli.serving_record import complete, serving_record
 from vllm_twotower.cli.tables import acceptance_table, position_table, print_origin, speed_table
 from vllm_twotower.engines import EnginePool
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
-from vllm_twotower.systems import NO_SPECULATION, engine_spec
+from vllm_twotower.systems import engine_spec
 
 Rival = Annotated[
     list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
@@ -62,14 +60,14 @@ def acceptance(
     """
     # Everything that can be refused is checked before anything is loaded.
     options.require_vllm()
-    require_extra("bench", "scipy")
+    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
     for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
         check_integer(name, value, minimum=1)
     at_once = options.concurrencies(concurrency)
     (temperature,) = options.temperatures(str(temperature))
-    together = options.held_together(engines)
+    together = options.held_together("--engines", engines)
     models = options.Models.of(verifier, drafter, draft_model, engine_args, max(at_once))
-    systems = _chosen([*options.rivals(models, rival), options.drafting_system(models, speculative_config)], only)
+    systems = options.systems_of(models, speculative_config, rival, only, repeat)
     texts = load_prompts(dataset, category, prompts)
     loads = [
         Load(name, number, temperature)
@@ -94,14 +92,3 @@ def acceptance(
         from twotower_spec.report import write_report  # matplotlib and jinja2
 
         write_report([json_file], report)
-
-
-def _chosen(systems: Sequence[System], only: str | None) -> list[System]:
-    """No speculation twice, and those that are wanted."""
-    names = [system.name for system in systems]
-    wanted = names if only is None else only.split(",")
-    for name in wanted:
-        if name not in names:
-            raise ArgumentError(f"--only {name} is not there; give some of {', '.join(names)}")
-    again = System(BASELINE_AGAIN, f"{NO_SPECULATION.title}, again")
-    return [NO_SPECULATION, again, *(system for system in systems[1:] if system.name in wanted)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,7 +17,17 @@ from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import System
-from vllm_twotower.systems import NGRAM, NO_SPECULATION, SUFFIX, TRIO_ARGUMENTS, draft_model, two_tower
+from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
+from vllm_twotower.systems import (
+    NGRAM,
+    NO_SPECULATION,
+    NO_SPECULATION_AGAIN,
+    SUFFIX,
+    TRIO_ARGUMENTS,
+    draft_model,
+    two_tower,
+)
 
 Verifier = Annotated[
     str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
@@ -46,6 +56,8 @@ ReportFolder = Annotated[
 
 Holding = Literal["auto", "together", "in-turn"]
 
+# Names that no rival can have.
+TAKEN = (BASELINE, BASELINE_AGAIN, "twotower")
 # Large models take their time to load, and a cell may have many prompts.
 LONGEST_SILENCE_S = 3600.0
 
@@ -84,8 +96,12 @@ class Models:
         """The bundled ones where none are named.
 
         Raises:
-            ArgumentError: models of the trio would be measured with others, or the arguments are no JSON object.
+            ArgumentError: models of the trio would be measured with others, a path has no model, or the arguments are
+                no JSON object.
         """
+        for option, model in (("--verifier", verifier), ("--drafter", drafter), ("--draft-model", draft_model)):
+            if model is not None:
+                _check_path(option, model)
         if (verifier is None) != (drafter is None):
             given, missing = ("--verifier", "--drafter") if verifier else ("--drafter", "--verifier")
             raise ArgumentError(f"{given} came without {missing}; name both, or neither for the bundled trio")
@@ -99,51 +115,49 @@ class Models:
         return cls(verifier, drafter, draft_model, own)
 
 
-def rivals(models: Models, named: Sequence[str] | None) -> list[System]:
-    """No speculation, n-gram lookup, suffix decoding where its package is there, a draft model if there is one; more.
+def systems_of(
+    models: Models, speculative_config: str | None, named: Sequence[str] | None, only: str | None, num_repeats: int
+) -> tuple[System, ...]:
+    """No speculation, twice where there are enough repeats for a verdict, and all that is measured beside it.
+
+    That is n-gram lookup, suffix decoding where its package is there, a draft model if there is one, the user's own,
+    and TwoTower.
 
     Args:
         models: with or without a draft model.
-        named: `NAME=JSON`, each a speculative configuration of vLLM.
+        speculative_config: the user's over ours, for TwoTower; JSON.
+        named: `NAME=JSON` each, a speculative configuration of vLLM.
+        only: names with commas of those beside no speculation; None for all.
+        num_repeats: passes over everything.
 
     Raises:
-        ArgumentError: one of the latter is not in this form, or has a name that is taken.
+        ArgumentError: JSON that is no object, or a name that is taken or unknown.
     """
-    found = [NO_SPECULATION, NGRAM]
-    if find_spec("arctic_inference"):
-        found.append(SUFFIX)
-    if models.draft_model:
-        found.append(draft_model(models.draft_model))
-    for text in named or ():
-        name, separator, config = text.partition("=")
-        if not separator or not name.isidentifier():
-            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
-        if name in ("none_again", "twotower", *(system.name for system in found)):
-            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
-        found.append(System(name, name, as_object(f"--rival {name}", config)))
-    return found
+    own = two_tower(models.drafter)
+    config = {**(own.speculative_config or {}), **as_object("--speculative-config", speculative_config)}
+    found = [*_rivals(models, named), replace(own, speculative_config=config)]
+    names = [system.name for system in found]
+    wanted = names if only is None else [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in names:
+            raise ArgumentError(f"--only {name} is not there; give some of {', '.join(names)}")
+    return (*baselines(num_repeats), *(system for system in found if system.name in wanted))
 
 
-def drafting_system(models: Models, speculative_config: str | None) -> System:
-    """TwoTower, with the user's speculative configuration over ours.
-
-    Raises:
-        ArgumentError: that is no JSON object.
-    """
-    system = two_tower(models.drafter)
-    own = {**(system.speculative_config or {}), **as_object("--speculative-config", speculative_config)}
-    return System(system.name, system.title, own)
+def baselines(num_repeats: int) -> tuple[System, ...]:
+    """No speculation, and once more (A/A) where there are enough repeats for a verdict."""
+    return (NO_SPECULATION, NO_SPECULATION_AGAIN) if num_repeats >= FEWEST_ROUNDS else (NO_SPECULATION,)
 
 
-def held_together(engines: str) -> bool:
-    """Whether all engines are held at once.
+def held_together(option: str, given: str) -> bool:
+    """Whether all engines or servers are held at once.
 
     Raises:
         ArgumentError: an unknown word.
     """
-    if engines not in get_args(Holding):
-        raise ArgumentError(f"--engines {engines} is not there; give one of {', '.join(get_args(Holding))}")
-    return engines == "together" or (engines == "auto" and not torch.cuda.is_available())
+    if given not in get_args(Holding):
+        raise ArgumentError(f"{option} {given} is not there; give one of {', '.join(get_args(Holding))}")
+    return given == "together" or (given == "auto" and not torch.cuda.is_available())
 
 
 def concurrencies(text: str) -> list[int]:
@@ -192,6 +206,29 @@ def require_vllm() -> None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
         )
+
+
+def _rivals(models: Models, named: Sequence[str] | None) -> list[System]:
+    found = [NGRAM, *([SUFFIX] if find_spec("arctic_inference") else [])]
+    if models.draft_model:
+        found.append(draft_model(models.draft_model))
+    for text in named or ():
+        name, separator, config = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
+        if name in TAKEN or name in (system.name for system in found):
+            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
+        found.append(System(name, name, as_object(f"--rival {name}", config)))
+    return found
+
+
+def _check_path(option: str, model: str) -> None:
+    """Refuses paths without a model; a hub id is looked up by vLLM."""
+    path = Path(model)
+    if (path / "config.json").is_file():
+        return
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ArgumentError(f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub")
 
 
 def as_object(option: str, text: str | None) -> dict[str, Any]:

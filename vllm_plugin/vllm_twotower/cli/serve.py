@@ -82,7 +82,7 @@ def serve(
     # Everything that can be refused is checked before anything starts.
     options.require_vllm()
     serve_options.require_load_generator()
-    require_extra("bench", "scipy")
+    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
     for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
         check_integer(name, value, minimum=1)
     (temperature,) = options.temperatures(str(temperature))
@@ -102,17 +102,16 @@ def serve(
         plan = ServePlan(endpoint.model, (), (THE_SERVER,), traffics, repeat, "together", workload)
     else:
         models = options.Models.of(verifier, drafter, draft_model, None, serve_options.most_at_once(traffics))
-        serve_options.check_models(models)
         if verifier is None:
             serve_options.check_lengths(texts, max_new_tokens)
         plan = ServePlan(
             models.verifier,
             # How many requests a user's verifier can hold is the user's to say.
             serve_options.serve_arguments(serve_args, models.arguments if verifier is None else {}),
-            serve_options.systems_of(models, speculative_config, rival, only, repeat),
+            options.systems_of(models, speculative_config, rival, only, repeat),
             traffics,
             repeat,
-            serve_options.servers_mode(servers),
+            "together" if options.held_together("--servers", servers) else "in-turn",
             workload,
         )
     json_file = options.measurements_file(json_file, report, "serve")

@@ -5,24 +5,15 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
-
-import torch
 
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.cli.measurements import numbers
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.load_points import Traffic
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN
-from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
-from vllm_twotower.cli.options import Models, drafting_system, rivals
-from vllm_twotower.serving_bench import ServersMode
 from vllm_twotower.systems import TRIO_ARGUMENTS
 
-SAME_AGAIN = System(BASELINE_AGAIN, "the same again")
 FEWEST_SEQUENCES = 16
 # What each server is told by us.
 TAKEN = frozenset(
@@ -51,19 +42,6 @@ def require_load_generator() -> None:
         raise ArgumentError("package 'pandas' is not installed; vLLM's load generator needs it: pip install pandas")
 
 
-def servers_mode(given: str) -> ServersMode:
-    """How servers run; `auto` is one at a time on a GPU, which each takes for itself.
-
-    Raises:
-        ArgumentError: an unknown word.
-    """
-    if given == "together" or (given == "auto" and not torch.cuda.is_available()):
-        return "together"
-    if given in ("in-turn", "auto"):
-        return "in-turn"
-    raise ArgumentError(f"--servers {given!r} is not there; give one of auto, together, in-turn")
-
-
 def traffics_of(concurrency: str, request_rate: str) -> tuple[Traffic, ...]:
     """Closed loops, then open ones.
 
@@ -79,31 +57,6 @@ def traffics_of(concurrency: str, request_rate: str) -> tuple[Traffic, ...]:
     if not traffics:
         raise ArgumentError("--concurrency and --request-rate are both empty; give at least one load, like 4")
     return tuple(dict.fromkeys(traffics))
-
-
-def systems_of(
-    models: Models, speculative_config: str | None, named: Sequence[str] | None, only: str | None, num_repeats: int
-) -> tuple[System, ...]:
-    """No speculation, its rivals and TwoTower, and no speculation again where there are enough repeats for a verdict.
-
-    Args:
-        models: which.
-        speculative_config: the user's over ours, for TwoTower.
-        named: further rivals, `NAME=JSON` each.
-        only: names with commas of those beside no speculation; None for all.
-        num_repeats: passes over everything.
-
-    Raises:
-        ArgumentError: JSON that is no object, or a name that is taken or unknown.
-    """
-    none, *others = [*rivals(models, named), drafting_system(models, speculative_config)]
-    names = [system.name for system in others]
-    wanted = names if only is None else [name.strip() for name in only.split(",")]
-    unknown = [name for name in wanted if name not in names]
-    if unknown:
-        raise ArgumentError(f"--only {unknown[0]} is not there; give some of {', '.join(names)}")
-    chosen = [system for system in others if system.name in wanted]
-    return (none, *chosen, SAME_AGAIN) if num_repeats >= FEWEST_ROUNDS else (none, *chosen)
 
 
 def serve_arguments(text: str, ours: Mapping[str, Any]) -> tuple[str, ...]:
@@ -129,22 +82,6 @@ def serve_arguments(text: str, ours: Mapping[str, Any]) -> tuple[str, ...]:
 def most_at_once(traffics: Sequence[Traffic]) -> int:
     """Requests that servers of the bundled trio hold at once."""
     return max([FEWEST_SEQUENCES, *(one.concurrency for one in traffics if one.concurrency)])
-
-
-def check_models(models: Models) -> None:
-    """Refuses paths without a model; a hub id is looked up by the servers.
-
-    Raises:
-        ArgumentError: there is one.
-    """
-    named = (("--verifier", models.verifier), ("--drafter", models.drafter), ("--draft-model", models.draft_model))
-    for option, model in named:
-        if model is None or (Path(model) / "config.json").is_file():
-            continue
-        if Path(model).exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
-            raise ArgumentError(
-                f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub"
-            )
 
 
 def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:

@@ -27,8 +27,7 @@ from twotower_spec.evaluation.recommendation import (
     recommend,
     sweep_points,
 )
-from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, System
-from twotower_spec.evaluation.serving_figures import BASELINE_AGAIN
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load
 from twotower_spec.evaluation.serving_profile import DraftSetting
 from twotower_spec.extras import require_extra
 from vllm_twotower.cli import options
@@ -36,7 +35,7 @@ from vllm_twotower.cli.serving_record import complete, serving_record
 from vllm_twotower.cli.tables import print_origin
 from vllm_twotower.engines import EnginePool, EngineSpec
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
-from vllm_twotower.systems import NO_SPECULATION, engine_spec
+from vllm_twotower.systems import engine_spec
 
 # Rounds of prompts before a setting counts under a load.
 NUM_WARM_UP = 2
@@ -82,7 +81,7 @@ def sweep(
     """
     # Everything that can be refused is checked before anything is loaded.
     options.require_vllm()
-    require_extra("bench", "scipy")
+    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
     for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
         check_integer(name, value, minimum=1)
     at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
@@ -95,11 +94,11 @@ def sweep(
         policy.split(","),
         first_token,
     )
-    together = options.held_together(engines)
+    together = options.held_together("--engines", engines)
     models = options.Models.of(verifier, drafter, None, engine_args, max(at_once))
     texts = load_prompts(dataset, category, prompts)
     loads = [Load(ALL_CATEGORIES, number, heat) for heat in temperatures for number in at_once]
-    candidates, specs = _candidates(models, settings)
+    candidates, specs = _candidates(models, settings, repeat)
     json_file = options.measurements_file(json_file, report, "sweep")
     profile = profile or (report and report / "profile.json")
     content = ["sweep", models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]]
@@ -140,11 +139,10 @@ def _goal(name: str, floor: float | None, concurrency: int | None, measured: Seq
 
 
 def _candidates(
-    models: options.Models, settings: Sequence[DraftSetting]
+    models: options.Models, settings: Sequence[DraftSetting], num_repeats: int
 ) -> tuple[list[Candidate], Mapping[str, EngineSpec]]:
-    """No speculation twice, and one engine for all settings of as many drafts: vLLM knows no other number of them."""
-    again = System(BASELINE_AGAIN, f"{NO_SPECULATION.title}, again")
-    candidates = [Candidate(one, one.name) for one in (NO_SPECULATION, again)]
+    """No speculation, and one engine for all settings of as many drafts: vLLM knows no other number of them."""
+    candidates = [Candidate(one, one.name) for one in options.baselines(num_repeats)]
     specs = {one.system.name: engine_spec(one.system, models.verifier, models.arguments) for one in candidates}
     for setting in settings:
         system, drafts = system_of(setting, models.drafter), setting.num_speculative_tokens
