@@ -27,6 +27,8 @@ from twotower_spec.evaluation.verdict import Verdict, advise
 DATA = Path(__file__).parent / "data"
 IN_VLLM = DATA / "trio_in_vllm.json"
 DOCUMENTED = DATA / "documented_demo.json"
+SWEEP = DATA / "trio_sweep.json"
+POLICIES = (None, "fixed", "adaptive")
 
 # The verifier of demo size of VLLM.md, float32, one thread: none / K 7 / K 15.
 BUDGET = {1: (12.7, 13.1, 15.7), 8: (19.0, 46.5, 79.0)}
@@ -228,6 +230,19 @@ def test_cells_of_the_trio_in_vllm_are_predicted_within_the_error_that_the_docs_
     assert found.median_error is not None and found.median_error < 0.06
     assert found.worst_error is not None and found.worst_error < 0.13
     assert found.worst_speed_up_error is not None and found.worst_speed_up_error < 0.14
+
+
+def test_cells_of_a_sweep_are_predicted_within_the_error_that_the_docs_give_and_adaptive_ones_less_well() -> None:
+    profile = ServingProfile.load(SWEEP)
+    found = validate(profile, CostModel(profile.verifier_steps, profile.drafting_phases))
+    errors = {name: [one.error for one in found.checks if _policy(one.cell) == name] for name in POLICIES}
+    assert {name: len(values) for name, values in errors.items()} == {None: 4, "fixed": 8, "adaptive": 8}
+    worst = {name: max(abs(error) for error in values if error is not None) for name, values in errors.items()}
+    assert worst[None] < 0.04 and worst["fixed"] < 0.13 and worst["adaptive"] < 0.29
+
+
+def _policy(cell: MeasuredCell) -> str | None:
+    return cell.setting.policy if cell.setting else None
 
 
 def test_cells_whose_rounds_were_not_those_of_the_breakdown_are_far_off_and_shown_so() -> None:

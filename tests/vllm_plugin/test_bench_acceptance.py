@@ -188,6 +188,7 @@ def test_settings_of_a_sweep_draft_as_they_say(sweep: Run) -> None:
         (["acceptance", "--temperature", "3"], "--temperature 3.0 is not allowed; give 0 to 2"),
         (["acceptance", "--verifier", "V"], "--verifier came without --drafter; name both"),
         (["acceptance", "--verifier", "/nowhere", "--drafter", "T"], "--verifier /nowhere is no directory with"),
+        (["acceptance", "--chat"], "--chat needs a chat template, and "),
         (["acceptance", "--rival", "{}"], "--rival '{}' has no name; give NAME=JSON"),
         (["acceptance", "--rival", "ngram={}"], "--rival ngram is taken"),
         (["acceptance", "--rival", "mine=[1]"], "--rival mine '[1]' is not an object"),

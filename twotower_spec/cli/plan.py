@@ -260,7 +260,9 @@ def _show(found: Plan, console: Console) -> None:
 
 def _narrow_table(title: str, *columns: str) -> Table:
     """Without lines between columns: what is left fits a terminal of 80."""
-    return Table(*columns, "setting", title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    table = Table(*columns, title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column("setting", min_width=len("adaptive,"), overflow="fold")
+    return table
 
 
 def _validation_table(validation: Validation) -> Table:

@@ -68,6 +68,7 @@ def acceptance(
     together = options.held_together("--engines", engines)
     models = options.Models.of(verifier, drafter, draft_model, engine_args, max(at_once))
     systems = options.systems_of(models, speculative_config, rival, only, repeat)
+    options.check_chat(chat, models.verifier)
     texts = load_prompts(dataset, category, prompts)
     loads = [
         Load(name, number, temperature)

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal, get_args
 
 import torch
 import typer
+from transformers import AutoTokenizer
 
 from twotower_spec.cli.measurements import numbers
 from twotower_spec.config import check_integer
@@ -229,6 +230,22 @@ def _check_path(option: str, model: str) -> None:
         return
     if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ArgumentError(f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub")
+
+
+def check_chat(chat: bool, verifier: str) -> None:
+    """Refuses a chat template that is not there.
+
+    Raises:
+        ArgumentError: the verifier's tokenizer has none.
+    """
+    if not chat:
+        return
+    try:
+        template = AutoTokenizer.from_pretrained(verifier, trust_remote_code=False).chat_template
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--chat needs the tokenizer of {verifier}, which cannot be read ({error})") from error
+    if template is None:
+        raise ArgumentError(f"--chat needs a chat template, and {verifier} has none; leave it out for plain text")
 
 
 def as_object(option: str, text: str | None) -> dict[str, Any]:

@@ -102,6 +102,7 @@ def serve(
         plan = ServePlan(endpoint.model, (), (THE_SERVER,), traffics, repeat, "together", workload)
     else:
         models = options.Models.of(verifier, drafter, draft_model, None, serve_options.most_at_once(traffics))
+        options.check_chat(chat, models.verifier)
         if verifier is None:
             serve_options.check_lengths(texts, max_new_tokens)
         plan = ServePlan(

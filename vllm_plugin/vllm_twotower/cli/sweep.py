@@ -96,6 +96,7 @@ def sweep(
     )
     together = options.held_together("--engines", engines)
     models = options.Models.of(verifier, drafter, None, engine_args, max(at_once))
+    options.check_chat(chat, models.verifier)
     texts = load_prompts(dataset, category, prompts)
     loads = [Load(ALL_CATEGORIES, number, heat) for heat in temperatures for number in at_once]
     candidates, specs = _candidates(models, settings, repeat)
@@ -164,16 +165,11 @@ def _front_table(points: Sequence[Point]) -> Table:
 
 def _best_table(best: Sequence[Recommendation]) -> Table:
     table = Table("at once", "most tokens/s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("tok/s", "of no speculation", "verdict"):
+    for heading in ("tok/s", "best that speculates"):
         table.add_column(heading, justify="right", overflow="fold")
     for one in best:
-        point, plain = one.point, one.no_speculation
-        ratio = point.tokens_per_s.median / plain.tokens_per_s.median
-        table.add_row(
-            str(point.load.concurrency),
-            point.system.title,
-            f"{point.tokens_per_s.median:.0f}",
-            f"{ratio:.2f}x",
-            one.comparison.verdict if one.comparison else "-",
-        )
+        compared = one.comparison
+        found = f"{compared.speed_up.estimate:.2f}x, {compared.verdict}" if compared else "-"
+        point = one.point
+        table.add_row(str(point.load.concurrency), point.system.title, f"{point.tokens_per_s.median:.0f}", found)
     return table
