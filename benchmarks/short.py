@@ -49,7 +49,7 @@ STEPS: dict[str, Sequence[str]] = {
         *("--max-new-tokens", "48"),
     ),
     "acceptance": (
-        *("bench", "acceptance", "--concurrency", "1,8", "--prompts", "12", "--max-new-tokens", "48", "--repeat", "3"),
+        *("bench", "acceptance", "--concurrency", "1,4", "--prompts", "12", "--max-new-tokens", "48", "--repeat", "3"),
     ),
     "sweep": (
         *("bench", "sweep", "-S", "8,16", "--steps", "1", "--policy", "fixed,adaptive", "--concurrency", "1,4,8,16"),

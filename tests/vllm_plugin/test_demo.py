@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from rich.console import Console
 from twotower_spec.cli import main
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.serving import ServedRequest
+from twotower_spec.evaluation.serving import Load, ServedRequest, ServingCell, System
 from vllm_twotower.child_process import ChildError
 from vllm_twotower.cli.demo import run_demo
 from vllm_twotower.demo import (
@@ -26,12 +25,12 @@ from vllm_twotower.demo import (
     check_writable,
     demo_engines,
     demo_systems,
-    measure,
     print_table,
     print_text,
+    rows_of,
     write_atomically,
 )
-from vllm_twotower.engines import Asked, Piece, Served, ServeOrder
+from vllm_twotower.engines import Asked, Piece, ServeOrder
 
 ROOT = Path(__file__).resolve().parents[2]
 NAMES = ["none", "ngram", "draft_model", "twotower"]
@@ -63,20 +62,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return Run(done.stdout, json.loads(file.read_text()), file.parent)
 
 
-class StandIns:
-    """Answer like a pool of engines, with what they were given."""
-
-    def __init__(self, **answers: list[Served]) -> None:
-        self.answers = answers
-
-    def use(self, name: str) -> Any:
-        return SimpleNamespace(serve=lambda order: self.answers[name].pop(0))
-
-
-def served(
-    *token_ids: int, seconds: float = 1.0, drafts: tuple[int, ...] = (), accepted: tuple[int, ...] = ()
-) -> Served:
-    return Served(seconds, (ServedRequest("0", "maths", 3, token_ids, 0.1, seconds, (), drafts, accepted),))
+def cell(
+    system: System, repeat: int, *token_ids: int, seconds: float = 1.0, drafts: Any = (), accepted: Any = ()
+) -> Any:
+    request = ServedRequest("0", "maths", 3, token_ids, 0.1, seconds, (), drafts, accepted)
+    return ServingCell(system, Load("all", 8), repeat, seconds, (request,))
 
 
 def terminal() -> tuple[Console, StringIO]:
@@ -139,10 +129,8 @@ def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: P
 @needs_vllm
 @pytest.mark.slow
 def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines() -> None:
-    with demo_engines(demo_systems()[:1], Sizes(1, 8, 1)) as engines:
-        engines.load(["none"])
-        with pytest.raises(ChildError) as caught:
-            engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
+    with demo_engines(demo_systems()[:1]) as engines, pytest.raises(ChildError) as caught:
+        engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
     assert "no speculation ended with exit code 1 while generating" in str(caught.value)
     assert "max_tokens must be at least 1, got 0" in str(caught.value)
 
@@ -175,24 +163,17 @@ def test_option_out_of_range_is_refused_in_one_sentence_before_anything_starts(
 
 
 def test_one_other_token_in_one_repeat_is_not_identical() -> None:
-    texts = [served(5, 6, 7), served(5, 6, 7), served(5, 6, 8), served(5, 6, 7)]
-    engines: Any = StandIns(none=[served(5, 6, 7) for _ in range(4)], twotower=texts)
     none, _, _, two_tower = demo_systems()
-    rows = measure(engines, (none, two_tower), Sizes(1, 3, 2))
-    assert {(row.system, row.batch_size): row.identical for row in rows} == {
-        ("none", 1): True,
-        ("twotower", 1): False,
-        ("none", 8): True,
-        ("twotower", 8): True,
-    }
+    cells = [cell(none, 0, 5, 6, 7), cell(two_tower, 0, 5, 6, 7), cell(none, 1, 5, 6, 7), cell(two_tower, 1, 5, 6, 8)]
+    assert {row.system: row.identical for row in rows_of(cells, (none, two_tower))} == {"none": True, "twotower": False}
+    assert all(row.identical for row in rows_of(cells[:3], (none, two_tower)))
 
 
 def test_figures_are_medians_over_repeats_and_tokens_per_drafted_step() -> None:
+    systems = demo_systems()[:1]
     drafts = {"drafts": (3, 0, 2), "accepted": (2, 0, 1)}
-    per_pass = [served(1, 2, 3, 4, seconds=s, **drafts) for s in (1.0, 1.0, 8.0, 8.0, 2.0, 2.0)]
-    engines: Any = StandIns(none=per_pass)
-    rows = measure(engines, demo_systems()[:1], Sizes(1, 4, 3))
-    assert rows == [DemoRow("none", size, 2.0, 2.5, True) for size in (1, 8)]
+    cells = [cell(*systems, i, 1, 2, 3, 4, seconds=seconds, **drafts) for i, seconds in enumerate((1.0, 8.0, 2.0))]
+    assert rows_of(cells, systems) == [DemoRow("none", 8, 2.0, 2.5, True)]
 
 
 def test_accepted_drafts_are_green_in_a_terminal_and_unmarked_elsewhere() -> None:

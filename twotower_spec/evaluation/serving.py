@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -198,10 +199,7 @@ def cells_of(cells: Sequence[ServingCell], system: str, load: Load) -> list[Serv
 
 
 def over_categories(cells: Sequence[ServingCell]) -> list[ServingCell]:
-    """All categories that were measured one after the other as one cell each, of every system, concurrency and repeat.
-
-    Steps and what the drafter counted stay with the categories.
-    """
+    """Categories that were measured one after the other as one cell, for every system, concurrency and repeat."""
     groups: dict[tuple[str, Load, int], list[ServingCell]] = {}
     for cell in cells:
         together = replace(cell.load, category=ALL_CATEGORIES)
@@ -213,6 +211,27 @@ def over_categories(cells: Sequence[ServingCell]) -> list[ServingCell]:
             repeat=repeat,
             seconds=sum(cell.seconds for cell in group),
             requests=tuple(request for cell in group for request in cell.requests),
+            steps=tuple(steps for cell in group for steps in cell.steps),
+            drafting=_added_up([cell.drafting for cell in group if cell.drafting]),
         )
         for (_, load, repeat), group in groups.items()
     ]
+
+
+def _added_up(parts: Sequence[Drafting]) -> Drafting | None:
+    if not parts:
+        return None
+    seconds, without_drafts = Counter[str](), Counter[str]()
+    for part in parts:
+        seconds.update(part.seconds)
+        without_drafts.update(part.without_drafts)
+    return Drafting(
+        rounds=sum(part.rounds for part in parts),
+        context_tokens=sum(part.context_tokens for part in parts),
+        denoiser_passes=sum(part.denoiser_passes for part in parts),
+        request_denoiser_passes=sum(part.request_denoiser_passes for part in parts),
+        seconds=dict(seconds),
+        without_drafts=dict(without_drafts),
+        # Bins of the same bounds are merged where they are looked at.
+        calibration=tuple(one for part in parts for one in part.calibration),
+    )

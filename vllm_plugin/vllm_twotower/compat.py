@@ -60,8 +60,6 @@ LOAD_GENERATOR = "vllm.benchmarks.serve"
 
 # They act in every process that reads engine arguments or requests; all others are heavy and act in workers alone.
 ROUTING_MODULES = frozenset({ARG_UTILS, SAMPLING_PARAMS, SPECULATIVE})
-# Only benchmarks look at these.
-MEASURING_MODULES = frozenset({SCHEDULER, SCHEDULER_OUTPUT, ENGINE_CORE, ENGINE_CLIENT})
 
 
 class Kind(StrEnum):
@@ -99,9 +97,9 @@ class Hook:
     @property
     def stage(self) -> Stage:
         """The part of the plugin that touches it."""
-        if self.module in MEASURING_MODULES:
+        if self.needed_for == MEASURING:
             return "measuring"
-        if self.module == LOAD_GENERATOR:
+        if self.needed_for == SERVING:
             return "load"
         return "routing" if self.module in ROUTING_MODULES else "worker"
 
@@ -231,6 +229,7 @@ HOOKS: tuple[Hook, ...] = (
         ("scheduler_output", "model_runner_output"),
         required=False,
     ),
+    *_fields(SCHEDULER, "Scheduler", "requests", MEASURING, required=False),
     *_fields(
         SCHEDULER_OUTPUT,
         "SchedulerOutput",

@@ -11,13 +11,13 @@ import atexit
 import contextlib
 import os
 import tempfile
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twotower_spec.drafting.metrics import CONFIDENCE_BINS, bins_of
 
@@ -38,9 +38,6 @@ FALLBACKS = (
 RESOURCES = ("requests", "tokens")
 # Lower bounds, as labels.
 CONFIDENCES = tuple(f"{low:.1f}" for low, _ in CONFIDENCE_BINS)
-
-# By name and label.
-Numbers = Mapping[tuple[str, str], float]
 
 
 @dataclass(frozen=True)
@@ -104,12 +101,21 @@ class DrafterStats:
         """Sets a gauge."""
         self._values[_PLACES[name, label]] = value
 
-    def add_decided(self, confidence: Sequence[float], num_accepted: int) -> None:
-        """Counts drafts of a request up to the first that was rejected, by their confidence."""
-        for i, (value, place) in enumerate(zip(confidence, bins_of(np.asarray(confidence)), strict=True)):
-            self.add("calibration_drafts", 1, CONFIDENCES[place])
-            self.add("calibration_confidence", value, CONFIDENCES[place])
-            self.add("calibration_accepted", i < num_accepted, CONFIDENCES[place])
+    def add_decided(self, confidence: NDArray[np.float64], accepted: NDArray[np.bool_]) -> None:
+        """Counts drafts that were decided on, by their confidence.
+
+        Args:
+            confidence: [num_drafts] of drafts up to the first that was rejected, of any number of requests.
+            accepted: [num_drafts] whether each was.
+        """
+        bins = bins_of(confidence)
+        for name, weights in (
+            ("calibration_drafts", None),
+            ("calibration_confidence", confidence),
+            ("calibration_accepted", accepted),
+        ):
+            first = _PLACES[name, CONFIDENCES[0]]
+            self._values[first : first + len(CONFIDENCES)] += np.bincount(bins, weights, len(CONFIDENCES))
 
     def get(self, name: str, label: str = "") -> float:
         """The present value."""
@@ -147,12 +153,25 @@ def publish() -> None:
     _Collector.instance.bases.append(Path(name))
 
 
-def totals() -> Numbers:
-    """Numbers of all drafters that this process started, added up, by name and label; empty without any."""
-    found = Counter[tuple[str, str]]()
-    for _, values in _Collector.instance.engines() if _Collector.instance else ():
-        found.update({place: float(values[i]) for place, i in _PLACES.items()})
-    return found
+def read_totals() -> Callable[[], NDArray[np.float64]]:
+    """A function that adds up the numbers of all drafters that this process has started, as `by_place` reads them.
+
+    It costs microseconds: the files stay open.
+    """
+    files = _Collector.instance.files() if _Collector.instance else ()
+    values = [np.memmap(path, dtype=np.float64, mode="r", shape=(len(_PLACES),)) for path in files]
+    return lambda: sum(values, np.zeros(len(_PLACES)))
+
+
+def by_place(values: NDArray[np.float64]) -> Mapping[tuple[str, str], float]:
+    """Numbers by name and label."""
+    return {place: float(values[i]) for place, i in _PLACES.items()}
+
+
+def drafting_s(values: NDArray[np.float64]) -> float:
+    """Seconds of all phases together."""
+    first = _PLACES["drafting_seconds", PHASES[0]]
+    return float(values[first : first + len(PHASES)].sum())
 
 
 class _Collector:
@@ -171,7 +190,7 @@ class _Collector:
         """One metric family per series, with the data-parallel rank as label `engine`."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        engines = dict(self.engines())
+        engines = dict(self._engines())
         if not engines:
             return
         for series in SERIES:
@@ -190,16 +209,20 @@ class _Collector:
             for path in (base, *base.parent.glob(f"{base.name}.*")):
                 path.unlink(missing_ok=True)
 
-    def engines(self) -> Iterator[tuple[str, Any]]:
-        """Data-parallel rank and values of every drafter."""
+    def files(self) -> Iterator[Path]:
+        """Of all drafters."""
         for base in self.bases:
-            for path in sorted(base.parent.glob(f"{base.name}.*")):
-                try:
-                    values = np.fromfile(path, dtype=np.float64)
-                except OSError:  # an engine that has just ended
-                    continue
-                if len(values) == len(_PLACES):  # a file is empty for a moment when it is made
-                    yield path.name.rpartition(".")[2], values
+            # A file is empty for a moment when it is made.
+            yield from (path for path in sorted(base.parent.glob(f"{base.name}.*")) if path.stat().st_size)
+
+    def _engines(self) -> Iterator[tuple[str, Any]]:
+        for path in self.files():
+            try:
+                values = np.fromfile(path, dtype=np.float64)
+            except OSError:  # an engine that has just ended
+                continue
+            if len(values) == len(_PLACES):
+                yield path.name.rpartition(".")[2], values
 
 
 def log_line(now: DrafterStats, before: DrafterStats) -> str | None:

@@ -267,17 +267,23 @@ class TwoTowerProposer:
         with_prompts = any(not tokens for tokens in sampled.values()) or any(rid not in accepted for rid in sampled)
         drafter.observe(accepted, verify_s, verified, with_prompts)
         self.stats.add("verify_seconds", verify_s)
-        confidence = dict(zip(block.request_ids, block.confidence, strict=True))
+        self._calibrate(block, accepted, verified)
         for request_id, count in verified.items():
             if count:
-                decided = min(accepted[request_id] + 1, count)
-                self.stats.add_decided(confidence[request_id][:decided].tolist(), accepted[request_id])
                 self.stats.add("drafts", 1)
                 self.stats.add("draft_tokens", count)
                 self.stats.add("accepted_tokens", accepted[request_id])
                 share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
                 length = self.stats.get("acceptance_length")
                 self.stats.set("acceptance_length", length + share * (accepted[request_id] + 1 - length))
+
+    def _calibrate(self, block: DraftBlock, accepted: Mapping[Hashable, int], verified: Mapping[Hashable, int]) -> None:
+        """Counts drafts up to the first that was rejected, by their confidence."""
+        kept = np.array([accepted.get(request_id, 0) for request_id in block.request_ids])[:, None]
+        asked = np.array([verified.get(request_id, 0) for request_id in block.request_ids])[:, None]
+        position = np.arange(block.confidence.shape[1])
+        decided = position < np.minimum(kept + 1, asked)
+        self.stats.add_decided(block.confidence.double().numpy()[decided], (position < kept)[decided])
 
     def _count_sampler_failures(self) -> None:
         failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from random import Random
+from typing import Any, TypeVar
 
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt
 from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, System
 from vllm_twotower.engines import Asked, EnginePool, EngineProcess, ServeOrder
+from vllm_twotower.systems import drafts
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -46,17 +50,18 @@ def in_order(
 ) -> list[Place]:
     """All cells, in an order in which what changes slowly on the machine hits all candidates alike.
 
-    Another candidate begins every time. Engines that are not held together are started once a repeat.
+    The order is another one under every load and in every repeat. Engines that are not held together do all loads of a
+    repeat at once.
     """
     places = []
     for repeat in range(repeats):
-        turned = _turned(candidates, repeat)
         if together:
             for i, load in enumerate(loads):
-                places += [Place(one, load, repeat) for one in _turned(turned, i)]
+                places += [Place(one, load, repeat) for one in shuffled(candidates, repeat * len(loads) + i)]
         else:
-            engines = dict.fromkeys(one.engine for one in turned)
-            own = {name: [one for one in turned if one.engine == name] for name in engines}
+            ours = shuffled(candidates, repeat)
+            engines = dict.fromkeys(one.engine for one in ours)
+            own = {name: [one for one in ours if one.engine == name] for name in engines}
             places += [Place(one, load, repeat) for name in engines for load in loads for one in own[name]]
     return places
 
@@ -93,7 +98,7 @@ class ServingRun:
         """One cell after the other.
 
         Raises:
-            ChildError: an engine has ended.
+            ChildError: an engine has ended, or has not drafted though it should have.
             ArgumentError: no prompt of a load is short enough.
         """
         self.pool.load(dict.fromkeys(place.candidate.engine for place in places))
@@ -108,6 +113,8 @@ class ServingRun:
                 engine.serve(self._warm_up(order))
                 self._warm.add((engine, candidate.system.name, load))
             served = engine.serve(order)
+            if drafts(candidate.system) and not (served.drafting and served.drafting.rounds):
+                raise engine.failure("has not drafted at all")
             yield ServingCell(
                 candidate.system, load, place.repeat, served.seconds, served.requests, served.steps, served.drafting
             )
@@ -140,6 +147,9 @@ class ServingRun:
         return ServeOrder(order.prompts[:most], order.concurrency, order.max_new_tokens, order.temperature)
 
 
-def _turned(candidates: Sequence[Candidate], turn: int) -> list[Candidate]:
-    turn %= len(candidates)
-    return [*candidates[turn:], *candidates[:turn]]
+def shuffled(sequence: Sequence[T], turn: int) -> list[T]:
+    """The same in an order that the number of the turn decides.
+
+    Not only turned round: what is measured twice to see the noise would stand side by side nearly always.
+    """
+    return Random(turn).sample(sequence, len(sequence))

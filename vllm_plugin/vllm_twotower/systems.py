@@ -13,6 +13,7 @@ from vllm_twotower.engines import EngineSpec
 # Of the bundled trio: float32 is what it was trained in, and longer texts it has never seen.
 TRIO_ARGUMENTS: Mapping[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
 
+TWO_TOWER = "twotower"
 NO_SPECULATION = System(BASELINE, "no speculation")
 NO_SPECULATION_AGAIN = System(BASELINE_AGAIN, "none again (A/A)")
 # The numbers of drafts of both rivals are those that served them best on the trio: tokens/s at batch 1 and at batch 8,
@@ -24,7 +25,8 @@ NGRAM = System(
     "n-gram lookup",
     {"method": "ngram", "num_speculative_tokens": 8, "prompt_lookup_max": 5, "prompt_lookup_min": 2},
 )
-SUFFIX = System("suffix", "suffix decoding", {"method": "suffix"})
+# Without its memory of earlier responses: prompts come again in every repeat, and it would draft its own answers.
+SUFFIX = System("suffix", "suffix decoding", {"method": "suffix", "suffix_decoding_max_cached_requests": 0})
 
 
 def draft_model(model: str | Path) -> System:
@@ -36,7 +38,7 @@ def draft_model(model: str | Path) -> System:
 
 def two_tower(model: str | Path) -> System:
     """TwoTower as it comes: how many of the 15 are drafted is the adaptive policy's to decide."""
-    return System("twotower", "TwoTower", {"model": str(model), "num_speculative_tokens": 15})
+    return System(TWO_TOWER, "TwoTower", {"model": str(model), "num_speculative_tokens": 15})
 
 
 def engine_spec(system: System, verifier: str | Path, arguments: Mapping[str, Any]) -> EngineSpec:
@@ -58,3 +60,10 @@ def engine_spec(system: System, verifier: str | Path, arguments: Mapping[str, An
             "speculative_config": dict(config) if config else None,
         },
     )
+
+
+def drafts(system: System) -> bool:
+    """Whether TwoTower is meant to draft."""
+    config = system.speculative_config or {}
+    is_ours = system.name == TWO_TOWER or system.setting is not None
+    return is_ours and config.get("twotower", {}).get("policy") != "off"

@@ -28,6 +28,7 @@ from vllm_twotower.demo import (
     print_text,
     write_atomically,
 )
+from vllm_twotower.engines import engine_environment
 
 DEFAULT_PROMPTS, DEFAULT_NEW_TOKENS, DEFAULT_REPEATS = 4, 64, 3
 STANDALONE_PROMPTS, STANDALONE_NEW_TOKENS = 2, 128
@@ -88,30 +89,29 @@ def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, veri
     systems = demo_systems()
     *others, two_tower = (system.name for system in systems)
     _say(console, "Loading vLLM, in a process of its own for every system.")
-    with demo_engines(systems, sizes, verifier) as engines:
+    with demo_engines(systems, verifier) as engines:
         with console.status("loading vLLM with TwoTower"):
-            engines.load([two_tower])
-        engines.start(others)
+            engine = engines.use(two_tower)
+        if engines.together:
+            engines.start(others)
+        vllm_version = engine.wait_until_ready().version
         # One prompt per category, while the other engines load.
         with console.status("warming up TwoTower"):
-            engine = engines.use(two_tower)
-        vllm_version = engine.wait_until_ready().version
+            list(engine.stream(demo_prompts(1)[0].prompt, STREAMED_TOKENS))
         for prompt in demo_prompts(1):
             print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
         _say(
             console,
             f"Measuring {2 * sizes.prompts} prompts one by one and 16 with 8 at once, maths and Python, up to "
-            f"{sizes.max_new_tokens} new tokens each. One pass is for warming up: in it TwoTower's adaptive policy "
-            f"learns what pays, as in a server that has run for a while. {sizes.repeats} more count, all systems in "
-            f"turn.",
+            f"{sizes.max_new_tokens} new tokens each. The first pass of each is for warming up: in it TwoTower's "
+            f"adaptive policy learns what pays, as in a server that has run for a while. {sizes.repeats} more count, "
+            f"all systems in turn.",
         )
         with console.status("loading the other systems") as status:
             engines.load(others)
-            for system in systems:
-                status.update(f"warming up, {system.title}")
-                engines.use(system.name)
             rows = measure(engines, systems, sizes, status.update)
-    torch.set_num_threads(1)  # as the engines had; the description of the machine says so
+    if threads := engine_environment().get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # as the engines had; the description of the machine says so
     machine, versions = describe_machine(), _versions(vllm_version)
     print_table(console, systems, rows)
     _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")

@@ -26,8 +26,10 @@ def complete(record: Record[ServingCell], run: ServingRun, places: Sequence[Plac
     missing = [place for place in places if place.key not in record.found]
     with progress_bar() as bar, Interrupts() as interrupts:
         task = bar.add_task("loading", total=len(places), completed=len(places) - len(missing))
-        for cell in run.measure(missing):
-            bar.update(task, advance=1, description=f"{cell.system.title}, {cell.load}")
-            record.keep(cell)
+        cells = run.measure(missing)
+        for place in missing:
+            bar.update(task, description=f"{place.candidate.system.title}, {place.load}")
+            record.keep(next(cells))
+            bar.advance(task)
             interrupts.check()
     return [record.found[place.key] for place in places]

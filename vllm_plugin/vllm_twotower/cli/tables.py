@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from typing import Any
+
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_spec.evaluation.serving import ServingCell
 from twotower_spec.evaluation.serving_figures import BASELINE, Figures
-from twotower_spec.machine import describe_machine
+from twotower_spec.machine import commit, describe_machine
 from vllm_twotower.cli.record import Record
 
 
@@ -60,10 +61,10 @@ def position_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
-def print_origin(console: Console, record: Record[ServingCell]) -> None:
+def print_origin(console: Console, record: Record[Any]) -> None:
     """What was measured with, and how."""
     vllm = next((f"vllm {v}" for n, v in record.file.where["versions"].items() if n.startswith("vllm") and v), "vllm ?")
-    console.print(f"{describe_machine()}, {vllm}", markup=False, soft_wrap=True)
+    console.print(f"{describe_machine()}, {vllm}, commit {commit() or 'unknown'}", markup=False, soft_wrap=True)
     console.print(record.file.where["command"], markup=False, soft_wrap=True)
 
 

@@ -7,10 +7,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from twotower_spec.demo import demo_prompts, trio_path
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import acceptance_of
-from vllm_twotower.engines import Asked, EnginePool, EngineProcess, Served, ServeOrder
+from twotower_spec.evaluation import Prompt
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, System
+from vllm_twotower.engines import EnginePool
+from vllm_twotower.serving_run import Candidate, ServingRun, in_order
 from vllm_twotower.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 
 LARGEST_BATCH = 8
@@ -32,11 +35,10 @@ class Sizes:
     max_new_tokens: int
     repeats: int
 
-    def order(self, batch_size: int) -> ServeOrder:
+    def prompts_of(self, batch_size: int) -> list[Prompt]:
         """All prompts of one batch size."""
-        prompts = demo_prompts(self.prompts if batch_size == 1 else batch_size)
-        asked = tuple(Asked(str(i), one.category, one.prompt) for i, one in enumerate(prompts))
-        return ServeOrder(asked, batch_size, self.max_new_tokens)
+        chosen = demo_prompts(self.prompts if batch_size == 1 else batch_size)
+        return [Prompt(str(i), one.category, one.prompt, (one.prompt,)) for i, one in enumerate(chosen)]
 
 
 @dataclass(frozen=True)
@@ -67,55 +69,60 @@ def demo_systems() -> tuple[System, ...]:
     return (NO_SPECULATION, NGRAM, draft_model(trio_path("draft")), two_tower(trio_path("twotower")))
 
 
-def demo_engines(systems: Sequence[System], sizes: Sizes, verifier: Path | None = None) -> EnginePool:
-    """Engines of all systems, which do everything that will be measured once before it counts.
-
-    Whatever is made once is made then, and the adaptive policy learns.
-    """
-
-    def warm_up(name: str, engine: EngineProcess) -> None:
-        for batch_size in BATCH_SIZES:
-            engine.serve(sizes.order(batch_size))
-
+def demo_engines(systems: Sequence[System], verifier: Path | None = None) -> EnginePool:
+    """Engines of all systems, all at once where there is no GPU that they would have to share."""
     arguments = {**TRIO_ARGUMENTS, "max_num_seqs": LARGEST_BATCH}
     path = verifier or trio_path("verifier")
-    return EnginePool({system.name: engine_spec(system, path, arguments) for system in systems}, warm_up=warm_up)
+    specs = {system.name: engine_spec(system, path, arguments) for system in systems}
+    return EnginePool(specs, together=not torch.cuda.is_available())
 
 
 def measure(
     engines: EnginePool, systems: Sequence[System], sizes: Sizes, say: Say = lambda progress: None
 ) -> list[DemoRow]:
-    """Figures of all systems at all batch sizes; no speculation is the first of them.
+    """Figures of all systems at all batch sizes.
 
     Args:
         engines: of the systems.
-        systems: in the order of the table.
+        systems: in the order of the table, no speculation first.
         sizes: how much to measure.
         say: told what is being measured.
     """
-    passes: dict[tuple[int, str], list[Served]] = {(size, one.name): [] for size in BATCH_SIZES for one in systems}
-    for repeat in range(sizes.repeats):
-        # Another begins each time; what slows the machine for a while hits them all.
-        turn = repeat % len(systems)
-        for batch_size in BATCH_SIZES:
-            for system in (*systems[turn:], *systems[:turn]):
-                say(f"pass {repeat + 1} of {sizes.repeats}, batch {batch_size}, {system.title}")
-                served = engines.use(system.name).serve(sizes.order(batch_size))
-                passes[batch_size, system.name].append(served)
-    first = systems[0].name
-    return [_row(name, size, found, passes[size, first][0]) for (size, name), found in passes.items()]
+    candidates = [Candidate(system, system.name) for system in systems]
+    rows = []
+    for batch_size in BATCH_SIZES:
+        run = ServingRun(engines, sizes.prompts_of(batch_size), sizes.max_new_tokens)
+        places = in_order(candidates, [Load(ALL_CATEGORIES, batch_size)], sizes.repeats, engines.together)
+        measuring, cells = run.measure(places), []
+        for place in places:
+            say(f"pass {place.repeat + 1} of {sizes.repeats}, batch {batch_size}, {place.candidate.system.title}")
+            cells.append(next(measuring))
+        rows += rows_of(cells, systems)
+    return rows
 
 
-def _row(name: str, batch_size: int, found: list[Served], expected: Served) -> DemoRow:
-    acceptance = acceptance_of([request for served in found for request in served.requests])
+def rows_of(cells: Sequence[ServingCell], systems: Sequence[System]) -> list[DemoRow]:
+    """One row per system, of cells at one batch size."""
+    by_system = [[cell for cell in cells if cell.system == system] for system in systems]
+    return [_row(found, by_system[0][0]) for found in by_system]
+
+
+def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
+    steps = [
+        accepted + 1
+        for cell in found
+        for one in cell.requests
+        for drafted, accepted in zip(one.num_draft_tokens, one.num_accepted_tokens, strict=True)
+        if drafted
+    ]
     return DemoRow(
-        system=name,
-        batch_size=batch_size,
-        tokens_per_s=statistics.median(sum(map(len, _texts(served))) / served.seconds for served in found),
-        acceptance_length=acceptance.acceptance_length.estimate if acceptance.acceptance_length else 1.0,
-        identical=all(_texts(served) == _texts(expected) for served in found),
+        system=found[0].system.name,
+        batch_size=found[0].load.concurrency,
+        tokens_per_s=statistics.median(cell.tokens_per_s for cell in found),
+        acceptance_length=statistics.fmean(steps) if steps else 1.0,
+        identical=all(_texts(cell) == _texts(expected) for cell in found),
     )
 
 
-def _texts(served: Served) -> list[tuple[int, ...]]:
-    return [request.token_ids for request in served.requests]
+def _texts(cell: ServingCell) -> list[tuple[int, ...]]:
+    return [request.token_ids for request in cell.requests]

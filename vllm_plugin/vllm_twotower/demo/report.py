@@ -68,32 +68,36 @@ def as_json(machine: str, versions: Mapping[str, str], rows: Sequence[DemoRow]) 
     return json.dumps(record, indent=1) + "\n"
 
 
-def check_writable(path: Path) -> None:
+def check_writable(path: Path, option: str = "--json") -> None:
     """Refuses a file that could not be written in the end.
+
+    Args:
+        path: of the file.
+        option: that names it.
 
     Raises:
         ArgumentError: with the reason.
     """
     if path.exists() and not path.is_file():
-        raise ArgumentError(f"--json {path} is not a regular file; give another")
-    _write_beside(path, "").unlink()
+        raise ArgumentError(f"{option} {path} is not a regular file; give another")
+    _write_beside(path, "", option).unlink()
 
 
-def write_atomically(path: Path, text: str) -> None:
+def write_atomically(path: Path, text: str, option: str = "--json") -> None:
     """The file is there as a whole, or as it was before.
 
     Raises:
         ArgumentError: it cannot be written.
     """
-    _write_beside(path, text).replace(path)
+    _write_beside(path, text, option).replace(path)
 
 
-def _write_beside(path: Path, text: str) -> Path:
+def _write_beside(path: Path, text: str, option: str) -> Path:
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     content = text.encode()
     try:
         partial.write_bytes(content)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise ArgumentError(f"--json {path} cannot be written ({error.strerror}); give another") from error
+        raise ArgumentError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
     return partial

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, Self
+
+import torch
 
 from vllm_twotower.engines.process import LONGEST_SILENCE_S, EngineProcess
 
@@ -33,7 +35,6 @@ class EnginePool:
         self,
         specs: Mapping[str, EngineSpec],
         together: bool = True,
-        warm_up: Callable[[str, EngineProcess], None] = lambda name, engine: None,
         longest_silence_s: float = LONGEST_SILENCE_S,
     ) -> None:
         """Starts nothing yet.
@@ -41,13 +42,12 @@ class EnginePool:
         Args:
             specs: by name.
             together: whether all can be held at once; else each is closed when another is used.
-            warm_up: what every engine does once after it was started.
             longest_silence_s: see `EngineProcess`.
         """
         self.specs, self.together = dict(specs), together
-        self._warm_up, self._longest_silence_s = warm_up, longest_silence_s
+        self._longest_silence_s = longest_silence_s
         self._engines: dict[str, EngineProcess] = {}
-        self._warm: set[str] = set()
+        self._num_started = 0
 
     def __enter__(self) -> Self:
         self._stack = ExitStack()
@@ -64,8 +64,10 @@ class EnginePool:
         """Lets engines load in the background; those that run already go on."""
         for name in names:
             if name not in self._engines:
-                folder = self._folder / name
-                folder.mkdir(exist_ok=True)
+                # A number, because sockets in it must have short paths.
+                folder = self._folder / str(self._num_started)
+                folder.mkdir()
+                self._num_started += 1
                 spec = self.specs[name]
                 self._engines[name] = EngineProcess(spec.title, spec.arguments, folder, self._longest_silence_s)
 
@@ -77,13 +79,17 @@ class EnginePool:
         Raises:
             ChildError: one cannot be loaded.
         """
-        if self.together:
+        if not self.together:
+            return
+        # On a GPU one after the other: each sizes its cache by the memory that it finds free.
+        if not torch.cuda.is_available():
             self.start(names)
-            for name in names:
-                self._engines[name].wait_until_ready()
+        for name in names:
+            self.start([name])
+            self._engines[name].wait_until_ready()
 
     def use(self, name: str) -> EngineProcess:
-        """An engine that is loaded and warm.
+        """An engine that is loaded.
 
         Raises:
             ChildError: it cannot be.
@@ -93,13 +99,9 @@ class EnginePool:
         self.start([name])
         engine = self._engines[name]
         engine.wait_until_ready()
-        if name not in self._warm:
-            self._warm_up(name, engine)
-            self._warm.add(name)
         return engine
 
     def _close_all(self) -> None:
         for engine in self._engines.values():
             engine.close()
         self._engines.clear()
-        self._warm.clear()

@@ -9,7 +9,7 @@ from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from vllm_twotower.child_process import ChildProcess
+from vllm_twotower.child_process import ChildError, ChildProcess
 from vllm_twotower.engines.environment import engine_environment
 from vllm_twotower.engines.messages import DraftOrder, Piece, Ready, Served, ServeOrder, StreamOrder, TokenizeOrder
 
@@ -31,10 +31,11 @@ class EngineProcess:
             longest_silence_s: after which it counts as dead, while it loads or works on an order.
         """
         self.title, self._longest_silence_s = title, longest_silence_s
+        self._has_workers = any(arguments.get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         self._ready: Ready | None = None
         self._connection, theirs = Pipe()
         with theirs:
-            command = [sys.executable, "-m", "vllm_twotower.engines.worker", str(theirs.fileno())]
+            command = [sys.executable, "-P", "-m", "vllm_twotower.engines.worker", str(theirs.fileno())]
             self._process = ChildProcess(
                 f"the engine with {title}", command, folder, engine_environment(), pass_fds=[theirs.fileno()]
             )
@@ -81,9 +82,16 @@ class EngineProcess:
             is_last = piece.is_last
 
     def close(self) -> None:
-        """Ends the process at once: leaving by itself takes vLLM seconds."""
+        """Ends the process, at once if it is one alone: leaving by itself takes vLLM seconds."""
         self._connection.close()
-        self._process.kill()
+        if self._has_workers:  # which leave shared memory behind when they are killed
+            self._process.close()
+        else:
+            self._process.kill()
+
+    def failure(self, what: str) -> ChildError:
+        """An error with the last that it said."""
+        return self._process.failure(what)
 
     def _send(self, message: object) -> None:
         with suppress(ConnectionError):  # it has ended, which the next answer tells with the reason
@@ -95,5 +103,5 @@ class EngineProcess:
                 return self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
-            raise self._process.failure(f"ended with exit code {code} {when}") from None
-        raise self._process.failure(f"did not answer for {self._longest_silence_s:.0f} s {when}")
+            raise self.failure(f"ended with exit code {code} {when}") from None
+        raise self.failure(f"did not answer for {self._longest_silence_s:.0f} s {when}")
