@@ -1,13 +1,16 @@
 """`twotower-spec plan`: a verdict from typed numbers or a profile, and one sentence for what is wrong."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.cli.conftest import Command
+from twotower_spec.evaluation.serving_profile import ServingProfile
 
-PROFILE = Path(__file__).parents[1] / "evaluation" / "data" / "trio_in_vllm.json"
+DATA = Path(__file__).parents[1] / "evaluation" / "data"
+PROFILE, SWEEP = DATA / "trio_in_vllm.json", DATA / "trio_sweep.json"
 BUDGET = (
     "plan",
     "--verifier-step-ms",
@@ -65,13 +68,43 @@ def test_profile_is_validated_against_its_own_cells(command: Command, monkeypatc
     monkeypatch.setenv("COLUMNS", "180")
     code, out, err = command("plan", "--profile", PROFILE)
     assert code == 0, err
-    assert "Error of tokens/s: 5 % in the median, 12 % at worst; of the speed-up: 8 % and 13 %." in out
+    assert "5 % in the median, 12 % at worst; of the speed-up: 8 % and 13 %. 87 % of the cells are inside" in out
+    assert "Held out, 5 cells of inner batch sizes without the times of these: 4 % in the median, 8 % at worst" in out
     assert "maths: Use shorter drafts at batch size 1: K 7, block of 8, 1 step" in out
     assert "maths and Python: Do not use TwoTower here at batch size 8" in out
     code, out, _ = command("plan", "--profile", PROFILE, "--category", "maths", "-K", 7, "--json")
     found = json.loads(out)
     assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {7}
     assert len(found["validation"]["checks"]) == 15
+
+
+def test_sweep_is_predicted_for_all_prompts_and_the_drafts_that_were_measured(command: Command) -> None:
+    code, out, err = command("plan", "--profile", SWEEP, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {p["category"] for p in found["predictions"]} == {"all"}
+    assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {8, 16}
+    assert len(found["predictions"]) == 16 and found["validation"]["share_inside"] == 0.75
+    assert any("--category and -K give others" in remark for remark in found["remarks"])
+    _, out, _ = command("plan", "--profile", SWEEP, "--category", "maths", "-K", "3,8", "--json")
+    found = json.loads(out)
+    assert {p["category"] for p in found["predictions"]} == {"maths"}
+    assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {3, 8}
+
+
+def test_what_cannot_be_predicted_is_left_out_and_counted(command: Command, tmp_path: Path) -> None:
+    profile = ServingProfile.load(SWEEP)
+    small = tuple(phase for phase in profile.drafting_phases if phase.block_size == 8)
+    for phases, kept in ((small, {8}), ((), set())):  # without any, as after a sweep of adaptive policies alone
+        replace(profile, drafting_phases=phases).save(tmp_path / "profile.json")
+        code, out, err = command("plan", "--profile", tmp_path / "profile.json", "--json")
+        assert code == 0, err
+        found = json.loads(out)
+        assert {p["setting"]["block_size"] for p in found["predictions"]} == kept
+        assert any("predictions were left out, the first because" in remark for remark in found["remarks"])
+        assert any(check["error"] is not None for check in found["validation"]["checks"])
+    code, _, err = command("plan", "--profile", tmp_path / "profile.json", "--batch-size", 4)
+    assert code == 2 and "no time of the context pass is known" in err
 
 
 @pytest.mark.parametrize(

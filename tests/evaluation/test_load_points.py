@@ -83,6 +83,15 @@ def test_fewer_than_three_repeats_give_a_ratio_without_a_verdict() -> None:
     assert ours.comparison is None and ours.verdict == "too few repeats"
 
 
+def test_systems_with_failed_requests_are_not_compared() -> None:
+    points = rounds(FOUR, candidate_seconds=1.0)
+    failed = [replace(one, texts=("a", "b", "c", None)) if one.repeat == 1 else one for one in points]
+    for name in ("none", "twotower", "none_again"):
+        mixed = [bad if one.system.name == name else one for one, bad in zip(points, failed, strict=True)]
+        ours = next(one for one in load_figures(mixed) if one.system is TWO_TOWER)
+        assert (ours.speed_up, ours.comparison, ours.verdict) == (None, None, "-")
+
+
 def test_repeats_are_compared_with_the_same_repeat_of_no_speculation() -> None:
     points = [point(NONE, repeat=1, seconds=4.0), point(TWO_TOWER, repeat=0), point(TWO_TOWER, repeat=1, seconds=1.0)]
     assert load_figures(points)[1].speed_up == pytest.approx(4.0)
@@ -116,6 +125,22 @@ def test_highest_load_is_the_last_with_nine_in_ten_requests_within_the_bound() -
     figures = load_figures(points)
     assert highest_within_bound(figures, "none", is_closed=True) == EIGHT
     assert highest_within_bound(figures, "none", is_closed=False) is None
+
+
+def test_load_is_kept_where_every_repeat_keeps_it() -> None:
+    texts = ("a",) * 10
+    repeats = [
+        replace(point(NONE, FOUR, repeat, num_good=good), texts=texts) for repeat, good in enumerate((10, 8, 10))
+    ]
+    (one,) = load_figures(repeats)
+    assert one.lowest_good_share == 0.8 and one.good_share == 1.0
+    assert not one.keeps_bound and highest_within_bound([one], "none", is_closed=True) is None
+
+
+def test_goodput_is_the_good_share_of_the_requests_per_second() -> None:
+    repeats = [point(NONE, FOUR, i, seconds, good) for i, (seconds, good) in enumerate(((1.0, 4), (2.0, 2), (4.0, 3)))]
+    (one,) = load_figures(repeats)
+    assert one.goodput.median == pytest.approx(one.good_share * one.requests_per_s.median)
 
 
 def test_bound_is_read_from_pairs_in_any_order() -> None:

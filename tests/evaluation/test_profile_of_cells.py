@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from tests.support.serving_cells import AGAIN, NONE, Times, drafted, repeats, served_cell
 from twotower_spec.cli.app import build_app
 from twotower_spec.evaluation.cost_model import CostModel
-from twotower_spec.evaluation.profile_of_cells import occupancy, serving_profile
+from twotower_spec.evaluation.occupancy import occupancy
+from twotower_spec.evaluation.profile_of_cells import serving_profile
 from twotower_spec.evaluation.serving import ServingCell, System
 from twotower_spec.evaluation.serving_profile import DraftSetting, ServingProfile
 from twotower_spec.evaluation.validation import Validation, validate
@@ -106,8 +107,9 @@ def test_drafting_is_per_round_and_denoising_per_pass() -> None:
 
 def test_drafting_times_are_of_full_batches_without_prompts() -> None:
     cell = served_cell(drafted(SHORT), 2, accepted=[[1] * 8, [3] * 12])
-    (found,) = profile_of([cell]).drafting_phases
+    alone, found = profile_of([cell]).drafting_phases
     # Prompts, and the 4 rounds in which one request is alone, would change all three.
+    assert (alone.batch_size, found.batch_size) == (1, 2)
     assert found.extend_ms.value == pytest.approx(1.0 + 0.1 * (2 + 4), abs=1e-4)
     assert found.denoise_ms.value == pytest.approx(2.0 + 0.2 * 2, abs=1e-4)
 
@@ -151,8 +153,35 @@ def test_cells_of_an_engine_with_known_times_are_predicted() -> None:
     assert found.num_not_predicted == 0 and len(found.checks) == 12
     plain = [check.error for check in found.checks if check.cell.setting is None]
     assert plain == pytest.approx([0.0] * 3, abs=1e-3)
-    # What the last rounds of few requests go beyond their ends is half a round on average alone.
     assert found.worst_error is not None and found.worst_error < 0.03
+
+
+def test_unused_end_of_the_last_rounds_is_counted_as_it_was() -> None:
+    profile = profile_of(sweep())
+    unused = [cell.unused_tokens for cell in profile.measured_cells if cell.setting]
+    assert min(one or 0.0 for one in unused) > 0.5  # texts that are cut anywhere in their last round
+    assert [cell.unused_tokens for cell in profile.measured_cells if cell.setting is None] == [0.0] * 3
+    one_by_one = [check.error for check in validated(profile).checks if check.cell.batch_size == 1]
+    assert one_by_one == pytest.approx([0.0] * 4, abs=1e-4)  # half a round would be up to 0.5 % off
+
+
+def test_cells_of_an_inner_batch_size_are_predicted_without_its_times_too() -> None:
+    found = validated(profile_of(sweep()))
+    held_out = {check.cell.batch_size for check in found.checks if check.held_out}
+    assert held_out == {4} and found.num_held_out == 4
+    # Steps of this engine grow by the same with every token, so that its straight lines are right.
+    assert found.worst_held_out_error is not None and found.worst_held_out_error < 0.02
+
+
+def test_batches_that_ran_empty_tell_the_times_below_the_smallest_full_one() -> None:
+    cells = [cell for cell in sweep() if cell.load.concurrency == 8]
+    profile = profile_of(cells)
+    sizes = {one.batch_size for one in profile.verifier_steps if one.num_tokens == 9}
+    assert 8 in sizes and len(sizes) > 2 and max(sizes) == 8
+    drafting = [check for check in validated(profile).checks if check.cell.setting in (SHORT, LONG)]
+    assert {check.reason for check in drafting} == {None}
+    assert max(abs(check.error) for check in drafting if check.error is not None) < 0.04
+    assert {one.batch_size for one in profile_of(sweep((1, 8))).verifier_steps} == {1, 8}
 
 
 def test_batches_that_run_empty_and_prompts_between_rounds_are_why() -> None:

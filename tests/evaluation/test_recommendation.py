@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.engine_flags import engine_flags
 from twotower_spec.evaluation.recommendation import Goal, best_by_concurrency, front_of, recommend, sweep_points
 from twotower_spec.evaluation.serving import ServingCell, System
 from twotower_spec.evaluation.serving_profile import DraftSetting
@@ -77,7 +78,8 @@ def test_gain_within_the_noise_is_no_reason_to_speculate() -> None:
     assert found.point.system == NONE and found.comparison is not None
     assert "cannot be told from noise" in found.sentence and "A/A noise" in found.sentence
     assert found.runners_up == tuple(p for p in sweep_points(cells({("none", 1): 1.0, ("fast", 1): 1.004}))[1:])
-    assert found.serve_command("V") == "vllm serve V"
+    assert found.serve_command("V", {"max_num_seqs": 8}) == "vllm serve V"
+    assert found.python_call("V", {"max_num_seqs": 8}) == "LLM(model='V')"
 
 
 def test_what_is_slower_is_not_recommended_either() -> None:
@@ -90,9 +92,10 @@ def test_no_speculation_with_more_users_can_be_the_one_to_beat() -> None:
     assert (found.point.system, found.point.load.concurrency) == (NONE, 8)
 
 
-def test_settings_whose_quartiles_overlap_are_runners_up() -> None:
+def test_settings_behind_by_less_than_the_noise_are_runners_up_and_the_best_of_several_is_to_be_confirmed() -> None:
     found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0, ("other", 1): 1.999}), Goal())
     assert found.point.system == FAST and [one.system for one in found.runners_up] == [OTHER]
+    assert found.sentence.endswith("; it is the best of 2, so measure it anew to confirm.")
     apart = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0, ("other", 1): 1.8}), Goal())
     assert apart.runners_up == ()
 
@@ -113,17 +116,36 @@ def test_few_repeats_give_the_fastest_without_a_verdict() -> None:
 
 def test_flags_can_be_copied_into_a_shell_and_into_python() -> None:
     found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0}), Goal())
-    *words, config = shlex.split(found.serve_command("my verifier"))
-    assert words == ["vllm", "serve", "my verifier", "--speculative-config"]
-    assert json.loads(config) == FAST.speculative_config
-    called = eval(found.python_call("my verifier"), {"LLM": dict})
-    assert called == {"model": "my verifier", "speculative_config": FAST.speculative_config}
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16}
+    words = shlex.split(found.serve_command("my verifier", arguments))
+    assert words[:4] == ["vllm", "serve", "my verifier", "--speculative-config"]
+    assert json.loads(words[4]) == FAST.speculative_config
+    assert words[5:] == ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    called = eval(found.python_call("my verifier", arguments), {"LLM": dict})
+    del arguments["max_num_seqs"]
+    assert called == {"model": "my verifier", "speculative_config": FAST.speculative_config, **arguments}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, ["--an-option"]),
+        (False, ["--no-an-option"]),
+        (None, []),
+        (0.5, ["--an-option", "0.5"]),
+        ({"a": [True]}, ["--an-option", '{"a": [true]}']),
+        (["a", 1, {"b": 2}], ["--an-option", "a", "1", '{"b": 2}']),
+    ],
+)
+def test_arguments_are_flags_of_a_command_line(value: object, words: list[str]) -> None:
+    assert engine_flags({"an_option": value}) == words
 
 
 def test_floor_limits_the_users_at_once() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
     found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.0))
-    assert found.serve_command("V").endswith(" --max-num-seqs 4") and found.python_call("V").endswith("max_num_seqs=4)")
+    assert found.serve_command("V", {"max_num_seqs": 64}).endswith("}' --max-num-seqs 4")
+    assert found.python_call("V", {"max_num_seqs": 64}).endswith("}, max_num_seqs=4)")
 
 
 def test_front_has_the_points_that_are_beaten_in_neither() -> None:

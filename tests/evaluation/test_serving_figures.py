@@ -8,19 +8,28 @@ import pytest
 from tests.support.serving_cells import AGAIN, NONE, repeats, served_cell
 from twotower_spec.drafting.metrics import CalibrationBin
 from twotower_spec.evaluation.serving import Drafting, Load, ServedRequest, ServingCell, System, over_categories
-from twotower_spec.evaluation.serving_figures import acceptance_of, all_figures, figures, latency_of, merged_calibration
+from twotower_spec.evaluation.serving_figures import (
+    acceptance_of,
+    all_figures,
+    figures,
+    latency_of,
+    merged_calibration,
+    plain_step_s,
+)
 
 OTHER = System("ngram", "n-gram lookup", {"method": "ngram"})
 
 
 def request(
     prompt_id: str = "a",
-    tokens: tuple[int, ...] = (1, 2, 3),
+    tokens: tuple[int, ...] | None = None,
     drafted: tuple[int, ...] = (),
     accepted: tuple[int, ...] = (),
     first: float = 0.5,
     gaps: tuple[float, ...] = (0.1, 0.2),
 ) -> ServedRequest:
+    if tokens is None:
+        tokens = tuple(range(1 + sum(accepted) + len(accepted))) if accepted else (1, 2, 3)
     return ServedRequest(prompt_id, "maths", 4, tokens, first, first + sum(gaps), gaps, drafted, accepted)
 
 
@@ -39,7 +48,26 @@ def test_acceptance_counts_steps_with_drafts_and_all_steps_apart() -> None:
     assert found.by_position == pytest.approx((2 / 3, 1 / 3, 1 / 3))
     # At the second position two steps had come so far, and one of them accepted; at the third that one.
     assert found.conditional_by_position == pytest.approx((2 / 3, 1 / 2, 1))
+    assert found.num_asked_by_position == (3, 2, 1)
     assert found.histogram == (1, 1, 0, 1)
+
+
+def test_last_step_counts_what_the_text_has_of_it() -> None:
+    """Eight drafts of the last step were accepted, and the text has four tokens of it."""
+    one = request(tokens=tuple(range(1 + 3 + 4)), drafted=(8, 8), accepted=(2, 8))
+    found, whole = acceptance_of([one]), acceptance_of([one], beyond_end=True)
+    assert found.tokens_per_step.estimate == pytest.approx((3 + 4) / 2)
+    assert found.tokens_per_step == found.acceptance_length
+    assert whole.tokens_per_step.estimate == pytest.approx((3 + 9) / 2)
+    # As if three had been drafted: those that there was no room for are neither accepted nor refused.
+    assert found.num_asked_by_position == (2, 2, 2, 0, 0, 0, 0, 0) and found.by_position[:3] == (1, 1, 0.5)
+    assert found.mean_draft_tokens == pytest.approx((8 + 3) / 2)
+
+
+def test_last_step_of_which_the_text_has_one_token_counts_as_one_without_drafts() -> None:
+    found = acceptance_of([request(tokens=(1, 2, 3, 4), drafted=(4, 4), accepted=(1, 3))])
+    assert (found.num_steps, found.num_drafted_steps) == (2, 1)
+    assert found.tokens_per_step.estimate == pytest.approx(3 / 2)
 
 
 def test_a_prompt_that_was_repeated_counts_as_one_for_the_interval() -> None:
@@ -97,18 +125,41 @@ def test_prompts_with_another_text_in_any_repeat_are_counted_once() -> None:
     assert figures(drawn, "ngram", Load("all", 1, 0.7)).num_different is None
 
 
-def test_tokens_per_nfe_and_round_times_come_from_the_drafters_counts() -> None:
-    drafting = Drafting(4, 20, 4, 6, {"extend": 0.4, "denoise": 0.8, "host": 0.04})
-    drafted = replace(
-        cell(OTHER, 0, 1.0, request(drafted=(4, 4), accepted=(4, 2))), drafting=drafting, steps=served_cell(NONE).steps
-    )
+def test_tokens_per_nfe_are_of_steps_with_drafts() -> None:
+    drafting = Drafting(3, 20, 2, 2, {"extend": 0.4, "denoise": 0.8, "host": 0.04})
+    drafted = replace(cell(OTHER, 0, 1.0, request(drafted=(4, 4, 0), accepted=(4, 2, 0))), drafting=drafting)
     found = figures([drafted], "ngram", drafted.load)
-    assert found.tokens_per_nfe == pytest.approx(8 / 6)
-    assert found.round_times is not None
-    assert (found.round_times.extend, found.round_times.denoise, found.round_times.host) == pytest.approx(
-        (0.1, 0.2, 0.01)
-    )
+    assert found.tokens_per_nfe == pytest.approx(8 / 2)
+    assert found.acceptance.acceptance_length is not None
+    assert found.tokens_per_nfe == pytest.approx(found.acceptance.acceptance_length.estimate)
+
+
+def test_times_of_a_round_add_up_to_its_wall_time() -> None:
+    drafting = Drafting(4, 20, 4, 6, {"extend": 0.4, "denoise": 0.8, "host": 0.04}, {"limit": 2})
+    drafted = replace(cell(OTHER, 0, 2.0, request(drafted=(4, 4), accepted=(4, 2))), drafting=drafting)
+    again = replace(drafted, repeat=1, drafting=replace(drafting, without_drafts={"limit": 1, "policy": 3}))
+    found = figures([drafted, again], "ngram", drafted.load)
+    times = found.round_times
+    assert times is not None
+    assert (times.extend, times.denoise, times.host, times.verify) == pytest.approx((0.1, 0.2, 0.01, 0.19))
+    assert found.without_drafts == {"limit": 3, "policy": 3}
     assert (found.speed_up, found.num_different) == (None, None)
+
+
+def test_step_of_no_speculation_is_the_wall_time_over_all_steps() -> None:
+    plain = served_cell(NONE, 2, accepted=[()] * 4, num_plain_tokens=9)
+    assert plain_step_s([plain]) == pytest.approx(plain.seconds / 18)
+    assert plain_step_s(repeats(plain, [1, 3])) == pytest.approx(2 * plain.seconds / 18)
+
+
+def test_repeats_that_one_of_them_lacks_are_not_compared() -> None:
+    plain = served_cell(NONE)
+    other = repeats(replace(plain, system=OTHER), [0.5, 0.25, 0.5, 0.5])
+    missing = [one for one in repeats(plain, [1, 8, 1, 1]) if one.repeat != 1]
+    cells = [*missing, *repeats(replace(plain, system=AGAIN), [1, 1, 1, 1]), *other]
+    found = figures(cells, "ngram", plain.load)
+    assert found.comparison is not None and found.comparison.num_rounds == 3
+    assert found.speed_up == found.comparison.speed_up.estimate == pytest.approx(2.0)
 
 
 def test_categories_together_take_the_time_of_all() -> None:

@@ -3,6 +3,7 @@ import pytest
 
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Comparison, Interval, bootstrap_interval, median_and_spread
+from twotower_spec.evaluation.statistics import compare_same_repeats, ratio_of_same_repeats
 from twotower_spec.training.quality import Acceptance
 
 TIMES = [1.00, 1.02, 0.99, 1.01, 1.03, 0.98, 1.00]
@@ -101,7 +102,28 @@ def test_a_speed_up_inside_the_noise_floor_is_no_difference() -> None:
     assert comparison.speed_up.low > 1
     assert comparison.noise_floor == pytest.approx(1.05, rel=1e-9)
     assert comparison.verdict == "no difference"
-    assert str(comparison) == "no difference: 1.04x (1.04x to 1.04x; A/A noise 1.05x, 7 rounds)"
+    assert str(comparison) == "no difference: 1.04x (95 % interval 1.04x to 1.04x; A/A noise 1.05x, 7 rounds)"
+
+
+@pytest.mark.parametrize(("rounds", "name"), [(3, "lowest to highest"), (4, "lowest to highest"), (5, "95 % interval")])
+def test_interval_of_few_rounds_is_called_what_it_is(rounds: int, name: str) -> None:
+    comparison = Comparison.of_seconds(TIMES[:rounds], [t**3 / 2 for t in TIMES[:rounds]], TIMES[:rounds])
+    ratios = [t / (t**3 / 2) for t in TIMES[:rounds]]
+    assert (comparison.speed_up.low, comparison.speed_up.high) == pytest.approx((min(ratios), max(ratios)))
+    assert comparison.interval_name == comparison.to_json()["interval_name"] == name and name in str(comparison)
+
+
+def test_repeats_are_compared_with_the_same_repeats_alone() -> None:
+    baseline, candidate = {0: 1.0, 1: 2.0, 2: 4.0, 3: 8.0, 5: 1.0}, {0: 2.0, 2: 8.0, 3: 16.0, 4: 1.0, 5: 0.0}
+    found = compare_same_repeats(baseline, candidate, baseline)
+    assert found == Comparison.of_rates([1.0, 4.0, 8.0], [2.0, 8.0, 16.0], [1.0, 4.0, 8.0])
+    assert found is not None and found.verdict == "faster"
+    assert compare_same_repeats(baseline, candidate, {0: 1.0, 2: 4.0, 4: 1.0}) is None
+
+
+def test_ratio_is_the_median_of_the_same_repeats() -> None:
+    assert ratio_of_same_repeats({0: 2.0, 1: 9.0, 2: 3.0, 4: 4.0}, {0: 1.0, 2: 1.0, 3: 1.0, 4: 1.0}) == 3.0
+    assert ratio_of_same_repeats({0: 2.0}, {1: 1.0}) is None
 
 
 def test_what_slows_a_whole_round_down_is_no_noise() -> None:

@@ -63,19 +63,22 @@ def serving_cells(
                 load = Load(category, number)
                 requests = one.requests
                 if category != "all":
-                    requests = tuple(replace(request, category=category) for request in requests)
+                    requests = tuple(
+                        replace(request, prompt_id=f"{category}-{request.prompt_id}", category=category)
+                        for request in requests
+                    )
                 cells += repeats(replace(one, load=load, requests=requests, drafting=drafting), FACTORS)
     return cells
 
 
-def swept_cells() -> list[ServingCell]:
+def swept_cells(concurrencies: Sequence[int] = (1, 4)) -> list[ServingCell]:
     """A sweep over gamma, block size and steps, all prompts together."""
     settings = [
         *(DraftSetting(4, 4, 4, "threshold", gamma) for gamma in (0.5, 0.8, 0.95)),
         *(DraftSetting(4, 8, 2, "threshold", gamma) for gamma in (0.5, 0.8, 0.95)),
         FIXED,
     ]
-    return serving_cells((NONE, AGAIN, *map(drafted, settings)), ("all",))
+    return serving_cells((NONE, AGAIN, *map(drafted, settings)), ("all",), concurrencies)
 
 
 def load_points() -> list[LoadPoint]:

@@ -15,10 +15,13 @@ from tests.report.builders import (
     write_standalone,
 )
 from tests.support.serving_cells import AGAIN, NONE
+from twotower_spec.evaluation.cost_model import CostModel
 from twotower_spec.evaluation.serving import ServingCell, System
+from twotower_spec.evaluation.serving_profile import ServingProfile
 from twotower_spec.evaluation.statistics import Comparison
+from twotower_spec.evaluation.validation import validate
 from twotower_spec.report import report_of
-from twotower_spec.report.document import Line, Section, Table
+from twotower_spec.report.document import Bars, Line, Mark, Section, Table
 from twotower_spec.report.findings import Outcome, finding
 
 
@@ -35,6 +38,11 @@ def cells_of(found: Table, row: str) -> dict[str, str]:
     """The first row of that name by column."""
     first = next(one for group in found.groups for one in group.rows if one.cells[0] == row)
     return dict(zip(found.columns, first.cells, strict=True))
+
+
+def bars(mark: Mark) -> tuple[float, ...]:
+    assert isinstance(mark, Bars)
+    return mark.values
 
 
 def outcome(system: System, place: str, rates: tuple[float, float, float]) -> Outcome:
@@ -88,13 +96,13 @@ def test_finding_without_repeats_says_what_no_speculation_gives_against_itself()
 def test_speed_and_drafts_stand_in_the_tables(tmp_path: Path) -> None:
     section = section_of(tmp_path, serving_cells())
     speed = cells_of(table(section, "Speed and latency"), "TwoTower")
-    assert speed["Verdict"] == "faster" and speed["Different texts"] == "2 of 4"
+    assert speed["Verdict"] == "faster" and speed["Different texts"] == "4 of 8"
     plain = cells_of(table(section, "Speed and latency"), "no speculation")
     assert plain["Verdict"] == "" and plain["Speed-up"] == ""
-    # 41 drafts accepted in 17 steps, each of 4 drafts and one denoiser pass a round of one request.
+    # In each category 41 drafts accepted in 17 steps, each of 4 drafts and one denoiser pass a round of one request.
     drafts = cells_of(table(section, "What drafts gain"), "TwoTower")
     assert drafts["Acceptance length"].startswith("3.41 (") and drafts["Drafts"] == "4.0"
-    assert drafts["Steps with drafts"] == "51 of 51"
+    assert drafts["Steps with drafts"] == "102 of 102"
     by_position = cells_of(table(section, "Accepted at each position"), "TwoTower")
     assert [by_position[str(i)] for i in (1, 2, 3, 4)] == ["0.88", "0.71", "0.53", "0.29"]
     assert "n-gram lookup" not in {row.cells[0] for row in table(section, "What drafts gain").groups[0].rows}
@@ -109,8 +117,87 @@ def test_categories_of_a_load_with_all_prompts_are_told_apart(tmp_path: Path) ->
 def test_time_of_a_round_is_the_engines(tmp_path: Path) -> None:
     section = section_of(tmp_path, serving_cells(concurrencies=(1,), speed=1.0))
     times = cells_of(table(section, "Time of a round"), "TwoTower")
-    # One step of 10 ms and 5 tokens of half a millisecond; one denoiser pass of one request.
-    assert times["Verify ms"] == "12.5" and times["Denoise ms"] == "2.2" and times["Host ms"] == "0.5"
+    # 17 steps of 12.5 ms, and 4 that read a prompt, of 14.5 ms; one denoiser pass of one request.
+    assert times["Verify ms"] == "12.9" and times["Denoise ms"] == "2.2" and times["Host ms"] == "0.5"
+
+
+def test_bars_of_a_round_add_up_to_its_time_beside_a_step_without_speculation(tmp_path: Path) -> None:
+    cells = serving_cells(concurrencies=(1,), speed=1.0)
+    (plot,) = [one for one in section_of(tmp_path, cells).plots if one.name == "rounds"]
+    panel = plot.panels[0]
+    lengths = dict(zip(panel.y.names, map(sum, zip(*(bars(mark) for mark in panel.marks), strict=True)), strict=True))
+    own = [cell for cell in cells if cell.system == TWO_TOWER]
+    rounds = sum(cell.drafting.rounds for cell in own if cell.drafting)
+    assert lengths["all prompts, 1: twotower"] == pytest.approx(1e3 * sum(cell.seconds for cell in own) / rounds)
+    # 13 steps of 10.5 ms after one of 14.5 ms that reads the prompt.
+    assert lengths["all prompts, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
+    assert lengths["maths, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
+
+
+def test_all_categories_lead_and_the_finding_is_about_them(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells())
+    headings = [group.heading for group in table(section, "Speed and latency").groups]
+    assert [heading.partition(";")[0] for heading in headings[:3]] == [
+        "all prompts, 1 at once", "all prompts, 4 at once", "maths, 1 at once"
+    ]  # fmt: skip
+    assert headings[0].startswith("all prompts, 1 at once; 8 prompts; A/A noise 1.") and "; 4 prompts; " in headings[2]
+    assert table(section, "Acceptance length by category").columns == ("System", "all prompts", "maths", "python")
+    assert "under 2 of 2 loads" in section.finding and "for all prompts, " in section.finding
+    # Confidences are counted once, not again in all together: 3 repeats, 2 categories, 2 concurrencies.
+    confidences = table(section, "Confidence and acceptance")
+    assert sum(int(row.cells[1]) for row in confidences.groups[0].rows) == 260 * 12
+
+
+def test_run_that_was_stopped_is_taken_together_only_where_every_category_was_measured(tmp_path: Path) -> None:
+    whole = [cell for cell in serving_cells() if (cell.repeat, cell.load.category) != (2, "python")]
+    section = section_of(tmp_path, [cell for cell in whole if (cell.system, cell.load.category) != (AGAIN, "python")])
+    first = table(section, "Speed and latency").groups[0]
+    assert first.heading == "all prompts, 1 at once; 8 prompts"
+    assert [row.cells[0] for row in first.rows] == ["no speculation", "n-gram lookup", "TwoTower"]
+    # Of 2 repeats, as those of no category are left over.
+    assert cells_of(table(section, "What drafts gain"), "TwoTower")["Steps with drafts"] == "68 of 68"
+    by_position = {one.title: one for one in section.tables}["Accepted at each position"]
+    assert by_position.groups[0].rows[0].cells[1:] == by_position.groups[1].rows[0].cells[1:]
+
+
+def test_intervals_of_few_repeats_are_called_what_they_are(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells())
+    (plot,) = [one for one in section.plots if one.name == "speed-up"]
+    for text in (table(section, "Speed and latency").note, plot.caption):
+        assert "(lowest to highest)" in text and "95 %" not in text
+    more = [replace(cell, repeat=cell.repeat + 3) for cell in serving_cells()]
+    assert "(95 % interval)" in table(section_of(tmp_path, [*serving_cells(), *more]), "Speed and latency").note
+
+
+def test_positions_that_few_steps_reached_are_left_empty(tmp_path: Path) -> None:
+    cells = serving_cells(categories=("maths",), concurrencies=(1,))
+    title = "Accepted at each position that was reached"
+    # In a repeat 17, 15, 12 and 9 steps drafted there and accepted all before.
+    assert cells_of(table(section_of(tmp_path, cells), title), "TwoTower") == {
+        "System": "TwoTower", "1": "0.88", "2": "0.80", "3": "0.75", "4": "0.56"
+    }  # fmt: skip
+    # Of two requests 8, 7, 5 and 4: 12 in all repeats, whose texts are the same.
+    short = section_of(tmp_path, [replace(cell, requests=cell.requests[2:]) for cell in cells])
+    assert table(short, title).columns == ("System", "1", "2", "3")
+    (plot,) = [one for one in short.plots if one.name == "conditional"]
+    assert [mark.xs for mark in plot.panels[0].marks if isinstance(mark, Line)] == [(1, 2, 3)]
+    # Of one request 3.
+    one = section_of(tmp_path, [replace(cell, requests=cell.requests[2:3]) for cell in cells])
+    assert title not in {found.title for found in one.tables}
+    assert "conditional" not in {found.name for found in one.plots}
+
+
+def test_rounds_without_drafts_for_no_good_reason_are_told(tmp_path: Path) -> None:
+    reasons = {"policy": 7, "limit": 3, "prefilling": 2}
+    for more, text in (({}, None), ({"no room": 5, "not finite": 1}, "(no room: 60 and not finite: 12)")):
+        cells = [
+            replace(cell, drafting=replace(cell.drafting, without_drafts={**reasons, **more}))
+            if cell.drafting
+            else cell
+            for cell in serving_cells()
+        ]
+        notes = [note for note in section_of(tmp_path, cells).notes if "went without drafts" in note]
+        assert (notes == []) if text is None else text in notes[0]
 
 
 def test_settings_are_sorted_by_speed_and_the_front_is_marked(tmp_path: Path) -> None:
@@ -119,6 +206,32 @@ def test_settings_are_sorted_by_speed_and_the_front_is_marked(tmp_path: Path) ->
         rates = [float(row.cells[1].partition(" ")[0]) for row in group.rows]
         assert rates == sorted(rates, reverse=True)
         assert [bool(row.mark) for row in group.rows] == [True] + [False] * (len(rates) - 1)
+
+
+def test_best_of_many_settings_is_called_so_in_the_finding(tmp_path: Path) -> None:
+    assert "; best of 7 settings; measure it anew to confirm) for" in section_of(tmp_path, swept_cells()).finding
+    assert "best of" not in section_of(tmp_path, serving_cells()).finding
+
+
+def test_speed_of_one_user_is_the_same_in_all_tables(tmp_path: Path) -> None:
+    section = section_of(tmp_path, swept_cells())
+    front = {row.cells[:2]: row.cells[3].partition(" ")[0] for row in table(section, "Pareto front").groups[0].rows}
+    users = {
+        (row.cells[0], group.heading.partition(";")[0]): row.cells[2]
+        for group in table(section, "All settings").groups
+        for row in group.rows
+        if row.mark
+    }
+    assert front and users == front
+
+
+def test_pareto_plot_shows_every_concurrency(tmp_path: Path) -> None:
+    cells = [cell for number in range(1, 7) for cell in swept_cells((number,))]
+    (plot,) = [one for one in section_of(tmp_path, cells).plots if one.name == "pareto"]
+    own = [mark for mark in plot.panels[0].marks if mark.label.startswith("TwoTower")]
+    assert [mark.label for mark in own][-2:] == ["TwoTower, 4 at once", "TwoTower, 5 to 6 at once"]
+    assert sum(len(mark.xs) for mark in own if isinstance(mark, Line)) == 6 * 7
+    assert len({mark.hue for mark in own if isinstance(mark, Line)}) == len(own) == 5
 
 
 def test_sweep_draws_a_line_for_each_way_to_draft_over_gamma(tmp_path: Path) -> None:
@@ -131,7 +244,7 @@ def test_sweep_draws_a_line_for_each_way_to_draft_over_gamma(tmp_path: Path) -> 
 def test_run_without_a_baseline_is_reported_without_verdicts(tmp_path: Path) -> None:
     for cells in (serving_cells((TWO_TOWER,)), [cell for cell in swept_cells() if cell.system != NONE]):
         section = section_of(tmp_path, cells)
-        assert "not measured beside no speculation" in section.finding
+        assert section.finding == "TwoTower was not compared with no speculation here."
         assert "speed-up" not in {plot.name for plot in section.plots}
 
 
@@ -147,6 +260,24 @@ def test_server_section_has_a_panel_for_each_kind_of_loop(tmp_path: Path) -> Non
     assert all(len(plot.panels) == 2 for plot in section.plots)
     speed = cells_of(table(section, "Throughput and goodput"), "TwoTower")
     assert speed["Verdict"] == "faster" and speed["Acceptance length"] == "4.00" and speed["Within bound"] == "75 %"
+
+
+def test_worst_repeat_is_told_where_it_keeps_the_bound_less_often(tmp_path: Path) -> None:
+    points = [replace(point, num_good=1) if point.repeat == 1 else point for point in load_points()]
+    (section,) = report_of([write_rows(tmp_path / "f.jsonl", "load_point", points)]).sections
+    assert cells_of(table(section, "Throughput and goodput"), "TwoTower")["Within bound"] == "74 % (lowest 25 %)"
+
+
+def test_errors_of_predictions_are_told_in_sample_and_held_out(tmp_path: Path) -> None:
+    file = write_all(tmp_path)[-1]
+    profile = ServingProfile.load(file)
+    found = validate(profile, CostModel(profile.verifier_steps, profile.drafting_phases))
+    (section,) = report_of([file]).sections
+    errors = [row.cells[4] for group in table(section, "Predicted and measured speed").groups for row in group.rows]
+    assert 0 < sum(map(bool, errors)) == found.num_held_out < len(errors)
+    assert section.finding.startswith("In-sample the cost model misses measured tokens/s by ")
+    assert f"With the batch size held out, it misses tokens/s of {found.num_held_out} cells by " in section.finding
+    assert f"{round(100 * (found.share_inside or 0))} % of what was measured lie in the" in section.finding
 
 
 @pytest.mark.parametrize("index", range(5))

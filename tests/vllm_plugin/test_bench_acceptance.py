@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +20,7 @@ import pytest
 from twotower_spec.cli import main
 from twotower_spec.evaluation.serving import Load, ServingCell
 from twotower_spec.evaluation.serving_profile import ServingProfile
+from vllm_twotower.cli.serving_record import serving_record
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = 'short={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
@@ -155,6 +161,35 @@ def test_a_file_with_the_same_name_for_another_system_is_refused(
 
 @needs_vllm
 @pytest.mark.slow
+def test_engines_end_when_the_command_is_ended(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "twotower_spec.cli", "bench", *ACCEPTANCE]
+    # By its folder for temporary files, which its engines are started with.
+    running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
+    try:
+        deadline = time.monotonic() + 60
+        while len(processes_in(tmp_path)) < 3:
+            assert running.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        time.sleep(1)
+        running.terminate()
+        assert running.wait(60) == 128 + signal.SIGTERM
+    finally:
+        running.kill()
+    assert not processes_in(tmp_path) and not list(tmp_path.iterdir())
+
+
+def processes_in(folder: Path) -> set[int]:
+    """Those whose environment names something in it."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"={folder}/".encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@needs_vllm
+@pytest.mark.slow
 def test_a_sweep_measures_each_setting_once_and_writes_a_profile(sweep: Run) -> None:
     names = {cell.system.name for cell in sweep.cells}
     assert names == {"none", "fixed-S4-1", "fixed-S4-2-g0.8", "adaptive-S4-1", "adaptive-S4-2-g0.8"}
@@ -163,7 +198,9 @@ def test_a_sweep_measures_each_setting_once_and_writes_a_profile(sweep: Run) -> 
     assert len(texts) == 1
     profile = ServingProfile.load(sweep.file.parent / "profile.json")
     assert len(profile.measured_cells) == 10 and profile.acceptance_lengths and profile.verifier_steps
-    assert "vllm serve" in sweep.text and "LLM(model=" in sweep.text and "plan --profile" in sweep.text
+    (command,) = (line.strip() for line in sweep.text.splitlines() if line.startswith("    vllm serve"))
+    assert command.endswith("--dtype float32 --enforce-eager --max-model-len 512")
+    assert "LLM(model=" in sweep.text and "plan --profile" in sweep.text
 
 
 @needs_vllm
@@ -179,12 +216,47 @@ def test_settings_of_a_sweep_draft_as_they_say(sweep: Run) -> None:
     assert one and two and one.denoiser_passes < two.denoiser_passes
 
 
+SURROUNDINGS = {"processor": "P", "gpu": None, "threads": 1, "torch": "2.13", "commit": "a"}
+
+
+@pytest.mark.parametrize(
+    ("change", "goes_on"),
+    [
+        ({"commit": "b"}, True),
+        ({"processor": "Q"}, False),
+        ({"gpu": "G"}, False),
+        ({"threads": 2}, False),
+        ({"torch": "2.14"}, False),
+    ],
+)
+def test_a_file_goes_on_on_the_same_machine_alone(
+    change: dict[str, Any], goes_on: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs = []
+    for found in (SURROUNDINGS, {**SURROUNDINGS, **change}):
+        monkeypatch.setattr("vllm_twotower.cli.record.machine_info", lambda found=found: found)
+        runs.append(serving_record(["content"], []).file.run)
+    assert (runs[0] == runs[1]) == goes_on
+
+
+def test_a_file_does_not_go_on_with_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = serving_record(["content"], []).file.run
+    monkeypatch.setattr("vllm_twotower.cli.record.distributions", lambda name: [SimpleNamespace(version="0.99")])
+    assert serving_record(["content"], []).file.run != before
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
         (["acceptance", "--prompts", "0"], "--prompts 0 is not allowed; give an integer of at least 1"),
         (["acceptance", "--concurrency", "1,x"], "--concurrency '1,x' is not a list of numbers"),
         (["acceptance", "--concurrency", "0"], "--concurrency 0 is not allowed"),
+        (
+            ["acceptance", "--concurrency", "1,8", "--prompts", "13"],
+            "--concurrency 8 needs 8 prompts of each category, python has 4; give --prompts 24 or more, or a lower",
+        ),
+        (["sweep", "--prompts", "4"], "--concurrency 16 needs 16 prompts at least, there are 4; give --prompts 16 or"),
+        (["sweep", "--profile", "/nowhere/p.json"], "--profile /nowhere/p.json cannot be written (No such file"),
         (["acceptance", "--temperature", "3"], "--temperature 3.0 is not allowed; give 0 to 2"),
         (["acceptance", "--verifier", "V"], "--verifier came without --drafter; name both"),
         (["acceptance", "--verifier", "/nowhere", "--drafter", "T"], "--verifier /nowhere is no directory with"),

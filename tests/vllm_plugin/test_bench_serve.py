@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,22 +20,26 @@ from rich.console import Console
 from tests.vllm_plugin.server import serving
 from twotower_spec.cli.bench import build_bench_app
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.engine_flags import engine_flags
 from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, Traffic, load_figures
 from twotower_spec.evaluation.serving import System
 from vllm_twotower.child_process import ChildError, ChildProcess
+from vllm_twotower.cli.load_record import load_record
 from vllm_twotower.cli.load_tables import failures, latency_table, throughput_table
-from vllm_twotower.cli.options import Models, systems_of
+from vllm_twotower.cli.measured_systems import systems_of
+from vllm_twotower.cli.options import Models
 from vllm_twotower.cli.serve import serve
 from vllm_twotower.cli.serve_options import most_at_once, serve_arguments, traffics_of
 from vllm_twotower.serving_bench import ServePlan, Workload
-from vllm_twotower.serving_bench.load_generator import as_point, bench_arguments
-from vllm_twotower.serving_bench.server import Endpoint, serve_command
+from vllm_twotower.serving_bench.load_generator import as_point
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 NONE, TWO_TOWER = System("none", "no speculation"), System("twotower", "TwoTower", {"model": "T"})
 WORKLOAD = Workload(("one", "two", "three"), False, 16, 0.0, LatencyBound(ttft=500))
 SMALL = ["--concurrency", "2", "--request-rate", "8", "--prompts", "4", "--max-new-tokens", "24", "--repeat", "1"]
+# Nobody listens there.
+CLOSED_PROXY = "http://127.0.0.1:9"
 Capture = pytest.CaptureFixture[str]
 
 
@@ -69,7 +73,11 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("serve") / "points.jsonl"
     code = "from tests.vllm_plugin.test_bench_serve import bench; import sys; bench(*sys.argv[1:])"
     arguments = ["--only", "twotower", *SMALL, "--json", str(file)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    # A proxy that would answer nothing is not asked.
+    environment = {**os.environ, "http_proxy": CLOSED_PROXY, "no_proxy": "", "NO_PROXY": ""}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return Run(file, done.stdout)
 
@@ -149,6 +157,10 @@ def test_server_that_runs_already_is_measured_alone(tmp_path: Path, capsys: Capt
         (["--concurrency", "", "--request-rate", ""], "both empty"),
         (["--concurrency", "1,many"], "--concurrency '1,many' is not a list of numbers"),
         (["--concurrency", "0"], "concurrency 0 is not allowed"),
+        (
+            ["--concurrency", "1,8", "--prompts", "4"],
+            "8 needs 8 prompts at least, there are 4; give --prompts 8 or more",
+        ),
         (["--request-rate", "-1"], "request rate -1.0 is not above 0"),
         (["--goodput", "itl:5"], "goodput bound"),
         (["--temperature", "-1"], "--temperature"),
@@ -181,25 +193,6 @@ def plan(mode: Any, num_repeats: int = 2) -> ServePlan:
     return ServePlan("V", (), (NONE, TWO_TOWER), traffics, num_repeats, mode, WORKLOAD)
 
 
-def test_systems_side_by_side_take_turns_under_each_load_and_another_begins_each_repeat() -> None:
-    slots = list(plan("together").slots())
-    assert [(slot.system.name, str(slot.traffic)) for slot in slots[:3]] == [
-        ("none", "concurrency 1"),
-        ("twotower", "concurrency 1"),
-        ("none", "concurrency 4"),
-    ]
-    assert slots[8].repeat == 1 and slots[8].system is TWO_TOWER
-
-
-def test_systems_in_turn_keep_their_server_for_all_loads_of_a_repeat() -> None:
-    names = [slot.system.name for slot in plan("in-turn").slots()]
-    assert names == ["none"] * 4 + ["twotower"] * 8 + ["none"] * 4
-
-
-def test_warming_up_is_at_the_smallest_and_the_largest_closed_loop() -> None:
-    assert plan("together").warm_up() == (Traffic(concurrency=1), Traffic(concurrency=4))
-
-
 MODELS = Models("V", "T", "D", {})
 
 
@@ -227,23 +220,51 @@ def test_arguments_of_the_user_come_after_ours() -> None:
     assert " ".join(arguments) == "--dtype float32 --enforce-eager --max-num-seqs 16 --max-num-seqs 64"
 
 
+def run_of(plan: ServePlan, server: object = "") -> str:
+    return load_record(plan, server).file.run
+
+
+def test_file_is_gone_on_with_for_more_loads_but_not_with_other_arguments_prompts_or_verifier() -> None:
+    begun = run_of(plan("together"))
+    assert run_of(replace(plan("together", 5), traffics=traffics_of("64", ""), arguments=("--max-num-seqs",))) == begun
+    edited = replace(WORKLOAD, prompts=("one", "two", "three, edited"))
+    others = [replace(plan("together"), workload=edited), replace(plan("together"), verifier="W"), plan("in-turn")]
+    assert begun not in [run_of(plan("together"), "--seed 1"), *map(run_of, others)]
+
+
+def test_verifier_in_a_directory_is_the_same_by_whatever_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "V").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert run_of(plan("together")) == run_of(replace(plan("together"), verifier=str(tmp_path / "V")))
+
+
 def test_servers_of_the_trio_hold_all_requests_of_the_largest_load() -> None:
     assert most_at_once(traffics_of("1,32", "2")) == 32
 
 
-def test_servers_differ_in_their_speculation_alone() -> None:
-    plain, ours = (serve_command(system, "V", ["--seed", "3"]) for system in (NONE, TWO_TOWER))
-    assert ours == [*plain, "--speculative-config", '{"model": "T"}']
-
-
-@pytest.mark.parametrize(
-    ("traffic", "option"),
-    [(Traffic(concurrency=4), ("--max-concurrency", "4")), (Traffic(request_rate=2.5), ("--request-rate", "2.5"))],
-)
-def test_load_is_a_concurrency_or_a_rate_of_the_load_generator(traffic: Traffic, option: tuple[str, str]) -> None:
-    arguments = bench_arguments(WORKLOAD, Path("p.jsonl"), Endpoint("http://h:1", "V", "V"), traffic, seed=3)
-    assert option in set(pairwise(arguments))
-    assert ("--max-concurrency" in arguments) != ("--request-rate" in arguments)
+@pytest.mark.slow
+def test_flags_are_what_vllm_makes_of_them() -> None:
+    arguments = {
+        "dtype": "float32",
+        "enforce_eager": True,
+        "enable_prefix_caching": False,
+        "max_model_len": 512,
+        "compilation_config": {"cudagraph_mode": "NONE"},
+        "ignore_patterns": ["*.bin", "*.pt"],
+        "quantization": None,
+    }
+    code = (
+        "import json, sys; from vllm.engine.arg_utils import EngineArgs; "
+        "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
+        "parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(sys.argv[2:]); "
+        "print(json.dumps({name: getattr(parsed, name) for name in json.loads(sys.argv[1])}, default=repr))"
+    )
+    command = [sys.executable, "-c", code, json.dumps(list(arguments)), *engine_flags(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert "NONE" in str(found.pop("compilation_config"))
+    assert found == {name: value for name, value in arguments.items() if name != "compilation_config"}
 
 
 def result(**given: Any) -> dict[str, Any]:
@@ -263,12 +284,6 @@ def test_failed_request_is_counted_and_named_under_the_tables() -> None:
     point = as_point(result(), WORKLOAD, NONE, Traffic(concurrency=4), repeat=0)
     assert point.texts == ("a", None, "c") and point.num_good == 1
     assert failures(load_figures([point])) == ["no speculation failed 1 of 3 requests at concurrency 4."]
-
-
-def test_drafts_are_those_that_the_server_counted_meanwhile() -> None:
-    counted = result(spec_decode_num_drafts=10, spec_decode_accepted_tokens=25)
-    point = as_point(counted, WORKLOAD, TWO_TOWER, Traffic(concurrency=4), repeat=0)
-    assert (point.num_drafts, point.num_accepted_tokens) == (10, 25)
 
 
 @pytest.mark.parametrize("make", [throughput_table, latency_table])

@@ -30,6 +30,8 @@ from twotower_spec.evaluation.validation import Validation, validate
 from twotower_spec.evaluation.verdict import Advice, advise
 
 PUBLISHED = "published"
+# Of a profile where no more is asked.
+AS_MEASURED = "Prompts of all kinds together, where measured, and drafts as measured; --category and -K give others."
 
 
 def plan(
@@ -62,7 +64,10 @@ def plan(
     times_floor: Annotated[float, typer.Option(help="How many times its bytes a derived pass takes.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights of a derived drafter.")] = "bfloat16",
     num_speculative_tokens: Annotated[
-        str | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts, 3,7,15; default: the most, and fewer.")
+        str | None,
+        typer.Option(
+            "--num-speculative-tokens", "-K", help="Drafts, 3,7,15; default: those measured, or the most and fewer."
+        ),
     ] = None,
     block_size: Annotated[
         str | None, typer.Option("--block-size", "-S", help="8,16 for several; default: 16, or those measured.")
@@ -77,7 +82,9 @@ def plan(
     acceptance_by_position: Annotated[
         str | None, typer.Option(help="Share of rounds that accepted each draft, 0.9,0.8,...: for shorter drafts.")
     ] = None,
-    category: Annotated[str | None, typer.Option(help="Only this kind of prompts of the profile.")] = None,
+    category: Annotated[
+        str | None, typer.Option(help="Only this kind of prompts of the profile; default: all together, if measured.")
+    ] = None,
     assumed_error: Annotated[
         float, typer.Option(help="Of numbers without an interval: within this share, 95 times in 100.")
     ] = 0.1,
@@ -101,14 +108,19 @@ def plan(
     else:
         typed.refuse(f"is measured in --profile {profile}")
         given = ServingProfile.load(profile)
+        asked = asked.of_measured(given)
     model = CostModel(given.verifier_steps, size or given.drafting_phases, doubt)
-    predictions = _predictions(given, asked, model)
+    predictions, failures = _predictions(given, asked, model)
     measured = {one.setting for one in given.acceptance_lengths}
     guessed = any(not one.by_position for one in given.acceptance_lengths)
     found = Plan(
         predictions=predictions,
         validation=validate(given, model) if given.measured_cells else None,
-        remarks=_remarks(doubt, size, guessed and any(one.setting not in measured for one in predictions)),
+        remarks=(
+            *_left_out(failures),
+            *([AS_MEASURED] if profile and not (category and num_speculative_tokens) else []),
+            *_remarks(doubt, size, guessed and any(one.setting not in measured for one in predictions)),
+        ),
     )
     if as_json:
         print(json.dumps(found.to_json()))
@@ -162,7 +174,14 @@ def _drafter_size(
     return DrafterSize(config, bandwidth_gb_s, TORCH_DTYPES[dtype].itemsize, launch_overhead_ms, times_floor)
 
 
-def _predictions(given: ServingProfile, asked: Asked, model: CostModel) -> tuple[Prediction, ...]:
+def _predictions(
+    given: ServingProfile, asked: Asked, model: CostModel
+) -> tuple[tuple[Prediction, ...], list[ArgumentError]]:
+    """All that can be predicted, by load, and why others cannot.
+
+    Raises:
+        ArgumentError: nothing can, and no measured cells are there to be shown, or a batch size was asked for.
+    """
     lengths = [
         one
         for one in given.acceptance_lengths
@@ -173,19 +192,27 @@ def _predictions(given: ServingProfile, asked: Asked, model: CostModel) -> tuple
     if not lengths:
         known = "; ".join(sorted({f"{one.category}: {one.setting.name}" for one in given.acceptance_lengths}))
         raise ArgumentError(f"no acceptance length is known for what was asked; known are {known or 'none'}")
-    found = [
-        model.predict(batch_size, one, num_tokens)
+    places = [
+        (batch_size, one, num_tokens)
         for one in lengths
         for batch_size in _batch_sizes(given, asked)
         if one.batch_size in (None, batch_size)
         for num_tokens in _num_tokens(one, asked)
     ]
-    if not found:
+    if not places:
         raise ArgumentError(
             f"nothing is known for batch size {asked.batch_sizes} with K {asked.num_speculative_tokens}; ask for what "
             f"was measured"
         )
-    return tuple(sorted(found, key=lambda one: (*_load(one), _place(one.setting))))
+    found, failures = [], []
+    for place in places:
+        try:
+            found.append(model.predict(*place))
+        except ArgumentError as error:
+            failures.append(error)
+    if not found and (asked.batch_sizes or not given.measured_cells):
+        raise failures[0]
+    return tuple(sorted(found, key=lambda one: (*_load(one), _place(one.setting)))), failures
 
 
 def _load(one: Prediction) -> tuple[str, float, int]:
@@ -201,11 +228,17 @@ def _batch_sizes(given: ServingProfile, asked: Asked) -> Sequence[int]:
 
 
 def _num_tokens(one: AcceptanceLength, asked: Asked) -> list[int]:
-    """Numbers of drafts to predict: those asked for, or the most and some fewer."""
+    """Numbers of drafts to predict: those asked for, those measured, or the most and some fewer."""
     most = one.setting.num_speculative_tokens
     if asked.num_speculative_tokens:
         return [number for number in asked.num_speculative_tokens if number <= most]
+    if asked.measured_only:
+        return [most]
     return [*(2**i - 1 for i in range(1, 8) if 2**i - 1 < most), most]
+
+
+def _left_out(failures: Sequence[ArgumentError]) -> list[str]:
+    return [f"{len(failures)} predictions were left out, the first because: {failures[0]}."] if failures else []
 
 
 def _remarks(doubt: Doubt, size: DrafterSize | None, shortened: bool) -> tuple[str, ...]:
@@ -267,7 +300,7 @@ def _narrow_table(title: str, *columns: str) -> Table:
 
 def _validation_table(validation: Validation) -> Table:
     table = _narrow_table("measured cells beside their predictions", "text", "batch")
-    for heading in ("measured tokens/s", "predicted", "error", "measured speed-up", "predicted", "error"):
+    for heading in ("tokens/s", "predicted", "error", "held out", "speed-up", "predicted"):
         table.add_column(heading, justify="right")
     for check in validation.checks:
         cell = check.cell
@@ -278,30 +311,41 @@ def _validation_table(validation: Validation) -> Table:
             f"{cell.tokens_per_s.value:.0f}",
             f"{check.tokens_per_s.value:.0f}" if check.tokens_per_s else "-",
             _percent(check.error),
+            _percent(check.held_out_error),
             f"{check.measured_speed_up:.2f}" if check.measured_speed_up else "-",
             f"{check.speed_up:.2f}" if check.speed_up else "-",
-            _percent(check.speed_up_error),
         )
     return table
 
 
 def _validation_sentence(validation: Validation) -> str:
     sentence = "No cell could be predicted."
-    if validation.median_error is not None and validation.worst_error is not None:
+    if validation.median_error is not None:
         sentence = (
-            f"Error of tokens/s: {100 * validation.median_error:.0f} % in the median, "
-            f"{100 * validation.worst_error:.0f} % at worst"
+            f"Error of tokens/s with all times of the profile, in-sample where they are the cell's own: "
+            f"{_absolute(validation.median_error)} in the median, {_absolute(validation.worst_error)} at worst"
         )
-        if validation.median_speed_up_error is not None and validation.worst_speed_up_error is not None:
+        if validation.median_speed_up_error is not None:
             sentence += (
-                f"; of the speed-up: {100 * validation.median_speed_up_error:.0f} % and "
-                f"{100 * validation.worst_speed_up_error:.0f} %"
+                f"; of the speed-up: {_absolute(validation.median_speed_up_error)} and "
+                f"{_absolute(validation.worst_speed_up_error)}"
             )
-        sentence += "."
+        sentence += f". {_absolute(validation.share_inside)} of the cells are inside the 95 % interval."
+    if validation.num_held_out:
+        sentence += (
+            f" Held out, {validation.num_held_out} cells of inner batch sizes without the times of these: "
+            f"{_absolute(validation.median_held_out_error)} in the median, "
+            f"{_absolute(validation.worst_held_out_error)} at worst, "
+            f"{_absolute(validation.held_out_share_inside)} inside."
+        )
     if validation.num_not_predicted:
         reason = next(check.reason for check in validation.checks if check.reason)
         sentence += f" {validation.num_not_predicted} cells were not predicted, the first because: {reason}."
     return sentence
+
+
+def _absolute(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.0f} %"
 
 
 def _with_interval(estimate: Estimate) -> str:

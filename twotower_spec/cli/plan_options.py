@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.serving import ALL_CATEGORIES
 from twotower_spec.evaluation.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
@@ -24,19 +25,32 @@ _ENTRY = re.compile(rf"(?:(\d+)(?:x(\d+))?:)?{_NUMBER}(?:\+-{_NUMBER})?")
 
 @dataclass(frozen=True)
 class Asked:
-    """What predictions are wanted of; None for everything that is known."""
+    """What predictions are wanted of; None for everything that is known.
+
+    Attributes:
+        batch_sizes, block_sizes, steps, num_speculative_tokens: of blocks and loads.
+        category: of the prompts.
+        measured_only: whether fewer drafts than were measured are left out unless they are asked for.
+    """
 
     batch_sizes: tuple[int, ...] | None
     block_sizes: tuple[int, ...] | None
     steps: tuple[int, ...] | None
     num_speculative_tokens: tuple[int, ...] | None
     category: str | None
+    measured_only: bool = False
 
     def with_defaults(self) -> Asked:
         """Without a profile nothing is known."""
         most = max(self.num_speculative_tokens or (15,))
         sizes = self.block_sizes or (max(16, most),)
         return replace(self, batch_sizes=self.batch_sizes or (1,), block_sizes=sizes, steps=self.steps or (1,))
+
+    def of_measured(self, given: ServingProfile) -> Asked:
+        """Of a profile without more being asked: prompts of all kinds together, batch sizes and drafts as measured."""
+        categories = {one.category for one in given.acceptance_lengths}
+        category = ALL_CATEGORIES if self.category is None and ALL_CATEGORIES in categories else self.category
+        return replace(self, category=category, measured_only=True)
 
 
 @dataclass(frozen=True)

@@ -49,6 +49,7 @@ class DraftingReport:
         acceptance_length: tokens per round, 1 at least.
         acceptance_by_position: share of all rounds that accepted the draft at each position.
         conditional_acceptance_by_position: the same among the rounds that drafted there and accepted all drafts before.
+        num_asked_by_position: how many rounds these were.
         histogram: rounds by number of accepted drafts.
         num_denoiser_passes: requests counted separately (NFE).
         tokens_per_denoiser_pass: tokens per NFE; None without passes.
@@ -65,6 +66,7 @@ class DraftingReport:
     acceptance_length: float
     acceptance_by_position: list[float]
     conditional_acceptance_by_position: list[float]
+    num_asked_by_position: list[int]
     histogram: list[int]
     num_denoiser_passes: int
     tokens_per_denoiser_pass: float | None
@@ -138,6 +140,7 @@ class DraftingMetrics:
             acceptance_length=self.num_tokens / rounds if rounds else 1.0,
             acceptance_by_position=[count / rounds for count in at],
             conditional_acceptance_by_position=[count / max(n, 1) for count, n in zip(at, asked, strict=True)],
+            num_asked_by_position=asked,
             histogram=np.bincount(accepted, minlength=len(positions) + 1).tolist() if rounds else [],
             num_denoiser_passes=self.num_denoiser_passes,
             tokens_per_denoiser_pass=self.num_tokens / self.num_denoiser_passes if self.num_denoiser_passes else None,

@@ -27,7 +27,8 @@ from twotower_spec.evaluation.serving_profile import (
     VerifierStep,
     check_positive,
 )
-from twotower_spec.evaluation.uncertainty import Doubt, Draws, Grid, summary
+from twotower_spec.evaluation.sparse_grid import SparseGrid
+from twotower_spec.evaluation.uncertainty import Doubt, Draws, summary
 
 # The released model's shape.
 PUBLISHED_SIZE = TwoTowerConfig(
@@ -100,9 +101,9 @@ class MeasuredDrafting:
         """Draws them once, so that all predictions of a model share their doubt."""
         phases = tuple(phases)
 
-        def grid(what: str, times: list[Draws]) -> Grid:
+        def grid(what: str, times: list[Draws]) -> SparseGrid:
             places = [(phase.batch_size, phase.block_size) for phase in phases]
-            return Grid(what, "block size", dict(zip(places, times, strict=True)))
+            return SparseGrid(what, "block size", dict(zip(places, times, strict=True)))
 
         self._extend = grid("the context pass", [doubt.draws(phase.extend_ms) for phase in phases])
         self._denoise = grid("the denoiser pass", [doubt.draws(phase.denoise_ms) for phase in phases])
@@ -217,7 +218,6 @@ class _Round:
 
     num_tokens: int
     length: Draws
-    plain: Draws
     verify: Draws
     drafting: DraftingTime
 
@@ -246,14 +246,28 @@ class CostModel:
         doubt: Doubt | None = None,
     ) -> None:
         self.doubt = doubt or Doubt()
-        times = {(step.batch_size, step.num_tokens): self.doubt.draws(step.ms) for step in verifier_steps}
-        self.verifier = Grid("a verifier step", "tokens per request", times)
+        self._steps = tuple(verifier_steps)
+        self._phases = drafting if isinstance(drafting, DrafterSize) else tuple(drafting)
+        times = {(step.batch_size, step.num_tokens): self.doubt.draws(step.ms) for step in self._steps}
+        self.verifier = SparseGrid("a verifier step", "tokens per request", times)
         self.drafting: DraftingCost
-        if isinstance(drafting, DrafterSize):
-            self.drafting = DerivedDrafting(drafting, self.doubt)
+        if isinstance(self._phases, DrafterSize):
+            self.drafting = DerivedDrafting(self._phases, self.doubt)
         else:
-            self.drafting = MeasuredDrafting(drafting, self.doubt)
+            self.drafting = MeasuredDrafting(self._phases, self.doubt)
         self._lengths: dict[AcceptanceLength, Draws] = {}
+
+    def without(self, batch_size: int) -> CostModel:
+        """The same without the times of a batch size: there it has straight lines between the next smaller and larger.
+
+        Args:
+            batch_size: to hold out.
+        """
+        phases = self._phases
+        if not isinstance(phases, DrafterSize):
+            phases = tuple(one for one in phases if one.batch_size != batch_size)
+        steps = tuple(step for step in self._steps if step.batch_size != batch_size)
+        return CostModel(steps, phases, self.doubt)
 
     def predict(
         self, batch_size: int, acceptance: AcceptanceLength, num_speculative_tokens: int | None = None
@@ -269,22 +283,23 @@ class CostModel:
             ArgumentError: it is outside what was given.
         """
         round_ = self._round(batch_size, acceptance, num_speculative_tokens)
-        speed_up = round_.length * round_.plain / round_.total
+        plain = self.verifier.at(batch_size, 1)
+        speed_up = round_.length * plain / round_.total
         return Prediction(
             category=acceptance.category,
             temperature=acceptance.temperature,
             batch_size=batch_size,
             setting=replace(acceptance.setting, num_speculative_tokens=round_.num_tokens),
             acceptance_length=summary(round_.length),
-            plain_ms=float(round_.plain[0]),
+            plain_ms=float(plain[0]),
             verify_ms=float(round_.verify[0]),
             extend_ms=float(round_.drafting.extend[0]),
             denoise_ms=float(round_.drafting.denoise[0]),
             host_ms=float(round_.drafting.host[0]),
             tokens_per_s=summary(1e3 * batch_size * round_.length / round_.total),
-            plain_tokens_per_s=summary(1e3 * batch_size / round_.plain),
+            plain_tokens_per_s=summary(1e3 * batch_size / plain),
             speed_up=summary(speed_up),
-            break_even_length=float(round_.total[0] / round_.plain[0]),
+            break_even_length=float(round_.total[0] / plain[0]),
             probability_faster=float((speed_up[1:] > 1).mean()),
         )
 
@@ -299,7 +314,6 @@ class CostModel:
         return _Round(
             num_tokens=num_tokens,
             length=length,
-            plain=self.verifier.at(batch_size, 1),
             verify=self.verifier.at(batch_size, 1 + drafted),
             drafting=self.drafting.round(batch_size, setting.block_size, passes, float(length[0])),
         )
@@ -319,9 +333,9 @@ class CostModel:
         """Tokens per second of a measured cell; `acceptance` is that of its setting, None without drafting.
 
         Where whole requests were timed, the steps that read prompts are counted with the time to the first token, in
-        which the other requests of the batch go on by a round, and so is the unused end of the last round. Where the
-        batch was not full all the time, as when the last requests of a run end one after the other, times are those
-        of its mean size: exact as far as they grow by the same with every request.
+        which the other requests of the batch go on by a round, and so is the unused end of the last round, half a round
+        where it is not known. Where the batch was not full all the time, as when the last requests of a run end one
+        after the other, times are those of its mean size: exact as far as they grow by the same with every request.
 
         Raises:
             ArgumentError: it is outside what was given.
@@ -335,8 +349,8 @@ class CostModel:
             length, round_ms = round_.length, round_.total
         if cell.new_tokens is None:
             return summary(1e3 * batch_size * length / round_ms)
-        # Half a round, on average, goes beyond the end; the first token is the prompt step's.
-        decoded = np.maximum(cell.new_tokens - 1 + (length - 1) / 2, 0.0)
+        unused = (length - 1) / 2 if cell.unused_tokens is None else cell.unused_tokens
+        decoded = np.maximum(cell.new_tokens - 1 + unused, 0.0)  # the first token is the prompt step's
         steps = (1 + decoded / length) / batch_size  # per request, that it shares with the others
         prompt_steps = 1 / batch_size if cell.prompt_steps is None else cell.prompt_steps
         first_ms = self.verifier.at(batch_size, 1) if cell.first_token_ms is None else cell.first_token_ms

@@ -15,10 +15,16 @@ from typing import Any
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
-from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison, Spread, median_and_spread
+from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, verdict_of
+from twotower_spec.evaluation.statistics import (
+    Comparison,
+    Spread,
+    compare_same_repeats,
+    median_and_spread,
+    ratio_of_same_repeats,
+)
 
-# Of the requests that must be within the bound for a load to count as kept.
+# Of the requests of every repeat that must be within the bound for a load to count as kept.
 GOOD_ENOUGH = 0.9
 
 
@@ -212,13 +218,15 @@ class LoadFigures:
         num_repeats, num_requests: what it rests on; requests of one repeat.
         num_failed: requests in all repeats.
         requests_per_s, goodput, tokens_per_s: over repeats.
-        good_share: requests within the bound, of all repeats together.
+        good_share: goodput over requests per second, those that failed included: medians of the repeats.
+        lowest_good_share: of the repeat with the smallest share of requests within the bound.
         ttft, tpot, itl, e2el: medians over repeats.
         acceptance_length: accepted + 1 per draft, of all repeats together; None without drafts.
         num_different: prompts with another text than no speculation in its first repeat, in any repeat; None where
             texts are drawn or there is nothing to compare with.
-        speed_up: over no speculation, the median over repeats, see `LoadPoint.speed`; None where that is missing.
-        comparison: the same with its interval and the A/A noise; None with fewer than three repeats.
+        speed_up: over no speculation, the median over repeats, see `LoadPoint.speed`; None where that is missing, or
+            a request of what is compared failed: a server that answers less has less to do.
+        comparison: the same with its interval and the A/A noise; None with fewer than three repeats, too.
     """
 
     system: System
@@ -231,6 +239,7 @@ class LoadFigures:
     goodput: Spread
     tokens_per_s: Spread
     good_share: float
+    lowest_good_share: float
     ttft: Quantiles
     tpot: Quantiles
     itl: Quantiles
@@ -242,15 +251,13 @@ class LoadFigures:
 
     @property
     def keeps_bound(self) -> bool:
-        """Whether enough of its requests are within the bound."""
-        return self.good_share >= GOOD_ENOUGH
+        """Whether enough of its requests are within the bound, in every repeat."""
+        return self.lowest_good_share >= GOOD_ENOUGH
 
     @property
     def verdict(self) -> str:
         """The comparison in a few words."""
-        if self.comparison:
-            return self.comparison.verdict
-        return "-" if self.speed_up is None or self.system.name == BASELINE else "too few repeats"
+        return verdict_of(self.system, self.speed_up, self.comparison)
 
 
 def load_figures(points: Sequence[LoadPoint]) -> list[LoadFigures]:
@@ -281,8 +288,9 @@ def _figures(points: Sequence[LoadPoint], system: str, traffic: Traffic) -> Load
     num_drafts = sum(point.num_drafts for point in own)
     accepted = sum(point.num_accepted_tokens for point in own)
     times = {name: _middle([getattr(point, name) for point in own]) for name in ("ttft", "tpot", "itl", "e2el")}
-    # A run that was stopped may have more of one than of the other.
-    ratios = [one.speed / other.speed for one, other in _same_repeat(own, baseline)]
+    is_whole = not any(point.num_failed for point in (*own, *baseline, *again))
+    speeds, plain, noise = (_speeds(one) if is_whole else {} for one in (own, baseline, again))
+    goodput = median_and_spread([point.goodput for point in own])
     return LoadFigures(
         system=own[0].system,
         traffic=traffic,
@@ -291,14 +299,15 @@ def _figures(points: Sequence[LoadPoint], system: str, traffic: Traffic) -> Load
         num_requests=len(own[0].texts),
         num_failed=sum(point.num_failed for point in own),
         requests_per_s=median_and_spread([point.requests_per_s for point in own]),
-        goodput=median_and_spread([point.goodput for point in own]),
+        goodput=goodput,
         tokens_per_s=median_and_spread([point.tokens_per_s for point in own]),
-        good_share=sum(point.num_good for point in own) / sum(len(point.texts) for point in own),
+        good_share=goodput.median / statistics.median(len(point.texts) / point.seconds for point in own),
+        lowest_good_share=min(point.good_share for point in own),
         **times,
         acceptance_length=1 + accepted / num_drafts if num_drafts else None,
         num_different=_num_different(own, baseline[0]) if baseline and not own[0].temperature else None,
-        speed_up=statistics.median(ratios) if ratios else None,
-        comparison=_comparison(own, baseline, again),
+        speed_up=ratio_of_same_repeats(speeds, plain),
+        comparison=None if system == BASELINE else compare_same_repeats(plain, speeds, noise),
     )
 
 
@@ -306,22 +315,11 @@ def _middle(times: Sequence[Quantiles]) -> Quantiles:
     return Quantiles(*(statistics.median(getattr(one, name) for one in times) for name in ("median", "p99")))
 
 
-def _same_repeat(*systems: Sequence[LoadPoint]) -> list[tuple[LoadPoint, ...]]:
-    """Points of several systems, together by repeat; repeats that one of them lacks are left out."""
-    by_repeat = [{point.repeat: point for point in points} for points in systems]
-    common = [number for number in by_repeat[0] if all(number in other for other in by_repeat)]
-    return [tuple(points[number] for points in by_repeat) for number in common]
+def _speeds(points: Sequence[LoadPoint]) -> dict[int, float]:
+    """By repeat."""
+    return {point.repeat: point.speed for point in points}
 
 
 def _num_different(points: Sequence[LoadPoint], expected: LoadPoint) -> int:
     pairs = ((i, text, expected.texts[i]) for point in points for i, text in enumerate(point.texts))
     return len({i for i, text, other in pairs if text is not None and other is not None and text != other})
-
-
-def _comparison(
-    own: Sequence[LoadPoint], baseline: Sequence[LoadPoint], again: Sequence[LoadPoint]
-) -> Comparison | None:
-    rounds = _same_repeat(baseline, own, again)
-    if len(rounds) < FEWEST_ROUNDS or own[0].system.name == BASELINE:
-        return None
-    return Comparison.of_rates(*([point.speed for point in column] for column in zip(*rounds, strict=True)))

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import heapq
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 import numpy as np
 
-from twotower_spec.evaluation.serving import Drafting, ServedRequest, ServingCell
-from twotower_spec.evaluation.serving_figures import acceptance_of
+from twotower_spec.evaluation.occupancy import Occupancy, occupancy
+from twotower_spec.evaluation.serving import DecodingSteps, Drafting, ServedRequest, ServingCell
+from twotower_spec.evaluation.serving_figures import acceptance_of, num_unused_tokens
 from twotower_spec.evaluation.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
@@ -26,46 +25,12 @@ from twotower_spec.evaluation.serving_profile import (
 
 # A time of fewer steps says little.
 FEWEST_STEPS = 3
-# Of a number that was measured in several cells.
+# Of a number that was measured in several cells; of a few of them this is nearly the range.
 TAILS = (0.025, 0.975)
 DIGITS = 5
-
-
-@dataclass(frozen=True)
-class Occupancy:
-    """How full the batch was while requests followed each other: as one ended the next began.
-
-    Attributes:
-        num_steps: of the engine.
-        mean_batch_size: requests per step; less than the concurrency since the last ones end one after the other.
-        first_steps: of each request, the step that read its prompt, counted from 0.
-    """
-
-    num_steps: int
-    mean_batch_size: float
-    first_steps: tuple[int, ...]
-
-    @property
-    def num_prompt_steps(self) -> int:
-        """Steps that read at least one prompt."""
-        return len(set(self.first_steps))
-
-
-def occupancy(requests: Sequence[ServedRequest], concurrency: int) -> Occupancy:
-    """From the numbers of steps of all requests, which is all it takes.
-
-    Args:
-        requests: in the order of submission; at least one.
-        concurrency: most at once.
-    """
-    free = [0] * concurrency
-    first_steps = []
-    lengths = [1 + len(one.num_accepted_tokens) for one in requests]
-    for length in lengths:
-        start = heapq.heappop(free)
-        first_steps.append(start)
-        heapq.heappush(free, start + length)
-    return Occupancy(max(free), sum(lengths) / max(free), tuple(first_steps))
+# Requests, and tokens that each reads or positions that are denoised.
+Shape = tuple[int, int]
+StepsByShape = Mapping[Shape, Sequence[DecodingSteps]]
 
 
 def serving_profile(
@@ -73,7 +38,8 @@ def serving_profile(
 ) -> ServingProfile:
     """All that cells say about no speculation and about TwoTower with known settings; other systems are left out.
 
-    Intervals are the middle 95 % of the cells that a number comes from; those of acceptance lengths are over prompts.
+    Intervals are the middle 95 % of the cells that a number comes from, which of a few cells is nearly their range and
+    no 95 % interval: it covers less. Those of acceptance lengths are bootstrap intervals over prompts.
 
     Args:
         cells: of one verifier, drafter and machine.
@@ -104,23 +70,37 @@ def _setting(cell: ServingCell) -> DraftSetting:
 
 
 def _verifier_steps(plain: Sequence[ServingCell], drafting: Sequence[ServingCell]) -> tuple[VerifierStep, ...]:
-    """Of full batches: plain steps of no speculation, and of TwoTower those that verify all K drafts of everyone."""
-    times = defaultdict[tuple[int, int], list[tuple[float, ...]]](list)
+    """Plain steps of no speculation, and of TwoTower those that verify all K drafts of everyone."""
+    full, tails = defaultdict[Shape, list[DecodingSteps]](list), defaultdict[Shape, list[DecodingSteps]](list)
     for cell in (*plain, *drafting):
-        setting = cell.system.setting
-        num_tokens = 1 + setting.num_speculative_tokens if setting else 1
         for steps in cell.steps:
-            if (steps.num_reqs, steps.num_tokens) == (_batch_size(cell), num_tokens):
-                times[steps.num_reqs, num_tokens].append(steps.seconds)
+            if steps.num_reqs < _batch_size(cell):
+                tails[steps.num_reqs, steps.num_tokens].append(steps)
+            elif steps.num_tokens == _most_tokens(cell):
+                full[steps.num_reqs, steps.num_tokens].append(steps)
     return tuple(
-        VerifierStep(*shape, _median_ms(cells))
-        for shape, cells in sorted(times.items())
-        if sum(map(len, cells)) >= FEWEST_STEPS
+        VerifierStep(*shape, _median_ms([steps.seconds for steps in found]))
+        for shape, found in sorted(_with_tails(full, tails).items())
     )
 
 
+def _most_tokens(cell: ServingCell) -> int:
+    """That a request reads in a step."""
+    return 1 + _setting(cell).num_speculative_tokens if cell.system.setting else 1
+
+
+def _with_tails(full: StepsByShape, tails: StepsByShape) -> StepsByShape:
+    """Steps of full batches, and where these are all larger, of batches that ran empty; rare shapes are left out."""
+    full, tails = (
+        {shape: steps for shape, steps in found.items() if sum(len(one.seconds) for one in steps) >= FEWEST_STEPS}
+        for found in (full, tails)
+    )
+    smallest = min((size for size, _ in full), default=0)
+    return {**full, **{(size, x): steps for (size, x), steps in tails.items() if size < smallest}}
+
+
 def _median_ms(cells: Sequence[Sequence[float]]) -> Estimate:
-    """Of all steps; the interval is that of the cells' own medians."""
+    """Of all steps; the interval is the middle 95 % of the cells' own medians, nearly their range."""
     median = 1e3 * statistics.median(chain.from_iterable(cells))
     if len(cells) == 1:
         return Estimate(round(median, DIGITS))
@@ -129,22 +109,26 @@ def _median_ms(cells: Sequence[Sequence[float]]) -> Estimate:
 
 
 def _drafting_phases(cells: Sequence[ServingCell]) -> tuple[DraftingPhases, ...]:
-    """Of full batches and policies that always draft, by batch and block size."""
-    phases = {phase: defaultdict[tuple[int, int], list[float]](list) for phase in ("extend", "denoise", "host")}
+    """Of policies that always draft and steps in which everyone had K drafts, by batch and block size."""
+    full, tails = defaultdict[Shape, list[DecodingSteps]](list), defaultdict[Shape, list[DecodingSteps]](list)
     for cell in cells:
-        setting = _setting(cell)
-        full = _batch_size(cell), 1 + setting.num_speculative_tokens
         for steps in cell.steps:
-            if (steps.num_reqs, steps.num_tokens) == full and steps.denoiser_passes and setting.policy != "adaptive":
-                for phase, seconds in steps.drafting_s.items():
-                    times = steps.denoiser_passes if phase == "denoise" else len(steps.seconds)
-                    phases[phase][_batch_size(cell), setting.block_size].append(1e3 * seconds / times)
-    extend, denoise, host = phases.values()
-    return tuple(
-        DraftingPhases(
-            *place, _estimate(extend[place]), _estimate(denoise[place]), round(statistics.median(host[place]), DIGITS)
-        )
-        for place in sorted(extend)
+            if steps.num_tokens == _most_tokens(cell) and steps.denoiser_passes and _setting(cell).policy != "adaptive":
+                times = full if steps.num_reqs == _batch_size(cell) else tails
+                times[steps.num_reqs, _setting(cell).block_size].append(steps)
+    return tuple(_phases(*shape, steps) for shape, steps in sorted(_with_tails(full, tails).items()))
+
+
+def _phases(batch_size: int, block_size: int, found: Sequence[DecodingSteps]) -> DraftingPhases:
+    extend, denoise, host = (
+        [
+            1e3 * steps.drafting_s[phase] / (steps.denoiser_passes if phase == "denoise" else len(steps.seconds))
+            for steps in found
+        ]
+        for phase in ("extend", "denoise", "host")
+    )
+    return DraftingPhases(
+        batch_size, block_size, _estimate(extend), _estimate(denoise), round(statistics.median(host), DIGITS)
     )
 
 
@@ -167,7 +151,8 @@ def _acceptance_length(
     requests = [
         one for cell in cells for one in cell.requests if category in (cell.load.category, one.category)
     ]  # fmt: skip
-    figures = acceptance_of(requests)
+    # Whole rounds: what goes beyond the end of a text is counted with the cell, as `unused_tokens`.
+    figures = acceptance_of(requests, beyond_end=True)
     drafting = [cell.drafting for cell in cells if cell.drafting]
     if not figures.num_steps or not drafting:
         return None
@@ -206,17 +191,18 @@ def _measured_cell(
 ) -> MeasuredCell:
     full = [occupancy(cell.requests, batch_size) for cell in cells]
     first_ms = [1e3 * _first_token_s(cell.requests, one) for cell, one in zip(cells, full, strict=True)]
-    num_requests = sum(len(cell.requests) for cell in cells)
+    requests = [one for cell in cells for one in cell.requests]
     return MeasuredCell(
         category=category,
         batch_size=batch_size,
         setting=setting,
         tokens_per_s=_estimate([cell.tokens_per_s for cell in cells]),
         temperature=temperature,
-        new_tokens=round(sum(len(one.token_ids) for cell in cells for one in cell.requests) / num_requests, DIGITS),
+        new_tokens=round(statistics.fmean(len(one.token_ids) for one in requests), DIGITS),
         first_token_ms=round(statistics.median(first_ms), DIGITS),
-        prompt_steps=round(sum(one.num_prompt_steps for one in full) / num_requests, DIGITS),
+        prompt_steps=round(sum(one.num_prompt_steps for one in full) / len(requests), DIGITS),
         mean_batch_size=round(statistics.fmean(one.mean_batch_size for one in full), DIGITS),
+        unused_tokens=round(statistics.fmean(num_unused_tokens(one) for one in requests), DIGITS),
     )
 
 
@@ -229,7 +215,7 @@ def _first_token_s(requests: Sequence[ServedRequest], full: Occupancy) -> float:
 
 
 def _estimate(values: Iterable[float]) -> Estimate:
-    """Median and the middle 95 %, of at least one value."""
+    """Median and the middle 95 %, nearly the range of a few, of at least one value."""
     numbers = list(values)
     if len(numbers) == 1:
         return Estimate(round(numbers[0], DIGITS))

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.engine_flags import engine_flags
 from twotower_spec.evaluation.pareto import pareto_front
 from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, System, cells_of
 from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, latency_of
 from twotower_spec.evaluation.serving_profile import check_positive
-from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison, Spread, median_and_spread
+from twotower_spec.evaluation.statistics import (
+    FEWEST_ROUNDS,
+    Comparison,
+    Spread,
+    compare_same_repeats,
+    median_and_spread,
+)
 
 GoalName = Literal["throughput", "latency"]
 
@@ -67,22 +73,16 @@ class Point:
         system, load: which.
         tokens_per_s: of all requests together.
         user_tokens_per_s: of one request, from its first token on; the median over requests.
-        rates: of every repeat, in order: both numbers.
     """
 
     system: System
     load: Load
     tokens_per_s: Spread
     user_tokens_per_s: Spread
-    rates: tuple[tuple[float, float], ...]
 
     def value(self, goal: Goal) -> Spread:
         """What the goal is about."""
         return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
-
-    def rates_for(self, goal: Goal) -> list[float]:
-        """The same for every repeat."""
-        return [user if goal.name == "latency" else together for together, user in self.rates]
 
     def reaches(self, floor: float | None) -> bool:
         """Whether every user has so many tokens/s, in the median."""
@@ -105,7 +105,8 @@ class Recommendation:
         no_speculation: the best point without any.
         comparison: of the two, or, where no speculation is recommended, of the best that speculates with it; None with
             fewer than three repeats or without an A/A run.
-        runners_up: other points that speculate, whose quartiles of the goal overlap with those of `point`; best first.
+        runners_up: other points that speculate and fall behind `point` by no more than the A/A noise; best first. Empty
+            without a comparison.
         sentence: what is recommended and why.
     """
 
@@ -116,28 +117,28 @@ class Recommendation:
     runners_up: tuple[Point, ...]
     sentence: str
 
-    def serve_command(self, verifier: str | Path) -> str:
+    def serve_command(self, verifier: str | Path, arguments: Mapping[str, Any]) -> str:
         """One line for a shell.
 
         Args:
             verifier: directory or hub id.
+            arguments: of `LLM()`, that it was measured with; requests at once are the goal's to limit.
         """
+        return shlex.join(["vllm", "serve", str(verifier), *engine_flags(self._arguments(arguments))])
+
+    def python_call(self, verifier: str | Path, arguments: Mapping[str, Any]) -> str:
+        """The same in Python."""
+        keywords = {"model": str(verifier), **self._arguments(arguments)}
+        return f"LLM({', '.join(f'{name}={value!r}' for name, value in keywords.items())})"
+
+    def _arguments(self, measured: Mapping[str, Any]) -> dict[str, Any]:
         config = self.point.system.speculative_config
-        words = ["vllm", "serve", str(verifier)]
-        if config:
-            words += ["--speculative-config", json.dumps(config)]
+        found = {**({"speculative_config": dict(config)} if config else {}), **measured}
+        found.pop("max_num_seqs", None)
         # More users at once would have less each.
         if self.goal.min_user_tokens_per_s is not None and self.goal.concurrency is None:
-            words += ["--max-num-seqs", str(self.point.load.concurrency)]
-        return shlex.join(words)
-
-    def python_call(self, verifier: str | Path) -> str:
-        """The same in Python."""
-        config = self.point.system.speculative_config
-        more = f", speculative_config={dict(config)!r}" if config else ""
-        if self.goal.min_user_tokens_per_s is not None and self.goal.concurrency is None:
-            more += f", max_num_seqs={self.point.load.concurrency}"
-        return f"LLM(model={str(verifier)!r}{more})"
+            found["max_num_seqs"] = self.point.load.concurrency
+        return found
 
 
 def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES) -> list[Point]:
@@ -206,9 +207,8 @@ def best_by_concurrency(
 
 def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
     own = cells_of(cells, name, load)
-    rates = tuple((cell.tokens_per_s, latency_of(cell.requests).user_tokens_per_s) for cell in own)
-    together, user = (median_and_spread(numbers) for numbers in zip(*rates, strict=True))
-    return Point(own[0].system, load, together, user, rates)
+    together, user = (median_and_spread([_rate(cell, Goal(goal)) for cell in own]) for goal in get_args(GoalName))
+    return Point(own[0].system, load, together, user)
 
 
 def _recommended(
@@ -227,44 +227,45 @@ def _recommended(
         return _made(goal, best, nearest, None, why, ranked)
     if best is None:
         return _made(goal, baseline, baseline, None, "nothing that speculates was measured, or reaches that", ranked)
-    for candidate in ranked[: ranked.index(baseline)]:
-        comparison = _comparison(cells, goal, baseline, candidate)
-        if comparison is None or comparison.verdict == "faster":
-            doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
-            why = f"it is {_against(goal, baseline, candidate, comparison)} as no speculation{doubt}"
-            return _made(goal, candidate, baseline, comparison, why, ranked)
     comparison = _comparison(cells, goal, baseline, best)
+    against = _against(goal, baseline, best, comparison)
+    # The best alone is asked: of many that are no better, one looks better in the end.
+    if best.value(goal).median > baseline.value(goal).median and (comparison is None or comparison.verdict == "faster"):
+        doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
+        why = f"it is {against} as no speculation{doubt}{_chosen_among(ranked)}"
+        return _made(goal, best, baseline, comparison, why, ranked)
     noise = ", which cannot be told from noise" if comparison and comparison.verdict == "no difference" else ""
-    why = f"the best that speculates, {best}, is {_against(goal, baseline, best, comparison)} as that{noise}"
+    why = f"the best that speculates, {best}, is {against} as that{noise}"
     return _made(goal, baseline, baseline, comparison, why, ranked)
+
+
+def _chosen_among(ranked: Sequence[Point]) -> str:
+    """A warning where it was one of several: the best of many looks better than it is."""
+    number = sum(one.system.name != BASELINE for one in ranked)
+    return f"; it is the best of {number}, so measure it anew to confirm" if number > 1 else ""
 
 
 def _made(
     goal: Goal, point: Point, baseline: Point, comparison: Comparison | None, why: str, ranked: Sequence[Point]
 ) -> Recommendation:
-    own = point.value(goal)
     near = tuple(
         one
         for one in ranked
-        if one != point
+        if comparison
+        and one != point
         and one.system.name != BASELINE
-        and one.value(goal).high >= own.low
-        and one.value(goal).low <= own.high
+        and one.value(goal).median * comparison.noise_floor >= point.value(goal).median
     )
     return Recommendation(goal, point, baseline, comparison, near, f"For {goal}: {point}, because {why}.")
 
 
 def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
-    again = cells_of(cells, BASELINE_AGAIN, baseline.load)
-    if not again:
-        return None
-    noise = _point(cells, BASELINE_AGAIN, baseline.load)
-    rates = [one.rates_for(goal) for one in (baseline, candidate, noise)]
-    # A run that was stopped may have more of one than of the other; a text of one token has no speed.
-    num_rounds = min(map(len, rates))
-    if num_rounds < FEWEST_ROUNDS or not all(map(all, rates)):
-        return None
-    return Comparison.of_rates(*(numbers[:num_rounds] for numbers in rates))
+    places = ((BASELINE, baseline.load), (candidate.system.name, candidate.load), (BASELINE_AGAIN, baseline.load))
+    return compare_same_repeats(*({cell.repeat: _rate(cell, goal) for cell in cells_of(cells, *one)} for one in places))
+
+
+def _rate(cell: ServingCell, goal: Goal) -> float:
+    return latency_of(cell.requests).user_tokens_per_s if goal.name == "latency" else cell.tokens_per_s
 
 
 def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:
@@ -272,6 +273,6 @@ def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparis
         return f"{candidate.value(goal).median / baseline.value(goal).median:.2f} times as fast"
     ratio = comparison.speed_up
     return (
-        f"{ratio.estimate:.2f} times as fast ({ratio.low:.2f} to {ratio.high:.2f}, A/A noise "
-        f"{comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
+        f"{ratio.estimate:.2f} times as fast ({comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, "
+        f"A/A noise {comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
     )

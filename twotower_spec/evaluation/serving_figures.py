@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 
 from twotower_spec.drafting.metrics import CalibrationBin, DraftingMetrics
+from twotower_spec.evaluation.occupancy import occupancy
 from twotower_spec.evaluation.serving import Drafting, Load, ServedRequest, ServingCell, System, cells_of
 from twotower_spec.evaluation.statistics import (
-    FEWEST_ROUNDS,
     Comparison,
     Interval,
     Spread,
     bootstrap_interval,
+    compare_same_repeats,
     median_and_spread,
+    ratio_of_same_repeats,
 )
 
 BASELINE = "none"
@@ -37,6 +38,7 @@ class Acceptance:
         mean_draft_tokens: verified per step that had any.
         by_position: share of the steps with drafts that accepted the draft at each position.
         conditional_by_position: the same among the steps that drafted there and accepted all drafts before.
+        num_asked_by_position: how many steps these were.
         histogram: steps with drafts by number of accepted ones.
     """
 
@@ -47,6 +49,7 @@ class Acceptance:
     mean_draft_tokens: float
     by_position: tuple[float, ...]
     conditional_by_position: tuple[float, ...]
+    num_asked_by_position: tuple[int, ...]
     histogram: tuple[int, ...]
 
 
@@ -74,11 +77,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class RoundTimes:
-    """Where the time of a round goes, in seconds per round of the whole batch.
+    """Where the time of a round goes: means in seconds per round of the whole batch, which add up to its wall time.
 
     Attributes:
         extend, denoise, host: of the drafter.
-        verify: step of the engine, drafting left out; median.
+        verify: the verifier and all the rest of vLLM, prompts included.
     """
 
     extend: float
@@ -99,10 +102,12 @@ class Figures:
         comparison: the same with its interval and the A/A noise; None with fewer than three repeats.
         num_different: prompts with another text than without speculation, in any repeat; None where texts are drawn.
         acceptance: of its drafts.
-        tokens_per_nfe: tokens per denoiser pass, requests counted separately; None where nothing was denoised.
+        tokens_per_nfe: tokens of steps with drafts per denoiser pass, requests counted separately; None where nothing
+            was denoised or verified.
         latency: of its requests.
         round_times: None where TwoTower did not draft.
         calibration: of TwoTower's confidences.
+        without_drafts: requests that got none in a round of TwoTower, by reason, over all repeats.
     """
 
     system: System
@@ -118,13 +123,19 @@ class Figures:
     latency: Latency
     round_times: RoundTimes | None
     calibration: tuple[CalibrationBin, ...]
+    without_drafts: Mapping[str, int]
 
     @property
     def verdict(self) -> str:
         """The comparison in a few words."""
-        if self.comparison:
-            return self.comparison.verdict
-        return "-" if self.speed_up is None or self.system.name == BASELINE else "too few repeats"
+        return verdict_of(self.system, self.speed_up, self.comparison)
+
+
+def verdict_of(system: System, speed_up: float | None, comparison: Comparison | None) -> str:
+    """A comparison with no speculation in a few words; "-" where there is none to make."""
+    if comparison:
+        return comparison.verdict
+    return "-" if speed_up is None or system.name == BASELINE else "too few repeats"
 
 
 def all_figures(cells: Sequence[ServingCell]) -> list[Figures]:
@@ -148,33 +159,41 @@ def figures(cells: Sequence[ServingCell], system: str, load: Load) -> Figures:
     drafting = [cell.drafting for cell in own if cell.drafting]
     passes = sum(one.request_denoiser_passes for one in drafting)
     acceptance = acceptance_of(requests)
-    num_tokens = sum(sum(one.num_accepted_tokens) + len(one.num_accepted_tokens) for one in requests)
-    # A run that was stopped may have more of one than of the other.
-    pairs = list(zip(own, baseline, strict=False))
+    drafted_length = acceptance.acceptance_length
+    rates, plain, again = (_rates(one) for one in (own, baseline, cells_of(cells, BASELINE_AGAIN, load)))
     return Figures(
         system=own[0].system,
         load=load,
         num_repeats=len(own),
         num_requests=len(own[0].requests),
         tokens_per_s=median_and_spread([cell.tokens_per_s for cell in own]),
-        speed_up=statistics.median(one.tokens_per_s / other.tokens_per_s for one, other in pairs) if pairs else None,
-        comparison=_comparison(own, baseline, cells_of(cells, BASELINE_AGAIN, load)),
+        speed_up=ratio_of_same_repeats(rates, plain),
+        comparison=None if system == BASELINE else compare_same_repeats(plain, rates, again),
         num_different=num_different(own, baseline) if baseline and not load.temperature else None,
         acceptance=acceptance,
-        tokens_per_nfe=num_tokens / passes if passes else None,
+        tokens_per_nfe=(
+            drafted_length.estimate * acceptance.num_drafted_steps / passes if drafted_length and passes else None
+        ),
         latency=latency_of(requests),
         round_times=_round_times(own, drafting),
         calibration=merged_calibration(one.calibration for one in drafting),
+        without_drafts=dict(sum((Counter(one.without_drafts) for one in drafting), Counter())),
     )
 
 
-def acceptance_of(requests: Sequence[ServedRequest]) -> Acceptance:
-    """Over requests, of which those with one prompt id count as one prompt; at least one."""
+def acceptance_of(requests: Sequence[ServedRequest], *, beyond_end: bool = False) -> Acceptance:
+    """Over requests, of which those with one prompt id count as one prompt; at least one.
+
+    Args:
+        requests: of one system.
+        beyond_end: count what the last step accepted beyond the end of the text, too. Without it, the last step is
+            counted as if no more had been drafted than the text had room for, as it is where drafters know that.
+    """
     metrics = DraftingMetrics()
     tokens, steps = defaultdict[str, int](int), defaultdict[str, int](int)
     drafted_tokens, drafted_steps = defaultdict[str, int](int), defaultdict[str, int](int)
     for request in requests:
-        for drafted, accepted in zip(request.num_draft_tokens, request.num_accepted_tokens, strict=True):
+        for drafted, accepted in _steps(request, beyond_end):
             tokens[request.prompt_id] += accepted + 1
             steps[request.prompt_id] += 1
             if drafted:
@@ -190,8 +209,24 @@ def acceptance_of(requests: Sequence[ServedRequest]) -> Acceptance:
         mean_draft_tokens=report.num_draft_tokens / report.num_rounds if report.num_rounds else 0.0,
         by_position=tuple(report.acceptance_by_position),
         conditional_by_position=tuple(report.conditional_acceptance_by_position),
+        num_asked_by_position=tuple(report.num_asked_by_position),
         histogram=tuple(report.histogram),
     )
+
+
+def num_unused_tokens(request: ServedRequest) -> int:
+    """Tokens that its last step gained beyond the end of its text."""
+    return 1 + sum(request.num_accepted_tokens) + len(request.num_accepted_tokens) - len(request.token_ids)
+
+
+def plain_step_s(cells: Sequence[ServingCell]) -> float:
+    """Mean wall time of a step, prompts and all of the engine included: a step of no speculation beside `RoundTimes`.
+
+    Args:
+        cells: whose requests followed each other, of any system; at least one.
+    """
+    num_steps = sum(occupancy(cell.requests, cell.load.concurrency).num_steps for cell in cells)
+    return sum(cell.seconds for cell in cells) / num_steps
 
 
 def latency_of(requests: Sequence[ServedRequest]) -> Latency:
@@ -240,22 +275,29 @@ def _ratio(values: dict[str, int], denominators: dict[str, int]) -> Interval:
     return bootstrap_interval([values[key] for key in denominators], list(denominators.values()))
 
 
-def _comparison(
-    own: Sequence[ServingCell], baseline: Sequence[ServingCell], again: Sequence[ServingCell]
-) -> Comparison | None:
-    num_rounds = min(len(own), len(baseline), len(again))
-    if num_rounds < FEWEST_ROUNDS or own[0].system.name == BASELINE:
-        return None
-    rates = ([cell.tokens_per_s for cell in cells[:num_rounds]] for cells in (baseline, own, again))
-    return Comparison.of_rates(*rates)
+def _rates(cells: Sequence[ServingCell]) -> dict[int, float]:
+    """Tokens/s by repeat."""
+    return {cell.repeat: cell.tokens_per_s for cell in cells}
+
+
+def _steps(request: ServedRequest, beyond_end: bool) -> list[tuple[int, int]]:
+    """Drafted and accepted tokens of every step."""
+    steps = list(zip(request.num_draft_tokens, request.num_accepted_tokens, strict=True))
+    unused = num_unused_tokens(request)
+    if steps and unused > 0 and not beyond_end:
+        drafted, accepted = steps[-1]
+        # With the token of the verifier that follows them they are all that there was room for.
+        kept = max(accepted - unused, 0)
+        steps[-1] = (min(drafted, kept), kept)
+    return steps
 
 
 def _round_times(cells: Sequence[ServingCell], drafting: Sequence[Drafting]) -> RoundTimes | None:
     rounds = sum(one.rounds for one in drafting)
-    verify = [seconds for cell in cells for steps in cell.steps for seconds in steps.seconds]
-    if not rounds or not verify:
+    if not rounds:
         return None
     extend, denoise, host = (
         sum(one.seconds[phase] for one in drafting) / rounds for phase in ("extend", "denoise", "host")
     )
-    return RoundTimes(extend, denoise, host, statistics.median(verify))
+    wall = sum(cell.seconds for cell in cells if cell.drafting) / rounds
+    return RoundTimes(extend, denoise, host, wall - extend - denoise - host)

@@ -24,7 +24,8 @@ class Estimate:
 
     Attributes:
         value: positive.
-        low, high: bounds, around the value; None where nobody knows.
+        low, high: bounds, around the value, which of a few measurements are no more than their range; None where nobody
+            knows.
 
     Raises:
         ArgumentError: it is not positive and finite, or outside its interval.
@@ -141,7 +142,7 @@ class AcceptanceLength:
         setting: how the blocks were drafted.
         length: per round, from 1 to 1 + K.
         temperature: of the verifier's text.
-        batch_size: that it holds for; None for all, as with every policy but `adaptive`.
+        batch_size: that it holds for; None for all, as where blocks take one pass: fixed with one step.
         num_draft_tokens: verified per round on average; None for K.
         denoiser_passes: of the whole batch, per round on average; None for `steps_per_block`.
         by_position: share of rounds that accepted the draft at each position, as in `DraftingReport`; may be empty.
@@ -216,6 +217,8 @@ class MeasuredCell:
         prompt_steps: steps that read prompts, per request: 1 where no two begin together; None where a whole batch
             does.
         mean_batch_size: requests in a step on average, where the batch was not full all the time; None where it was.
+        unused_tokens: per request, that its last round gained beyond the end of its text; None where not known, and
+            then counted as half a round.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -230,6 +233,7 @@ class MeasuredCell:
     first_token_ms: float | None = None
     prompt_steps: float | None = None
     mean_batch_size: float | None = None
+    unused_tokens: float | None = None
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, minimum=1)
@@ -241,6 +245,8 @@ class MeasuredCell:
             )
         if self.new_tokens is not None and not 1 <= self.new_tokens < math.inf:
             raise ArgumentError(f"new_tokens {self.new_tokens} is not allowed; give 1 or more, or null")
+        if self.unused_tokens is not None and not 0 <= self.unused_tokens < math.inf:
+            raise ArgumentError(f"unused_tokens {self.unused_tokens} is not allowed; give 0 or more, or null")
         if self.first_token_ms is not None:
             check_positive("first_token_ms", self.first_token_ms)
 

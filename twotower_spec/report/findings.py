@@ -41,24 +41,26 @@ class Outcome:
 def finding(outcomes: Sequence[Outcome]) -> str:
     """The best of TwoTower, how often it gains, and its best rival.
 
-    The best is one that is faster beyond the noise, if there is any.
+    The best is one that is faster beyond the noise, if there is any. The best of several settings is called so: chosen
+    from the runs that its figures are of, it looks better than it is.
 
     Args:
         outcomes: of all systems in all places.
     """
     own = [one for one in outcomes if is_two_tower(one.system)]
     if not own:
-        return "TwoTower was not measured beside no speculation here."
+        return "TwoTower was not compared with no speculation here."
     by_place = [max((one for one in own if one.place == place), key=_rank) for place in dict.fromkeys(_places(own))]
     best = max(by_place, key=_rank)
+    ratio = f"{_ratio(best, len({one.system.name for one in own}))}{_noise(outcomes, best)} for {best.place}."
     if len(by_place) == 1:
-        return f"{_beginning(best)}: {_ratio(best)}{_noise(outcomes, best)} for {best.place}.{_rival(outcomes, best)}"
+        return f"{_beginning(best)}: {ratio}{_rival(outcomes, best)}"
     verdicts = Counter(one.verdict for one in by_place)
     others = [f"{TALLY[verdict]} under {count}" for verdict, count in verdicts.items() if verdict != best.verdict]
     rest = f" It is {listed(others)}." if others else ""
     return (
-        f"{_beginning(best)} under {verdicts[best.verdict]} of {len(by_place)} loads: at best {_ratio(best)}"
-        f"{_noise(outcomes, best)} for {best.place}.{rest}{_rival(outcomes, best)}"
+        f"{_beginning(best)} under {verdicts[best.verdict]} of {len(by_place)} loads: at best {ratio}{rest}"
+        f"{_rival(outcomes, best)}"
     )
 
 
@@ -80,15 +82,17 @@ def _beginning(best: Outcome) -> str:
     return "TwoTower does not pay"
 
 
-def _ratio(outcome: Outcome) -> str:
+def _ratio(outcome: Outcome, num_settings: int) -> str:
+    chosen = f"; best of {num_settings} settings; measure it anew to confirm" if num_settings > 1 else ""
     title = short_title(outcome.system)
     setting = "" if title == "TwoTower" else f" with {title}"
     if outcome.comparison is None:
-        return f"{times(outcome.speed_up)} the speed of no speculation{setting} ({UNKNOWN})"
+        return f"{times(outcome.speed_up)} the speed of no speculation{setting} ({UNKNOWN}{chosen})"
     found = outcome.comparison
     return (
-        f"{times(found.speed_up.estimate)} the speed of no speculation{setting} ({found.speed_up.low:.2f} to "
-        f"{found.speed_up.high:.2f}, A/A noise {found.noise_floor:.2f}×: {found.verdict})"
+        f"{times(found.speed_up.estimate)} the speed of no speculation{setting} ({found.interval_name} "
+        f"{found.speed_up.low:.2f} to {found.speed_up.high:.2f}, A/A noise {found.noise_floor:.2f}×: "
+        f"{found.verdict}{chosen})"
     )
 
 

@@ -30,7 +30,11 @@ def plan_section(measured: Measurements, name: str) -> Section:
         tuple(measured.origins),
         (*([_checks_table(found.checks)] if found.checks else []), *_step_tables(profile)),
         (_plot(compared),) if compared else (),
-        ("twotower-spec plan --profile predicts speed from step times and acceptance lengths alone.",),
+        (
+            "In-sample: each cell is predicted from the times of the steps and phases of its own batch size, and from "
+            "its own acceptance length, time to the first token and mean batch size. Held out: likewise, without the "
+            "times of its batch size, which its neighbours give. Both test how times add up to speed, not acceptance.",
+        ),
         [check.to_json() for check in found.checks],
     )
 
@@ -41,13 +45,21 @@ def _finding(found: Validation) -> str:
     if found.median_error is None:
         return "No measured cell could be predicted."
     sentence = (
-        f"The cost model misses measured tokens/s by {share(found.median_error)} in the median and "
+        f"In-sample the cost model misses measured tokens/s by {share(found.median_error)} in the median and "
         f"{share(found.worst_error)} at worst"
     )
     if found.median_speed_up_error is not None:
         sentence += f", speed-ups by {share(found.median_speed_up_error)} and {share(found.worst_speed_up_error)}"
-    skipped = f"; {found.num_not_predicted} of {len(found.checks)} cells could not be predicted"
-    return sentence + (skipped if found.num_not_predicted else "") + "."
+    sentence += f"; {share(found.share_inside)} of what was measured lie in the prediction's 95 % interval"
+    if found.num_not_predicted:
+        sentence += f"; {found.num_not_predicted} of {len(found.checks)} cells could not be predicted"
+    if not found.num_held_out:
+        return f"{sentence}. No batch size lies between others, to be held out."
+    return (
+        f"{sentence}. With the batch size held out, it misses tokens/s of {found.num_held_out} cells by "
+        f"{share(found.median_held_out_error)} in the median and {share(found.worst_held_out_error)} at worst; "
+        f"{share(found.held_out_share_inside)} lie in the interval."
+    )
 
 
 def _checks_table(checks: Sequence[CellCheck]) -> Table:
@@ -62,6 +74,7 @@ def _checks_table(checks: Sequence[CellCheck]) -> Table:
                     _estimate(cell.tokens_per_s),
                     _estimate(check.tokens_per_s) if check.tokens_per_s else "",
                     signed_share(check.error),
+                    signed_share(check.held_out_error),
                     times(check.measured_speed_up),
                     times(check.speed_up),
                     signed_share(check.speed_up_error),
@@ -74,6 +87,7 @@ def _checks_table(checks: Sequence[CellCheck]) -> Table:
         "Measured tokens/s",
         "Predicted",
         "Error",
+        "Held-out error",
         "Measured speed-up",
         "Predicted",
         "Error",
@@ -83,7 +97,11 @@ def _checks_table(checks: Sequence[CellCheck]) -> Table:
     if not any(check.reason for check in checks):
         columns.pop()
         groups = [RowGroup(one.heading, tuple(Row(row.cells[:-1]) for row in one.rows)) for one in groups]
-    note = "Intervals: 95 %. Speed-up: over no drafting under the same load. Error: predicted over measured, less one."
+    note = (
+        "In brackets 95 % intervals; of what was measured a few times, the range of it. Error: predicted over "
+        "measured, less one; in-sample, and without the times of the batch size. Speed-up: over no drafting under the "
+        "same load, in-sample."
+    )
     return Table("Predicted and measured speed", tuple(columns), tuple(groups), note)
 
 
@@ -134,7 +152,7 @@ def _plot(compared: Sequence[CellCheck]) -> Plot:
     return Plot(
         "validation",
         "Predicted beside measured speed-up",
-        "Every measured cell that could be predicted.",
+        "Every measured cell that could be predicted, in-sample.",
         "On the diagonal the prediction is right; below it, drafting gains less than predicted.",
         (Panel("", *axes, tuple(marks)),),
     )

@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from twotower_spec.evaluation.serving import ServingCell, System
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, ServingCell, System
 from twotower_spec.evaluation.serving_figures import Acceptance, acceptance_of
+from twotower_spec.report.categories import all_together
 from twotower_spec.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Table
-from twotower_spec.report.wording import dodged, hues_of, interval, short_title
+from twotower_spec.report.wording import category_in_words, dodged, hues_of, interval, short_title
 
-# Of a share that a plot shows: with fewer its line is noise.
-FEWEST_STEPS = 8
+# Of a share that is shown, in one repeat, whose greedy texts are those of the next: with fewer it is noise.
+FEWEST_STEPS = 5
 
 
 @dataclass(frozen=True)
 class CategoryAcceptance:
-    """What became of a system's drafts on one category of prompts."""
+    """What became of a system's drafts on one category of prompts.
+
+    Attributes:
+        category: in words; "all prompts" for all together.
+        system: which.
+        num_repeats: that it is of.
+        acceptance: over all of them.
+    """
 
     category: str
     system: System
+    num_repeats: int
     acceptance: Acceptance
+
+    @property
+    def well_known(self) -> tuple[float, ...]:
+        """Conditional acceptance by position, up to where too few steps drafted and had accepted all before."""
+        asked = self.acceptance.num_asked_by_position
+        num_known = sum(count >= FEWEST_STEPS * self.num_repeats for count in asked)
+        return self.acceptance.conditional_by_position[:num_known]
+
+    @property
+    def histogram(self) -> tuple[float, ...]:
+        """Share of the steps with drafts by number of accepted ones."""
+        counts = self.acceptance.histogram
+        return tuple(count / sum(counts) for count in counts)
+
+
+Shares = tuple[CategoryAcceptance, Sequence[float]]
 
 
 def acceptance_by_category(cells: Sequence[ServingCell]) -> list[CategoryAcceptance]:
-    """Of all systems that drafted, at the lowest temperature and concurrency.
+    """Of all systems that drafted, at the lowest temperature and concurrency; all together first, if there are several.
 
     Requests of loads that hold all categories are taken apart.
 
@@ -33,13 +58,26 @@ def acceptance_by_category(cells: Sequence[ServingCell]) -> list[CategoryAccepta
     """
     lowest = min(map(_demand, cells))
     chosen = [cell for cell in cells if _demand(cell) == lowest]
+    whole = all_together(cells) or [cell for cell in cells if cell.load.category == ALL_CATEGORIES]
+    together = [cell for cell in whole if _demand(cell) == lowest]
+    categories = list(dict.fromkeys(request.category for cell in chosen for request in cell.requests))
+    found = _drafted(together, category_in_words(ALL_CATEGORIES)) if len(categories) > 1 else []
+    for category in categories:
+        parts = (
+            replace(cell, requests=tuple(one for one in cell.requests if one.category == category)) for cell in chosen
+        )
+        found += _drafted([part for part in parts if part.requests], category)
+    return found
+
+
+def _drafted(cells: Sequence[ServingCell], category: str) -> list[CategoryAcceptance]:
+    """Of every system that drafted in these cells."""
     found = []
-    for category in dict.fromkeys(request.category for cell in chosen for request in cell.requests):
-        for name, system in {cell.system.name: cell.system for cell in chosen}.items():
-            own = [cell for cell in chosen if cell.system.name == name]
-            requests = [one for cell in own for one in cell.requests if one.category == category]
-            if any(any(one.num_draft_tokens) for one in requests):
-                found.append(CategoryAcceptance(category, system, acceptance_of(requests)))
+    for name, system in {cell.system.name: cell.system for cell in cells}.items():
+        own = [cell for cell in cells if cell.system.name == name]
+        acceptance = acceptance_of([request for cell in own for request in cell.requests])
+        if acceptance.num_drafted_steps:
+            found.append(CategoryAcceptance(category, system, len({cell.repeat for cell in own}), acceptance))
     return found
 
 
@@ -65,32 +103,26 @@ def category_table(found: Sequence[CategoryAcceptance], where: str) -> Table:
 
 
 def position_tables(found: Sequence[CategoryAcceptance], where: str) -> list[Table]:
-    """Acceptance by position, the same among the drafts that were reached, and the histogram; as `category_table`."""
-    accepted = [one.acceptance for one in found]
-    histograms = [[count / sum(one.histogram) for count in one.histogram] for one in accepted]
-    reached = "Share of the steps that drafted there and accepted all drafts before"
-    return [
-        _table(
-            "Accepted at each position",
-            found,
-            [one.by_position for one in accepted],
-            1,
-            f"Share of the steps with drafts; {where}.",
-        ),
-        _table(
-            "Accepted at each position that was reached",
-            found,
-            [one.conditional_by_position for one in accepted],
-            1,
-            f"{reached}; {where}.",
-        ),
-        _table("Accepted drafts per step", found, histograms, 0, f"Share of the steps with drafts; {where}."),
-    ]
+    """Acceptance by position, the same among the drafts that were reached, and the histogram; as `category_table`.
+
+    The second is left out where nothing is known well enough.
+    """
+    of_drafted = f"Share of the steps with drafts; {where}."
+    of_reached = (
+        f"Share of the steps that drafted there and accepted all drafts before; empty where fewer than {FEWEST_STEPS} "
+        f"steps of a repeat did; {where}."
+    )
+    tables = (
+        _table("Accepted at each position", [(one, one.acceptance.by_position) for one in found], 1, of_drafted),
+        _table("Accepted at each position that was reached", _well_known(found), 1, of_reached),
+        _table("Accepted drafts per step", [(one, one.histogram) for one in found], 0, of_drafted),
+    )
+    return [table for table in tables if table.groups]
 
 
 def position_plots(found: Sequence[CategoryAcceptance], where: str) -> list[Plot]:
-    """Both by position, a panel for each category; as `category_table`."""
-    return [
+    """Both by position, a panel for each category; as `position_tables`."""
+    plots = (
         _plot(
             "position",
             "Acceptance by position",
@@ -102,11 +134,12 @@ def position_plots(found: Sequence[CategoryAcceptance], where: str) -> list[Plot
             "conditional",
             "Acceptance by position, where it was reached",
             f"Among the steps that drafted there and accepted all drafts before; {where}. Positions that fewer than "
-            f"{FEWEST_STEPS} steps reached are left out.",
+            f"{FEWEST_STEPS} steps of a repeat reached are left out.",
             "Where a line falls, late drafts are worse than early ones; where it stays level, longer blocks can gain.",
-            [(one, _well_known(one.acceptance)) for one in found],
+            _well_known(found),
         ),
-    ]
+    )
+    return [plot for plot in plots if plot.panels]
 
 
 def category_plot(found: Sequence[CategoryAcceptance], where: str) -> Plot:
@@ -121,16 +154,9 @@ def category_plot(found: Sequence[CategoryAcceptance], where: str) -> Plot:
         "category",
         "Acceptance length by category",
         f"Accepted drafts + 1 per step that verified drafts, with 95 % intervals over prompts; {where}.",
-        "Where intervals do not overlap, one system's drafts are better; what they cost is in the time of a round.",
+        "Higher is better; what the drafts cost is in the time of a round.",
         (Panel("", Axis("", names=categories), Axis("tokens per step with drafts"), marks),),
     )
-
-
-def _well_known(acceptance: Acceptance) -> tuple[float, ...]:
-    """Conditional acceptance up to where too few steps came that far."""
-    reached = (sum(acceptance.histogram[i:]) for i in range(len(acceptance.conditional_by_position)))
-    num_known = sum(count >= FEWEST_STEPS for count in reached)
-    return acceptance.conditional_by_position[:num_known]
 
 
 def _demand(cell: ServingCell) -> tuple[float, int]:
@@ -151,25 +177,26 @@ def _lengths(own: Sequence[CategoryAcceptance], categories: Sequence[str], hue: 
     )
 
 
-def _table(
-    title: str, found: Sequence[CategoryAcceptance], shares: Sequence[Sequence[float]], first: int, note: str
-) -> Table:
+def _well_known(found: Sequence[CategoryAcceptance]) -> list[Shares]:
+    """Conditional acceptance of those that have any that is well known."""
+    return [(one, one.well_known) for one in found if one.well_known]
+
+
+def _table(title: str, found: Sequence[Shares], first: int, note: str) -> Table:
     """Shares side by side; `first` is the number of the first."""
-    most = max(map(len, shares), default=0)
+    most = max((len(shares) for _, shares in found), default=0)
     groups = []
-    for category in dict.fromkeys(one.category for one in found):
-        own = [(one, values) for one, values in zip(found, shares, strict=True) if one.category == category]
+    for category in dict.fromkeys(one.category for one, _ in found):
         rows = (
-            Row((short_title(one.system), *(f"{value:.2f}" for value in values), *[""] * (most - len(values))))
-            for one, values in own
+            Row((short_title(one.system), *(f"{share:.2f}" for share in shares), *[""] * (most - len(shares))))
+            for one, shares in found
+            if one.category == category
         )
         groups.append(RowGroup(category, tuple(rows)))
     return Table(title, ("System", *(str(first + i) for i in range(most))), tuple(groups), note)
 
 
-def _plot(
-    name: str, title: str, caption: str, reading: str, found: Sequence[tuple[CategoryAcceptance, Sequence[float]]]
-) -> Plot:
+def _plot(name: str, title: str, caption: str, reading: str, found: Sequence[Shares]) -> Plot:
     hues = hues_of([one.system for one, _ in found])
     axes = (Axis("position in the block"), Axis("share accepted", limits=(0, 1.03)))
     panels = []

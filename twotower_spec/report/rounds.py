@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from twotower_spec.drafting.metrics import CalibrationBin
-from twotower_spec.evaluation.serving_figures import BASELINE, Figures, merged_calibration
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, cells_of
+from twotower_spec.evaluation.serving_figures import BASELINE, Figures, merged_calibration, plain_step_s
 from twotower_spec.report.document import Axis, Bars, Line, Panel, Plot, Reference, Row, RowGroup, Table
 from twotower_spec.report.wording import (
     BLUE,
@@ -19,8 +21,8 @@ from twotower_spec.report.wording import (
 )
 
 # Of the bars, with their hues.
-LAYERS = (("extend", 1), ("denoise", 2), ("host", 4), ("verify", 3), ("plain step (median ITL)", 0))
-MOST_BARS = 14
+LAYERS = (("extend", 1), ("denoise", 2), ("host", 4), ("verify", 3), ("step without speculation", 0))
+MOST_BARS = 16
 
 
 def round_table(figures: Sequence[Figures]) -> Table:
@@ -33,26 +35,33 @@ def round_table(figures: Sequence[Figures]) -> Table:
         rows.append(Row((short_title(one.system), *map(milliseconds, phases), share(drafting / sum(phases)))))
     columns = ("System", "Extend ms", "Denoise ms", "Host ms", "Verify ms", "Drafting share")
     note = (
-        "Per round of the whole batch. Extend: the context tower reads what was accepted. Denoise: the denoiser's "
-        "passes. Host: the rest of drafting. These are means; verify is the median step of the engine without drafting."
+        "Means per round of the whole batch, prompts included, which add up to its wall time. Extend: the context "
+        "tower reads prompts and what was accepted. Denoise: the denoiser's passes. Host: the rest of drafting. "
+        "Verify: the verifier and all the rest of vLLM."
     )
     return Table("Time of a round", columns, groups_by_load(timed, rows), note)
 
 
-def round_plot(figures: Sequence[Figures]) -> Plot:
-    """The same as stacked bars, with a step without speculation beside each load; the first loads."""
+def round_plot(figures: Sequence[Figures], cells: Sequence[ServingCell]) -> Plot:
+    """The same as stacked bars, with a step without speculation beside each load; the first loads.
+
+    Args:
+        figures: of systems with a drafter; those that are not timed are left out.
+        cells: as measured, with those of no speculation.
+    """
     bars: list[tuple[str, tuple[float, ...]]] = []
     for load in dict.fromkeys(one.load for one in figures if one.round_times):
         own = [one for one in figures if one.load == load]
         place = place_of(load).replace(" at once", "")
-        bars += [(f"{place}: plain", (0, 0, 0, 0, one.latency.gap)) for one in own if one.system.name == BASELINE]
+        plain = _plain_cells(cells, load)
+        bars += [(f"{place}: plain", (0, 0, 0, 0, plain_step_s(plain)))] if plain else []
         bars += [(f"{place}: {one.system.name}", (*_phases(one), 0)) for one in own if one.round_times]
     bars = bars[:MOST_BARS]
     marks = tuple(Bars(name, hue, tuple(1e3 * row[i] for _, row in bars)) for i, (name, hue) in enumerate(LAYERS))
     return Plot(
         "rounds",
         "Time of a round",
-        "Drafting and verification per round of the batch, beside a step without speculation under the same load.",
+        "Means per round of the batch, prompts included, beside a step without speculation under the same load.",
         "A round pays where it gains more tokens than the plain steps that would fit into it.",
         (Panel("", Axis("milliseconds"), Axis("", names=tuple(name for name, _ in bars)), marks),),
     )
@@ -105,6 +114,13 @@ def reliability_plot(figures: Sequence[Figures]) -> Plot:
         "Below the diagonal drafts are accepted less often than their confidence says, above it more often.",
         (Panel("", *axes, tuple(marks)),),
     )
+
+
+def _plain_cells(cells: Sequence[ServingCell], load: Load) -> list[ServingCell]:
+    """Of no speculation under a load, or in its categories one by one, whose batches were full each for itself."""
+    return cells_of(cells, BASELINE, load) or [
+        cell for cell in cells if cell.system.name == BASELINE and replace(cell.load, category=ALL_CATEGORIES) == load
+    ]
 
 
 def _phases(one: Figures) -> tuple[float, float, float, float]:

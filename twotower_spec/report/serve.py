@@ -12,9 +12,11 @@ from twotower_spec.report.reading import Measurements
 from twotower_spec.report.wording import (
     as_json,
     hues_of,
+    intervals_of,
     milliseconds,
     num_of,
     number,
+    prompts_and_noise,
     share,
     speed_up,
     spread,
@@ -65,7 +67,8 @@ def serve_section(measured: Measurements, name: str) -> Section:
         tuple(plots),
         (
             f"Good requests: within {figures[0].bound}. At a given number of requests at once a faster server gives "
-            f"more tokens/s; where requests come as they come, it has each done sooner, and that is its speed-up.",
+            f"more tokens/s; where requests come as they come, it has each done sooner, and that is its speed-up. "
+            f"Nothing is compared where requests failed.",
         ),
         [as_json(one) for one in figures],
     )
@@ -75,8 +78,8 @@ def _groups(figures: Sequence[LoadFigures], row: Callable[[LoadFigures], Row]) -
     groups = []
     for traffic in dict.fromkeys(one.traffic for one in figures):
         own = [one for one in figures if one.traffic == traffic]
-        noise = next((f"; A/A noise {one.comparison.noise_floor:.2f}×" for one in own if one.comparison), "")
-        groups.append(RowGroup(f"{traffic}{noise}", tuple(map(row, own))))
+        heading = f"{traffic}{prompts_and_noise(own[0].num_requests, own)}"
+        groups.append(RowGroup(heading, tuple(map(row, own))))
     return tuple(groups)
 
 
@@ -88,7 +91,7 @@ def _speed_table(figures: Sequence[LoadFigures]) -> Table:
                 one.system.title,
                 spread(one.requests_per_s),
                 spread(one.goodput),
-                share(one.good_share),
+                _within_bound(one),
                 spread(one.tokens_per_s),
                 "" if is_baseline else speed_up(one.speed_up, one.comparison),
                 "" if one.verdict == "-" else one.verdict,
@@ -103,11 +106,17 @@ def _speed_table(figures: Sequence[LoadFigures]) -> Table:
         "Different texts", "Failed",
     )  # fmt: skip
     note = (
-        "Medians of the repeats (quartiles). Goodput: requests within the bound per second. Speed-up: with 95 % "
-        "interval; “no difference” where it is within the noise of no speculation against itself. Different texts: "
-        "prompts whose text is not that of no speculation."
+        f"Medians of the repeats (quartiles). Goodput: requests within the bound per second. Within bound: the share "
+        f"of requests, and that of the worst repeat where it is lower. Speed-up: over no speculation in the same "
+        f"repeat, the median{intervals_of(figures)}; “no difference” where it is within the noise of no speculation "
+        f"against itself. Different texts: prompts whose text is not that of no speculation."
     )
     return Table("Throughput and goodput", columns, _groups(figures, row), note)
+
+
+def _within_bound(one: LoadFigures) -> str:
+    middle, lowest = share(one.good_share), share(one.lowest_good_share)
+    return f"{middle} (lowest {lowest})" if one.lowest_good_share < one.good_share and lowest != middle else middle
 
 
 def _latency_table(figures: Sequence[LoadFigures]) -> Table:
@@ -132,7 +141,10 @@ def _highest_table(figures: Sequence[LoadFigures]) -> Table:
         highest = (highest_within_bound(figures, system.name, is_closed=is_closed) for is_closed, _ in KINDS)
         rows.append(Row((system.title, *(str(one) if one else "none" for one in highest))))
     columns = ("System", "Closed loop", "Open loop")
-    note = "Of the loads that were measured, the highest under which 90 % of the requests or more are within the bound."
+    note = (
+        "Of the loads that were measured, the highest under which 90 % of the requests or more are within the bound in "
+        "every repeat."
+    )
     return Table("Highest load within the bound", columns, (RowGroup("", tuple(rows)),), note)
 
 
@@ -168,7 +180,8 @@ def _speed_up_plot(figures: Sequence[LoadFigures]) -> Plot:
     return Plot(
         "speed-up",
         "Speed-up against load",
-        "Tokens/s, or 1 / time to the end, over no speculation in the same repeat; 95 % intervals with three repeats.",
+        f"Tokens/s, or 1 / time to the end, over no speculation in the same repeat, the median of the repeats"
+        f"{intervals_of(known)}.",
         "Above the dotted line speculation gains; the table says what is beyond the noise.",
         tuple(panels),
     )

@@ -9,11 +9,12 @@ from twotower_spec.evaluation.serving_figures import BASELINE, Figures
 from twotower_spec.report.document import Axis, Band, Line, Mark, Panel, Plot, Reference, Row, Table
 from twotower_spec.report.findings import Outcome
 from twotower_spec.report.wording import (
-    category_of,
+    category_in_words,
     dodged,
     groups_by_load,
     hues_of,
     interval,
+    intervals_of,
     milliseconds,
     num_of,
     number,
@@ -50,9 +51,10 @@ def speed_table(figures: Sequence[Figures]) -> Table:
     ]
     columns = ("System", "Tokens/s", "Speed-up", "Verdict", "TTFT ms", "ITL ms", "Different texts")
     note = (
-        "Tokens/s: median of the repeats (quartiles). Speed-up: with 95 % interval; “no difference” where it is within "
-        "the noise of no speculation against itself. TTFT: to the first token; ITL: between outputs; median / 99th "
-        "percentile. Different texts: prompts whose text is not that of no speculation."
+        f"Tokens/s: median of the repeats (quartiles). Speed-up: over no speculation in the same repeat, the median"
+        f"{intervals_of(figures)}; “no difference” where it is within the noise of no speculation against itself. "
+        "TTFT: to the first token; ITL: between outputs; median / 99th percentile. Different texts: prompts whose text "
+        "is not that of no speculation."
     )
     return Table("Speed and latency", columns, groups_by_load(figures, rows, with_noise=True), note)
 
@@ -76,8 +78,9 @@ def drafts_table(figures: Sequence[Figures]) -> Table:
     columns = ("System", "Acceptance length", "Tokens / step", "Tokens / NFE", "Drafts", "Steps with drafts")
     note = (
         "Acceptance length: accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts. "
-        "Tokens / step counts the steps without drafts, too. NFE: denoiser passes, requests counted separately. "
-        "Drafts: verified per step that had any."
+        "Tokens / step counts the steps without drafts, too. Tokens / NFE: of steps with drafts per denoiser pass, "
+        "requests counted separately. Drafts: verified per step that had any. The last step of a text counts as far as "
+        "the text goes."
     )
     return Table("What drafts gain", columns, groups_by_load(drafted, rows), note)
 
@@ -96,7 +99,8 @@ def speed_up_plots(figures: Sequence[Figures], systems: Sequence[System]) -> lis
     if not any(one.comparison for one in known):
         reading = "With fewer than three repeats nothing here can be told from noise."
     caption = (
-        "Tokens per second over those of no speculation in the same repeat, with 95 % intervals from three repeats on."
+        f"Tokens per second over those of no speculation in the same repeat, the median of the repeats"
+        f"{intervals_of(known)}."
     )
     if len(concurrencies) == 1:
         panel = _panel_of_kinds(known, hues)
@@ -111,7 +115,7 @@ def speed_up_plots(figures: Sequence[Figures], systems: Sequence[System]) -> lis
 def _kind(one: Figures) -> str:
     """Its load without the concurrency, in words."""
     temperature = f", temperature {one.load.temperature:g}" if one.load.temperature else ""
-    return category_of(one.load) + temperature
+    return category_in_words(one.load.category) + temperature
 
 
 def _panel_of_concurrencies(known: Sequence[Figures], hues: dict[str, int], title: str) -> Panel:

@@ -10,11 +10,12 @@ from twotower_spec.evaluation.pareto import pareto_front
 from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Figures, summarise
 from twotower_spec.report.document import Axis, Bars, Line, Mark, Panel, Plot, Reference, Row, RowGroup, Section, Table
+from twotower_spec.report.gamma import GAMMAS, GammaPoint, families_of, gamma_lines, joined_in_words
 from twotower_spec.report.reading import Measurements, Score
 from twotower_spec.report.wording import interval, number, share, spread, times
 
-MOST_LINES = 6
 MOST_BARS = 14
+FIDELITY = Axis("share of texts that are AR's", limits=(-0.03, 1.05))
 LAYERS = (("prefill", 4), ("denoise", 2), ("extend", 1))
 
 
@@ -128,13 +129,12 @@ def _fidelity_plot(figures: Sequence[Figures], front: Sequence[Figures]) -> Plot
         line("mask diffusion", 1, [one for one in figures if _is_diffusion(one)]),
         *(line(one.setting.mode, hue, [one]) for hue, one in zip((0, 2, 3), _baselines(figures), strict=False)),
     )
-    axes = (Axis("speed, AR = 1"), Axis("share of texts that are AR's", limits=(-0.03, 1.05)))
     return Plot(
         "fidelity",
         "Speed against fidelity",
         "Every setting: speed over AR in the same repeat, and how often the text is AR's to the token.",
         "Up and to the right is better; the line joins what nothing beats in both.",
-        (Panel("", *axes, marks),),
+        (Panel("", Axis("speed, AR = 1"), FIDELITY, marks),),
     )
 
 
@@ -144,37 +144,28 @@ def _baselines(figures: Sequence[Figures]) -> list[Figures]:
 
 def _gamma_plot(figures: Sequence[Figures]) -> list[Plot]:
     """Speed and fidelity over gamma, none where gamma does not vary."""
-    swept = [one for one in figures if _is_diffusion(one) and one.setting.confidence_threshold is not None]
-    families: dict[str, list[Figures]] = {}
-    for one in sorted(swept, key=lambda one: one.setting.confidence_threshold or 0.0):
-        families.setdefault(f"S={one.setting.block_size} steps={one.setting.steps_per_block}", []).append(one)
-    several = {name: own for name, own in families.items() if len(own) > 1}
-    fastest = sorted(several, key=lambda name: -max(one.speed_up for one in several[name]))[:MOST_LINES]
-    if not fastest:
-        return []
-
-    def lines(which: str) -> tuple[Mark, ...]:
-        return tuple(
-            Line(
-                name,
-                hue,
-                tuple(one.setting.confidence_threshold or 0.0 for one in several[name]),
-                tuple(one.speed_up if which == "speed" else one.identical.estimate for one in several[name]),
-            )
-            for hue, name in enumerate(fastest, start=1)
+    points = [
+        GammaPoint(
+            f"S={one.setting.block_size} steps={one.setting.steps_per_block}",
+            one.setting.confidence_threshold,
+            one.speed_up,
+            {"speed": one.speed_up, "fidelity": one.identical.estimate},
         )
-
-    gammas = Axis("confidence threshold gamma")
-    fidelity = Panel("fidelity", gammas, Axis("share of texts that are AR's", limits=(-0.03, 1.05)), lines("fidelity"))
-    speed = Panel("speed", gammas, Axis("speed, AR = 1"), (Reference("AR", 1.0), *lines("speed")))
-    more = f" The {MOST_LINES} fastest of {len(several)}." if len(several) > MOST_LINES else ""
+        for one in figures
+        if _is_diffusion(one) and one.setting.confidence_threshold is not None
+    ]
+    families = families_of(points)
+    if not families:
+        return []
+    speed: tuple[Mark, ...] = (Reference("AR", 1.0), *gamma_lines(points, families, "speed"))
+    fidelity = tuple(gamma_lines(points, families, "fidelity"))
     return [
         Plot(
             "gamma",
             "Speed and fidelity over gamma",
-            f"Settings that differ in gamma alone are joined.{more}",
+            joined_in_words(families),
             "A higher gamma commits fewer tokens a pass: slower, and more often AR's text.",
-            (speed, fidelity),
+            (Panel("speed", GAMMAS, Axis("speed, AR = 1"), speed), Panel("fidelity", GAMMAS, FIDELITY, fidelity)),
         )
     ]
 

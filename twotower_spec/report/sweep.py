@@ -17,24 +17,17 @@ from twotower_spec.evaluation.recommendation import (
 from twotower_spec.evaluation.serving import Load, ServingCell, System
 from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, Figures, all_figures
 from twotower_spec.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Section, Table
+from twotower_spec.report.drafts import draft_parts, without_drafts_notes
 from twotower_spec.report.findings import finding
 from twotower_spec.report.gamma import gamma_plots
-from twotower_spec.report.positions import (
-    acceptance_by_category,
-    category_plot,
-    category_table,
-    demand_in_words,
-    position_plots,
-    position_tables,
-)
 from twotower_spec.report.reading import Measurements
-from twotower_spec.report.rounds import calibration_table, reliability_plot, round_plot, round_table
 from twotower_spec.report.speed import outcomes_of, speed_up_plots
 from twotower_spec.report.wording import (
     GREY,
     as_json,
     groups_by_load,
     interval,
+    intervals_of,
     is_two_tower,
     milliseconds,
     num_of,
@@ -47,6 +40,8 @@ from twotower_spec.report.wording import (
 )
 
 PARETO = "Pareto"
+# Of the Pareto plot: rivals have 3, the front 6.
+HUES_OF_LOADS = (1, 2, 4, 5, 7)
 # Of plots with a line for every system.
 MOST_LINES = 7
 
@@ -121,33 +116,21 @@ def sweep_section(measured: Measurements, name: str) -> Section:
     sweep = Sweep.of(cells)
     figures = sweep.figures
     shown = {system.name for system in sweep.chosen}
-    by_category, where = acceptance_by_category(cells), demand_in_words(cells)
-    shown_by_category = [one for one in by_category if one.system.name in shown]
-    shown_figures = [one for one in figures if one.system.name in shown]
-    tables = [*([_best_table(sweep)] if sweep.best else []), _front_table(sweep), _settings_table(sweep)]
-    plots = [_pareto_plot(sweep), *speed_up_plots(figures, sweep.chosen), *gamma_plots(figures)]
-    if shown_by_category:
-        tables.append(category_table(by_category, where))
-        tables += position_tables(shown_by_category, where)
-        plots += [category_plot(shown_by_category, where), *position_plots(shown_by_category, where)]
-    if any(one.round_times for one in shown_figures):
-        tables.append(round_table(shown_figures))
-        plots.append(round_plot([one for one in figures if one in sweep.fastest or one.system.name == BASELINE]))
-    if any(part.num_drafts for one in figures for part in one.calibration):
-        tables.append(calibration_table(figures))
-        plots.append(reliability_plot(figures))
+    in_bars = [one for one in figures if one in sweep.fastest]
+    tables, plots = draft_parts(cells, figures, shown, in_bars)
     num_settings = len({one.system.name for one in figures if is_two_tower(one.system)})
     return Section(
         name,
         "Sweep over TwoTower's settings in vLLM",
         finding(outcomes_of(figures)),
         tuple(measured.origins),
-        tuple(tables),
-        tuple(plots),
+        (*([_best_table(sweep)] if sweep.best else []), _front_table(sweep), _settings_table(sweep), *tables),
+        (_pareto_plot(sweep), *speed_up_plots(figures, sweep.chosen), *gamma_plots(figures), *plots),
         (
             f"{num_settings} settings. The best of many is chosen from the same runs that its figures are of, so these "
             f"are a little too good; measure a choice anew.",
             *_recommendations(sweep),
+            *without_drafts_notes(cells, figures),
         ),
         [as_json(one) for one in figures],
     )
@@ -191,8 +174,9 @@ def _best_table(sweep: Sweep) -> Table:
         )
     columns = ("Load", "Best", "Tokens/s", "Tokens/s of one user", "Speed-up", "Cannot be told apart from it")
     note = (
-        "Most tokens/s of all users together, median of the repeats (quartiles); no speculation where nothing is "
-        "faster than it beyond the noise. Cannot be told apart: quartiles overlap."
+        f"Most tokens/s of all users together, median of the repeats (quartiles); no speculation where nothing is "
+        f"faster than it beyond the noise. Speed-up: over no speculation in the same repeat, the median"
+        f"{intervals_of(sweep.figures)}. Cannot be told apart: quartiles overlap."
     )
     return Table("Best at each concurrency", columns, (RowGroup("", tuple(rows)),), note)
 
@@ -217,13 +201,14 @@ def _front_table(sweep: Sweep) -> Table:
 def _settings_table(sweep: Sweep) -> Table:
     """All, fastest first under each load, those of the front marked."""
     loads = list(dict.fromkeys(one.load for one in sweep.figures))
+    points = {(one.system.name, one.load): one for one in sweep.points}
     ranked = sorted(sweep.figures, key=lambda one: (loads.index(one.load), -one.tokens_per_s.median))
     rows = [
         Row(
             (
                 short_title(one.system),
                 spread(one.tokens_per_s),
-                rate(one.latency.user_tokens_per_s),
+                rate(point.user_tokens_per_s.median) if (point := points.get((one.system.name, one.load))) else "",
                 "" if one.system.name == BASELINE else speed_up(one.speed_up, one.comparison),
                 "" if one.verdict == "-" else one.verdict,
                 interval(one.acceptance.acceptance_length),
@@ -241,9 +226,9 @@ def _settings_table(sweep: Sweep) -> Table:
         "ITL ms", "Different texts",
     )  # fmt: skip
     note = (
-        "Fastest first. Tokens/s: median of the repeats (quartiles). Speed-up: over no speculation, with 95 % "
-        "interval. TTFT, ITL: median / 99th percentile. Different texts: prompts whose text is not that of no "
-        "speculation."
+        f"Fastest first. Tokens/s: median of the repeats (quartiles). Of one user: median of the repeats, after the "
+        f"first token. Speed-up: over no speculation in the same repeat, the median{intervals_of(ranked)}. TTFT, ITL: "
+        f"median / 99th percentile. Different texts: prompts whose text is not that of no speculation."
     )
     return Table("All settings", columns, groups_by_load(ranked, rows, with_noise=True), note)
 
@@ -269,10 +254,9 @@ def _pareto_panel(sweep: Sweep, category: str, temperature: float) -> Panel:
 
     points = of(sweep.points)
     marks = [line("Pareto front", 6, of(sweep.front), is_connected=True)]
-    hues = iter((1, 2, 4, 5, 7, 3))
-    for concurrency in sorted({one.load.concurrency for one in points})[:5]:
-        own = [one for one in points if is_two_tower(one.system) and one.load.concurrency == concurrency]
-        marks.append(line(f"TwoTower, {concurrency} at once", next(hues), own))
+    for hue, few in zip(HUES_OF_LOADS, _at_most(len(HUES_OF_LOADS), points), strict=False):
+        own = [one for one in points if is_two_tower(one.system) and one.load.concurrency in few]
+        marks.append(line(f"TwoTower, {' to '.join(map(str, dict.fromkeys((few[0], few[-1]))))} at once", hue, own))
     rivals = [
         one for one in points if not is_two_tower(one.system) and one.system.name not in (BASELINE, BASELINE_AGAIN)
     ]
@@ -281,3 +265,10 @@ def _pareto_panel(sweep: Sweep, category: str, temperature: float) -> Panel:
     marks.append(line("no speculation", GREY, [one for one in points if one.system.name == BASELINE], True))
     title = f"{category}, temperature {temperature:g}" if len(_kinds(sweep.cells)) > 1 else ""
     return Panel(title, Axis("tokens/s of one user"), Axis("tokens/s of all"), tuple(marks))
+
+
+def _at_most(number: int, points: Sequence[Point]) -> list[list[int]]:
+    """Their concurrencies, each for itself; where there are more than `number`, the highest together."""
+    ranked = sorted({one.load.concurrency for one in points})
+    apart = [[one] for one in ranked]
+    return apart if len(apart) <= number else [*apart[: number - 1], ranked[number - 1 :]]

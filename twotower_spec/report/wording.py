@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
 from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, System
 from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, Figures
@@ -16,6 +16,14 @@ GREY = 0
 BLUE = 1
 # In every plot: no speculation is grey, TwoTower blue, and these as here; whatever else comes gets what is left.
 HUES = {BASELINE: GREY, BASELINE_AGAIN: GREY, "twotower": BLUE, "draft_model": 2, "ngram": 3, "suffix": 4}
+
+
+class Compared(Protocol):
+    """Figures of a system beside no speculation."""
+
+    @property
+    def comparison(self) -> Comparison | None:
+        """None with too few repeats."""
 
 
 def hues_of(systems: Sequence[System]) -> dict[str, int]:
@@ -37,12 +45,12 @@ def is_two_tower(system: System) -> bool:
 def place_of(load: Load) -> str:
     """A load in words."""
     temperature = f", temperature {load.temperature:g}" if load.temperature else ""
-    return f"{category_of(load)}, {load.concurrency} at once{temperature}"
+    return f"{category_in_words(load.category)}, {load.concurrency} at once{temperature}"
 
 
-def category_of(load: Load) -> str:
-    """A load's kind of prompts in words."""
-    return "all prompts" if load.category == ALL_CATEGORIES else load.category
+def category_in_words(category: str) -> str:
+    """A kind of prompts, or all."""
+    return "all prompts" if category == ALL_CATEGORIES else category
 
 
 def short_title(system: System) -> str:
@@ -67,7 +75,7 @@ def share(value: float | None) -> str:
 
 def signed_share(value: float | None) -> str:
     """As whole per cent with its sign."""
-    return "" if value is None else f"{100 * value:+.0f} %"
+    return "" if value is None else f"{round(100 * value):+d} %"
 
 
 def rate(value: float) -> str:
@@ -99,6 +107,12 @@ def speed_up(ratio: float | None, comparison: Comparison | None) -> str:
     return f"{found.estimate:.2f}× ({found.low:.2f} to {found.high:.2f})"
 
 
+def intervals_of(figures: Iterable[Compared]) -> str:
+    """What the ends of their speed-ups are, in brackets after a space, as ` (95 % interval)`; "" without any."""
+    names = dict.fromkeys(one.comparison.interval_name for one in figures if one.comparison)
+    return f" ({' or '.join(names)})" if names else ""
+
+
 def num_of(part: int | None, whole: int) -> str:
     """A count beside all; "" for None."""
     return "" if part is None else f"{part} of {whole}"
@@ -125,15 +139,20 @@ def groups_by_load(figures: Sequence[Figures], rows: Sequence[Row], with_noise: 
     Args:
         figures: of each row.
         rows: as many.
-        with_noise: whether headings name the A/A noise.
+        with_noise: whether headings name the number of prompts and the A/A noise.
     """
-    by_load: dict[Load, list[Row]] = {}
-    noise: dict[Load, str] = {}
-    for one, row in zip(figures, rows, strict=True):
-        by_load.setdefault(one.load, []).append(row)
-        if with_noise and one.comparison:
-            noise[one.load] = f"; A/A noise {one.comparison.noise_floor:.2f}×"
-    return tuple(RowGroup(place_of(load) + noise.get(load, ""), tuple(own)) for load, own in by_load.items())
+    groups = []
+    for load in dict.fromkeys(one.load for one in figures):
+        own = [one for one in figures if one.load == load]
+        heading = place_of(load) + (prompts_and_noise(own[0].num_requests, own) if with_noise else "")
+        groups.append(RowGroup(heading, tuple(row for one, row in zip(figures, rows, strict=True) if one.load == load)))
+    return tuple(groups)
+
+
+def prompts_and_noise(num_prompts: int, figures: Iterable[Compared]) -> str:
+    """What follows a load in a heading, as `; 4 prompts; A/A noise 1.10×`; figures of this load."""
+    noise = next((f"; A/A noise {one.comparison.noise_floor:.2f}×" for one in figures if one.comparison), "")
+    return f"; {num_prompts} prompt{'' if num_prompts == 1 else 's'}{noise}"
 
 
 def as_json(figures: Any) -> dict[str, Any]:

@@ -88,7 +88,6 @@ class ServingRun:
                 load counts; None for all prompts of the load.
         """
         self.pool, self.prompts, self.max_new_tokens, self.chat = pool, prompts, max_new_tokens, chat
-        self.num_too_long = 0
         self._num_warm_up = num_warm_up
         self._asked: list[Asked] | None = None
         self._drafting: dict[EngineProcess, Candidate] = {}
@@ -139,7 +138,6 @@ class ServingRun:
                 for prompt, token_ids in zip(self.prompts, all_ids, strict=True)
                 if 0 < len(token_ids) <= most
             ]
-            self.num_too_long = len(self.prompts) - len(self._asked)
         return self._asked
 
     def _warm_up(self, order: ServeOrder) -> ServeOrder:

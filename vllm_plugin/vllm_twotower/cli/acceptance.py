@@ -2,50 +2,41 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from twotower_spec.config import check_integer
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.evaluation.serving import Load, over_categories
 from twotower_spec.evaluation.serving_figures import all_figures
 from twotower_spec.extras import require_extra
+from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options
+from vllm_twotower.cli.measured_systems import systems_of
 from vllm_twotower.cli.serving_record import complete, serving_record
-from vllm_twotower.cli.tables import acceptance_table, position_table, print_origin, speed_table
+from vllm_twotower.cli.tables import acceptance_table, position_table, print_origin, print_remarks, speed_table
 from vllm_twotower.engines import EnginePool
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
 from vllm_twotower.systems import engine_spec
-
-Rival = Annotated[
-    list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
-]
 
 
 def acceptance(
     verifier: options.Verifier = None,
     drafter: options.Drafter = None,
-    draft_model: Annotated[
-        str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")
-    ] = None,
+    draft_model: options.DraftModel = None,
     dataset: options.Dataset = "trio",
     category: options.Category = None,
     prompts: Annotated[int, typer.Option(help="Prompts, balanced over the categories.")] = 24,
     max_new_tokens: options.MaxNewTokens = 64,
     concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
-    temperature: Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")] = 0.0,
-    repeat: Annotated[
-        int, typer.Option(help="Passes over everything, of which medians are taken; 3 for verdicts.")
-    ] = 5,
-    rival: Rival = None,
-    only: Annotated[
-        str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
-    ] = None,
-    speculative_config: Annotated[
-        str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
-    ] = None,
+    temperature: options.Temperature = 0.0,
+    repeat: options.Repeat = 5,
+    rival: options.Rival = None,
+    only: options.Only = None,
+    speculative_config: options.SpeculativeConfig = None,
     chat: options.Chat = False,
     engine_args: options.EngineArgs = None,
     engines: options.Engines = "auto",
@@ -61,33 +52,29 @@ def acceptance(
     # Everything that can be refused is checked before anything is loaded.
     options.require_vllm()
     require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
-    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
-        check_integer(name, value, minimum=1)
+    options.check_sizes(prompts, max_new_tokens, repeat)
     at_once = options.concurrencies(concurrency)
     (temperature,) = options.temperatures(str(temperature))
     together = options.held_together("--engines", engines)
     models = options.Models.of(verifier, drafter, draft_model, engine_args, max(at_once))
-    systems = options.systems_of(models, speculative_config, rival, only, repeat)
+    systems = systems_of(models, speculative_config, rival, only, repeat)
     options.check_chat(chat, models.verifier)
     texts = load_prompts(dataset, category, prompts)
-    loads = [
-        Load(name, number, temperature)
-        for number in at_once
-        for name in dict.fromkeys(prompt.category for prompt in texts)
-    ]
+    by_category = Counter(prompt.category for prompt in texts)
+    options.check_at_once(max(at_once), by_category)
+    loads = [Load(name, number, temperature) for number in at_once for name in by_category]
     json_file = options.measurements_file(json_file, report, "acceptance")
-    record = serving_record([models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]], systems)
+    record = serving_record([models.identity, max_new_tokens, chat, [asdict(one) for one in texts]], systems)
     specs = {one.name: engine_spec(one, models.verifier, models.arguments) for one in systems}
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
-    with record.opened(json_file, overwrite), pool:
+    with ended_by_signals(), record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat)
         cells = complete(record, run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
     console = Console(highlight=False)
     figures = all_figures([*over_categories(cells), *cells] if len(loads) > len(at_once) else cells)
     for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):
         console.print(table)
-    if run.num_too_long:
-        console.print(f"{run.num_too_long} prompts were too long and left out.")
+    print_remarks(console, len(texts), cells)
     print_origin(console, record)
     if report and json_file:
         from twotower_spec.report import write_report  # matplotlib and jinja2

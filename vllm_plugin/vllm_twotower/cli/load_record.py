@@ -4,27 +4,25 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from itertools import product
+from typing import Any
 
 from twotower_spec.evaluation.load_points import LoadPoint
+from vllm_twotower.cli.options import same_model
 from vllm_twotower.cli.record import Record
 from vllm_twotower.serving_bench import ServePlan
 
 KIND = "load_point"
-# What may change in `vllm serve`'s arguments while points still stand in one file: more requests at once.
-NOT_COMPARED = "--max-num-seqs"
 
 
-def load_record(plan: ServePlan, base_url: str | None) -> Record[LoadPoint]:
+def load_record(plan: ServePlan, server: Any) -> Record[LoadPoint]:
     """Points by system, traffic and repeat.
 
     Args:
-        plan: more systems, loads or repeats go on with a file; another verifier, workload or server does not.
-        base_url: of a server that others have started.
+        plan: more systems, loads or repeats go on with a file; another verifier or workload does not.
+        server: JSON of what the user said about servers; another does not, either. Not the arguments that servers get:
+            those of the trio grow with the largest load.
     """
-    arguments = list(plan.arguments)
-    if NOT_COMPARED in arguments:
-        del arguments[arguments.index(NOT_COMPARED) + 1]
-    content = [plan.verifier, arguments, plan.mode, asdict(plan.workload), base_url]
+    content = [same_model(plan.verifier), plan.mode, asdict(plan.workload), server]
     return Record(
         KIND, LoadPoint.from_json, lambda point: (point.system.name, point.traffic, point.repeat), content, plan.systems
     )

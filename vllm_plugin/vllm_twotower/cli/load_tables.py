@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower_spec.evaluation.load_points import GOOD_ENOUGH, LoadFigures, LoadPoint, highest_within_bound
-from twotower_spec.machine import describe_machine
 from vllm_twotower.cli.record import Record
+from vllm_twotower.cli.tables import print_origin
 from vllm_twotower.serving_bench import ServePlan
 
 THROUGHPUT = ("req/s", "good/s", "good", "tok/s", "speed-up", "verdict", "accept", "differ")
@@ -24,18 +24,16 @@ def print_load_tables(
     """Both tables, the loads that keep the bound, what was asked, and where it was measured."""
     console.print(throughput_table(figures))
     console.print(latency_table(figures))
-    asked, where = plan.workload, record.file.where
-    versions = (f"{name} {number}" for name, number in where["versions"].items() if "vllm" in name and number)
+    asked = plan.workload
     lines = (
         *failures(figures),
         kept_loads(figures),
         f"{len(asked.prompts)} prompts of {dataset}, up to {asked.max_new_tokens} new tokens, temperature "
         f"{asked.temperature:g}, {plan.num_repeats} repeats, servers {plan.mode}",
-        ", ".join((describe_machine(), *versions)),
-        where["command"],
     )
     for line in lines:
         console.print(line, markup=False, soft_wrap=True)
+    print_origin(console, record)
 
 
 def throughput_table(figures: Sequence[LoadFigures]) -> Table:
@@ -90,7 +88,7 @@ def _throughput(one: LoadFigures) -> list[str]:
         f"{one.good_share:.0%}",
         f"{one.tokens_per_s.median:.0f}",
         "-" if one.speed_up is None else f"{one.speed_up:.2f}x",
-        one.comparison.verdict if one.comparison else "-",
+        one.verdict,
         "-" if one.acceptance_length is None else f"{one.acceptance_length:.2f}",
         "-" if one.num_different is None else f"{one.num_different}",
     ]

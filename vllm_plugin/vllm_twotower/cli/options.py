@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -17,34 +17,37 @@ from twotower_spec.cli.measurements import numbers
 from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
-from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
-from vllm_twotower.systems import (
-    NGRAM,
-    NO_SPECULATION,
-    NO_SPECULATION_AGAIN,
-    SUFFIX,
-    TRIO_ARGUMENTS,
-    draft_model,
-    two_tower,
-)
+from vllm_twotower.systems import TRIO_ARGUMENTS
 
 Verifier = Annotated[
     str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
 ]
 Drafter = Annotated[str | None, typer.Option(help="TwoTower checkpoint: likewise.")]
+DraftModel = Annotated[str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")]
 Dataset = Annotated[str, typer.Option(help="A named set, a file, or a hub id; see docs/evaluation.md.")]
 Category = Annotated[list[str] | None, typer.Option(help="Only prompts of this category; can be repeated.")]
 Chat = Annotated[bool, typer.Option("--chat", help="First turns in the verifier's chat template, not plain text.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens per prompt.")]
+Temperature = Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")]
+Repeat = Annotated[
+    int, typer.Option(help="Passes over everything, of which medians are taken; 3 or more for verdicts.")
+]
+Rival = Annotated[
+    list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
+]
+Only = Annotated[
+    str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
+]
+SpeculativeConfig = Annotated[
+    str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
+]
 EngineArgs = Annotated[
     str | None, typer.Option(help='Arguments of LLM() for all systems, as JSON: {"tensor_parallel_size": 4}.')
 ]
 Engines = Annotated[
     str,
     typer.Option(
-        help="together: all at once; in-turn: one at a time, started anew in every repeat; auto: in-turn on a GPU."
+        help="together: all at once; in-turn: one at a time, loaded anew when its turn comes; auto: in-turn on a GPU."
     ),
 ]
 JsonFile = Annotated[
@@ -57,8 +60,6 @@ ReportFolder = Annotated[
 
 Holding = Literal["auto", "together", "in-turn"]
 
-# Names that no rival can have.
-TAKEN = (BASELINE, BASELINE_AGAIN, "twotower")
 # Large models take their time to load, and a cell may have many prompts.
 LONGEST_SILENCE_S = 3600.0
 
@@ -81,9 +82,12 @@ class Models:
     @property
     def identity(self) -> list[Any]:
         """As JSON: what must be the same for measurements to be compared."""
-        paths = (str(Path(name).resolve()) if Path(name).is_dir() else name for name in (self.verifier, self.drafter))
         # More requests at once go on with a file.
-        return [*paths, {name: value for name, value in self.arguments.items() if name != "max_num_seqs"}]
+        return [
+            same_model(self.verifier),
+            same_model(self.drafter),
+            {name: value for name, value in self.arguments.items() if name != "max_num_seqs"},
+        ]
 
     @classmethod
     def of(
@@ -116,38 +120,9 @@ class Models:
         return cls(verifier, drafter, draft_model, own)
 
 
-def systems_of(
-    models: Models, speculative_config: str | None, named: Sequence[str] | None, only: str | None, num_repeats: int
-) -> tuple[System, ...]:
-    """No speculation, twice where there are enough repeats for a verdict, and all that is measured beside it.
-
-    That is n-gram lookup, suffix decoding where its package is there, a draft model if there is one, the user's own,
-    and TwoTower.
-
-    Args:
-        models: with or without a draft model.
-        speculative_config: the user's over ours, for TwoTower; JSON.
-        named: `NAME=JSON` each, a speculative configuration of vLLM.
-        only: names with commas of those beside no speculation; None for all.
-        num_repeats: passes over everything.
-
-    Raises:
-        ArgumentError: JSON that is no object, or a name that is taken or unknown.
-    """
-    own = two_tower(models.drafter)
-    config = {**(own.speculative_config or {}), **as_object("--speculative-config", speculative_config)}
-    found = [*_rivals(models, named), replace(own, speculative_config=config)]
-    names = [system.name for system in found]
-    wanted = names if only is None else [name.strip() for name in only.split(",")]
-    for name in wanted:
-        if name not in names:
-            raise ArgumentError(f"--only {name} is not there; give some of {', '.join(names)}")
-    return (*baselines(num_repeats), *(system for system in found if system.name in wanted))
-
-
-def baselines(num_repeats: int) -> tuple[System, ...]:
-    """No speculation, and once more (A/A) where there are enough repeats for a verdict."""
-    return (NO_SPECULATION, NO_SPECULATION_AGAIN) if num_repeats >= FEWEST_ROUNDS else (NO_SPECULATION,)
+def same_model(model: str) -> str:
+    """A name that a model has from whatever working directory: of a directory its whole path, else the hub id."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
 
 
 def held_together(option: str, given: str) -> bool:
@@ -159,6 +134,35 @@ def held_together(option: str, given: str) -> bool:
     if given not in get_args(Holding):
         raise ArgumentError(f"{option} {given} is not there; give one of {', '.join(get_args(Holding))}")
     return given == "together" or (given == "auto" and not torch.cuda.is_available())
+
+
+def check_sizes(prompts: int, max_new_tokens: int, repeat: int) -> None:
+    """Refuses a measurement of nothing.
+
+    Raises:
+        ArgumentError: one is below 1.
+    """
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+        check_integer(name, value, minimum=1)
+
+
+def check_at_once(most: int, groups: Mapping[str, int]) -> None:
+    """Refuses more requests at once than there are: figures would be of fewer than they name.
+
+    Args:
+        most: the largest number at once.
+        groups: prompts that are served together, by their category; "" for all of them.
+
+    Raises:
+        ArgumentError: one has too few.
+    """
+    name, fewest = min(groups.items(), key=lambda group: group[1])
+    if most > fewest:
+        what = f"of each category, {name} has {fewest}" if name else f"at least, there are {fewest}"
+        raise ArgumentError(
+            f"--concurrency {most} needs {most} prompts {what}; give --prompts {most * len(groups)} or more, or a "
+            f"lower concurrency"
+        )
 
 
 def concurrencies(text: str) -> list[int]:
@@ -207,20 +211,6 @@ def require_vllm() -> None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
         )
-
-
-def _rivals(models: Models, named: Sequence[str] | None) -> list[System]:
-    found = [NGRAM, *([SUFFIX] if find_spec("arctic_inference") else [])]
-    if models.draft_model:
-        found.append(draft_model(models.draft_model))
-    for text in named or ():
-        name, separator, config = text.partition("=")
-        if not separator or not name.isidentifier():
-            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
-        if name in TAKEN or name in (system.name for system in found):
-            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
-        found.append(System(name, name, as_object(f"--rival {name}", config)))
-    return found
 
 
 def _check_path(option: str, model: str) -> None:

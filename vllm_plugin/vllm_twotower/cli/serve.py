@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import signal
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from types import FrameType
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 from rich.console import Console
 
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.cli.measurements import progress_bar
-from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, load_figures
 from twotower_spec.evaluation.serving import System
 from twotower_spec.extras import require_extra
+from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options, serve_options
 from vllm_twotower.cli.load_record import chosen, load_record
 from vllm_twotower.cli.load_tables import print_load_tables
+from vllm_twotower.cli.measured_systems import systems_of
 from vllm_twotower.cli.record import Record
 from vllm_twotower.serving_bench import Endpoint, ServePlan, Slot, Workload, measure_endpoint, measure_servers
 
@@ -32,9 +28,7 @@ THE_SERVER = System("server", "the server")
 def serve(
     verifier: options.Verifier = None,
     drafter: options.Drafter = None,
-    draft_model: Annotated[
-        str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")
-    ] = None,
+    draft_model: options.DraftModel = None,
     dataset: options.Dataset = "trio",
     category: options.Category = None,
     prompts: Annotated[int, typer.Option(help="Prompts per load, balanced over the categories.")] = 32,
@@ -48,19 +42,11 @@ def serve(
     goodput: Annotated[
         str, typer.Option(help="Milliseconds within which a request is good: any of ttft, tpot, e2el.")
     ] = "ttft:500,tpot:50",
-    temperature: Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")] = 0.0,
-    repeat: Annotated[
-        int, typer.Option(help="Passes over everything, of which medians are taken; 3 for verdicts.")
-    ] = 3,
-    rival: Annotated[
-        list[str] | None, typer.Option(help="NAME=JSON, another speculative config of vLLM; can be repeated.")
-    ] = None,
-    only: Annotated[
-        str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
-    ] = None,
-    speculative_config: Annotated[
-        str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
-    ] = None,
+    temperature: options.Temperature = 0.0,
+    repeat: options.Repeat = 3,
+    rival: options.Rival = None,
+    only: options.Only = None,
+    speculative_config: options.SpeculativeConfig = None,
     chat: options.Chat = False,
     serve_args: Annotated[str, typer.Option(help="Further arguments of `vllm serve`, for all systems.")] = "",
     servers: Annotated[
@@ -83,12 +69,12 @@ def serve(
     options.require_vllm()
     serve_options.require_load_generator()
     require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
-    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
-        check_integer(name, value, minimum=1)
+    options.check_sizes(prompts, max_new_tokens, repeat)
     (temperature,) = options.temperatures(str(temperature))
     bound = LatencyBound.parse(goodput)
     traffics = serve_options.traffics_of(concurrency, request_rate)
     found = load_prompts(dataset, category, prompts)
+    options.check_at_once(serve_options.largest_loop(traffics), {"": len(found)})
     texts = tuple(one.turns[0] if chat else one.text for one in found)
     workload = Workload(texts, chat, max_new_tokens, temperature, bound)
     endpoint = None
@@ -109,14 +95,15 @@ def serve(
             models.verifier,
             # How many requests a user's verifier can hold is the user's to say.
             serve_options.serve_arguments(serve_args, models.arguments if verifier is None else {}),
-            options.systems_of(models, speculative_config, rival, only, repeat),
+            systems_of(models, speculative_config, rival, only, repeat),
             traffics,
             repeat,
             "together" if options.held_together("--servers", servers) else "in-turn",
             workload,
         )
     json_file = options.measurements_file(json_file, report, "serve")
-    record = load_record(plan, endpoint.url if endpoint else None)
+    server = endpoint.url if endpoint else [serve_args, verifier is None]
+    record = load_record(plan, server)
     with record.opened(json_file, overwrite):
         if missing := [slot for slot in plan.slots() if slot.key not in record.found]:
             _measure(plan, endpoint, record, missing)
@@ -129,7 +116,7 @@ def serve(
 
 def _measure(plan: ServePlan, endpoint: Endpoint | None, record: Record[LoadPoint], missing: list[Slot]) -> None:
     total = len(plan.systems) * len(plan.traffics) * plan.num_repeats
-    with _ended_by_signals(), progress_bar() as bar, Interrupts() as interrupts:
+    with ended_by_signals(), progress_bar() as bar, Interrupts() as interrupts:
         task = bar.add_task("loading", total=total, completed=total - len(missing))
 
         def keep(point: LoadPoint) -> None:
@@ -144,18 +131,3 @@ def _measure(plan: ServePlan, endpoint: Endpoint | None, record: Record[LoadPoin
             measure_servers(plan, missing, keep, say)
         else:
             measure_endpoint(plan, missing, endpoint, keep, say)
-
-
-@contextmanager
-def _ended_by_signals() -> Iterator[None]:
-    """Servers are stopped too when the command is ended, or its terminal goes."""
-
-    def leave(number: int, frame: FrameType | None) -> NoReturn:
-        sys.exit(128 + number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGTERM, signal.SIGHUP)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.cli.measurements import numbers
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.engine_flags import engine_flags
 from twotower_spec.evaluation.load_points import Traffic
 from vllm_twotower.systems import TRIO_ARGUMENTS
 
@@ -76,12 +77,17 @@ def serve_arguments(text: str, ours: Mapping[str, Any]) -> tuple[str, ...]:
     taken = [part for part in given if part.partition("=")[0] in TAKEN]
     if taken:
         raise ArgumentError(f"--serve-args has {taken[0]}, which is set for each server; leave it out")
-    return (*_as_flags(ours), *given)
+    return (*engine_flags(ours), *given)
 
 
 def most_at_once(traffics: Sequence[Traffic]) -> int:
     """Requests that servers of the bundled trio hold at once."""
-    return max([FEWEST_SEQUENCES, *(one.concurrency for one in traffics if one.concurrency)])
+    return max(FEWEST_SEQUENCES, largest_loop(traffics))
+
+
+def largest_loop(traffics: Sequence[Traffic]) -> int:
+    """Requests at once in the largest closed loop; 0 without one."""
+    return max((one.concurrency for one in traffics if one.concurrency), default=0)
 
 
 def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:
@@ -99,12 +105,3 @@ def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:
             f"prompts of up to {longest} tokens with --max-new-tokens {max_new_tokens} do not fit the bundled "
             f"verifier's {most}; give fewer new tokens, other prompts or another --verifier"
         )
-
-
-def _as_flags(arguments: Mapping[str, Any]) -> list[str]:
-    """`LLM()`'s arguments as `vllm serve` takes them."""
-    flags: list[str] = []
-    for name, value in arguments.items():
-        flag = f"--{name.replace('_', '-')}"
-        flags += [flag] if value is True else [flag, str(value)]
-    return flags

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -12,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower_spec.cli.measurements import numbers
-from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.evaluation.grid import draft_settings, knobs_of, system_of
@@ -30,9 +30,12 @@ from twotower_spec.evaluation.recommendation import (
 from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load
 from twotower_spec.evaluation.serving_profile import DraftSetting
 from twotower_spec.extras import require_extra
+from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options
+from vllm_twotower.cli.measured_systems import baselines
 from vllm_twotower.cli.serving_record import complete, serving_record
-from vllm_twotower.cli.tables import print_origin
+from vllm_twotower.cli.tables import print_origin, print_remarks
+from vllm_twotower.demo import check_writable
 from vllm_twotower.engines import EnginePool, EngineSpec
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
 from vllm_twotower.systems import engine_spec
@@ -58,7 +61,7 @@ def sweep(
     first_token: Annotated[str, typer.Option(help="Tower of the first draft: context or denoiser.")] = "context",
     temperature: Annotated[str, typer.Option(help="Of the verifier, with commas.")] = "0",
     concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,4,8,16",
-    repeat: Annotated[int, typer.Option(help="Passes over everything; 3 or more for verdicts.")] = 3,
+    repeat: options.Repeat = 3,
     goal: Annotated[
         str, typer.Option(help="throughput: most tokens/s in all; latency: fastest for one user.")
     ] = "throughput",
@@ -82,8 +85,7 @@ def sweep(
     # Everything that can be refused is checked before anything is loaded.
     options.require_vllm()
     require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
-    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
-        check_integer(name, value, minimum=1)
+    options.check_sizes(prompts, max_new_tokens, repeat)
     at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
     wanted = _goal(goal, min_user_tokens_per_s, at_concurrency, at_once)
     settings = draft_settings(
@@ -98,14 +100,17 @@ def sweep(
     models = options.Models.of(verifier, drafter, None, engine_args, max(at_once))
     options.check_chat(chat, models.verifier)
     texts = load_prompts(dataset, category, prompts)
+    options.check_at_once(max(at_once), {"": len(texts)})
     loads = [Load(ALL_CATEGORIES, number, heat) for heat in temperatures for number in at_once]
     candidates, specs = _candidates(models, settings, repeat)
     json_file = options.measurements_file(json_file, report, "sweep")
     profile = profile or (report and report / "profile.json")
-    content = ["sweep", models.identity, max_new_tokens, chat, [one.prompt_id for one in texts]]
+    if profile:
+        check_writable(profile, option="--profile")
+    content = ["sweep", models.identity, max_new_tokens, chat, [asdict(one) for one in texts]]
     record = serving_record(content, [one.system for one in candidates])
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
-    with record.opened(json_file, overwrite), pool:
+    with ended_by_signals(), record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
         cells = complete(record, run, in_order(candidates, loads, repeat, together))
     console = Console(highlight=False)
@@ -116,10 +121,10 @@ def sweep(
         console.print(_best_table(best_by_concurrency(cells, heat)))
         best = recommend(cells, wanted, heat)
         console.print(best.sentence, markup=False, soft_wrap=True)
-        console.print(f"\n    {best.serve_command(models.verifier)}\n", markup=False, soft_wrap=True)
-        console.print(f"    {best.python_call(models.verifier)}\n", markup=False, soft_wrap=True)
-    if run.num_too_long:
-        console.print(f"{run.num_too_long} prompts were too long and left out.")
+        for line in (best.serve_command, best.python_call):
+            console.print(f"\n    {line(models.verifier, models.arguments)}", markup=False, soft_wrap=True)
+        console.print()
+    print_remarks(console, len(texts), cells)
     print_origin(console, record)
     if profile:
         where = record.file.where
@@ -143,7 +148,7 @@ def _candidates(
     models: options.Models, settings: Sequence[DraftSetting], num_repeats: int
 ) -> tuple[list[Candidate], Mapping[str, EngineSpec]]:
     """No speculation, and one engine for all settings of as many drafts: vLLM knows no other number of them."""
-    candidates = [Candidate(one, one.name) for one in options.baselines(num_repeats)]
+    candidates = [Candidate(one, one.name) for one in baselines(num_repeats)]
     specs = {one.system.name: engine_spec(one.system, models.verifier, models.arguments) for one in candidates}
     for setting in settings:
         system, drafts = system_of(setting, models.drafter), setting.num_speculative_tokens

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from twotower_spec.evaluation.serving import ServingCell
 from twotower_spec.evaluation.serving_figures import BASELINE, Figures
 from twotower_spec.machine import commit, describe_machine
 from vllm_twotower.cli.record import Record
+
+# Reasons to have no drafts that belong to drafting.
+EXPECTED = ("prefilling", "policy", "limit")
 
 
 def speed_table(figures: Sequence[Figures]) -> Table:
@@ -59,6 +62,19 @@ def position_table(figures: Sequence[Figures]) -> Table:
         table.add_row(row.system.title, *(f"{share:.2f}" for share in row.acceptance.conditional_by_position[:8]))
     table.caption = "Accepted at each position, of the drafts that were reached; the first 8."
     return table
+
+
+def print_remarks(console: Console, num_prompts: int, cells: Sequence[ServingCell]) -> None:
+    """Prompts that were left out, and requests that went without drafts for a reason that should not be."""
+    left_out = num_prompts - len({request.prompt_id for cell in cells for request in cell.requests})
+    if left_out:
+        console.print(f"{left_out} of {num_prompts} prompts were too long and are left out.")
+    for cell in cells:
+        reasons = cell.drafting.without_drafts if cell.drafting else {}
+        odd = ", ".join(f"{reason} {count}" for reason, count in reasons.items() if reason not in EXPECTED)
+        if odd:
+            where = f"{cell.system.title}, {cell.load}, repeat {cell.repeat + 1}"
+            console.print(f"{where}: requests without drafts: {odd}", markup=False, soft_wrap=True)
 
 
 def print_origin(console: Console, record: Record[Any]) -> None:

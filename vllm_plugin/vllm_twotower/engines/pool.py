@@ -12,6 +12,7 @@ from typing import Any, Self
 
 import torch
 
+from vllm_twotower.child_process import signals_held
 from vllm_twotower.engines.process import LONGEST_SILENCE_S, EngineProcess
 
 
@@ -69,7 +70,8 @@ class EnginePool:
                 folder.mkdir()
                 self._num_started += 1
                 spec = self.specs[name]
-                self._engines[name] = EngineProcess(spec.title, spec.arguments, folder, self._longest_silence_s)
+                with signals_held():  # else one that ends us now would leave it behind
+                    self._engines[name] = EngineProcess(spec.title, spec.arguments, folder, self._longest_silence_s)
 
     def load(self, names: Collection[str]) -> None:
         """Waits until engines are loaded, so that none loads while another is measured.

@@ -14,7 +14,7 @@ from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, Quanti
 from twotower_spec.evaluation.serving import System
 from vllm_twotower.child_process import ChildError, ChildProcess
 from vllm_twotower.engines import engine_environment
-from vllm_twotower.serving_bench.server import Endpoint, Server
+from vllm_twotower.serving_bench.server import Endpoint, Server, without_proxy
 
 LOOKS_EVERY_S = 1.0
 ERROR_CHARACTERS = 300
@@ -55,9 +55,8 @@ class LoadGenerator:
         self._connection, theirs = Pipe()
         command = [sys.executable, "-P", "-m", "vllm_twotower.serving_bench.load_worker", str(theirs.fileno())]
         with theirs:
-            self._process = ChildProcess(
-                "the load generator", command, folder, engine_environment(), pass_fds=[theirs.fileno()]
-            )
+            environment = {**engine_environment(), **without_proxy()}
+            self._process = ChildProcess("the load generator", command, folder, environment, [theirs.fileno()])
 
     def measure(self, system: System, server: Server, traffic: Traffic, repeat: int) -> LoadPoint:
         """Asks everything once.

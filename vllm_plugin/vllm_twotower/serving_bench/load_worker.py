@@ -6,14 +6,22 @@ import argparse
 import sys
 from multiprocessing.connection import Connection
 
-from vllm.benchmarks.serve import add_cli_args, main
+from twotower_spec.errors import TwoTowerError
+from vllm_twotower import compat
 
 
 def serve_loads(connection: Connection) -> None:
     """Runs command lines of `vllm bench serve` until the other end closes, and gives back the results.
 
     An error ends the process; the log has it.
+
+    Raises:
+        TwoTowerError: the load generator is not as we know it.
     """
+    if missing := compat.missing_hooks("load"):
+        raise TwoTowerError(compat.warning_text(missing))
+    from vllm.benchmarks.serve import add_cli_args, main
+
     parser = argparse.ArgumentParser("vllm bench serve")
     add_cli_args(parser)
     while True:

@@ -14,6 +14,7 @@ from twotower_spec.evaluation.load_points import LoadPoint, Traffic
 from twotower_spec.evaluation.serving import System
 from vllm_twotower.serving_bench.load_generator import LoadGenerator, Workload
 from vllm_twotower.serving_bench.server import Endpoint, ForeignServer, Server, running_servers
+from vllm_twotower.serving_run import shuffled
 
 ServersMode = Literal["together", "in-turn"]
 Keep = Callable[[LoadPoint], None]
@@ -57,14 +58,15 @@ class ServePlan:
     workload: Workload
 
     def slots(self) -> Iterator[Slot]:
-        """In the order in which they are measured; another system begins in every repeat."""
+        """In the order in which they are measured; another order of systems under every load and in every repeat."""
         for repeat in range(self.num_repeats):
-            turn = repeat % len(self.systems)
-            systems = self.systems[turn:] + self.systems[:turn]
             if self.mode == "together":
-                yield from (Slot(system, traffic, repeat) for traffic in self.traffics for system in systems)
+                for i, traffic in enumerate(self.traffics):
+                    turn = repeat * len(self.traffics) + i
+                    yield from (Slot(system, traffic, repeat) for system in shuffled(self.systems, turn))
             else:
-                yield from (Slot(system, traffic, repeat) for system in systems for traffic in self.traffics)
+                ours = shuffled(self.systems, repeat)
+                yield from (Slot(system, traffic, repeat) for system in ours for traffic in self.traffics)
 
     def warm_up(self) -> tuple[Traffic, ...]:
         """The smallest and the largest closed loop: how many drafts pay is learnt at both."""

@@ -7,17 +7,20 @@ import os
 import socket
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Protocol
+from urllib.parse import urlsplit
+from urllib.request import ProxyHandler, Request, build_opener
+
+import torch
 
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import System
-from vllm_twotower.child_process import ChildProcess
+from vllm_twotower.child_process import ChildProcess, signals_held
 from vllm_twotower.engines import engine_environment
 
 # `vllm`, whether or not its script is on the path. -P: nothing is imported from the working directory.
@@ -150,16 +153,20 @@ def serve_command(system: System, verifier: str, arguments: Sequence[str]) -> li
 def running_servers(
     systems: Sequence[System], verifier: str, arguments: Sequence[str]
 ) -> Iterator[Mapping[str, VllmServer]]:
-    """A server for every system by its name, still loading; all are stopped in the end."""
+    """A server for every system by its name, the last at least still loading; all are stopped in the end."""
     with TemporaryDirectory(prefix="twotower-serve-") as folder, ExitStack() as stack:
         servers: dict[str, VllmServer] = {}
-        for number, (system, port) in enumerate(zip(systems, _free_ports(len(systems)), strict=True)):
-            # Numbers, because sockets in it must have short paths and a rival's name can be anything.
-            own_folder = Path(folder) / str(number)
-            own_folder.mkdir()
-            servers[system.name] = VllmServer(system, verifier, arguments, port, own_folder)
-            stack.callback(servers[system.name].close)
         try:
+            for number, (system, port) in enumerate(zip(systems, _free_ports(len(systems)), strict=True)):
+                # vLLM sizes its cache by the memory that is free, so on a GPU none loads beside another.
+                if servers and torch.cuda.is_available():
+                    servers[systems[number - 1].name].wait_until_ready()
+                # Numbers, because sockets in it must have short paths and a rival's name can be anything.
+                own_folder = Path(folder) / str(number)
+                own_folder.mkdir()
+                with signals_held():
+                    servers[system.name] = VllmServer(system, verifier, arguments, port, own_folder)
+                    stack.callback(servers[system.name].close)
             yield servers
         finally:
             # All at once: each takes seconds to leave.
@@ -176,9 +183,18 @@ def _free_ports(count: int) -> list[int]:
         return [int(one.getsockname()[1]) for one in sockets]
 
 
+def without_proxy() -> dict[str, str]:
+    """Variables for a process that asks `HOST`: no proxy is between."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    # "*", which is all hosts, has no meaning in a list.
+    hosts = hosts if hosts.strip() == "*" else ",".join(filter(None, (hosts, HOST)))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
 def _get(url: str) -> str:
     # The key that `vllm bench serve` sends, too.
     key = os.environ.get("OPENAI_API_KEY")
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
-    with urllib.request.urlopen(request, timeout=ANSWERS_WITHIN_S) as response:
+    request = Request(url, headers={"Authorization": f"Bearer {key}"} if key else {})
+    opener = build_opener(ProxyHandler({})) if urlsplit(url).hostname == HOST else build_opener()
+    with opener.open(request, timeout=ANSWERS_WITHIN_S) as response:
         return str(response.read().decode())
