@@ -27,8 +27,7 @@ from twotower_spec.evaluation.serving_profile import (
     VerifierStep,
     check_positive,
 )
-from twotower_spec.evaluation.sparse_grid import SparseGrid
-from twotower_spec.evaluation.uncertainty import Doubt, Draws, summary
+from twotower_spec.evaluation.uncertainty import Doubt, Draws, Grid, summary
 
 # The released model's shape.
 PUBLISHED_SIZE = TwoTowerConfig(
@@ -101,9 +100,9 @@ class MeasuredDrafting:
         """Draws them once, so that all predictions of a model share their doubt."""
         phases = tuple(phases)
 
-        def grid(what: str, times: list[Draws]) -> SparseGrid:
+        def grid(what: str, times: list[Draws]) -> Grid:
             places = [(phase.batch_size, phase.block_size) for phase in phases]
-            return SparseGrid(what, "block size", dict(zip(places, times, strict=True)))
+            return Grid(what, "block size", dict(zip(places, times, strict=True)))
 
         self._extend = grid("the context pass", [doubt.draws(phase.extend_ms) for phase in phases])
         self._denoise = grid("the denoiser pass", [doubt.draws(phase.denoise_ms) for phase in phases])
@@ -249,7 +248,7 @@ class CostModel:
         self._steps = tuple(verifier_steps)
         self._phases = drafting if isinstance(drafting, DrafterSize) else tuple(drafting)
         times = {(step.batch_size, step.num_tokens): self.doubt.draws(step.ms) for step in self._steps}
-        self.verifier = SparseGrid("a verifier step", "tokens per request", times)
+        self.verifier = Grid("a verifier step", "tokens per request", times)
         self.drafting: DraftingCost
         if isinstance(self._phases, DrafterSize):
             self.drafting = DerivedDrafting(self._phases, self.doubt)

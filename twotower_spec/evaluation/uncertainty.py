@@ -76,6 +76,9 @@ class Grid:
     def at(self, batch_size: float, x: float) -> Draws:
         """The time there.
 
+        A batch size without times on both sides of the second number is passed over: batches that ran empty have been
+        seen at some sizes with some numbers of drafts alone.
+
         Raises:
             ArgumentError: it is outside what was given; nothing is extrapolated.
         """
@@ -84,7 +87,10 @@ class Grid:
             where = f"{self.axis} at batch size {measured_batch_size}"
             return self._between(self.rows[measured_batch_size], x, where)
 
-        below, above, share = self._bracket(sorted(self.rows), batch_size, "batch size")
+        reaching = sorted(size for size, times in self.rows.items() if min(times) <= x <= max(times))
+        fits = reaching and reaching[0] <= batch_size <= reaching[-1]
+        # Where none fits, the error says what is missing.
+        below, above, share = self._bracket(reaching if fits else sorted(self.rows), batch_size, "batch size")
         if below == above:
             return row(below)
         return (1 - share) * row(below) + share * row(above)
