@@ -106,6 +106,12 @@ def test_speed_up_within_what_two_equal_runs_differ_by_is_no_difference() -> Non
     assert found["fast"].speed_up == pytest.approx(2.5)
 
 
+def test_rows_begin_with_no_speculation_and_end_with_two_tower_however_they_were_measured() -> None:
+    systems = [System("twotower", "TwoTower"), OTHER, AGAIN, System("mine", "mine"), NONE]
+    found = all_figures([cell(system, 0, 1.0, request()) for system in systems])
+    assert [one.system.name for one in found] == ["none", "none_again", "ngram", "mine", "twotower"]
+
+
 def test_two_repeats_have_a_ratio_and_no_verdict() -> None:
     plain = served_cell(NONE)
     cells = [*repeats(plain, [1, 1]), *repeats(replace(plain, system=OTHER), [0.5, 0.5])]

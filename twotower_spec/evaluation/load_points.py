@@ -14,8 +14,8 @@ from typing import Any
 
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, verdict_of
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, System, in_order_of_tables
+from twotower_spec.evaluation.serving_figures import verdict_of
 from twotower_spec.evaluation.statistics import (
     Comparison,
     Spread,
@@ -261,10 +261,11 @@ class LoadFigures:
 
 
 def load_figures(points: Sequence[LoadPoint]) -> list[LoadFigures]:
-    """Of every system under every traffic, in the order in which they come first, traffics apart."""
-    places = dict.fromkeys((point.traffic, point.system.name) for point in points)
-    traffics = dict.fromkeys(traffic for traffic, _ in places)
-    return [_figures(points, name, traffic) for traffic in traffics for other, name in places if other == traffic]
+    """Of every system under every traffic: traffics as they come first, systems in the order of tables."""
+    measured = {(point.traffic, point.system.name) for point in points}
+    names = [system.name for system in in_order_of_tables(point.system for point in points)]
+    traffics = dict.fromkeys(point.traffic for point in points)
+    return [_figures(points, name, one) for one in traffics for name in names if (one, name) in measured]
 
 
 def highest_within_bound(figures: Sequence[LoadFigures], system: str, *, is_closed: bool) -> Traffic | None:

@@ -12,8 +12,16 @@ from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.engine_flags import engine_flags
 from twotower_spec.evaluation.pareto import pareto_front
-from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, System, cells_of
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, latency_of
+from twotower_spec.evaluation.serving import (
+    ALL_CATEGORIES,
+    BASELINE,
+    BASELINE_AGAIN,
+    Load,
+    ServingCell,
+    System,
+    cells_of,
+)
+from twotower_spec.evaluation.serving_figures import latency_of
 from twotower_spec.evaluation.serving_profile import check_positive
 from twotower_spec.evaluation.statistics import (
     FEWEST_ROUNDS,

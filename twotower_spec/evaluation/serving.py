@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,6 +11,9 @@ from twotower_spec.drafting.metrics import CalibrationBin
 from twotower_spec.evaluation.serving_profile import DraftSetting
 
 ALL_CATEGORIES = "all"
+BASELINE = "none"
+# The same engine once more: how much two runs of the same thing differ.
+BASELINE_AGAIN = "none_again"
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,11 @@ class System:
     title: str
     speculative_config: Mapping[str, Any] | None = None
     setting: DraftSetting | None = None
+
+    @property
+    def is_two_tower(self) -> bool:
+        """Whether TwoTower drafts."""
+        return self.setting is not None or self.name == "twotower" or "twotower" in (self.speculative_config or {})
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> System:
@@ -235,3 +243,15 @@ def _added_up(parts: Sequence[Drafting]) -> Drafting | None:
         # Bins of the same bounds are merged where they are looked at.
         calibration=tuple(one for part in parts for one in part.calibration),
     )
+
+
+def in_order_of_tables(systems: Iterable[System]) -> list[System]:
+    """Different ones by name: no speculation, the same again, rivals, TwoTower; else as they come.
+
+    Cells are measured in an order that is drawn.
+    """
+
+    def rank(system: System) -> tuple[bool, bool, bool]:
+        return system.name != BASELINE, system.name != BASELINE_AGAIN, system.is_two_tower
+
+    return sorted({system.name: system for system in systems}.values(), key=rank)

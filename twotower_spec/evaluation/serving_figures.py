@@ -11,7 +11,17 @@ import numpy as np
 
 from twotower_spec.drafting.metrics import CalibrationBin, DraftingMetrics
 from twotower_spec.evaluation.occupancy import occupancy
-from twotower_spec.evaluation.serving import Drafting, Load, ServedRequest, ServingCell, System, cells_of
+from twotower_spec.evaluation.serving import (
+    BASELINE,
+    BASELINE_AGAIN,
+    Drafting,
+    Load,
+    ServedRequest,
+    ServingCell,
+    System,
+    cells_of,
+    in_order_of_tables,
+)
 from twotower_spec.evaluation.statistics import (
     Comparison,
     Interval,
@@ -21,10 +31,6 @@ from twotower_spec.evaluation.statistics import (
     median_and_spread,
     ratio_of_same_repeats,
 )
-
-BASELINE = "none"
-# The same engine once more: how much two runs of the same thing differ.
-BASELINE_AGAIN = "none_again"
 
 
 @dataclass(frozen=True)
@@ -139,9 +145,9 @@ def verdict_of(system: System, speed_up: float | None, comparison: Comparison | 
 
 
 def all_figures(cells: Sequence[ServingCell]) -> list[Figures]:
-    """Of every system under every load, both in the order in which they come first."""
+    """Of every system under every load: loads in the order in which they come first, systems in that of tables."""
     measured = {(cell.load, cell.system.name) for cell in cells}
-    names = dict.fromkeys(cell.system.name for cell in cells)
+    names = [system.name for system in in_order_of_tables(cell.system for cell in cells)]
     loads = dict.fromkeys(cell.load for cell in cells)
     return [figures(cells, name, load) for load in loads for name in names if (load, name) in measured]
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, all_figures
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving_figures import all_figures
 from twotower_spec.report.categories import all_together
 from twotower_spec.report.document import Section
 from twotower_spec.report.drafts import draft_parts, without_drafts_notes

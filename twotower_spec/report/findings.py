@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, System
 from twotower_spec.evaluation.statistics import Comparison
-from twotower_spec.report.wording import is_two_tower, listed, short_title, times
+from twotower_spec.report.wording import listed, short_title, times
 
 UNKNOWN = "too few repeats for a verdict"
 # Verdicts after "it is".
@@ -47,7 +46,7 @@ def finding(outcomes: Sequence[Outcome]) -> str:
     Args:
         outcomes: of all systems in all places.
     """
-    own = [one for one in outcomes if is_two_tower(one.system)]
+    own = [one for one in outcomes if one.system.is_two_tower]
     if not own:
         return "TwoTower was not compared with no speculation here."
     by_place = [max((one for one in own if one.place == place), key=_rank) for place in dict.fromkeys(_places(own))]
@@ -109,9 +108,7 @@ def _rival(outcomes: Sequence[Outcome], best: Outcome) -> str:
     rivals = [
         one
         for one in outcomes
-        if one.place == best.place
-        and not is_two_tower(one.system)
-        and one.system.name not in (BASELINE, BASELINE_AGAIN)
+        if one.place == best.place and not one.system.is_two_tower and one.system.name not in (BASELINE, BASELINE_AGAIN)
     ]
     if not rivals:
         return ""

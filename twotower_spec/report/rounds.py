@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from twotower_spec.drafting.metrics import CalibrationBin
-from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, ServingCell, cells_of
-from twotower_spec.evaluation.serving_figures import BASELINE, Figures, merged_calibration, plain_step_s
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, BASELINE, Load, ServingCell, cells_of
+from twotower_spec.evaluation.serving_figures import Figures, merged_calibration, plain_step_s
 from twotower_spec.report.document import Axis, Bars, Line, Panel, Plot, Reference, Row, RowGroup, Table
 from twotower_spec.report.wording import (
     BLUE,

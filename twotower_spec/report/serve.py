@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from twotower_spec.evaluation.load_points import LoadFigures, Quantiles, highest_within_bound, load_figures
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN
 from twotower_spec.report.document import Axis, Line, Panel, Plot, Reference, Row, RowGroup, Section, Table
 from twotower_spec.report.findings import Outcome, finding
 from twotower_spec.report.reading import Measurements

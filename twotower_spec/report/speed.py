@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, Figures
+from twotower_spec.evaluation.serving import BASELINE, System
+from twotower_spec.evaluation.serving_figures import Figures
 from twotower_spec.report.document import Axis, Band, Line, Mark, Panel, Plot, Reference, Row, Table
 from twotower_spec.report.findings import Outcome
 from twotower_spec.report.wording import (

@@ -14,8 +14,8 @@ from twotower_spec.evaluation.recommendation import (
     recommend,
     sweep_points,
 )
-from twotower_spec.evaluation.serving import Load, ServingCell, System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, Figures, all_figures
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, Load, ServingCell, System
+from twotower_spec.evaluation.serving_figures import Figures, all_figures
 from twotower_spec.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Section, Table
 from twotower_spec.report.drafts import draft_parts, without_drafts_notes
 from twotower_spec.report.findings import finding
@@ -28,7 +28,6 @@ from twotower_spec.report.wording import (
     groups_by_load,
     interval,
     intervals_of,
-    is_two_tower,
     milliseconds,
     num_of,
     number,
@@ -89,7 +88,7 @@ class Sweep:
     @property
     def fastest(self) -> list[Figures]:
         """TwoTower's best under each load."""
-        own = sorted((one for one in self.figures if is_two_tower(one.system)), key=lambda one: one.tokens_per_s.median)
+        own = sorted((one for one in self.figures if one.system.is_two_tower), key=lambda one: one.tokens_per_s.median)
         return list({one.load: one for one in own}.values())
 
     @property
@@ -100,7 +99,7 @@ class Sweep:
             *(one.system for one in self.fastest),
             *(point.system for point in reversed(self.front)),
         ]
-        rivals = [one.system for one in self.figures if not is_two_tower(one.system)]
+        rivals = [one.system for one in self.figures if not one.system.is_two_tower]
         names = {system.name: system for system in (*rivals, *ranked) if not system.name.startswith(BASELINE)}
         return list(names.values())[:MOST_LINES]
 
@@ -118,7 +117,7 @@ def sweep_section(measured: Measurements, name: str) -> Section:
     shown = {system.name for system in sweep.chosen}
     in_bars = [one for one in figures if one in sweep.fastest]
     tables, plots = draft_parts(cells, figures, shown, in_bars)
-    num_settings = len({one.system.name for one in figures if is_two_tower(one.system)})
+    num_settings = len({one.system.name for one in figures if one.system.is_two_tower})
     return Section(
         name,
         "Sweep over TwoTower's settings in vLLM",
@@ -255,10 +254,10 @@ def _pareto_panel(sweep: Sweep, category: str, temperature: float) -> Panel:
     points = of(sweep.points)
     marks = [line("Pareto front", 6, of(sweep.front), is_connected=True)]
     for hue, few in zip(HUES_OF_LOADS, _at_most(len(HUES_OF_LOADS), points), strict=False):
-        own = [one for one in points if is_two_tower(one.system) and one.load.concurrency in few]
+        own = [one for one in points if one.system.is_two_tower and one.load.concurrency in few]
         marks.append(line(f"TwoTower, {' to '.join(map(str, dict.fromkeys((few[0], few[-1]))))} at once", hue, own))
     rivals = [
-        one for one in points if not is_two_tower(one.system) and one.system.name not in (BASELINE, BASELINE_AGAIN)
+        one for one in points if not one.system.is_two_tower and one.system.name not in (BASELINE, BASELINE_AGAIN)
     ]
     if rivals:
         marks.append(line("rivals", 3, rivals))

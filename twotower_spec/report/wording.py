@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
-from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load, System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN, Figures
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
+from twotower_spec.evaluation.serving_figures import Figures
 from twotower_spec.evaluation.statistics import Comparison, Interval, Spread
 from twotower_spec.report.document import Row, RowGroup
 
@@ -34,12 +34,6 @@ def hues_of(systems: Sequence[System]) -> dict[str, int]:
         if name not in hues:
             hues[name] = next(hue for hue in range(1, len(names) + len(HUES) + 1) if hue not in hues.values())
     return hues
-
-
-def is_two_tower(system: System) -> bool:
-    """Whether TwoTower drafts."""
-    config = system.speculative_config or {}
-    return system.setting is not None or system.name == "twotower" or "twotower" in config
 
 
 def place_of(load: Load) -> str:

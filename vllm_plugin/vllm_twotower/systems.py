@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, System
 from vllm_twotower.engines import EngineSpec
 
 # Of the bundled trio: float32 is what it was trained in, and longer texts it has never seen.
 TRIO_ARGUMENTS: Mapping[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}
 
-TWO_TOWER = "twotower"
 NO_SPECULATION = System(BASELINE, "no speculation")
 NO_SPECULATION_AGAIN = System(BASELINE_AGAIN, "none again (A/A)")
 # The numbers of drafts of both rivals are those that served them best on the trio: tokens/s at batch 1 and at batch 8,
@@ -38,7 +36,7 @@ def draft_model(model: str | Path) -> System:
 
 def two_tower(model: str | Path) -> System:
     """TwoTower as it comes: how many of the 15 are drafted is the adaptive policy's to decide."""
-    return System(TWO_TOWER, "TwoTower", {"model": str(model), "num_speculative_tokens": 15})
+    return System("twotower", "TwoTower", {"model": str(model), "num_speculative_tokens": 15})
 
 
 def engine_spec(system: System, verifier: str | Path, arguments: Mapping[str, Any]) -> EngineSpec:
@@ -64,6 +62,5 @@ def engine_spec(system: System, verifier: str | Path, arguments: Mapping[str, An
 
 def drafts(system: System) -> bool:
     """Whether TwoTower is meant to draft."""
-    config = system.speculative_config or {}
-    is_ours = system.name == TWO_TOWER or system.setting is not None
-    return is_ours and config.get("twotower", {}).get("policy") != "off"
+    knobs = (system.speculative_config or {}).get("twotower", {})
+    return system.is_two_tower and knobs.get("policy") != "off"

@@ -7,8 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.serving import System
-from twotower_spec.evaluation.serving_figures import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, System
 from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
 from vllm_twotower.cli.options import Models, as_object
 from vllm_twotower.systems import NGRAM, NO_SPECULATION, NO_SPECULATION_AGAIN, SUFFIX, draft_model, two_tower

@@ -9,8 +9,8 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_spec.evaluation.serving import ServingCell
-from twotower_spec.evaluation.serving_figures import BASELINE, Figures
+from twotower_spec.evaluation.serving import BASELINE, ServingCell
+from twotower_spec.evaluation.serving_figures import Figures
 from twotower_spec.machine import commit, describe_machine
 from vllm_twotower.cli.record import Record
 
