@@ -17,18 +17,17 @@ from twotower_spec.cli import main
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import Load, ServedRequest, ServingCell, System
+from twotower_spec.files import check_writable, write_atomically
 from vllm_twotower.child_process import ChildError
 from vllm_twotower.cli.demo import run_demo
 from vllm_twotower.demo import (
     DemoRow,
     Sizes,
-    check_writable,
     demo_engines,
     demo_systems,
     print_table,
     print_text,
     rows_of,
-    write_atomically,
 )
 from vllm_twotower.engines import Asked, Piece, ServeOrder
 

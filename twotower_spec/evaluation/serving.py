@@ -14,6 +14,8 @@ ALL_CATEGORIES = "all"
 BASELINE = "none"
 # The same engine once more: how much two runs of the same thing differ.
 BASELINE_AGAIN = "none_again"
+# Reasons to have no drafts in a round that belong to drafting.
+EXPECTED_WITHOUT_DRAFTS = ("prefilling", "policy", "limit")
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,14 @@ def cells_of(cells: Sequence[ServingCell], system: str, load: Load) -> list[Serv
 
 
 def over_categories(cells: Sequence[ServingCell]) -> list[ServingCell]:
-    """Categories that were measured one after the other as one cell, for every system, concurrency and repeat."""
+    """Categories that were measured one after the other as one cell, for every system, concurrency and repeat.
+
+    Empty where there is one category alone, or loads hold all prompts as it is. A run that was stopped has places where
+    some categories are missing: these are left out, since they would be compared with other prompts.
+    """
+    categories = {cell.load.category for cell in cells}
+    if len(categories) < 2 or ALL_CATEGORIES in categories:
+        return []
     groups: dict[tuple[str, Load, int], list[ServingCell]] = {}
     for cell in cells:
         together = replace(cell.load, category=ALL_CATEGORIES)
@@ -223,6 +232,7 @@ def over_categories(cells: Sequence[ServingCell]) -> list[ServingCell]:
             drafting=_added_up([cell.drafting for cell in group if cell.drafting]),
         )
         for (_, load, repeat), group in groups.items()
+        if {cell.load.category for cell in group} == categories
     ]
 
 

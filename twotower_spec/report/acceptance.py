@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN
+from twotower_spec.evaluation.serving import BASELINE, BASELINE_AGAIN, over_categories
 from twotower_spec.evaluation.serving_figures import all_figures
-from twotower_spec.report.categories import all_together
 from twotower_spec.report.document import Section
 from twotower_spec.report.drafts import draft_parts, without_drafts_notes
 from twotower_spec.report.findings import finding
@@ -21,7 +20,7 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
         name: of the section.
     """
     cells = measured.serving_cells
-    together = all_together(cells)
+    together = over_categories(cells)
     figures = all_figures([*together, *cells])
     loads = {cell.load for cell in together or cells}
     rivals = [one.system for one in figures if one.system.name not in (BASELINE, BASELINE_AGAIN)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
-from twotower_spec.evaluation.serving import ServingCell
+from twotower_spec.evaluation.serving import EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_spec.evaluation.serving_figures import Figures
 from twotower_spec.report.document import Plot, Table
 from twotower_spec.report.positions import (
@@ -18,9 +18,6 @@ from twotower_spec.report.positions import (
 )
 from twotower_spec.report.rounds import calibration_table, reliability_plot, round_plot, round_table
 from twotower_spec.report.wording import listed
-
-# Why a round had no drafts, where all is as it should be.
-EXPECTED = ("prefilling", "policy", "limit")
 
 
 def draft_parts(
@@ -65,7 +62,11 @@ def without_drafts_notes(cells: Sequence[ServingCell], figures: Sequence[Figures
     counts = Counter[str]()
     for one in as_measured(figures, cells):
         counts.update(one.without_drafts)
-    reasons = [f"{reason}: {count}" for reason, count in counts.most_common() if count and reason not in EXPECTED]
+    reasons = [
+        f"{reason}: {count}"
+        for reason, count in counts.most_common()
+        if count and reason not in EXPECTED_WITHOUT_DRAFTS
+    ]
     if not reasons:
         return []
     return [

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from twotower_spec.evaluation.serving import ALL_CATEGORIES, ServingCell, System
+from twotower_spec.evaluation.serving import ALL_CATEGORIES, ServingCell, System, over_categories
 from twotower_spec.evaluation.serving_figures import Acceptance, acceptance_of
-from twotower_spec.report.categories import all_together
 from twotower_spec.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Table
 from twotower_spec.report.wording import category_in_words, dodged, hues_of, interval, short_title
 
@@ -58,7 +57,7 @@ def acceptance_by_category(cells: Sequence[ServingCell]) -> list[CategoryAccepta
     """
     lowest = min(map(_demand, cells))
     chosen = [cell for cell in cells if _demand(cell) == lowest]
-    whole = all_together(cells) or [cell for cell in cells if cell.load.category == ALL_CATEGORIES]
+    whole = over_categories(cells) or [cell for cell in cells if cell.load.category == ALL_CATEGORIES]
     together = [cell for cell in whole if _demand(cell) == lowest]
     categories = list(dict.fromkeys(request.category for cell in chosen for request in cell.requests))
     found = _drafted(together, category_in_words(ALL_CATEGORIES)) if len(categories) > 1 else []

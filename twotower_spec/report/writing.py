@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from twotower_spec.errors import ArgumentError
+from twotower_spec.files import replace_file
 from twotower_spec.report.acceptance import acceptance_section
 from twotower_spec.report.document import Report, Section
 from twotower_spec.report.html import html_of
@@ -43,7 +43,7 @@ def write_report(files: Sequence[Path], directory: Path) -> Report:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         for name, content in contents_of(report):
-            _replace(directory / name, content)
+            replace_file(directory / name, content)
     except OSError as error:
         raise ArgumentError(f"report {directory} cannot be written ({error.strerror}); give another folder") from error
     return report
@@ -78,16 +78,6 @@ def contents_of(report: Report) -> Iterator[tuple[str, bytes]]:
 def json_of(report: Report) -> Mapping[str, Any]:
     """Figures, tables and plots as JSON."""
     return asdict(report)
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Another reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 # By the name of the section, in the order of the report.

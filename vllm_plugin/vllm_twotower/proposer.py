@@ -117,12 +117,12 @@ class TwoTowerProposer:
         """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
 
         Args:
-            knobs: as in `"twotower": {...}`; those that are not named stay.
+            knobs: as in `"twotower": {...}`; those that are not named are as at start.
 
         Raises:
             TwoTowerError: one is refused.
         """
-        self.settings = settings = settings_from({**asdict(self.settings), **knobs})
+        settings = settings_from({**asdict(self.settings), **knobs})
         settings.check_num_speculative_tokens(self.num_speculative_tokens)
         if self.drafter is None:
             return

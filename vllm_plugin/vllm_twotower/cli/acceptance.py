@@ -12,7 +12,6 @@ from rich.console import Console
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.evaluation.serving import Load, over_categories
 from twotower_spec.evaluation.serving_figures import all_figures
-from twotower_spec.extras import require_extra
 from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options
 from vllm_twotower.cli.measured_systems import systems_of
@@ -50,8 +49,7 @@ def acceptance(
     two differ by is called no difference. Texts are compared with those without speculation.
     """
     # Everything that can be refused is checked before anything is loaded.
-    options.require_vllm()
-    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
+    options.require_packages(report)
     options.check_sizes(prompts, max_new_tokens, repeat)
     at_once = options.concurrencies(concurrency)
     (temperature,) = options.temperatures(str(temperature))
@@ -71,12 +69,9 @@ def acceptance(
         run = ServingRun(pool, texts, max_new_tokens, chat)
         cells = complete(record, run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
     console = Console(highlight=False)
-    figures = all_figures([*over_categories(cells), *cells] if len(loads) > len(at_once) else cells)
+    figures = all_figures([*over_categories(cells), *cells])
     for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):
         console.print(table)
     print_remarks(console, len(texts), cells)
     print_origin(console, record)
-    if report and json_file:
-        from twotower_spec.report import write_report  # matplotlib and jinja2
-
-        write_report([json_file], report)
+    options.write_report_of(report, json_file)

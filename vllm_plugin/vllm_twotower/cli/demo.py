@@ -16,17 +16,16 @@ from twotower_spec.cli.demo import demo as standalone_demo
 from twotower_spec.config import check_integer
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
+from twotower_spec.files import check_writable, write_atomically
 from twotower_spec.machine import describe_machine
 from vllm_twotower.demo import (
     Sizes,
     as_json,
-    check_writable,
     demo_engines,
     demo_systems,
     measure,
     print_table,
     print_text,
-    write_atomically,
 )
 from vllm_twotower.engines import engine_environment
 

@@ -17,6 +17,7 @@ from twotower_spec.cli.measurements import numbers
 from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
+from twotower_spec.extras import require_extra
 from vllm_twotower.systems import TRIO_ARGUMENTS
 
 Verifier = Annotated[
@@ -205,12 +206,25 @@ def measurements_file(json_file: Path | None, report: Path | None, name: str) ->
     return json_file or report / f"{name}.jsonl"
 
 
-def require_vllm() -> None:
-    """Raises ArgumentError where vLLM is not installed."""
+def require_packages(report: Path | None) -> None:
+    """Checks that vLLM, and what figures and a report are made with, are there.
+
+    Raises:
+        ArgumentError: one is not.
+    """
     if find_spec("vllm") is None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
         )
+    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
+
+
+def write_report_of(report: Path | None, *files: Path | None) -> None:
+    """The report on what is in files, if one is wanted."""
+    if report:
+        from twotower_spec.report import write_report  # matplotlib and jinja2
+
+        write_report([file for file in files if file], report)
 
 
 def _check_path(option: str, model: str) -> None:

@@ -13,7 +13,6 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.evaluation.load_points import LatencyBound, LoadPoint, load_figures
 from twotower_spec.evaluation.serving import System
-from twotower_spec.extras import require_extra
 from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options, serve_options
 from vllm_twotower.cli.load_record import chosen, load_record
@@ -66,9 +65,8 @@ def serve(
     repeated; no speculation runs twice (A/A), and a speed-up within what these two differ by is called no difference.
     """
     # Everything that can be refused is checked before anything starts.
-    options.require_vllm()
+    options.require_packages(report)
     serve_options.require_load_generator()
-    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
     options.check_sizes(prompts, max_new_tokens, repeat)
     (temperature,) = options.temperatures(str(temperature))
     bound = LatencyBound.parse(goodput)
@@ -108,10 +106,7 @@ def serve(
         if missing := [slot for slot in plan.slots() if slot.key not in record.found]:
             _measure(plan, endpoint, record, missing)
     print_load_tables(Console(highlight=False), load_figures(chosen(record, plan)), plan, dataset, record)
-    if report and json_file:
-        from twotower_spec.report import write_report  # matplotlib and jinja2
-
-        write_report([json_file], report)
+    options.write_report_of(report, json_file)
 
 
 def _measure(plan: ServePlan, endpoint: Endpoint | None, record: Record[LoadPoint], missing: list[Slot]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, get_args
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -29,13 +29,12 @@ from twotower_spec.evaluation.recommendation import (
 )
 from twotower_spec.evaluation.serving import ALL_CATEGORIES, Load
 from twotower_spec.evaluation.serving_profile import DraftSetting
-from twotower_spec.extras import require_extra
+from twotower_spec.files import check_writable
 from vllm_twotower.child_process import ended_by_signals
 from vllm_twotower.cli import options
 from vllm_twotower.cli.measured_systems import baselines
 from vllm_twotower.cli.serving_record import complete, serving_record
 from vllm_twotower.cli.tables import print_origin, print_remarks
-from vllm_twotower.demo import check_writable
 from vllm_twotower.engines import EnginePool, EngineSpec
 from vllm_twotower.serving_run import Candidate, ServingRun, in_order
 from vllm_twotower.systems import engine_spec
@@ -83,8 +82,7 @@ def sweep(
     faster beyond what these two differ by, that is what is recommended.
     """
     # Everything that can be refused is checked before anything is loaded.
-    options.require_vllm()
-    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
+    options.require_packages(report)
     options.check_sizes(prompts, max_new_tokens, repeat)
     at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
     wanted = _goal(goal, min_user_tokens_per_s, at_concurrency, at_once)
@@ -130,10 +128,7 @@ def sweep(
         where = record.file.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
         console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
-    if report and json_file:
-        from twotower_spec.report import write_report  # matplotlib and jinja2
-
-        write_report([json_file, *([profile] if profile else [])], report)
+    options.write_report_of(report, json_file, profile)
 
 
 def _goal(name: str, floor: float | None, concurrency: int | None, measured: Sequence[int]) -> Goal:
@@ -152,8 +147,7 @@ def _candidates(
     specs = {one.system.name: engine_spec(one.system, models.verifier, models.arguments) for one in candidates}
     for setting in settings:
         system, drafts = system_of(setting, models.drafter), setting.num_speculative_tokens
-        knobs: dict[str, Any] = {"confidence_threshold": 0.8, **knobs_of(setting)}
-        candidates.append(Candidate(system, f"twotower-{drafts}", knobs))
+        candidates.append(Candidate(system, f"twotower-{drafts}", knobs_of(setting)))
         specs.setdefault(f"twotower-{drafts}", engine_spec(system, models.verifier, models.arguments))
     return candidates, specs
 

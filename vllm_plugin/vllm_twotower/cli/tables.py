@@ -9,13 +9,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_spec.evaluation.serving import BASELINE, ServingCell
+from twotower_spec.evaluation.serving import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_spec.evaluation.serving_figures import Figures
 from twotower_spec.machine import commit, describe_machine
 from vllm_twotower.cli.record import Record
-
-# Reasons to have no drafts that belong to drafting.
-EXPECTED = ("prefilling", "policy", "limit")
 
 
 def speed_table(figures: Sequence[Figures]) -> Table:
@@ -71,7 +68,9 @@ def print_remarks(console: Console, num_prompts: int, cells: Sequence[ServingCel
         console.print(f"{left_out} of {num_prompts} prompts were too long and are left out.")
     for cell in cells:
         reasons = cell.drafting.without_drafts if cell.drafting else {}
-        odd = ", ".join(f"{reason} {count}" for reason, count in reasons.items() if reason not in EXPECTED)
+        odd = ", ".join(
+            f"{reason} {count}" for reason, count in reasons.items() if reason not in EXPECTED_WITHOUT_DRAFTS
+        )
         if odd:
             where = f"{cell.system.title}, {cell.load}, repeat {cell.repeat + 1}"
             console.print(f"{where}: requests without drafts: {odd}", markup=False, soft_wrap=True)

@@ -1,18 +1,16 @@
 """The demo in real vLLM: the bundled verifier without speculation, and with three ways to draft for it."""
 
 from vllm_twotower.demo.measuring import DemoRow, Sizes, demo_engines, demo_systems, measure, rows_of
-from vllm_twotower.demo.report import as_json, check_writable, print_table, print_text, write_atomically
+from vllm_twotower.demo.report import as_json, print_table, print_text
 
 __all__ = [
     "DemoRow",
     "Sizes",
     "as_json",
-    "check_writable",
     "demo_engines",
     "demo_systems",
     "measure",
     "print_table",
     "print_text",
     "rows_of",
-    "write_atomically",
 ]

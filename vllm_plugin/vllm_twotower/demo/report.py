@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -14,7 +12,6 @@ from rich.table import Table
 from rich.text import Text
 
 from twotower_spec.demo import HeldOutPrompt
-from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.serving import System
 from vllm_twotower.demo.measuring import DemoRow
 from vllm_twotower.engines import Piece
@@ -66,38 +63,3 @@ def as_json(machine: str, versions: Mapping[str, str], rows: Sequence[DemoRow]) 
     """The same as one JSON object."""
     record: dict[str, Any] = {"machine": machine, "versions": dict(versions), "rows": [asdict(row) for row in rows]}
     return json.dumps(record, indent=1) + "\n"
-
-
-def check_writable(path: Path, option: str = "--json") -> None:
-    """Refuses a file that could not be written in the end.
-
-    Args:
-        path: of the file.
-        option: that names it.
-
-    Raises:
-        ArgumentError: with the reason.
-    """
-    if path.exists() and not path.is_file():
-        raise ArgumentError(f"{option} {path} is not a regular file; give another")
-    _write_beside(path, "", option).unlink()
-
-
-def write_atomically(path: Path, text: str, option: str = "--json") -> None:
-    """The file is there as a whole, or as it was before.
-
-    Raises:
-        ArgumentError: it cannot be written.
-    """
-    _write_beside(path, text, option).replace(path)
-
-
-def _write_beside(path: Path, text: str, option: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    content = text.encode()
-    try:
-        partial.write_bytes(content)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise ArgumentError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
-    return partial

@@ -1,0 +1,58 @@
+"""Files that are there as a whole, or as they were before."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from twotower_spec.errors import ArgumentError
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Another reader sees the old file or the new one, never a part.
+
+    Raises:
+        OSError: it cannot be written; the old one stays.
+    """
+    partial = _partial(path)
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_writable(path: Path, option: str = "--json") -> None:
+    """Refuses a file that could not be written in the end.
+
+    Args:
+        path: of the file.
+        option: that names it.
+
+    Raises:
+        ArgumentError: with the reason.
+    """
+    if path.exists() and not path.is_file():
+        raise ArgumentError(f"{option} {path} is not a regular file; give another")
+    try:
+        _partial(path).touch()
+    except OSError as error:
+        raise ArgumentError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
+    _partial(path).unlink()
+
+
+def write_atomically(path: Path, text: str, option: str = "--json") -> None:
+    """Writes text as a file of its own.
+
+    Raises:
+        ArgumentError: it cannot be written; the old one stays.
+    """
+    content = text.encode()
+    try:
+        replace_file(path, content)
+    except OSError as error:
+        raise ArgumentError(f"{option} {path} cannot be written ({error.strerror}); give another") from error
+
+
+def _partial(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}")
