@@ -37,7 +37,7 @@ $(STAMP): pyproject.toml
 	@echo "setup: $(TORCH)"
 	@$(PY) -m pip install -qq "$(TORCH)" || { echo 'setup: pip found no $(TORCH); point pip at the CPU builds of PyTorch, see CONTRIBUTING.md' >&2; exit 1; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
-	@rm -rf *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info # an old one would hide entry points from here
+	@rm -rf *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info benchmarks/*.egg-info # an old one would hide entry points from here
 	@echo "setup: twotower-spec[cpu,test,dev,bench,train,ray,eval], editable; a few minutes"
 	@$(PY) -m pip install -qq --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench,train,ray,eval]'
 	@$(PY) -c 'from importlib.metadata import distributions as d; n = sorted(x.name for x in d() if x.name.startswith("nvidia-")); n and __import__("sys").exit("setup: CUDA packages came in: " + ", ".join(n) + "; remove .venv and try again")'
@@ -66,7 +66,7 @@ bench-ops: setup ## all ops and towers on this machine with pytest-benchmark; ch
 	$(PY) -m pytest benchmarks/ --benchmark-only --benchmark-autosave $(ARGS)
 
 bench-kernels: ## on a GPU: time every kernel beside its rivals, and write the table of kernels/README.md
-	PYTHONPATH=.:kernels:vllm_plugin $(PYTHON) -m benchmarks.kernels $(ARGS)
+	PYTHONPATH=.:kernels:vllm_plugin:benchmarks $(PYTHON) -m benchmarks.kernel_times $(ARGS)
 
 kernels: setup ## compile every kernel for sm_80, sm_90 and sm_100, and write the table of kernels/README.md
 	@mkdir -p .benchmarks
@@ -81,5 +81,5 @@ check-vllm: setup ## look for the plugin's hooks in a vLLM that is not installed
 	$(PY) -m vllm_twotower.check_wheel "$(VERSION)" --package "$(PACKAGE)"
 
 clean: ## remove build products and caches; .venv and .benchmarks stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info benchmarks/*.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -34,7 +34,7 @@ workers=()
 "$PYTHON" -c 'import xdist' 2>/dev/null && workers=(-n 6)
 tests() { run tests "${pytest[@]}" ${workers[@]+"${workers[@]}"} --ignore=tests/kernels/test_compilation.py tests/kernels; }
 tune() { run tune "$PYTHON" -m benchmarks.tune --seconds $((STAGE_S - 25)) ${ARGS:-}; }
-kernels() { run kernels "$PYTHON" -m benchmarks.kernels --seconds $((STAGE_S - 25)) --json "$OUT/kernels.json" ${ARGS:-}; }
+kernels() { run kernels "$PYTHON" -m benchmarks.kernel_times --seconds $((STAGE_S - 25)) --json "$OUT/kernels.json" ${ARGS:-}; }
 # Exit code 5: none of them runs on CUDA.
 towers() { run towers "${pytest[@]}" benchmarks/bench_towers.py benchmarks/bench_generation.py -k cuda --benchmark-only --benchmark-json="$OUT/towers.json"; }
 

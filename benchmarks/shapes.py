@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from twotower_bench.cost_model import PUBLISHED_SIZE, weight_bytes_of_pass
 from twotower_spec import TwoTowerConfig
-from twotower_spec.evaluation.cost_model import PUBLISHED_SIZE, weight_bytes_of_pass
 
 __all__ = ["MID_SIZE", "NEW_TOKENS", "PROMPT_LENGTH", "REAL_SIZE", "weight_bytes_of_pass"]
 

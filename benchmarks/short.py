@@ -16,8 +16,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.readme import markdown_table, write_section
-from twotower_spec.report import write_report
-from twotower_spec.report.markdown import section_lines
+from twotower_bench.report import write_report
+from twotower_bench.report.markdown import section_lines
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / ".benchmarks" / "report"

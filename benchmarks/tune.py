@@ -27,7 +27,7 @@ import typer
 from benchmarks.clock import Clock, CudaClock
 from benchmarks.harness import OURS, Systems, benchmark_modules, cases_of
 from benchmarks.isolation import CallFailed, Isolated
-from benchmarks.kernels import gpu_machine_info
+from benchmarks.kernel_times import gpu_machine_info
 from twotower_kernels.compilation import OPS, Variant, compile_variant
 from twotower_kernels.tuning import Settings, Table, table_path, trying
 

@@ -2,6 +2,7 @@ import shutil
 
 import pytest
 
+from tests.support.command_line import command  # noqa: F401
 from tests.support.interpreter import interpret_kernels
 
 # Before any test imports a kernel. With a driver the kernels run on the device instead.

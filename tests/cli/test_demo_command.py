@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tests.cli.conftest import Command
+from tests.support.command_line import Command
 from twotower_spec.demo import held_out_prompts
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.checkpoint.files import change_shard, copy_checkpoint
-from tests.cli.conftest import Command
+from tests.support.command_line import Command
 from tests.support.golden_files import NAMES, checkpoint, golden_model
 from twotower_spec import TwoTowerConfig
 

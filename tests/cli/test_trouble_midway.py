@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.conftest import Command
+from tests.support.command_line import Command
 from tests.support.golden_files import checkpoint
 from twotower_spec.cli.interrupts import Interrupts
 

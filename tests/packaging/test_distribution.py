@@ -16,6 +16,7 @@ PACKAGE_FOLDERS = {
     "twotower_spec": ROOT / "twotower_spec",
     "twotower_kernels": ROOT / "kernels" / "twotower_kernels",
     "vllm_twotower": ROOT / "vllm_plugin" / "vllm_twotower",
+    "twotower_bench": ROOT / "benchmarks" / "twotower_bench",
 }
 
 IMPORT_AND_LOCATE = """
@@ -43,7 +44,7 @@ def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy.mkdir()
     for file in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy2(ROOT / file, copy)
-    for folder in ("twotower_spec", "kernels", "vllm_plugin"):
+    for folder in ("twotower_spec", "kernels", "vllm_plugin", "benchmarks"):
         shutil.copytree(ROOT / folder, copy / folder, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info"))
     return copy
 

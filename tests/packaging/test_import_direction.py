@@ -27,7 +27,7 @@ print("\\n".join({name.partition(".")[0] for name in sys.modules}))
 
 def loaded_top_level_names(code: str, package: str) -> set[str]:
     """Runs `code` on a package in a fresh interpreter and returns what it says is loaded."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin", "benchmarks"))
     result = subprocess.run(
         [sys.executable, "-P", "-c", code, package],
         env={**os.environ, "PYTHONPATH": path},
@@ -42,8 +42,8 @@ def loaded_top_level_names(code: str, package: str) -> set[str]:
 @pytest.mark.parametrize(
     ("package", "above"),
     [
-        ("twotower_kernels", {"transformers", "vllm", "vllm_twotower", "twotower_spec"}),
-        ("twotower_spec", {"vllm", "vllm_twotower"}),
+        ("twotower_kernels", {"transformers", "vllm", "vllm_twotower", "twotower_bench", "twotower_spec"}),
+        ("twotower_spec", {"vllm", "vllm_twotower", "twotower_bench"}),
     ],
 )
 def test_package_imports_nothing_that_stands_above_it(package: str, above: set[str]) -> None:
@@ -59,7 +59,7 @@ def test_importing_vllm_twotower_does_not_import_vllm() -> None:
     assert "vllm" not in loaded
 
 
-@pytest.mark.parametrize("folder", ["kernels", "vllm_plugin"])
+@pytest.mark.parametrize("folder", ["kernels", "vllm_plugin", "benchmarks"])
 def test_folder_that_holds_a_package_is_not_a_package_itself(folder: str) -> None:
     """An `__init__.py` in kernels/ would hide the PyPI package `kernels`, which transformers imports."""
     assert (ROOT / folder).is_dir()

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from twotower_spec.evaluation.grid import system_of
-from twotower_spec.evaluation.serving import DecodingSteps, Drafting, Load, ServedRequest, ServingCell, System
-from twotower_spec.evaluation.serving_profile import DraftSetting
+from twotower_bench.grid import system_of
+from twotower_bench.serving import DecodingSteps, Drafting, Load, ServedRequest, ServingCell, System
+from twotower_bench.serving_profile import DraftSetting
 
 PROMPT_TOKENS = 40
 NONE = System("none", "no speculation")

@@ -17,8 +17,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from twotower_bench.engines import engine_environment as quiet_environment
 from twotower_spec.demo.trio import held_out_prompts, trio_path
-from vllm_twotower.engines import engine_environment as quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512}

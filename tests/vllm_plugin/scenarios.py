@@ -380,7 +380,7 @@ def _another_history(engine: Engine) -> Iterator[None]:
 @contextmanager
 def _failing_sampler(engine: Engine) -> Iterator[None]:
     """Our sampler raises: vLLM's own takes over."""
-    from vllm_twotower import sampler
+    from vllm_twotower.v1 import sampler
 
     with patch.object(sampler, "accept", side_effect=RuntimeError("injected")):
         yield
@@ -443,7 +443,7 @@ def without_hooks(engine: Engine) -> Any:
 
 def steps_without_drafts_as_before_0_32(engine: Engine) -> Any:
     """Up to vLLM 0.31 a step without drafts has no metadata: our wrapper makes it, and our sampler works then too."""
-    from vllm_twotower import runner_hooks
+    from vllm_twotower.v1 import hooks
 
     runner_class, seen = type(engine.runner), itertools.count()
     stock = runner_class._sample
@@ -452,7 +452,7 @@ def steps_without_drafts_as_before_0_32(engine: Engine) -> Any:
         if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None
             next(seen)
-        return runner_hooks.sampling_without_drafts(stock)(self, logits, spec_decode_metadata)
+        return hooks.sampling_without_drafts(stock)(self, logits, spec_decode_metadata)
 
     with patch.object(runner_class, "_sample", as_before):
         found = engine.generate(engine.prompts(3), temperature=0.8, seed=3, min_p=0.05)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 from typing import Any
 
 import typer
 
-from twotower_spec.cli.bench import build_bench_app
 from twotower_spec.cli.demo import demo
 from twotower_spec.cli.generate import generate
 from twotower_spec.cli.inspect import inspect
 from twotower_spec.cli.lm_eval import SETTINGS as LM_EVAL_SETTINGS
 from twotower_spec.cli.lm_eval import lm_eval
-from twotower_spec.cli.plan import plan
 from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
 
@@ -36,7 +34,7 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect, "plan": plan}
+    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect}
     benchmarks: dict[str, Callable[..., Any]] = {}
     for entry in entry_points(group=COMMANDS_GROUP):
         if entry.name.startswith(BENCH_PREFIX):
@@ -46,8 +44,18 @@ def build_app() -> typer.Typer:
     for name, command in commands.items():
         app.command(name)(command)
     app.command("lm-eval", context_settings=LM_EVAL_SETTINGS, add_help_option=False)(lm_eval)
-    app.add_typer(build_bench_app(benchmarks), name="bench")
+    app.add_typer(bench_app(benchmarks), name="bench")
     app.add_typer(train, name="train")
+    return app
+
+
+def bench_app(commands: Mapping[str, Callable[..., Any]]) -> typer.Typer:
+    """The group `bench`: measurements, all of packages that stand above this one."""
+    app = typer.Typer(help="Measure: speed, acceptance, and what they cost in quality.", no_args_is_help=True)
+    for name, command in commands.items():
+        app.command(name)(command)
+    # Without it typer takes a single command for the app itself.
+    app.callback()(lambda: None)
     return app
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from vllm_twotower.proposer import TwoTowerProposer
+    from vllm_twotower.v1.proposer import TwoTowerProposer
 
 __all__ = ["TwoTowerProposer", "register"]
 
@@ -28,7 +28,7 @@ def register() -> None:
 def __getattr__(name: str) -> Any:
     """`TwoTowerProposer`, imported when it is first asked for: it needs vLLM."""
     if name == "TwoTowerProposer":
-        from vllm_twotower.proposer import TwoTowerProposer
+        from vllm_twotower.v1.proposer import TwoTowerProposer
 
         return TwoTowerProposer
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

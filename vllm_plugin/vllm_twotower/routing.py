@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 PROPOSER = "vllm_twotower.TwoTowerProposer"
-PROPOSER_PATHS = (PROPOSER, "vllm_twotower.proposer.TwoTowerProposer")
+PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
 KNOBS = "twotower"
 

@@ -1,0 +1,139 @@
+"""`twotower-spec demo`: the bundled trio in real vLLM."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+
+from twotower_bench.demo import (
+    Sizes,
+    as_json,
+    demo_engines,
+    demo_systems,
+    measure,
+    print_table,
+    print_text,
+)
+from twotower_bench.engines import engine_environment
+from twotower_spec.cli.demo import demo as standalone_demo
+from twotower_spec.config import check_integer
+from twotower_spec.demo import demo_prompts
+from twotower_spec.errors import ArgumentError
+from twotower_spec.files import check_writable, write_atomically
+from twotower_spec.machine import describe_machine
+
+DEFAULT_PROMPTS, DEFAULT_NEW_TOKENS, DEFAULT_REPEATS = 4, 64, 3
+STANDALONE_PROMPTS, STANDALONE_NEW_TOKENS = 2, 128
+STREAMED_TOKENS = 128
+# Of one category, and what max_model_len leaves beside the longest prompt.
+MOST_PROMPTS = 72
+MOST_NEW_TOKENS = 384
+
+
+def demo(
+    prompts: Annotated[
+        int | None,
+        typer.Option(help=f"Prompts per category; default: {DEFAULT_PROMPTS} at batch 1, {STANDALONE_PROMPTS} alone."),
+    ] = None,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Most new tokens per prompt; default: {DEFAULT_NEW_TOKENS}, {STANDALONE_NEW_TOKENS} alone."),
+    ] = None,
+    repeats: Annotated[
+        int | None, typer.Option(help=f"Passes, of which medians are taken; default: {DEFAULT_REPEATS}.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    standalone: Annotated[
+        bool, typer.Option("--standalone", help="The TwoTower model alone, in its four modes, without vLLM.")
+    ] = False,
+) -> None:
+    """Speculate in vLLM with the bundled models, on held-out prompts: no speculation, n-gram, draft model, TwoTower."""
+    _check_number("--prompts", prompts, MOST_PROMPTS)
+    _check_number("--max-new-tokens", max_new_tokens, MOST_NEW_TOKENS)
+    _check_number("--repeats", repeats)
+    console = Console(highlight=False)
+    has_vllm = find_spec("vllm") is not None
+    if standalone or not has_vllm:
+        if repeats is not None or json_file is not None:
+            raise ArgumentError("--repeats and --json are about the comparison in vLLM; leave them out without it")
+        if not has_vllm and not standalone:
+            _say(console, "vLLM is not installed (see CONTRIBUTING.md), so this is the TwoTower model on its own.")
+        standalone_demo(prompts or STANDALONE_PROMPTS, max_new_tokens or STANDALONE_NEW_TOKENS)
+        return
+    if json_file is not None:
+        check_writable(json_file)
+    sizes = Sizes(prompts or DEFAULT_PROMPTS, max_new_tokens or DEFAULT_NEW_TOKENS, repeats or DEFAULT_REPEATS)
+    run_demo(console, sizes, json_file)
+
+
+def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, verifier: Path | None = None) -> None:
+    """Text of TwoTower as it comes, then the table.
+
+    Args:
+        console: where both go.
+        sizes: how much is measured.
+        json_file: gets the figures, too.
+        verifier: directory of another verifier than the bundled one.
+
+    Raises:
+        ChildError: an engine failed; its last lines are in it.
+    """
+    systems = demo_systems()
+    *others, two_tower = (system.name for system in systems)
+    _say(console, "Loading vLLM, in a process of its own for every system.")
+    with demo_engines(systems, verifier) as engines:
+        with console.status("loading vLLM with TwoTower"):
+            engine = engines.use(two_tower)
+        if engines.together:
+            engines.start(others)
+        vllm_version = engine.wait_until_ready().version
+        # One prompt per category, while the other engines load.
+        with console.status("warming up TwoTower"):
+            list(engine.stream(demo_prompts(1)[0].prompt, STREAMED_TOKENS))
+        for prompt in demo_prompts(1):
+            print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
+        _say(
+            console,
+            f"Measuring {2 * sizes.prompts} prompts one by one and 16 with 8 at once, maths and Python, up to "
+            f"{sizes.max_new_tokens} new tokens each. The first pass of each is for warming up: in it TwoTower's "
+            f"adaptive policy learns what pays, as in a server that has run for a while. {sizes.repeats} more count, "
+            f"all systems in turn.",
+        )
+        with console.status("loading the other systems") as status:
+            engines.load(others)
+            rows = measure(engines, systems, sizes, status.update)
+    if threads := engine_environment().get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))  # as the engines had; the description of the machine says so
+    machine, versions = describe_machine(), _versions(vllm_version)
+    print_table(console, systems, rows)
+    _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")
+    if json_file is not None:
+        write_atomically(json_file, as_json(machine, versions, rows))
+
+
+def _versions(vllm_version: str) -> dict[str, str]:
+    return {
+        "vllm": vllm_version,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "twotower-spec": version("twotower-spec"),
+    }
+
+
+def _check_number(name: str, value: int | None, most: int | None = None) -> None:
+    if value is None:
+        return
+    check_integer(name, value, minimum=1)
+    if most is not None and value > most:
+        raise ArgumentError(f"{name} {value} is not allowed; give {most} at most")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

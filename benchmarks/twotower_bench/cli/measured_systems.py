@@ -1,0 +1,64 @@
+"""Systems that are measured beside each other: no speculation, TwoTower, and its rivals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+
+from twotower_bench.cli.options import Models, as_object
+from twotower_bench.serving import BASELINE, BASELINE_AGAIN, System
+from twotower_bench.systems import NGRAM, NO_SPECULATION, NO_SPECULATION_AGAIN, SUFFIX, draft_model, two_tower
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
+
+# Names that no rival can have.
+TAKEN = (BASELINE, BASELINE_AGAIN, "twotower")
+
+
+def systems_of(
+    models: Models, speculative_config: str | None, named: Sequence[str] | None, only: str | None, num_repeats: int
+) -> tuple[System, ...]:
+    """No speculation, twice where there are enough repeats for a verdict, and all that is measured beside it.
+
+    That is n-gram lookup, suffix decoding where its package is there, a draft model if there is one, the user's own,
+    and TwoTower.
+
+    Args:
+        models: with or without a draft model.
+        speculative_config: the user's over ours, for TwoTower; JSON.
+        named: `NAME=JSON` each, a speculative configuration of vLLM.
+        only: names with commas of those beside no speculation; None for all.
+        num_repeats: passes over everything.
+
+    Raises:
+        ArgumentError: JSON that is no object, or a name that is taken or unknown.
+    """
+    own = two_tower(models.drafter)
+    config = {**(own.speculative_config or {}), **as_object("--speculative-config", speculative_config)}
+    found = [*_rivals(models, named), replace(own, speculative_config=config)]
+    names = [system.name for system in found]
+    wanted = names if only is None else [name.strip() for name in only.split(",")]
+    for name in wanted:
+        if name not in names:
+            raise ArgumentError(f"--only {name} is not there; give some of {', '.join(names)}")
+    return (*baselines(num_repeats), *(system for system in found if system.name in wanted))
+
+
+def baselines(num_repeats: int) -> tuple[System, ...]:
+    """No speculation, and once more (A/A) where there are enough repeats for a verdict."""
+    return (NO_SPECULATION, NO_SPECULATION_AGAIN) if num_repeats >= FEWEST_ROUNDS else (NO_SPECULATION,)
+
+
+def _rivals(models: Models, named: Sequence[str] | None) -> list[System]:
+    found = [NGRAM, *([SUFFIX] if find_spec("arctic_inference") else [])]
+    if models.draft_model:
+        found.append(draft_model(models.draft_model))
+    for text in named or ():
+        name, separator, config = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
+        if name in TAKEN or name in (system.name for system in found):
+            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
+        found.append(System(name, name, as_object(f"--rival {name}", config)))
+    return found

@@ -1,0 +1,267 @@
+"""Options that the benchmarks in vLLM share, and what is made of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import torch
+import typer
+from transformers import AutoTokenizer
+
+from twotower_bench.cli.measurements import numbers
+from twotower_bench.systems import TRIO_ARGUMENTS
+from twotower_spec.config import check_integer
+from twotower_spec.demo import trio_path
+from twotower_spec.errors import ArgumentError
+from twotower_spec.extras import require_extra
+
+Verifier = Annotated[
+    str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
+]
+Drafter = Annotated[str | None, typer.Option(help="TwoTower checkpoint: likewise.")]
+DraftModel = Annotated[str | None, typer.Option(help="An AR draft model as a rival; default: the bundled one.")]
+Dataset = Annotated[str, typer.Option(help="A named set, a file, or a hub id; see docs/evaluation.md.")]
+Category = Annotated[list[str] | None, typer.Option(help="Only prompts of this category; can be repeated.")]
+Chat = Annotated[bool, typer.Option("--chat", help="First turns in the verifier's chat template, not plain text.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens per prompt.")]
+Temperature = Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")]
+Repeat = Annotated[
+    int, typer.Option(help="Passes over everything, of which medians are taken; 3 or more for verdicts.")
+]
+Rival = Annotated[
+    list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
+]
+Only = Annotated[
+    str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
+]
+SpeculativeConfig = Annotated[
+    str | None, typer.Option(help='How TwoTower drafts, as JSON: {"num_speculative_tokens": 7, "twotower": {...}}.')
+]
+EngineArgs = Annotated[
+    str | None, typer.Option(help='Arguments of LLM() for all systems, as JSON: {"tensor_parallel_size": 4}.')
+]
+Engines = Annotated[
+    str,
+    typer.Option(
+        help="together: all at once; in-turn: one at a time, loaded anew when its turn comes; auto: in-turn on a GPU."
+    ),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="JSON lines, one per finished cell; a stopped run goes on.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin --json anew.")]
+ReportFolder = Annotated[
+    Path | None, typer.Option("--report", help="Folder for the report of it: HTML, PNG, Markdown, JSON.")
+]
+
+Holding = Literal["auto", "together", "in-turn"]
+
+# Large models take their time to load, and a cell may have many prompts.
+LONGEST_SILENCE_S = 3600.0
+
+
+@dataclass(frozen=True)
+class Models:
+    """What is measured with what.
+
+    Attributes:
+        verifier, drafter: directories or hub ids.
+        draft_model: an AR draft model; None where there is none.
+        arguments: of `LLM()`, the same for all systems.
+    """
+
+    verifier: str
+    drafter: str
+    draft_model: str | None
+    arguments: Mapping[str, Any]
+
+    @property
+    def identity(self) -> list[Any]:
+        """As JSON: what must be the same for measurements to be compared."""
+        # More requests at once go on with a file.
+        return [
+            same_model(self.verifier),
+            same_model(self.drafter),
+            {name: value for name, value in self.arguments.items() if name != "max_num_seqs"},
+        ]
+
+    @classmethod
+    def of(
+        cls,
+        verifier: str | None,
+        drafter: str | None,
+        draft_model: str | None,
+        engine_args: str | None,
+        max_num_seqs: int,
+    ) -> Models:
+        """The bundled ones where none are named.
+
+        Raises:
+            ArgumentError: models of the trio would be measured with others, a path has no model, or the arguments are
+                no JSON object.
+        """
+        for option, model in (("--verifier", verifier), ("--drafter", drafter), ("--draft-model", draft_model)):
+            if model is not None:
+                _check_path(option, model)
+        if (verifier is None) != (drafter is None):
+            given, missing = ("--verifier", "--drafter") if verifier else ("--drafter", "--verifier")
+            raise ArgumentError(f"{given} came without {missing}; name both, or neither for the bundled trio")
+        own = {"max_num_seqs": max_num_seqs, **as_object("--engine-args", engine_args)}
+        for name in ("speculative_config", "model", "data_parallel_size"):
+            if name in own:
+                raise ArgumentError(f"--engine-args cannot have {name}, which differs or must not; leave it out")
+        if verifier is None or drafter is None:
+            trio = str(trio_path("verifier")), str(trio_path("twotower")), draft_model or str(trio_path("draft"))
+            return cls(*trio, {**TRIO_ARGUMENTS, **own})
+        return cls(verifier, drafter, draft_model, own)
+
+
+def same_model(model: str) -> str:
+    """A name that a model has from whatever working directory: of a directory its whole path, else the hub id."""
+    return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def held_together(option: str, given: str) -> bool:
+    """Whether all engines or servers are held at once.
+
+    Raises:
+        ArgumentError: an unknown word.
+    """
+    if given not in get_args(Holding):
+        raise ArgumentError(f"{option} {given} is not there; give one of {', '.join(get_args(Holding))}")
+    return given == "together" or (given == "auto" and not torch.cuda.is_available())
+
+
+def check_sizes(prompts: int, max_new_tokens: int, repeat: int) -> None:
+    """Refuses a measurement of nothing.
+
+    Raises:
+        ArgumentError: one is below 1.
+    """
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+        check_integer(name, value, minimum=1)
+
+
+def check_at_once(most: int, groups: Mapping[str, int]) -> None:
+    """Refuses more requests at once than there are: figures would be of fewer than they name.
+
+    Args:
+        most: the largest number at once.
+        groups: prompts that are served together, by their category; "" for all of them.
+
+    Raises:
+        ArgumentError: one has too few.
+    """
+    name, fewest = min(groups.items(), key=lambda group: group[1])
+    if most > fewest:
+        what = f"of each category, {name} has {fewest}" if name else f"at least, there are {fewest}"
+        raise ArgumentError(
+            f"--concurrency {most} needs {most} prompts {what}; give --prompts {most * len(groups)} or more, or a "
+            f"lower concurrency"
+        )
+
+
+def concurrencies(text: str) -> list[int]:
+    """Requests at once, from a list with commas.
+
+    Raises:
+        ArgumentError: it is no such list, or one is not positive.
+    """
+    found = numbers("--concurrency", text, int)
+    for number in found:
+        check_integer("--concurrency", number, minimum=1)
+    return list(dict.fromkeys(found))
+
+
+def temperatures(text: str) -> list[float]:
+    """Temperatures, from a list with commas.
+
+    Raises:
+        ArgumentError: it is no such list, or one is out of vLLM's range.
+    """
+    found = numbers("--temperature", text, float)
+    for number in found:
+        if not 0 <= number <= 2:
+            raise ArgumentError(f"--temperature {number} is not allowed; give 0 to 2")
+    return list(dict.fromkeys(found))
+
+
+def measurements_file(json_file: Path | None, report: Path | None, name: str) -> Path | None:
+    """Where measured cells go: a report is made of a file.
+
+    Raises:
+        ArgumentError: the folder of the report cannot be made.
+    """
+    if report is None:
+        return json_file
+    try:
+        report.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"--report {report} cannot be made ({error.strerror}); give another folder") from error
+    return json_file or report / f"{name}.jsonl"
+
+
+def require_packages(report: Path | None) -> None:
+    """Checks that vLLM, and what figures and a report are made with, are there.
+
+    Raises:
+        ArgumentError: one is not.
+    """
+    if find_spec("vllm") is None:
+        raise ArgumentError(
+            "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
+        )
+    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
+
+
+def write_report_of(report: Path | None, *files: Path | None) -> None:
+    """The report on what is in files, if one is wanted."""
+    if report:
+        from twotower_bench.report import write_report  # matplotlib and jinja2
+
+        write_report([file for file in files if file], report)
+
+
+def _check_path(option: str, model: str) -> None:
+    """Refuses paths without a model; a hub id is looked up by vLLM."""
+    path = Path(model)
+    if (path / "config.json").is_file():
+        return
+    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+        raise ArgumentError(f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub")
+
+
+def check_chat(chat: bool, verifier: str) -> None:
+    """Refuses a chat template that is not there.
+
+    Raises:
+        ArgumentError: the verifier's tokenizer has none.
+    """
+    if not chat:
+        return
+    try:
+        template = AutoTokenizer.from_pretrained(verifier, trust_remote_code=False).chat_template
+    except (OSError, ValueError) as error:
+        raise ArgumentError(f"--chat needs the tokenizer of {verifier}, which cannot be read ({error})") from error
+    if template is None:
+        raise ArgumentError(f"--chat needs a chat template, and {verifier} has none; leave it out for plain text")
+
+
+def as_object(option: str, text: str | None) -> dict[str, Any]:
+    """A JSON object; empty without text.
+
+    Raises:
+        ArgumentError: it is something else.
+    """
+    try:
+        value = json.loads(text) if text else {}
+    except ValueError as error:
+        raise ArgumentError(f"{option} {text!r} is not JSON ({error}); give an object in single quotes") from error
+    if not isinstance(value, dict):
+        raise ArgumentError(f"{option} {text!r} is not an object; give one, like {{}}")
+    return value

@@ -1,0 +1,235 @@
+"""`twotower-spec bench standalone`: the model alone."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from twotower_bench.cli.measurements import MeasurementFile, fingerprint, numbers, progress_bar
+from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
+from twotower_spec.cli.interrupts import Interrupts
+from twotower_spec.config import TwoTowerConfig, check_integer
+from twotower_spec.demo import trio_path
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.datasets import load_prompts
+from twotower_spec.evaluation.lm_eval_model import Loaded, TaskScore, check_task, score_task
+from twotower_spec.evaluation.settings import Setting
+from twotower_spec.evaluation.standalone import Cell, Figures, in_order, measure, summarise, sweep, warm_up
+from twotower_spec.extras import require_extra
+from twotower_spec.generation.batch import parse_eos, parse_prompts
+from twotower_spec.machine import describe_machine
+from twotower_spec.model import TwoTowerModel, as_dtype
+from twotower_spec.towers.model import usable_device
+
+
+def standalone(
+    model: Annotated[
+        str | None, typer.Option(help="Checkpoint: a directory or a hub id; default: the bundled small one.")
+    ] = None,
+    dataset: Annotated[str, typer.Option(help="A named set, a file, or a hub id; see docs/evaluation.md.")] = "trio",
+    gamma: Annotated[str, typer.Option(help="Confidence thresholds, with commas.")] = "0.5,0.8,0.95",
+    block_size: Annotated[str, typer.Option("--block-size", "-S", help="Tokens per block.")] = "4,8,16",
+    steps: Annotated[str, typer.Option(help="Most denoising steps per block.")] = "1,2,4,16",
+    prompts: Annotated[int, typer.Option(help="Prompts, balanced over the dataset's categories.")] = 12,
+    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.")] = 64,
+    repeat: Annotated[int, typer.Option(help="Passes over everything, of which medians are taken.")] = 3,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="JSON lines, one per finished cell; a stopped run goes on.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --json anew.")] = False,
+    task: Annotated[
+        str | None, typer.Option(help="A generating task of lm-eval that every setting is scored on, too.")
+    ] = None,
+    include_path: Annotated[Path | None, typer.Option(help="Folder with lm-eval tasks of your own.")] = None,
+    num_fewshot: Annotated[int | None, typer.Option(help="Solved examples in the task's prompts.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Most documents of the task.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Documents of the task generated together.")] = 8,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16, float16, float64; default: stored.")] = None,
+    context_device: Annotated[str, typer.Option(help="Where the context tower runs.")] = "cpu",
+    denoiser_device: Annotated[str | None, typer.Option(help="Where the denoiser runs; default: same.")] = None,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+) -> None:
+    """Speed and fidelity of mask diffusion over gamma, block size and steps, beside AR, mock-AR and self-speculation.
+
+    Greedy, one prompt at a time. Settings that are the same are run once: one step commits everything whatever gamma
+    is, and a block takes no more steps than it has tokens.
+    """
+    # Everything that can be refused is checked before weights are read.
+    require_extra("bench", "scipy")
+    settings = sweep(numbers("--gamma", gamma, float), numbers("-S", block_size, int), numbers("--steps", steps, int))
+    for name, value in (("--max-new-tokens", max_new_tokens), ("--repeat", repeat), ("--batch-size", batch_size)):
+        check_integer(name, value, minimum=1)
+    as_dtype(dtype)
+    usable_device(context_device)
+    usable_device(denoiser_device or context_device)
+    wanted_task = _task(task, include_path, num_fewshot, limit)
+    texts = load_prompts(dataset, limit=prompts)
+    directory = resolve_checkpoint(model or trio_path("twotower"), revision)
+    config = TwoTowerConfig.from_pretrained(directory)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise ArgumentError(
+            f"{directory} has no tokenizer, and prompts are text; put tokenizer.json beside its weights"
+        )
+    rows = parse_prompts([list(tokenizer(prompt.text)["input_ids"]) for prompt in texts], config.vocab_size)
+    eos = sorted(parse_eos(tokenizer.eos_token_id, config.vocab_size))
+    content = [str(directory.resolve()), config.to_dict(), dtype, max_new_tokens, eos, rows]
+    record = Record(fingerprint(content), wanted_task)
+    with record.opened(json_file, overwrite):
+        cells = [cell for cell in in_order(settings, repeat) if cell not in record.cells]
+        unscored = [setting for setting in settings if wanted_task and setting not in record.scores]
+        if cells or unscored:
+            towers = TwoTowerModel.from_pretrained(
+                directory, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
+            )
+            with progress_bar() as bar, Interrupts() as interrupts:
+                total = len(settings) * repeat
+                done = bar.add_task("measuring", total=total, completed=total - len(cells))
+                warm: set[Setting] = set()
+                for setting, number in cells:
+                    bar.update(done, description=setting.label)
+                    if setting not in warm:
+                        warm_up(towers, setting, rows, max_new_tokens)
+                        warm.add(setting)
+                    record.add_cell(measure(towers, setting, number, rows, max_new_tokens, eos))
+                    bar.advance(done)
+                    interrupts.check()
+            # lm-eval has bars of its own.
+            for setting in unscored:
+                assert wanted_task is not None
+                print(f"{wanted_task.name}: {setting.label}", file=sys.stderr)
+                record.add_score(setting, wanted_task.score(Loaded(towers, tokenizer), setting, batch_size))
+    chosen = [record.cells[cell] for cell in in_order(settings, repeat)]
+    figures = {row.setting: row for row in summarise(chosen)}
+    console = Console(highlight=False)
+    console.print(_table([figures[setting] for setting in settings], record.scores if wanted_task else {}))
+    console.print(
+        f"{len(rows)} prompts of {dataset}, up to {max_new_tokens} new tokens, batch 1, greedy, {repeat} repeats; "
+        f"{describe_machine()}",
+        soft_wrap=True,
+    )
+
+
+@dataclass(frozen=True)
+class WantedTask:
+    """A task of lm-eval, and how it is run."""
+
+    name: str
+    include_path: Path | None
+    num_fewshot: int | None
+    limit: int | None
+
+    def score(self, loaded: Loaded, setting: Setting, batch_size: int) -> TaskScore:
+        """Evaluates a setting."""
+        options = (self.include_path, self.num_fewshot, self.limit)
+        return score_task(loaded, setting, self.name, *options, batch_size=batch_size)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON: equal for equal scores."""
+        path = str(self.include_path.resolve()) if self.include_path else None
+        return {**asdict(self), "include_path": path}
+
+
+class Record:
+    """What has been measured: in memory and, if there is a file, there since it was done.
+
+    Attributes:
+        cells: by setting and repeat.
+        scores: of the wanted task, by setting.
+    """
+
+    def __init__(self, run: str, task: WantedTask | None) -> None:
+        """Empty.
+
+        Args:
+            run: fingerprint of model, prompts and length. More settings, repeats or a task go on with a file.
+            task: whose scores count.
+        """
+        self.task = task
+        self.cells: dict[tuple[Setting, int], Cell] = {}
+        self.scores: dict[Setting, TaskScore] = {}
+        self._file = MeasurementFile(run, ["lm-eval"])
+
+    @contextmanager
+    def opened(self, path: Path | None, overwrite: bool) -> Iterator[None]:
+        """Reads what a file holds and adds to it while it is open.
+
+        Raises:
+            ArgumentError: it cannot be written, or belongs to a run with another model, prompts or length.
+        """
+        with self._file.opened(path, overwrite) as rows:
+            for row in rows:
+                self._read(row)
+            yield
+
+    def add_cell(self, cell: Cell) -> None:
+        """Keeps a cell."""
+        self.cells[cell.setting, cell.repeat] = cell
+        self._file.append("cell", cell.to_json())
+
+    def add_score(self, setting: Setting, score: TaskScore) -> None:
+        """Keeps a score of the wanted task."""
+        assert self.task is not None
+        self.scores[setting] = score
+        row = {"setting": asdict(setting), "task": self.task.to_json(), "score": asdict(score)}
+        self._file.append("score", row)
+
+    def _read(self, row: dict[str, Any]) -> None:
+        if row["kind"] == "cell":
+            cell = Cell.from_json(row)
+            self.cells[cell.setting, cell.repeat] = cell
+        elif self.task and row["task"] == self.task.to_json():
+            self.scores[Setting(**row["setting"])] = TaskScore(**row["score"])
+
+
+def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:
+    names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok / NFE", "tok / ctx", "same text", "prefix", "length"]
+    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.columns[0].no_wrap = True
+    for column in table.columns[1:]:
+        column.overflow = "fold"  # rather two lines than a heading cut off
+    metric = next((f"{score.task} {score.metric}" for score in scores.values()), None)
+    if metric:
+        table.add_column(metric)
+    for row in figures:
+        how = row.setting
+        values = [
+            how.mode,
+            *("-" if value is None else f"{value:g}" for value in (how.block_size, how.steps_per_block)),
+            "-" if how.confidence_threshold is None else f"{how.confidence_threshold:g}",
+            f"{row.tokens_per_s.median:.0f}",
+            f"{row.speed_up:.2f}x",
+            f"{row.tokens_per_nfe.estimate:.2f}" if row.tokens_per_nfe else "-",
+            f"{row.tokens_per_context_pass.estimate:.2f}",
+            f"{row.identical.estimate:.0%}",
+            f"{row.common_prefix.estimate:.1f}",
+            f"{row.length:.1f}",
+        ]
+        if metric:
+            score = scores[row.setting]
+            error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
+            values.append(f"{score.value:.3f}{error}")
+        table.add_row(*values)
+    return table
+
+
+def _task(name: str | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> WantedTask | None:
+    if name is None:
+        if (include_path, num_fewshot, limit) != (None, None, None):
+            raise ArgumentError("--include-path, --num-fewshot and --limit are about a task; name one with --task")
+        return None
+    if num_fewshot is not None:
+        check_integer("--num-fewshot", num_fewshot, minimum=0)
+    if limit is not None:
+        check_integer("--limit", limit, minimum=1)
+    check_task(name, include_path)
+    return WantedTask(name, include_path, num_fewshot, limit)

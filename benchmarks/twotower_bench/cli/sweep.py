@@ -1,0 +1,174 @@
+"""`twotower-spec bench sweep`: which way to draft serves a verifier best, at which load."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, get_args
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from twotower_bench.child_process import ended_by_signals
+from twotower_bench.cli import options
+from twotower_bench.cli.measured_systems import baselines
+from twotower_bench.cli.measurements import numbers
+from twotower_bench.cli.serving_record import complete, serving_record
+from twotower_bench.cli.tables import print_origin, print_remarks
+from twotower_bench.engines import EnginePool, EngineSpec
+from twotower_bench.grid import draft_settings, knobs_of, system_of
+from twotower_bench.profile_of_cells import serving_profile
+from twotower_bench.recommendation import (
+    Goal,
+    GoalName,
+    Point,
+    Recommendation,
+    best_by_concurrency,
+    front_of,
+    recommend,
+    sweep_points,
+)
+from twotower_bench.serving import ALL_CATEGORIES, Load
+from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.systems import engine_spec
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation import load_prompts
+from twotower_spec.files import check_writable
+
+# Rounds of prompts before a setting counts under a load.
+NUM_WARM_UP = 2
+
+
+def sweep(
+    verifier: options.Verifier = None,
+    drafter: options.Drafter = None,
+    dataset: options.Dataset = "trio",
+    category: options.Category = None,
+    prompts: Annotated[int, typer.Option(help="Prompts of every cell, balanced over the categories.")] = 48,
+    max_new_tokens: options.MaxNewTokens = 64,
+    gamma: Annotated[str, typer.Option(help="Confidence thresholds, with commas.")] = "0.8",
+    block_size: Annotated[str, typer.Option("--block-size", "-S", help="Positions that are denoised.")] = "4,8,16",
+    steps: Annotated[str, typer.Option(help="Most denoising steps per block.")] = "1,4",
+    policy: Annotated[str, typer.Option(help="fixed, threshold, adaptive.")] = "fixed,threshold,adaptive",
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts per round; default: the whole block.")
+    ] = None,
+    first_token: Annotated[str, typer.Option(help="Tower of the first draft: context or denoiser.")] = "context",
+    temperature: Annotated[str, typer.Option(help="Of the verifier, with commas.")] = "0",
+    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,4,8,16",
+    repeat: options.Repeat = 3,
+    goal: Annotated[
+        str, typer.Option(help="throughput: most tokens/s in all; latency: fastest for one user.")
+    ] = "throughput",
+    at_concurrency: Annotated[int | None, typer.Option(help="The load that the goal is about; default: any.")] = None,
+    min_user_tokens_per_s: Annotated[
+        float | None, typer.Option(help="What every user shall have at least, with --goal throughput.")
+    ] = None,
+    chat: options.Chat = False,
+    engine_args: options.EngineArgs = None,
+    engines: options.Engines = "auto",
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
+    profile: Annotated[Path | None, typer.Option(help="Write a profile for `plan --profile` to this file.")] = None,
+    report: options.ReportFolder = None,
+) -> None:
+    """Every way of TwoTower to draft under every load, the best compromises, and the flags for your goal.
+
+    Settings that draft the same are measured once. No speculation is measured, too, twice (A/A): where no setting is
+    faster beyond what these two differ by, that is what is recommended.
+    """
+    # Everything that can be refused is checked before anything is loaded.
+    options.require_packages(report)
+    options.check_sizes(prompts, max_new_tokens, repeat)
+    at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
+    wanted = _goal(goal, min_user_tokens_per_s, at_concurrency, at_once)
+    settings = draft_settings(
+        num_speculative_tokens,
+        numbers("--gamma", gamma, float),
+        numbers("-S", block_size, int),
+        numbers("--steps", steps, int),
+        policy.split(","),
+        first_token,
+    )
+    together = options.held_together("--engines", engines)
+    models = options.Models.of(verifier, drafter, None, engine_args, max(at_once))
+    options.check_chat(chat, models.verifier)
+    texts = load_prompts(dataset, category, prompts)
+    options.check_at_once(max(at_once), {"": len(texts)})
+    loads = [Load(ALL_CATEGORIES, number, heat) for heat in temperatures for number in at_once]
+    candidates, specs = _candidates(models, settings, repeat)
+    json_file = options.measurements_file(json_file, report, "sweep")
+    profile = profile or (report and report / "profile.json")
+    if profile:
+        check_writable(profile, option="--profile")
+    content = ["sweep", models.identity, max_new_tokens, chat, [asdict(one) for one in texts]]
+    record = serving_record(content, [one.system for one in candidates])
+    pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
+    with ended_by_signals(), record.opened(json_file, overwrite), pool:
+        run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
+        cells = complete(record, run, in_order(candidates, loads, repeat, together))
+    console = Console(highlight=False)
+    for heat in temperatures:
+        if len(temperatures) > 1:
+            console.rule(f"temperature {heat:g}")
+        console.print(_front_table(front_of(sweep_points(cells, heat))))
+        console.print(_best_table(best_by_concurrency(cells, heat)))
+        best = recommend(cells, wanted, heat)
+        console.print(best.sentence, markup=False, soft_wrap=True)
+        for line in (best.serve_command, best.python_call):
+            console.print(f"\n    {line(models.verifier, models.arguments)}", markup=False, soft_wrap=True)
+        console.print()
+    print_remarks(console, len(texts), cells)
+    print_origin(console, record)
+    if profile:
+        where = record.file.where
+        serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
+        console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
+    options.write_report_of(report, json_file, profile)
+
+
+def _goal(name: str, floor: float | None, concurrency: int | None, measured: Sequence[int]) -> Goal:
+    if name not in get_args(GoalName):
+        raise ArgumentError(f"--goal {name!r} is not there; give one of {', '.join(get_args(GoalName))}")
+    if concurrency is not None and concurrency not in measured:
+        raise ArgumentError(f"--at-concurrency {concurrency} is not among --concurrency; give one of these")
+    return Goal(name, floor, concurrency)  # type: ignore[arg-type]  # checked above
+
+
+def _candidates(
+    models: options.Models, settings: Sequence[DraftSetting], num_repeats: int
+) -> tuple[list[Candidate], Mapping[str, EngineSpec]]:
+    """No speculation, and one engine for all settings of as many drafts: vLLM knows no other number of them."""
+    candidates = [Candidate(one, one.name) for one in baselines(num_repeats)]
+    specs = {one.system.name: engine_spec(one.system, models.verifier, models.arguments) for one in candidates}
+    for setting in settings:
+        system, drafts = system_of(setting, models.drafter), setting.num_speculative_tokens
+        candidates.append(Candidate(system, f"twotower-{drafts}", knobs_of(setting)))
+        specs.setdefault(f"twotower-{drafts}", engine_spec(system, models.verifier, models.arguments))
+    return candidates, specs
+
+
+def _front_table(points: Sequence[Point]) -> Table:
+    table = Table("best compromises", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("at once", "tok/s in all", "tok/s per user"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for point in points:
+        row = (point.load.concurrency, f"{point.tokens_per_s.median:.0f}", f"{point.user_tokens_per_s.median:.1f}")
+        table.add_row(point.system.title, *map(str, row))
+    return table
+
+
+def _best_table(best: Sequence[Recommendation]) -> Table:
+    table = Table("at once", "most tokens/s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("tok/s", "best that speculates"):
+        table.add_column(heading, justify="right", overflow="fold")
+    for one in best:
+        compared = one.comparison
+        found = f"{compared.speed_up.estimate:.2f}x, {compared.verdict}" if compared else "-"
+        point = one.point
+        table.add_row(str(point.load.concurrency), point.system.title, f"{point.tokens_per_s.median:.0f}", found)
+    return table

@@ -1,0 +1,103 @@
+"""What is said to an engine in a process of its own, and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twotower_bench.serving import DecodingSteps, Drafting, ServedRequest
+
+
+@dataclass(frozen=True)
+class Ready:
+    """The engine is loaded.
+
+    Attributes:
+        version: vLLM's.
+        max_model_len: most tokens of a prompt and its text together.
+    """
+
+    version: str
+    max_model_len: int
+
+
+@dataclass(frozen=True)
+class TokenizeOrder:
+    """Read texts as the verifier does; the answer is a tuple of token ids per text.
+
+    Attributes:
+        texts: any number.
+        chat: whether each is what a user says, and gets the verifier's chat template.
+    """
+
+    texts: tuple[str, ...]
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class DraftOrder:
+    """Let TwoTower draft by these knobs from now on, as far as they concern its policy."""
+
+    knobs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, as text or tokens."""
+
+    prompt_id: str
+    category: str
+    prompt: str | tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class ServeOrder:
+    """Generate for these prompts; as one request ends the next begins.
+
+    Attributes:
+        prompts: in the order of submission.
+        concurrency: requests at once.
+        max_new_tokens: per prompt.
+        temperature: of the verifier.
+    """
+
+    prompts: tuple[Asked, ...]
+    concurrency: int
+    max_new_tokens: int
+    temperature: float = 0.0
+
+
+@dataclass(frozen=True)
+class Served:
+    """What came of it; see `ServingCell`."""
+
+    seconds: float
+    requests: tuple[ServedRequest, ...]
+    steps: tuple[DecodingSteps, ...] = ()
+    drafting: Drafting | None = None
+
+
+@dataclass(frozen=True)
+class StreamOrder:
+    """Generate one prompt and send every step as it is made."""
+
+    prompt: str
+    max_new_tokens: int
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text of one step of the verifier.
+
+    Attributes:
+        accepted: drafted tokens that it kept.
+        own: the token it added itself.
+        num_accepted_tokens: how many `accepted` are.
+        is_last: whether the text ends here.
+    """
+
+    accepted: str
+    own: str
+    num_accepted_tokens: int
+    is_last: bool

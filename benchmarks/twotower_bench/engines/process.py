@@ -1,0 +1,107 @@
+"""Our end of an engine that runs in a process of its own: vLLM has one `LLM()` per process."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from multiprocessing import Pipe
+from pathlib import Path
+from typing import Any
+
+from twotower_bench.child_process import ChildError, ChildProcess
+from twotower_bench.engines.environment import engine_environment
+from twotower_bench.engines.messages import DraftOrder, Piece, Ready, Served, ServeOrder, StreamOrder, TokenizeOrder
+
+LONGEST_SILENCE_S = 300.0
+
+
+class EngineProcess:
+    """Starts loading when it is made; what vLLM says goes to a file, of which only failures are shown."""
+
+    def __init__(
+        self, title: str, arguments: Mapping[str, Any], folder: Path, longest_silence_s: float = LONGEST_SILENCE_S
+    ) -> None:
+        """Starts the process and returns at once.
+
+        Args:
+            title: what errors call it.
+            arguments: of `LLM()`.
+            folder: for its output and temporary files, its own.
+            longest_silence_s: after which it counts as dead, while it loads or works on an order.
+        """
+        self.title, self._longest_silence_s = title, longest_silence_s
+        self._has_workers = any(arguments.get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
+        self._ready: Ready | None = None
+        self._connection, theirs = Pipe()
+        with theirs:
+            command = [sys.executable, "-P", "-m", "twotower_bench.engines.worker", str(theirs.fileno())]
+            self._process = ChildProcess(
+                f"the engine with {title}", command, folder, engine_environment(), pass_fds=[theirs.fileno()]
+            )
+        self._send(dict(arguments))
+
+    def wait_until_ready(self) -> Ready:
+        """What it says when the models are loaded.
+
+        Raises:
+            ChildError: they cannot be.
+        """
+        if self._ready is None:
+            self._ready = self._receive("while loading")
+        return self._ready
+
+    def tokenize(self, texts: Sequence[str], chat: bool = False) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts, see `TokenizeOrder`.
+
+        Raises:
+            ChildError: the engine has ended; so with all that follow.
+        """
+        self._send(TokenizeOrder(tuple(texts), chat))
+        token_ids: tuple[tuple[int, ...], ...] = self._receive("while reading prompts")
+        return token_ids
+
+    def draft_by(self, knobs: Mapping[str, Any]) -> None:
+        """Changes how TwoTower drafts."""
+        self._send(DraftOrder(knobs))
+        self._receive("while changing how it drafts")
+
+    def serve(self, order: ServeOrder) -> Served:
+        """Generates for prompts."""
+        self._send(order)
+        served: Served = self._receive("while generating")
+        return served
+
+    def stream(self, prompt: str, max_new_tokens: int) -> Iterator[Piece]:
+        """Generates one prompt; pieces come as they are made."""
+        self._send(StreamOrder(prompt, max_new_tokens))
+        is_last = False
+        while not is_last:
+            piece: Piece = self._receive("while streaming")
+            yield piece
+            is_last = piece.is_last
+
+    def close(self) -> None:
+        """Ends the process, at once if it is one alone: leaving by itself takes vLLM seconds."""
+        self._connection.close()
+        if self._has_workers:  # which leave shared memory behind when they are killed
+            self._process.close()
+        else:
+            self._process.kill()
+
+    def failure(self, what: str) -> ChildError:
+        """An error with the last that it said."""
+        return self._process.failure(what)
+
+    def _send(self, message: object) -> None:
+        with suppress(ConnectionError):  # it has ended, which the next answer tells with the reason
+            self._connection.send(message)
+
+    def _receive(self, when: str) -> Any:
+        try:
+            if self._connection.poll(self._longest_silence_s):
+                return self._connection.recv()
+        except (EOFError, ConnectionError):
+            code = self._process.wait()
+            raise self.failure(f"ended with exit code {code} {when}") from None
+        raise self.failure(f"did not answer for {self._longest_silence_s:.0f} s {when}")

@@ -1,0 +1,286 @@
+"""The way to speculate that a sweep speaks for, for what the user wants, and the flags of it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+from twotower_bench.engine_flags import engine_flags
+from twotower_bench.pareto import pareto_front
+from twotower_bench.serving import (
+    ALL_CATEGORIES,
+    BASELINE,
+    BASELINE_AGAIN,
+    Load,
+    ServingCell,
+    System,
+    cells_of,
+)
+from twotower_bench.serving_figures import latency_of
+from twotower_bench.serving_profile import check_positive
+from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
+from twotower_spec.evaluation.statistics import (
+    FEWEST_ROUNDS,
+    Comparison,
+    Spread,
+    compare_same_repeats,
+    median_and_spread,
+)
+
+GoalName = Literal["throughput", "latency"]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What the user wants.
+
+    Attributes:
+        name: "throughput" for most tokens/s of all users together, "latency" for the fastest text of one user.
+        min_user_tokens_per_s: with "throughput", what every user shall have at least; None for no such wish.
+        concurrency: requests at once; None for any that was measured.
+
+    Raises:
+        ArgumentError: a value is not allowed.
+    """
+
+    name: GoalName = "throughput"
+    min_user_tokens_per_s: float | None = None
+    concurrency: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in get_args(GoalName):
+            raise ArgumentError(f"goal {self.name!r} is not allowed; give one of {', '.join(get_args(GoalName))}")
+        if self.concurrency is not None:
+            check_integer("concurrency", self.concurrency, minimum=1)
+        if self.min_user_tokens_per_s is not None:
+            check_positive("min_user_tokens_per_s", self.min_user_tokens_per_s)
+            if self.name == "latency":
+                raise ArgumentError(
+                    f"min_user_tokens_per_s {self.min_user_tokens_per_s:g} has no meaning for the goal latency, which "
+                    f"is the fastest for one user; leave it out, or ask for throughput"
+                )
+
+    def __str__(self) -> str:
+        floor = self.min_user_tokens_per_s
+        return (
+            self.name
+            + ("" if floor is None else f" with {floor:g} tokens/s for every user")
+            + ("" if self.concurrency is None else f" at concurrency {self.concurrency}")
+        )
+
+
+@dataclass(frozen=True)
+class Point:
+    """A system at one concurrency, over all repeats.
+
+    Attributes:
+        system, load: which.
+        tokens_per_s: of all requests together.
+        user_tokens_per_s: of one request, from its first token on; the median over requests.
+    """
+
+    system: System
+    load: Load
+    tokens_per_s: Spread
+    user_tokens_per_s: Spread
+
+    def value(self, goal: Goal) -> Spread:
+        """What the goal is about."""
+        return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
+
+    def reaches(self, floor: float | None) -> bool:
+        """Whether every user has so many tokens/s, in the median."""
+        return floor is None or self.user_tokens_per_s.median >= floor
+
+    def __str__(self) -> str:
+        return (
+            f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.median:.4g} tokens/s, "
+            f"{self.user_tokens_per_s.median:.4g} for each user)"
+        )
+
+
+@dataclass(frozen=True)
+class Recommendation:
+    """What to use.
+
+    Attributes:
+        goal: that was asked for.
+        point: to use; may be no speculation.
+        no_speculation: the best point without any.
+        comparison: of the two, or, where no speculation is recommended, of the best that speculates with it; None with
+            fewer than three repeats or without an A/A run.
+        runners_up: other points that speculate and fall behind `point` by no more than the A/A noise; best first. Empty
+            without a comparison.
+        sentence: what is recommended and why.
+    """
+
+    goal: Goal
+    point: Point
+    no_speculation: Point
+    comparison: Comparison | None
+    runners_up: tuple[Point, ...]
+    sentence: str
+
+    def serve_command(self, verifier: str | Path, arguments: Mapping[str, Any]) -> str:
+        """One line for a shell.
+
+        Args:
+            verifier: directory or hub id.
+            arguments: of `LLM()`, that it was measured with; requests at once are the goal's to limit.
+        """
+        return shlex.join(["vllm", "serve", str(verifier), *engine_flags(self._arguments(arguments))])
+
+    def python_call(self, verifier: str | Path, arguments: Mapping[str, Any]) -> str:
+        """The same in Python."""
+        keywords = {"model": str(verifier), **self._arguments(arguments)}
+        return f"LLM({', '.join(f'{name}={value!r}' for name, value in keywords.items())})"
+
+    def _arguments(self, measured: Mapping[str, Any]) -> dict[str, Any]:
+        config = self.point.system.speculative_config
+        found = {**({"speculative_config": dict(config)} if config else {}), **measured}
+        found.pop("max_num_seqs", None)
+        # More users at once would have less each.
+        if self.goal.min_user_tokens_per_s is not None and self.goal.concurrency is None:
+            found["max_num_seqs"] = self.point.load.concurrency
+        return found
+
+
+def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES) -> list[Point]:
+    """Every system at every concurrency, in the order in which they come first; the A/A run is no point of its own.
+
+    Args:
+        cells: of a sweep.
+        temperature, category: of the load.
+    """
+    places = dict.fromkeys(
+        (cell.system.name, cell.load)
+        for cell in cells
+        if (cell.load.temperature, cell.load.category) == (temperature, category) and cell.system.name != BASELINE_AGAIN
+    )
+    return [_point(cells, name, load) for name, load in places]
+
+
+def front_of(points: Sequence[Point]) -> list[Point]:
+    """The Pareto front: points that no other beats both in tokens/s of all and in those of one user; slowest first."""
+    medians = [(one.tokens_per_s.median, one.user_tokens_per_s.median) for one in points]
+    return [points[i] for i in pareto_front(medians)]
+
+
+def recommend(
+    cells: Sequence[ServingCell], goal: Goal, temperature: float = 0.0, category: str = ALL_CATEGORIES
+) -> Recommendation:
+    """The best for a goal; no speculation where nothing is faster than it beyond the noise.
+
+    Args:
+        cells: of a sweep, with those of no speculation, twice.
+        goal: what is wanted.
+        temperature, category: of the load.
+
+    Raises:
+        ArgumentError: no speculation was not measured there.
+    """
+    points = [
+        point
+        for point in sweep_points(cells, temperature, category)
+        if goal.concurrency in (None, point.load.concurrency)
+    ]
+    if not any(point.system.name == BASELINE for point in points):
+        known = sorted({(cell.load.temperature, cell.load.concurrency) for cell in cells})
+        places = ", ".join(f"temperature {one:g} and concurrency {other}" for one, other in known)
+        where = "any concurrency" if goal.concurrency is None else f"concurrency {goal.concurrency}"
+        raise ArgumentError(
+            f"no cell without speculation at temperature {temperature:g} and {where} is among those measured, which "
+            f"are of {places or 'nothing'}; measure it, or ask for one of these"
+        )
+    reaching = [point for point in points if point.reaches(goal.min_user_tokens_per_s)]
+    if reaching:
+        return _recommended(cells, goal, points, reaching)
+    closest = _recommended(cells, Goal("latency", concurrency=goal.concurrency), points, points)
+    sentence = f"Nothing that was measured gives {goal}. {closest.sentence}"
+    return replace(closest, sentence=sentence)
+
+
+def best_by_concurrency(
+    cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES
+) -> list[Recommendation]:
+    """What gives most tokens/s at each concurrency, smallest first."""
+    points = sweep_points(cells, temperature, category)
+    concurrencies = sorted({point.load.concurrency for point in points if point.system.name == BASELINE})
+    return [recommend(cells, Goal(concurrency=number), temperature, category) for number in concurrencies]
+
+
+def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
+    own = cells_of(cells, name, load)
+    together, user = (median_and_spread([_rate(cell, Goal(goal)) for cell in own]) for goal in get_args(GoalName))
+    return Point(own[0].system, load, together, user)
+
+
+def _recommended(
+    cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
+) -> Recommendation:
+    """Of those points that reach the floor."""
+    ranked = sorted(reaching, key=lambda one: one.value(goal).median, reverse=True)
+    baseline = next((one for one in ranked if one.system.name == BASELINE), None)
+    best = next((one for one in ranked if one.system.name != BASELINE), None)
+    if baseline is None:  # and so there is one that speculates
+        assert best is not None
+        nearest = max(
+            (one for one in points if one.system.name == BASELINE), key=lambda one: one.user_tokens_per_s.median
+        )
+        why = f"no speculation does not reach that: it gives each user {nearest.user_tokens_per_s.median:.4g} at most"
+        return _made(goal, best, nearest, None, why, ranked)
+    if best is None:
+        return _made(goal, baseline, baseline, None, "nothing that speculates was measured, or reaches that", ranked)
+    comparison = _comparison(cells, goal, baseline, best)
+    against = _against(goal, baseline, best, comparison)
+    # The best alone is asked: of many that are no better, one looks better in the end.
+    if best.value(goal).median > baseline.value(goal).median and (comparison is None or comparison.verdict == "faster"):
+        doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
+        why = f"it is {against} as no speculation{doubt}{_chosen_among(ranked)}"
+        return _made(goal, best, baseline, comparison, why, ranked)
+    noise = ", which cannot be told from noise" if comparison and comparison.verdict == "no difference" else ""
+    why = f"the best that speculates, {best}, is {against} as that{noise}"
+    return _made(goal, baseline, baseline, comparison, why, ranked)
+
+
+def _chosen_among(ranked: Sequence[Point]) -> str:
+    """A warning where it was one of several: the best of many looks better than it is."""
+    number = sum(one.system.name != BASELINE for one in ranked)
+    return f"; it is the best of {number}, so measure it anew to confirm" if number > 1 else ""
+
+
+def _made(
+    goal: Goal, point: Point, baseline: Point, comparison: Comparison | None, why: str, ranked: Sequence[Point]
+) -> Recommendation:
+    near = tuple(
+        one
+        for one in ranked
+        if comparison
+        and one != point
+        and one.system.name != BASELINE
+        and one.value(goal).median * comparison.noise_floor >= point.value(goal).median
+    )
+    return Recommendation(goal, point, baseline, comparison, near, f"For {goal}: {point}, because {why}.")
+
+
+def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
+    places = ((BASELINE, baseline.load), (candidate.system.name, candidate.load), (BASELINE_AGAIN, baseline.load))
+    return compare_same_repeats(*({cell.repeat: _rate(cell, goal) for cell in cells_of(cells, *one)} for one in places))
+
+
+def _rate(cell: ServingCell, goal: Goal) -> float:
+    return latency_of(cell.requests).user_tokens_per_s if goal.name == "latency" else cell.tokens_per_s
+
+
+def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:
+    if comparison is None:
+        return f"{candidate.value(goal).median / baseline.value(goal).median:.2f} times as fast"
+    ratio = comparison.speed_up
+    return (
+        f"{ratio.estimate:.2f} times as fast ({comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, "
+        f"A/A noise {comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
+    )

@@ -1,0 +1,289 @@
+"""What sections say about measurements whose answer is known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.report.builders import (
+    TWO_TOWER,
+    load_points,
+    serving_cells,
+    swept_cells,
+    write_all,
+    write_rows,
+    write_standalone,
+)
+from tests.support.serving_cells import AGAIN, NONE
+from twotower_bench.cost_model import CostModel
+from twotower_bench.report import report_of
+from twotower_bench.report.document import Bars, Line, Mark, Section, Table
+from twotower_bench.report.findings import Outcome, finding
+from twotower_bench.serving import ServingCell, System
+from twotower_bench.serving_profile import ServingProfile
+from twotower_bench.validation import validate
+from twotower_spec.evaluation.statistics import Comparison
+
+
+def section_of(tmp_path: Path, cells: list[ServingCell]) -> Section:
+    (section,) = report_of([write_rows(tmp_path / "f.jsonl", "serving_cell", cells)]).sections
+    return section
+
+
+def table(section: Section, title: str) -> Table:
+    return next(one for one in section.tables if one.title == title)
+
+
+def cells_of(found: Table, row: str) -> dict[str, str]:
+    """The first row of that name by column."""
+    first = next(one for group in found.groups for one in group.rows if one.cells[0] == row)
+    return dict(zip(found.columns, first.cells, strict=True))
+
+
+def bars(mark: Mark) -> tuple[float, ...]:
+    assert isinstance(mark, Bars)
+    return mark.values
+
+
+def outcome(system: System, place: str, rates: tuple[float, float, float]) -> Outcome:
+    comparison = Comparison.of_rates((10.0, 10.1, 9.9), rates, (10.1, 9.9, 10.0))
+    return Outcome(system, place, comparison.speed_up.estimate, comparison)
+
+
+def test_only_what_files_hold_becomes_a_section(tmp_path: Path) -> None:
+    files = write_all(tmp_path)
+    names = [section.name for section in report_of(files).sections]
+    assert names == ["acceptance", "sweep", "serve", "standalone", "plan"]
+    assert [section.name for section in report_of(files[2:3]).sections] == ["serve"]
+
+
+def test_second_file_of_a_kind_becomes_a_section_of_its_own(tmp_path: Path) -> None:
+    files = [write_rows(tmp_path / f"{i}.jsonl", "load_point", load_points()) for i in range(2)]
+    assert [section.name for section in report_of(files).sections] == ["serve", "serve-2"]
+
+
+def test_finding_counts_verdicts_of_the_best_setting_and_names_the_best_rival() -> None:
+    rival = System("ngram", "n-gram lookup")
+    sentence = finding(
+        [
+            outcome(TWO_TOWER, "maths", (20.0, 20.1, 19.9)),
+            outcome(rival, "maths", (30.0, 30.0, 30.0)),
+            outcome(TWO_TOWER, "prose", (5.0, 5.0, 5.1)),
+            outcome(TWO_TOWER, "code", (10.0, 10.0, 10.0)),
+        ]
+    )
+    assert sentence.startswith("TwoTower pays under 1 of 3 loads: at best 2.00× the speed of no speculation (")
+    assert "for maths. It is slower under 1 and no different under 1. " in sentence
+    assert sentence.endswith("The best rival there is n-gram lookup with 3.00× (faster).")
+
+
+def test_finding_claims_no_gain_within_noise_or_without_repeats() -> None:
+    noisy = outcome(TWO_TOWER, "maths", (10.05, 10.2, 9.8))
+    assert finding([noisy]).startswith("TwoTower gains nothing that can be told from noise: 1.0")
+    assert finding([outcome(TWO_TOWER, "maths", (5.0, 5.0, 5.1))]).startswith("TwoTower does not pay: 0.5")
+    assert finding([replace(noisy, speed_up=3.0, comparison=None)]).startswith("Whether TwoTower pays is open: 3.00×")
+    assert finding([outcome(System("ngram", "n-gram"), "maths", (30.0, 30.0, 30.0))]).startswith("TwoTower was not")
+
+
+def test_finding_without_repeats_says_what_no_speculation_gives_against_itself() -> None:
+    again = Outcome(AGAIN, "maths", 2.5, None)
+    assert (
+        "3.00× the speed of no speculation (too few repeats for a verdict), where no speculation run again gives 2.50×"
+        in (finding([Outcome(TWO_TOWER, "maths", 3.0, None), again]))
+    )
+
+
+def test_speed_and_drafts_stand_in_the_tables(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells())
+    speed = cells_of(table(section, "Speed and latency"), "TwoTower")
+    assert speed["Verdict"] == "faster" and speed["Different texts"] == "4 of 8"
+    plain = cells_of(table(section, "Speed and latency"), "no speculation")
+    assert plain["Verdict"] == "" and plain["Speed-up"] == ""
+    # In each category 41 drafts accepted in 17 steps, each of 4 drafts and one denoiser pass a round of one request.
+    drafts = cells_of(table(section, "What drafts gain"), "TwoTower")
+    assert drafts["Acceptance length"].startswith("3.41 (") and drafts["Drafts"] == "4.0"
+    assert drafts["Steps with drafts"] == "102 of 102"
+    by_position = cells_of(table(section, "Accepted at each position"), "TwoTower")
+    assert [by_position[str(i)] for i in (1, 2, 3, 4)] == ["0.88", "0.71", "0.53", "0.29"]
+    assert "n-gram lookup" not in {row.cells[0] for row in table(section, "What drafts gain").groups[0].rows}
+
+
+def test_categories_of_a_load_with_all_prompts_are_told_apart(tmp_path: Path) -> None:
+    cells = serving_cells(categories=("all",), concurrencies=(1,))
+    lengths = cells_of(table(section_of(tmp_path, cells), "Acceptance length by category"), "TwoTower")
+    assert lengths["python"].startswith("4.29 (") and lengths["maths"].startswith("2.80 (")
+
+
+def test_time_of_a_round_is_the_engines(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells(concurrencies=(1,), speed=1.0))
+    times = cells_of(table(section, "Time of a round"), "TwoTower")
+    # 17 steps of 12.5 ms, and 4 that read a prompt, of 14.5 ms; one denoiser pass of one request.
+    assert times["Verify ms"] == "12.9" and times["Denoise ms"] == "2.2" and times["Host ms"] == "0.5"
+
+
+def test_bars_of_a_round_add_up_to_its_time_beside_a_step_without_speculation(tmp_path: Path) -> None:
+    cells = serving_cells(concurrencies=(1,), speed=1.0)
+    (plot,) = [one for one in section_of(tmp_path, cells).plots if one.name == "rounds"]
+    panel = plot.panels[0]
+    lengths = dict(zip(panel.y.names, map(sum, zip(*(bars(mark) for mark in panel.marks), strict=True)), strict=True))
+    own = [cell for cell in cells if cell.system == TWO_TOWER]
+    rounds = sum(cell.drafting.rounds for cell in own if cell.drafting)
+    assert lengths["all prompts, 1: twotower"] == pytest.approx(1e3 * sum(cell.seconds for cell in own) / rounds)
+    # 13 steps of 10.5 ms after one of 14.5 ms that reads the prompt.
+    assert lengths["all prompts, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
+    assert lengths["maths, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
+
+
+def test_all_categories_lead_and_the_finding_is_about_them(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells())
+    headings = [group.heading for group in table(section, "Speed and latency").groups]
+    assert [heading.partition(";")[0] for heading in headings[:3]] == [
+        "all prompts, 1 at once", "all prompts, 4 at once", "maths, 1 at once"
+    ]  # fmt: skip
+    assert headings[0].startswith("all prompts, 1 at once; 8 prompts; A/A noise 1.") and "; 4 prompts; " in headings[2]
+    assert table(section, "Acceptance length by category").columns == ("System", "all prompts", "maths", "python")
+    assert "under 2 of 2 loads" in section.finding and "for all prompts, " in section.finding
+    # Confidences are counted once, not again in all together: 3 repeats, 2 categories, 2 concurrencies.
+    confidences = table(section, "Confidence and acceptance")
+    assert sum(int(row.cells[1]) for row in confidences.groups[0].rows) == 260 * 12
+
+
+def test_run_that_was_stopped_is_taken_together_only_where_every_category_was_measured(tmp_path: Path) -> None:
+    whole = [cell for cell in serving_cells() if (cell.repeat, cell.load.category) != (2, "python")]
+    section = section_of(tmp_path, [cell for cell in whole if (cell.system, cell.load.category) != (AGAIN, "python")])
+    first = table(section, "Speed and latency").groups[0]
+    assert first.heading == "all prompts, 1 at once; 8 prompts"
+    assert [row.cells[0] for row in first.rows] == ["no speculation", "n-gram lookup", "TwoTower"]
+    # Of 2 repeats, as those of no category are left over.
+    assert cells_of(table(section, "What drafts gain"), "TwoTower")["Steps with drafts"] == "68 of 68"
+    by_position = {one.title: one for one in section.tables}["Accepted at each position"]
+    assert by_position.groups[0].rows[0].cells[1:] == by_position.groups[1].rows[0].cells[1:]
+
+
+def test_intervals_of_few_repeats_are_called_what_they_are(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells())
+    (plot,) = [one for one in section.plots if one.name == "speed-up"]
+    for text in (table(section, "Speed and latency").note, plot.caption):
+        assert "(lowest to highest)" in text and "95 %" not in text
+    more = [replace(cell, repeat=cell.repeat + 3) for cell in serving_cells()]
+    assert "(95 % interval)" in table(section_of(tmp_path, [*serving_cells(), *more]), "Speed and latency").note
+
+
+def test_positions_that_few_steps_reached_are_left_empty(tmp_path: Path) -> None:
+    cells = serving_cells(categories=("maths",), concurrencies=(1,))
+    title = "Accepted at each position that was reached"
+    # In a repeat 17, 15, 12 and 9 steps drafted there and accepted all before.
+    assert cells_of(table(section_of(tmp_path, cells), title), "TwoTower") == {
+        "System": "TwoTower", "1": "0.88", "2": "0.80", "3": "0.75", "4": "0.56"
+    }  # fmt: skip
+    # Of two requests 8, 7, 5 and 4: 12 in all repeats, whose texts are the same.
+    short = section_of(tmp_path, [replace(cell, requests=cell.requests[2:]) for cell in cells])
+    assert table(short, title).columns == ("System", "1", "2", "3")
+    (plot,) = [one for one in short.plots if one.name == "conditional"]
+    assert [mark.xs for mark in plot.panels[0].marks if isinstance(mark, Line)] == [(1, 2, 3)]
+    # Of one request 3.
+    one = section_of(tmp_path, [replace(cell, requests=cell.requests[2:3]) for cell in cells])
+    assert title not in {found.title for found in one.tables}
+    assert "conditional" not in {found.name for found in one.plots}
+
+
+def test_rounds_without_drafts_for_no_good_reason_are_told(tmp_path: Path) -> None:
+    reasons = {"policy": 7, "limit": 3, "prefilling": 2}
+    for more, text in (({}, None), ({"no room": 5, "not finite": 1}, "(no room: 60 and not finite: 12)")):
+        cells = [
+            replace(cell, drafting=replace(cell.drafting, without_drafts={**reasons, **more}))
+            if cell.drafting
+            else cell
+            for cell in serving_cells()
+        ]
+        notes = [note for note in section_of(tmp_path, cells).notes if "went without drafts" in note]
+        assert (notes == []) if text is None else text in notes[0]
+
+
+def test_settings_are_sorted_by_speed_and_the_front_is_marked(tmp_path: Path) -> None:
+    settings = table(section_of(tmp_path, swept_cells()), "All settings")
+    for group in settings.groups:
+        rates = [float(row.cells[1].partition(" ")[0]) for row in group.rows]
+        assert rates == sorted(rates, reverse=True)
+        assert [bool(row.mark) for row in group.rows] == [True] + [False] * (len(rates) - 1)
+
+
+def test_best_of_many_settings_is_called_so_in_the_finding(tmp_path: Path) -> None:
+    assert "; best of 7 settings; measure it anew to confirm) for" in section_of(tmp_path, swept_cells()).finding
+    assert "best of" not in section_of(tmp_path, serving_cells()).finding
+
+
+def test_speed_of_one_user_is_the_same_in_all_tables(tmp_path: Path) -> None:
+    section = section_of(tmp_path, swept_cells())
+    front = {row.cells[:2]: row.cells[3].partition(" ")[0] for row in table(section, "Pareto front").groups[0].rows}
+    users = {
+        (row.cells[0], group.heading.partition(";")[0]): row.cells[2]
+        for group in table(section, "All settings").groups
+        for row in group.rows
+        if row.mark
+    }
+    assert front and users == front
+
+
+def test_pareto_plot_shows_every_concurrency(tmp_path: Path) -> None:
+    cells = [cell for number in range(1, 7) for cell in swept_cells((number,))]
+    (plot,) = [one for one in section_of(tmp_path, cells).plots if one.name == "pareto"]
+    own = [mark for mark in plot.panels[0].marks if mark.label.startswith("TwoTower")]
+    assert [mark.label for mark in own][-2:] == ["TwoTower, 4 at once", "TwoTower, 5 to 6 at once"]
+    assert sum(len(mark.xs) for mark in own if isinstance(mark, Line)) == 6 * 7
+    assert len({mark.hue for mark in own if isinstance(mark, Line)}) == len(own) == 5
+
+
+def test_sweep_draws_a_line_for_each_way_to_draft_over_gamma(tmp_path: Path) -> None:
+    section = section_of(tmp_path, swept_cells())
+    (plot,) = [one for one in section.plots if one.name == "gamma"]
+    lines = [mark for mark in plot.panels[0].marks if isinstance(mark, Line)]
+    assert len(plot.panels) == 2 and [line.xs for line in lines] == [(0.5, 0.8, 0.95)] * 2
+
+
+def test_run_without_a_baseline_is_reported_without_verdicts(tmp_path: Path) -> None:
+    for cells in (serving_cells((TWO_TOWER,)), [cell for cell in swept_cells() if cell.system != NONE]):
+        section = section_of(tmp_path, cells)
+        assert section.finding == "TwoTower was not compared with no speculation here."
+        assert "speed-up" not in {plot.name for plot in section.plots}
+
+
+def test_model_alone_shows_scores_beside_speed(tmp_path: Path) -> None:
+    (section,) = report_of([write_standalone(tmp_path / "s.jsonl")]).sections
+    found = table(section, "Speed and fidelity")
+    assert cells_of(found, "ar")["trio_sums exact_match"] == "0.500 ± 0.100"
+    assert cells_of(found, "mask-diffusion S=4 steps=4 gamma=0.95")["Of AR"] == "6.00×"
+
+
+def test_server_section_has_a_panel_for_each_kind_of_loop(tmp_path: Path) -> None:
+    (section,) = report_of([write_rows(tmp_path / "f.jsonl", "load_point", load_points())]).sections
+    assert all(len(plot.panels) == 2 for plot in section.plots)
+    speed = cells_of(table(section, "Throughput and goodput"), "TwoTower")
+    assert speed["Verdict"] == "faster" and speed["Acceptance length"] == "4.00" and speed["Within bound"] == "75 %"
+
+
+def test_worst_repeat_is_told_where_it_keeps_the_bound_less_often(tmp_path: Path) -> None:
+    points = [replace(point, num_good=1) if point.repeat == 1 else point for point in load_points()]
+    (section,) = report_of([write_rows(tmp_path / "f.jsonl", "load_point", points)]).sections
+    assert cells_of(table(section, "Throughput and goodput"), "TwoTower")["Within bound"] == "74 % (lowest 25 %)"
+
+
+def test_errors_of_predictions_are_told_in_sample_and_held_out(tmp_path: Path) -> None:
+    file = write_all(tmp_path)[-1]
+    profile = ServingProfile.load(file)
+    found = validate(profile, CostModel(profile.verifier_steps, profile.drafting_phases))
+    (section,) = report_of([file]).sections
+    errors = [row.cells[4] for group in table(section, "Predicted and measured speed").groups for row in group.rows]
+    assert 0 < sum(map(bool, errors)) == found.num_held_out < len(errors)
+    assert section.finding.startswith("In-sample the cost model misses measured tokens/s by ")
+    assert f"With the batch size held out, it misses tokens/s of {found.num_held_out} cells by " in section.finding
+    assert f"{round(100 * (found.share_inside or 0))} % of what was measured lie in the" in section.finding
+
+
+@pytest.mark.parametrize("index", range(5))
+def test_rows_have_a_cell_for_every_column_and_plots_names_of_their_own(tmp_path: Path, index: int) -> None:
+    (section,) = report_of(write_all(tmp_path)[index : index + 1]).sections
+    for one in section.tables:
+        assert {len(row.cells) for group in one.groups for row in group.rows} == {len(one.columns)}, one.title
+    names = [plot.name for plot in section.plots]
+    assert len(names) == len(set(names)) and section.origins and section.tables

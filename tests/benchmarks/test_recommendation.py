@@ -1,0 +1,183 @@
+"""What a sweep speaks for: the goal, the floor, the noise, and the flags."""
+
+import json
+import shlex
+from dataclasses import replace
+
+import pytest
+
+from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
+from twotower_bench.engine_flags import engine_flags
+from twotower_bench.recommendation import Goal, best_by_concurrency, front_of, recommend, sweep_points
+from twotower_bench.serving import ServingCell, System
+from twotower_bench.serving_profile import DraftSetting
+from twotower_spec.errors import ArgumentError
+
+FAST, OTHER = drafted(DraftSetting(4, 4)), drafted(DraftSetting(8, 8))
+SYSTEMS = {"fast": FAST, "other": OTHER}
+# Of duration, by repeat.
+JITTER = (1.0, 1.01, 0.99, 1.0, 1.005)
+
+
+def cells(speeds: dict[tuple[str, int], float], jitter: tuple[float, ...] = JITTER) -> list[ServingCell]:
+    """Systems by the speed of all users together at a concurrency; no speculation twice."""
+    found = []
+    for (name, concurrency), speed in speeds.items():
+        one = served_cell(NONE, 1, accepted=[()] * 2, num_plain_tokens=11, speed=speed)
+        for system in (NONE, AGAIN) if name == "none" else (SYSTEMS[name],):
+            # Noise of each system is its own.
+            shift = sum(map(ord, system.name)) % len(jitter)
+            rounds = repeats(one, [*jitter[shift:], *jitter[:shift]])
+            found += [placed(cell, system, concurrency) for cell in rounds]
+    return found
+
+
+def placed(cell: ServingCell, system: System, concurrency: int) -> ServingCell:
+    """Of another system; users at once share its speed."""
+    requests = tuple(
+        replace(one, seconds=one.first_token_s + (one.seconds - one.first_token_s) * concurrency)
+        for one in cell.requests
+    )
+    return replace(cell, system=system, load=replace(cell.load, concurrency=concurrency), requests=requests)
+
+
+def test_throughput_is_of_all_users_and_latency_of_one() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
+    throughput, latency = recommend(measured, Goal("throughput")), recommend(measured, Goal("latency"))
+    assert (throughput.point.system, throughput.point.load.concurrency) == (FAST, 4)
+    assert (latency.point.system, latency.point.load.concurrency) == (FAST, 1)
+    assert throughput.no_speculation.load.concurrency == 4 and latency.no_speculation.load.concurrency == 1
+    assert latency.comparison is not None and latency.comparison.verdict == "faster"
+    assert "2.00 times as fast" in latency.sentence and "as no speculation" in latency.sentence
+
+
+def test_named_concurrency_is_the_only_one_that_counts() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
+    assert recommend(measured, Goal("throughput", concurrency=1)).point.load.concurrency == 1
+    assert recommend(measured, Goal("latency", concurrency=4)).point.load.concurrency == 4
+
+
+def test_floor_leaves_out_what_is_too_slow_for_one_user() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
+    at_4 = next(p for p in sweep_points(measured) if p.system == FAST and p.load.concurrency == 4)
+    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * at_4.user_tokens_per_s.median))
+    assert (found.point.system, found.point.load.concurrency) == (FAST, 1)
+    none_at_1 = next(p for p in sweep_points(measured) if p.system == NONE and p.load.concurrency == 1)
+    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * none_at_1.user_tokens_per_s.median))
+    assert found.point.system == FAST and "no speculation does not reach that" in found.sentence
+
+
+def test_floor_that_nothing_reaches_gives_the_fastest_for_one_user_and_says_so() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0}), Goal("throughput", min_user_tokens_per_s=1e6))
+    assert found.point.system == FAST
+    assert found.sentence.startswith("Nothing that was measured gives throughput with 1e+06 tokens/s for every user.")
+
+
+def test_gain_within_the_noise_is_no_reason_to_speculate() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 1.004}), Goal())
+    assert found.point.system == NONE and found.comparison is not None
+    assert "cannot be told from noise" in found.sentence and "A/A noise" in found.sentence
+    assert found.runners_up == tuple(p for p in sweep_points(cells({("none", 1): 1.0, ("fast", 1): 1.004}))[1:])
+    assert found.serve_command("V", {"max_num_seqs": 8}) == "vllm serve V"
+    assert found.python_call("V", {"max_num_seqs": 8}) == "LLM(model='V')"
+
+
+def test_what_is_slower_is_not_recommended_either() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 0.5}), Goal())
+    assert found.point.system == NONE and "is 0.50 times as fast" in found.sentence and found.runners_up == ()
+
+
+def test_no_speculation_with_more_users_can_be_the_one_to_beat() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("none", 8): 5.0, ("fast", 1): 2.0, ("fast", 8): 4.0}), Goal())
+    assert (found.point.system, found.point.load.concurrency) == (NONE, 8)
+
+
+def test_settings_behind_by_less_than_the_noise_are_runners_up_and_the_best_of_several_is_to_be_confirmed() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0, ("other", 1): 1.999}), Goal())
+    assert found.point.system == FAST and [one.system for one in found.runners_up] == [OTHER]
+    assert found.sentence.endswith("; it is the best of 2, so measure it anew to confirm.")
+    apart = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0, ("other", 1): 1.8}), Goal())
+    assert apart.runners_up == ()
+
+
+def test_no_speculation_is_no_runner_up() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("none", 2): 1.999, ("fast", 1): 2.0}), Goal(concurrency=1))
+    assert found.runners_up == ()
+    found = recommend(cells({("none", 1): 1.0, ("none", 2): 1.0}), Goal())
+    assert found.point.system == NONE and found.runners_up == ()
+    assert "nothing that speculates was measured" in found.sentence
+
+
+def test_few_repeats_give_the_fastest_without_a_verdict() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0}, jitter=(1.0, 1.0)), Goal())
+    assert found.point.system == FAST and found.comparison is None
+    assert "to tell that from noise takes 3 repeats and an A/A run" in found.sentence
+
+
+def test_flags_can_be_copied_into_a_shell_and_into_python() -> None:
+    found = recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0}), Goal())
+    arguments = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512, "max_num_seqs": 16}
+    words = shlex.split(found.serve_command("my verifier", arguments))
+    assert words[:4] == ["vllm", "serve", "my verifier", "--speculative-config"]
+    assert json.loads(words[4]) == FAST.speculative_config
+    assert words[5:] == ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512"]
+    called = eval(found.python_call("my verifier", arguments), {"LLM": dict})
+    del arguments["max_num_seqs"]
+    assert called == {"model": "my verifier", "speculative_config": FAST.speculative_config, **arguments}
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (True, ["--an-option"]),
+        (False, ["--no-an-option"]),
+        (None, []),
+        (0.5, ["--an-option", "0.5"]),
+        ({"a": [True]}, ["--an-option", '{"a": [true]}']),
+        (["a", 1, {"b": 2}], ["--an-option", "a", "1", '{"b": 2}']),
+    ],
+)
+def test_arguments_are_flags_of_a_command_line(value: object, words: list[str]) -> None:
+    assert engine_flags({"an_option": value}) == words
+
+
+def test_floor_limits_the_users_at_once() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
+    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.0))
+    assert found.serve_command("V", {"max_num_seqs": 64}).endswith("}' --max-num-seqs 4")
+    assert found.python_call("V", {"max_num_seqs": 64}).endswith("}, max_num_seqs=4)")
+
+
+def test_front_has_the_points_that_are_beaten_in_neither() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0, ("other", 4): 3.5})
+    front = [(one.system, one.load.concurrency) for one in front_of(sweep_points(measured))]
+    assert front == [(FAST, 1), (FAST, 4)]
+
+
+def test_best_is_found_at_every_concurrency() -> None:
+    measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 2.5})
+    found = [(one.point.load.concurrency, one.point.system) for one in best_by_concurrency(measured)]
+    assert found == [(1, FAST), (4, NONE)]
+
+
+def test_temperatures_are_kept_apart() -> None:
+    measured = cells({("none", 1): 1.0, ("fast", 1): 2.0})
+    assert sweep_points(measured, temperature=0.7) == []
+    with pytest.raises(ArgumentError, match=r"temperature 0.7 and any concurrency .* temperature 0 and concurrency 1"):
+        recommend(measured, Goal(), temperature=0.7)
+    with pytest.raises(ArgumentError, match="concurrency 2"):
+        recommend(measured, Goal(concurrency=2))
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"name": "speed"}, "goal 'speed' is not allowed; give one of throughput, latency"),
+        ({"concurrency": 0}, "concurrency 0 is not allowed"),
+        ({"min_user_tokens_per_s": 0}, "min_user_tokens_per_s 0 is not allowed"),
+        ({"name": "latency", "min_user_tokens_per_s": 5}, "has no meaning for the goal latency"),
+    ],
+)
+def test_bad_goal_is_refused(change: dict[str, object], named: str) -> None:
+    with pytest.raises(ArgumentError, match=named):
+        Goal(**change)  # type: ignore[arg-type]

@@ -1,0 +1,139 @@
+"""Servers and the load generator: in which order they are used, with which arguments, and how they are reached."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from tests.benchmarks.test_bench_serve import CLOSED_PROXY, NONE, TWO_TOWER, WORKLOAD, plan, result
+from twotower_bench.load_points import Traffic
+from twotower_bench.serving import System
+from twotower_bench.serving_bench.load_generator import as_point, bench_arguments
+from twotower_bench.serving_bench.server import (
+    HOST,
+    Endpoint,
+    VllmServer,
+    running_servers,
+    serve_command,
+    without_proxy,
+)
+from vllm_twotower import compat
+
+pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+
+
+def test_systems_side_by_side_take_turns_under_each_load_in_another_order() -> None:
+    slots = list(plan("together", num_repeats=4).slots())
+    pairs = [slots[i : i + 2] for i in range(0, len(slots), 2)]
+    assert all(one.traffic == other.traffic and one.system != other.system for one, other in pairs)
+    assert [str(one.traffic) for one, _ in pairs[:4]] == [str(traffic) for traffic in plan("together").traffics]
+    assert 4 <= sum(one.system is NONE for one, _ in pairs) <= 12
+
+
+def test_systems_in_turn_keep_their_server_for_all_loads_of_a_repeat() -> None:
+    slots = list(plan("in-turn", num_repeats=8).slots())
+    parts = [slots[i : i + 4] for i in range(0, len(slots), 4)]
+    assert all(len({(slot.system.name, slot.repeat) for slot in part}) == 1 for part in parts)
+    assert Counter(slot.key for slot in slots) == Counter(slot.key for slot in plan("together", num_repeats=8).slots())
+    assert {part[0].system.name for part in parts[::2]} == {"none", "twotower"}
+
+
+def test_warming_up_is_at_the_smallest_and_the_largest_closed_loop() -> None:
+    assert plan("together").warm_up() == (Traffic(concurrency=1), Traffic(concurrency=4))
+
+
+def test_servers_differ_in_their_speculation_alone() -> None:
+    plain, ours = (serve_command(system, "V", ["--seed", "3"]) for system in (NONE, TWO_TOWER))
+    assert ours == [*plain, "--speculative-config", '{"model": "T"}']
+
+
+def test_on_a_gpu_a_server_loads_when_the_one_before_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def start(self: VllmServer, system: System, *others: object) -> None:
+        self.name = system.name  # type: ignore[attr-defined]
+        events.append(f"start {system.name}")
+
+    monkeypatch.setattr(VllmServer, "__init__", start)
+    for name in ("wait_until_ready", "ask_to_end", "close"):
+        monkeypatch.setattr(VllmServer, name, lambda self, what=name: events.append(f"{what} {self.name}"))
+    for has_gpu in (True, False):
+        monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpu: answer)
+        with running_servers([NONE, TWO_TOWER], "V", []):
+            waited = ["wait_until_ready none"] if has_gpu else []
+            assert events == ["start none", *waited, "start twotower"]
+        events.clear()
+
+
+@pytest.fixture
+def healthy() -> Iterator[Endpoint]:
+    """A server that answers everything, on a port of ours."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    with ThreadingHTTPServer((HOST, 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield Endpoint(f"http://{HOST}:{server.server_port}", "V", "V")
+        server.shutdown()
+
+
+def test_our_servers_are_asked_without_the_proxy(healthy: Endpoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("http_proxy", CLOSED_PROXY)
+    assert healthy.is_ready()
+    code = f"from urllib.request import urlopen; urlopen({healthy.url + '/health'!r})"
+    for more, is_answered in ({}, False), (without_proxy(), True):
+        done = subprocess.run([sys.executable, "-c", code], env={**os.environ, **more}, stderr=subprocess.DEVNULL)
+        assert (done.returncode == 0) == is_answered
+
+
+@pytest.mark.parametrize(("before", "after"), [("", HOST), ("internal,.org", f"internal,.org,{HOST}"), ("*", "*")])
+def test_hosts_that_need_no_proxy_stay_so(before: str, after: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.setenv("NO_PROXY", before)
+    assert without_proxy() == {"no_proxy": after, "NO_PROXY": after}
+
+
+@pytest.mark.slow
+def test_load_generator_that_has_changed_is_named(tmp_path: Path) -> None:
+    code = (
+        "import vllm.benchmarks.serve as changed; del changed.main; "
+        "from twotower_bench.serving_bench.load_worker import serve_loads; serve_loads(None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("twotower_spec.errors.TwoTowerError: vLLM") and f"main, needed for {compat.SERVING}" in last
+
+
+@pytest.mark.parametrize(
+    ("traffic", "option"),
+    [(Traffic(concurrency=4), ("--max-concurrency", "4")), (Traffic(request_rate=2.5), ("--request-rate", "2.5"))],
+)
+def test_load_is_a_concurrency_or_a_rate_of_the_load_generator(traffic: Traffic, option: tuple[str, str]) -> None:
+    arguments = bench_arguments(WORKLOAD, Path("p.jsonl"), Endpoint("http://h:1", "V", "V"), traffic, seed=3)
+    assert option in set(pairwise(arguments))
+    assert ("--max-concurrency" in arguments) != ("--request-rate" in arguments)
+
+
+def test_drafts_are_those_that_the_server_counted_meanwhile() -> None:
+    counted = result(spec_decode_num_drafts=10, spec_decode_accepted_tokens=25)
+    point = as_point(counted, WORKLOAD, TWO_TOWER, Traffic(concurrency=4), repeat=0)
+    assert (point.num_drafts, point.num_accepted_tokens) == (10, 25)

@@ -1,6 +1,0 @@
-"""Reports on what benchmarks measured: one HTML file, and the same as Markdown, JSON and PNG."""
-
-from twotower_spec.report.document import Report
-from twotower_spec.report.writing import report_of, write_report
-
-__all__ = ["Report", "report_of", "write_report"]

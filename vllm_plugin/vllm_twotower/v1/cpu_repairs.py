@@ -1,0 +1,49 @@
+"""Repairs of stock vLLM on a CPU, without which speculative decoding there is neither lossless nor safe.
+
+Both faults are in vLLM 0.25.1 to 0.33.0 (the second from 0.32 on) and touch every speculative method, not ours alone.
+Each repair goes when vLLM's own function passes its test in tests/vllm_plugin/v1/test_cpu_repairs.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from vllm.v1.sample import rejection_sampler
+
+from vllm_twotower.compat import wrap_once
+
+
+def install() -> None:
+    """Replaces the two functions in vLLM's module, once."""
+    wrap_once(rejection_sampler, "expand_batch_to_tokens", _expanding)
+    wrap_once(rejection_sampler, "apply_sampling_constraints", _not_on_nothing)
+
+
+def _expanding(stock: Any) -> Any:
+    """vLLM's CPU kernel writes to a copy of its output: temperature and filters stay uninitialised memory."""
+
+    def expand_batch_to_tokens(
+        x: Tensor, cu_num_tokens: Tensor, num_tokens: int, replace_from: int = 0, replace_to: int = 0
+    ) -> Tensor:
+        if x.device.type != "cpu":
+            expanded: Tensor = stock(x, cu_num_tokens, num_tokens, replace_from, replace_to)
+            return expanded
+        counts = torch.diff(cu_num_tokens, prepend=cu_num_tokens.new_zeros(1)).long()
+        replaced = torch.where(x == replace_from, torch.full_like(x, replace_to), x)
+        return torch.repeat_interleave(replaced, counts)
+
+    return expand_batch_to_tokens
+
+
+def _not_on_nothing(stock: Any) -> Any:
+    """With top_k, a step without any draft takes the maximum of an empty tensor, which ends the engine."""
+
+    def apply_sampling_constraints(logits: Tensor, cu_num_draft_tokens: Tensor, sampling_metadata: Any) -> Tensor:
+        if logits.shape[0] == 0:
+            return logits
+        constrained: Tensor = stock(logits, cu_num_draft_tokens, sampling_metadata)
+        return constrained
+
+    return apply_sampling_constraints

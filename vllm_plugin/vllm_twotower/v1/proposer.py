@@ -1,0 +1,355 @@
+"""The proposer that vLLM calls after every step: rows of token ids in, draft token ids out; no maths."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from twotower_kernels.acceptance import warm_up
+from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
+from twotower_spec.config import TORCH_DTYPES
+from twotower_spec.drafting import BlockDrafter, DraftBlock, DraftPolicy
+from twotower_spec.errors import TwoTowerError
+from twotower_spec.model import TwoTowerModel
+from vllm_twotower.config import TwoTowerSettings
+from vllm_twotower.metrics import DrafterStats, log_line, stats_path
+from vllm_twotower.requirements import check_requirements, settings_from
+from vllm_twotower.routing import knobs_in
+from vllm_twotower.v1 import hooks
+from vllm_twotower.v1.requests import RowsByContent, gone, usable_drafts
+from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
+
+logger = init_logger("vllm.twotower.proposer")
+
+# A fault that does not pass costs one attempt in so many rounds at most.
+LONGEST_PAUSE = 64
+# How much the acceptance length remembers: about a hundred drafts.
+ACCEPTANCE_MEMORY = 0.99
+# Where vLLM stops to ask a drafter that could outgrow it; ours takes rows of any length.
+ANY_LENGTH = 10**9
+
+
+class TwoTowerProposer:
+    """Drafts for vLLM's V1 model runner (speculative method `custom_class`).
+
+    One in every worker process; the towers are on tensor-parallel rank 0 alone, whose drafts reach all ranks through
+    the scheduler. Once loaded nothing of it raises: what cannot be drafted gets no drafts, is counted, and is logged
+    once.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Checks the settings and hooks into the model runner, which is being made around it.
+
+        Args:
+            vllm_config: vLLM's; the knobs are in `additional_config["twotower"]`.
+
+        Raises:
+            TwoTowerError: the settings are refused.
+        """
+        self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        self.settings = check_requirements(
+            settings_from(knobs_in(vllm_config.additional_config)),
+            self.num_speculative_tokens,
+            vllm_config.model_config,
+            vllm_config.parallel_config,
+        )
+        self.max_num_seqs = int(vllm_config.scheduler_config.max_num_seqs)
+        self.max_model_len = int(vllm_config.model_config.max_model_len)
+        self.drafter: BlockDrafter | None = None
+        self.stats = DrafterStats(None)
+        self._vocab_size = int(vllm_config.model_config.get_vocab_size())
+        parallel = vllm_config.parallel_config
+        # The rank is 0 in every engine of a dense model.
+        self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+        self._pads = self.settings.pads_drafts(vllm_config)
+        self._runner: Any = None
+        self._rows_by_content = RowsByContent()
+        self._scheduled: Mapping[str, Sequence[int]] = {}
+        self._round_end = time.perf_counter()
+        self._block: DraftBlock | None = None
+        self._policies: dict[TwoTowerSettings, DraftPolicy] = {}
+        self._failures = Counter[str]()
+        self._failed_in_row = self._pause = 0
+        self._sampler_failures = 0
+        self._logged_at, self._logged = time.monotonic(), self.stats.copy()
+        self._hooked = hooks.install()
+
+    def load_model(self, target_model: Any) -> None:
+        """Loads the towers and allocates the state, before vLLM measures what is left for its own cache.
+
+        Args:
+            target_model: vLLM's verifier, on its device.
+
+        Raises:
+            TwoTowerError: the checkpoint is refused. Any other failure leaves vLLM without drafts.
+        """
+        if not self._hooked:
+            return
+        parameter = next(iter(target_model.parameters()))
+        # What fails here fails in the first verification too, where it is counted and logged.
+        with suppress(Exception):
+            warm_up(self._vocab_size, parameter.dtype, parameter.device, self.settings.verification)
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        self.stats = DrafterStats(stats_path(self._engine))
+        if self.settings.policy == "off":
+            logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
+            return
+        try:
+            self.drafter = self._load(parameter)
+        except TwoTowerError:
+            raise
+        except Exception as error:
+            self._log_failure(error, "loading failed; vLLM goes on without drafts until it is started again")
+
+    def change_policy(self, knobs: Mapping[str, Any]) -> None:
+        """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
+
+        Args:
+            knobs: as in `"twotower": {...}`; those that are not named are as at start.
+
+        Raises:
+            TwoTowerError: one is refused.
+        """
+        settings = settings_from({**asdict(self.settings), **knobs})
+        settings.check_num_speculative_tokens(self.num_speculative_tokens)
+        if self.drafter is None:
+            return
+        if settings not in self._policies:
+            self._policies[settings] = settings.policy_for(self.num_speculative_tokens)
+        self.drafter.policy = self._policies[settings]
+        self.drafter.first_token = settings.first_token
+        self.drafter.reset()
+        self.drafter.warm_up()
+        self._block = None
+
+    def begin_step(self, runner: Any, scheduler_output: Any) -> None:
+        """Told by the hook of `execute_model` before every step; never raises."""
+        self._scheduled = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
+        if self._runner is not runner:
+            self._runner = runner
+            runner.effective_drafter_max_model_len = ANY_LENGTH
+            sampler = getattr(runner, "rejection_sampler", None)
+            if isinstance(sampler, TwoTowerRejectionSampler):
+                sampler.attach(runner, self.settings.verification)
+
+    def propose(
+        self,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+        slot_mappings: Any = None,
+    ) -> list[list[int]]:
+        """Drafts for the next step; never raises.
+
+        Args:
+            sampled_token_ids: per row, what the last step committed; empty while its prompt is being read.
+            num_tokens_no_spec: int32 [max_num_seqs], length of every row, those tokens included.
+            token_ids_cpu: int32 [max_num_seqs, max_model_len], rows of token ids; read only.
+            slot_mappings: not used.
+
+        Returns:
+            Per row, up to `num_speculative_tokens` drafts.
+        """
+        num_reqs = len(sampled_token_ids)
+        self._count_sampler_failures()
+        if self.drafter is None:
+            self.stats.add("fallbacks", num_reqs, "not loaded")
+            return [[] for _ in range(num_reqs)]
+        start = time.perf_counter()
+        try:
+            drafts = self._round(self.drafter, start, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+        except Exception as error:
+            drafts = self._recover(self.drafter, error, num_reqs)
+        self._round_end = time.perf_counter()
+        return drafts
+
+    def _load(self, parameter: torch.Tensor) -> BlockDrafter:
+        settings = self.settings
+        context_device = settings.context_device or str(parameter.device)
+        denoiser_device = settings.denoiser_device or context_device
+        wide = parameter.dtype if parameter.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
+        dtype = TORCH_DTYPES[settings.dtype] if settings.dtype else wide
+        # What the kernels say of their choices stands in vLLM's log.
+        logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
+        register_long_scan("vllm", _vllm_scan)
+        model = TwoTowerModel.from_pretrained(
+            settings.model,
+            revision=settings.revision,
+            dtype=dtype,
+            context_device=context_device,
+            denoiser_device=denoiser_device,
+        )
+        requests, tokens = settings.pool_size(self.max_num_seqs, self.max_model_len)
+        drafter = BlockDrafter(
+            model,
+            settings.policy_for(self.num_speculative_tokens),
+            first_token=settings.first_token,
+            num_slots=requests,
+            num_tokens=tokens,
+            token_budget=settings.prefill_budget,
+            num_token_ids=settings.num_token_ids,
+        )
+        drafter.warm_up()
+        for resource, size in zip(("requests", "tokens"), (requests, tokens), strict=True):
+            self.stats.set("pool_size", size, resource)
+        logger.info("TwoTower: %s, %s; %s", settings.model, str(dtype).removeprefix("torch."), drafter.memory())
+        return drafter
+
+    def _round(
+        self,
+        drafter: BlockDrafter,
+        start: float,
+        sampled_token_ids: list[list[int]],
+        num_tokens_no_spec: npt.NDArray[np.int32],
+        token_ids_cpu: npt.NDArray[np.int32],
+    ) -> list[list[int]]:
+        lengths: list[int] = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
+        rows = [token_ids_cpu[i, :length] for i, length in enumerate(lengths)]
+        request_ids = self._identify(drafter, rows)
+        self._observe(drafter, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
+        self.stats.add("rounds", 1)
+        if self._pause:
+            self._pause -= 1
+            self.stats.add("fallbacks", len(rows), "recovering")
+            return [[] for _ in rows]
+        limits = dict(zip(request_ids, map(self._limit, request_ids, lengths), strict=True))
+        reading = {rid for rid, sampled in zip(request_ids, sampled_token_ids, strict=True) if not sampled}
+        before = Counter(drafter.counters.without_drafts)
+        texts: dict[Hashable, Any] = dict(zip(request_ids, rows, strict=True))
+        self._block = block = drafter.draft(texts, most_tokens=limits, read_only=reading)
+        self._failed_in_row = 0
+        self._count(drafter, block, before, start)
+        drafts = [block.row(i) for i in range(len(rows))]
+        return padded(drafts, sampled_token_ids, list(limits.values())) if self._pads else drafts
+
+    def _identify(self, drafter: BlockDrafter, rows: Sequence[npt.NDArray[np.int32]]) -> Sequence[Hashable]:
+        """Request of every row; forgets those that are gone."""
+        if self._runner is None:
+            return self._rows_by_content.identify(rows)
+        for request_id in gone(drafter.request_ids, self._runner):
+            drafter.release(request_id)
+        request_ids: list[str] = self._runner.input_batch.req_ids[: len(rows)]
+        return request_ids
+
+    def _limit(self, request_id: Hashable, length: int) -> int:
+        if self._runner is None:
+            return max(0, min(self.num_speculative_tokens, self.max_model_len - length - 1))
+        return usable_drafts(self._runner, str(request_id), length, self.num_speculative_tokens)
+
+    def _observe(self, drafter: BlockDrafter, start: float, sampled: Mapping[Hashable, Sequence[int]]) -> None:
+        """Tells the policy, and counts, what became of the drafts of the last round."""
+        block, self._block = self._block, None
+        if block is None:
+            return
+        accepted: dict[Hashable, int] = {}
+        verified: dict[Hashable, int] = {}
+        for request_id, drafted in zip(block.request_ids, block.num_draft_tokens, strict=True):
+            if sampled.get(request_id):
+                scheduled = self._scheduled.get(str(request_id)) if self._runner is not None else None
+                verified[request_id] = min(drafted, len(scheduled or ())) if self._runner is not None else drafted
+                accepted[request_id] = min(len(sampled[request_id]) - 1, verified[request_id])
+        if not accepted:
+            return
+        # Its requests are still here, so vLLM was busy with them all the time.
+        verify_s = start - self._round_end
+        with_prompts = any(not tokens for tokens in sampled.values()) or any(rid not in accepted for rid in sampled)
+        drafter.observe(accepted, verify_s, verified, with_prompts)
+        self.stats.add("verify_seconds", verify_s)
+        self._calibrate(block, accepted, verified)
+        for request_id, count in verified.items():
+            if count:
+                self.stats.add("drafts", 1)
+                self.stats.add("draft_tokens", count)
+                self.stats.add("accepted_tokens", accepted[request_id])
+                share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
+                length = self.stats.get("acceptance_length")
+                self.stats.set("acceptance_length", length + share * (accepted[request_id] + 1 - length))
+
+    def _calibrate(self, block: DraftBlock, accepted: Mapping[Hashable, int], verified: Mapping[Hashable, int]) -> None:
+        """Counts drafts up to the first that was rejected, by their confidence."""
+        kept = np.array([accepted.get(request_id, 0) for request_id in block.request_ids])[:, None]
+        asked = np.array([verified.get(request_id, 0) for request_id in block.request_ids])[:, None]
+        position = np.arange(block.confidence.shape[1])
+        decided = position < np.minimum(kept + 1, asked)
+        self.stats.add_decided(block.confidence.double().numpy()[decided], (position < kept)[decided])
+
+    def _count_sampler_failures(self) -> None:
+        failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)
+        self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
+        self._sampler_failures = failures
+
+    def _count(self, drafter: BlockDrafter, block: DraftBlock, before: Counter[str], start: float) -> None:
+        stats, times = self.stats, drafter.last_times
+        stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
+        stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
+        stats.add("context_tokens", drafter.num_context_tokens)
+        stats.add("drafting_seconds", times.extend_s, "extend")
+        stats.add("drafting_seconds", times.denoise_s, "denoise")
+        host = time.perf_counter() - start - times.extend_s - times.denoise_s
+        stats.add("drafting_seconds", max(0.0, host), "host")
+        for reason, count in (drafter.counters.without_drafts - before).items():
+            stats.add("fallbacks", count, reason)
+        held = drafter.request_ids
+        stats.set("pool_used", len(held), "requests")
+        stats.set("pool_used", sum(map(drafter.state.num_computed_tokens, held)), "tokens")
+        now = time.monotonic()
+        if self.settings.log_interval_s and now - self._logged_at >= self.settings.log_interval_s:
+            line = log_line(stats, self._logged)
+            if line:
+                logger.info("%s", line)
+            self._logged_at, self._logged = now, stats.copy()
+
+    def _recover(self, drafter: BlockDrafter, error: Exception, num_reqs: int) -> list[list[int]]:
+        """Forgets all contexts, which a broken-off round may have left half done, and pauses if that goes on."""
+        self.stats.add("fallbacks", num_reqs, "error")
+        self._block = None
+        self._failed_in_row += 1
+        self._pause = min(2 ** (self._failed_in_row - 1) - 1, LONGEST_PAUSE)
+        try:
+            drafter.reset()
+            if isinstance(error, torch.OutOfMemoryError):
+                torch.cuda.empty_cache()
+        except Exception as another:  # nothing may raise here
+            self.drafter = None
+            self._log_failure(another, "the drafter cannot be reset; vLLM goes on without drafts")
+        self._log_failure(error, "a drafting round failed; its requests go on without drafts, contexts are read again")
+        return [[] for _ in range(num_reqs)]
+
+    def _log_failure(self, error: Exception, what: str) -> None:
+        """Logs every kind of failure once, with the remedy."""
+        kind = type(error).__name__
+        self._failures[kind] += 1
+        if self._failures[kind] == 1:
+            remedy = "please report this"
+            if isinstance(error, torch.OutOfMemoryError):
+                remedy = "lower pool_requests or pool_tokens, or place the towers on other devices"
+            logger.error("TwoTower: %s (%s: %s); %s", what, kind, error, remedy, exc_info=error)
+
+
+def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: list[int]) -> list[list[int]]:
+    """Every decoding row with as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
+    if not any(drafts):
+        return drafts
+    return [
+        row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
+        for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
+    ]
+
+
+def _vllm_scan() -> LongScan:
+    """vLLM's own chunk scan, for long prompts of the context tower."""
+    from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+
+    return varlen_scan(mamba_chunk_scan_combined_varlen)
