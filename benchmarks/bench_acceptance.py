@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import REAL_SIZE
-from twotower_kernels.acceptance import Accepted, Rule, Sampling, accept
+from twotower_kernels.acceptance import AcceptanceRule, Accepted, SamplingTensors, accept
 
 NUM_DRAFTS = 16
 MODES = ("greedy", "coupled", "one-hot", "one-hot, top-p 0.95")
@@ -55,7 +55,7 @@ class Batch:
     def __init__(self, device: torch.device, mode: str, num_reqs: int, vocab_size: int, dtype: torch.dtype) -> None:
         generator = torch.Generator(device).manual_seed(0)
         self.device, self.num_reqs, self.greedy = device, num_reqs, mode == "greedy"
-        self.rule: Rule = "coupled" if mode == "coupled" else "one-hot"
+        self.rule: AcceptanceRule = "coupled" if mode == "coupled" else "one-hot"
         width = NUM_DRAFTS + 1
         self.logits = torch.empty(num_reqs * width, vocab_size, dtype=dtype, device=device)
         for row in self.logits:  # row by row: a float32 copy of all would not fit beside the rivals' own
@@ -72,7 +72,7 @@ class Batch:
         top_p = torch.full((num_reqs,), 0.95, device=device) if "top-p" in mode else None
         temperature = None if self.greedy else torch.full((num_reqs,), 0.8, device=device)
         seeds = torch.arange(num_reqs, device=device)
-        self.sampling = Sampling(temperature, None, top_p, None, seeds, 100 * seeds)
+        self.sampling = SamplingTensors(temperature, None, top_p, None, seeds, 100 * seeds)
         self.generator = torch.Generator(device).manual_seed(1)
 
     def ours(self) -> Accepted:
@@ -160,7 +160,7 @@ class Batch:
             return
         first = slice(0, 2)
         few = self.sampling.of(first)
-        there = Sampling(*(value if value is None else value.cpu() for value in vars(few).values()))
+        there = SamplingTensors(*(value if value is None else value.cpu() for value in vars(few).values()))
         rows = 2 * (NUM_DRAFTS + 1) if self.num_reqs > 1 else NUM_DRAFTS + 1
         expected = accept(
             self.logits[:rows].cpu(),

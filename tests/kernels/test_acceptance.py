@@ -5,15 +5,17 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from twotower_kernels.acceptance import Accepted, Sampling, op
+from twotower_kernels.acceptance import Accepted, SamplingTensors, op
 from twotower_kernels.acceptance import accept as accept_cumulative
-from twotower_kernels.acceptance.op import Rule
+from twotower_kernels.acceptance.op import AcceptanceRule
 from twotower_kernels.acceptance.reference import accept_reference
 
 VOCAB = 37
 
 
-def accept(logits: Tensor, drafts: Tensor, counts: list[int], sampling: Sampling, rule: Rule = "one-hot") -> Accepted:
+def accept(
+    logits: Tensor, drafts: Tensor, counts: list[int], sampling: SamplingTensors, rule: AcceptanceRule = "one-hot"
+) -> Accepted:
     return accept_cumulative(logits, drafts, cumulative(counts), max(counts, default=0), sampling, rule)
 
 
@@ -21,7 +23,7 @@ def cumulative(counts: list[int]) -> Tensor:
     return torch.tensor(counts, dtype=torch.int32).cumsum(0, dtype=torch.int32)
 
 
-def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> Sampling:
+def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> SamplingTensors:
     """Greedy and sampled requests mixed, every filter on somewhere and off somewhere."""
     temperature = torch.tensor([0.0, 0.7, 1.3, 0.2])[torch.arange(num_reqs) % 4]
     values: dict[str, Tensor | None] = {
@@ -34,10 +36,10 @@ def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> Sampli
     generator = torch.Generator().manual_seed(seed)
     seeds = torch.randint(-(2**62), 2**62, (num_reqs,), generator=generator)
     positions = torch.randint(0, 5000, (num_reqs,), generator=generator)
-    return Sampling(**values, seeds=seeds, positions=positions)
+    return SamplingTensors(**values, seeds=seeds, positions=positions)
 
 
-def likely_drafts(logits: Tensor, counts: list[int], sampling: Sampling, rule: Rule) -> Tensor:
+def likely_drafts(logits: Tensor, counts: list[int], sampling: SamplingTensors, rule: AcceptanceRule) -> Tensor:
     """Drafts of which many are accepted: each the token taken there, every fourth another one."""
     plain = accept(logits, torch.zeros(0, dtype=torch.int64), [0] * len(logits), _row_by_row(sampling, counts), rule)
     keep = (torch.arange(len(logits)) % 4 != 3) * plain.token_ids[:, 0]
@@ -45,19 +47,21 @@ def likely_drafts(logits: Tensor, counts: list[int], sampling: Sampling, rule: R
     return keep[[row for row in range(len(logits)) if row not in set(ends.tolist())]]
 
 
-def _row_by_row(sampling: Sampling, counts: list[int]) -> Sampling:
+def _row_by_row(sampling: SamplingTensors, counts: list[int]) -> SamplingTensors:
     """Every row a request of its own."""
     request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts) + 1)
     offset = torch.cat([torch.arange(count + 1) for count in counts])
     fields = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}
     chosen = {name: None if value is None else value[request] for name, value in fields.items()}
-    return Sampling(**chosen, seeds=sampling.seeds[request], positions=sampling.positions[request] + offset)
+    return SamplingTensors(**chosen, seeds=sampling.seeds[request], positions=sampling.positions[request] + offset)
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
 @pytest.mark.parametrize("counts", [[0], [3], [0, 0, 0], [1, 0, 7, 3, 0, 16], [15, 15, 15, 15, 15]])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_every_request_gets_what_the_reference_gives_it(rule: Rule, counts: list[int], dtype: torch.dtype) -> None:
+def test_every_request_gets_what_the_reference_gives_it(
+    rule: AcceptanceRule, counts: list[int], dtype: torch.dtype
+) -> None:
     generator = torch.Generator().manual_seed(sum(counts))
     logits = (3 * torch.randn(sum(counts) + len(counts), VOCAB, generator=generator)).to(dtype)
     sampling = sampling_for(len(counts))
@@ -100,17 +104,19 @@ def test_tokens_excluded_by_the_caller_are_never_taken() -> None:
 
 
 def test_no_request_at_all() -> None:
-    empty = Sampling(None, None, None, None, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
+    empty = SamplingTensors(
+        None, None, None, None, torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
+    )
     assert accept(torch.zeros(0, VOCAB), torch.zeros(0, dtype=torch.int64), [], empty).token_ids.shape == (0, 1)
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
 @pytest.mark.parametrize("draft", [0, 3])
-def test_tokens_are_distributed_as_the_target_whatever_was_drafted(rule: Rule, draft: int) -> None:
+def test_tokens_are_distributed_as_the_target_whatever_was_drafted(rule: AcceptanceRule, draft: int) -> None:
     """N and bound fixed beforehand: 20 000 requests, p > 1e-4 at the drafted position and, after it, at the next."""
     num_reqs, temperature = 20_000, 0.8
     logits = torch.tensor([[1.0, 0.0, -1.0, 2.0, 0.5], [0.0, 0.3, 1.0, -2.0, 0.1]]).repeat(num_reqs, 1)
-    sampling = Sampling(
+    sampling = SamplingTensors(
         torch.full((num_reqs,), temperature), None, None, None, torch.arange(num_reqs), torch.full((num_reqs,), 9)
     )
     result = accept(logits, torch.full((num_reqs,), draft), [1] * num_reqs, sampling, rule)
@@ -136,7 +142,7 @@ def test_coupled_text_does_not_depend_on_the_drafts() -> None:
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_a_batch_too_large_for_memory_is_taken_in_parts(rule: Rule, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_batch_too_large_for_memory_is_taken_in_parts(rule: AcceptanceRule, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = [3, 0, 5, 1, 0, 2]
     logits = torch.randn(sum(counts) + len(counts), VOCAB, generator=torch.Generator().manual_seed(4))
     sampling = sampling_for(len(counts))

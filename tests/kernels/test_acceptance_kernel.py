@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.test_acceptance import cumulative, likely_drafts, sampling_for
-from twotower_kernels.acceptance import Accepted, Sampling, kernel, op
-from twotower_kernels.acceptance.op import Rule
+from twotower_kernels.acceptance import Accepted, SamplingTensors, kernel, op
+from twotower_kernels.acceptance.op import AcceptanceRule
 from twotower_kernels.acceptance.reference import accept_reference
 from twotower_kernels.noise import gumbel_argmax, gumbel_noise, reproducible_log, uniform_noise
 from twotower_kernels.noise import kernel as noise_kernel
@@ -23,17 +23,27 @@ VOCAB = 37  # that of `sampling_for`
 
 
 def verify(
-    device: torch.device, logits: Tensor, drafts: Tensor, counts: list[int], sampling: Sampling, rule: Rule
+    device: torch.device,
+    logits: Tensor,
+    drafts: Tensor,
+    counts: list[int],
+    sampling: SamplingTensors,
+    rule: AcceptanceRule,
 ) -> Accepted:
-    fields = (vars(sampling)[name] for name in Sampling.__dataclass_fields__)
-    there = Sampling(*(value if value is None else value.to(device) for value in fields))
+    fields = (vars(sampling)[name] for name in SamplingTensors.__dataclass_fields__)
+    there = SamplingTensors(*(value if value is None else value.to(device) for value in fields))
     most = max(counts, default=0)
     done = kernel.accept(logits.to(device), drafts.to(device), cumulative(counts).to(device), most, there, rule)
     return Accepted(done.token_ids.cpu(), done.num_accepted.cpu())
 
 
 def assert_as_reference(
-    device: torch.device, logits: Tensor, drafts: Tensor, counts: list[int], sampling: Sampling, rule: Rule
+    device: torch.device,
+    logits: Tensor,
+    drafts: Tensor,
+    counts: list[int],
+    sampling: SamplingTensors,
+    rule: AcceptanceRule,
 ) -> None:
     before = logits.clone()
     done = verify(device, logits, drafts, counts, sampling, rule)
@@ -52,7 +62,7 @@ def random_logits(num_rows: int, vocab: int = VOCAB, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_ragged_requests_greedy_and_sampled_with_and_without_filters(
-    device: torch.device, rule: Rule, dtype: torch.dtype
+    device: torch.device, rule: AcceptanceRule, dtype: torch.dtype
 ) -> None:
     counts = [1, 0, 3, 0, 2]
     logits = random_logits(sum(counts) + len(counts)).to(dtype)
@@ -61,7 +71,7 @@ def test_ragged_requests_greedy_and_sampled_with_and_without_filters(
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_rows_that_are_cut_into_splits_with_an_odd_rest(device: torch.device, rule: Rule) -> None:
+def test_rows_that_are_cut_into_splits_with_an_odd_rest(device: torch.device, rule: AcceptanceRule) -> None:
     counts = [2, 0]
     logits = random_logits(4, vocab=4099).bfloat16()
     sampling = sampling_for(2, temperature=torch.tensor([0.8, 1.1]), top_k=None, top_p=None, min_p=None)
@@ -79,9 +89,9 @@ def small_tiles(changes: Settings) -> Iterator[None]:
         yield
 
 
-def greedy(num_reqs: int) -> Sampling:
+def greedy(num_reqs: int) -> SamplingTensors:
     zeros = torch.zeros(num_reqs, dtype=torch.int64)
-    return Sampling(None, None, None, None, zeros, zeros)
+    return SamplingTensors(None, None, None, None, zeros, zeros)
 
 
 def test_of_equal_logits_the_first_is_taken_as_argmax_does(device: torch.device) -> None:
@@ -91,7 +101,7 @@ def test_of_equal_logits_the_first_is_taken_as_argmax_does(device: torch.device)
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_infinite_and_undefined_logits_are_ranked_as_argmax_does(device: torch.device, rule: Rule) -> None:
+def test_infinite_and_undefined_logits_are_ranked_as_argmax_does(device: torch.device, rule: AcceptanceRule) -> None:
     inf, nan = torch.inf, torch.nan
     logits = torch.tensor(
         [
@@ -110,7 +120,9 @@ def test_infinite_and_undefined_logits_are_ranked_as_argmax_does(device: torch.d
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_undefined_logits_of_a_request_with_filters_do_not_reach_the_others(device: torch.device, rule: Rule) -> None:
+def test_undefined_logits_of_a_request_with_filters_do_not_reach_the_others(
+    device: torch.device, rule: AcceptanceRule
+) -> None:
     logits = random_logits(4)
     sampling = sampling_for(4, temperature=torch.ones(4))
     alone = verify(device, logits, torch.zeros(0, dtype=torch.int64), [0] * 4, sampling, rule)
@@ -121,7 +133,7 @@ def test_undefined_logits_of_a_request_with_filters_do_not_reach_the_others(devi
 
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_rows_may_be_cut_out_of_wider_ones(device: torch.device, rule: Rule) -> None:
+def test_rows_may_be_cut_out_of_wider_ones(device: torch.device, rule: AcceptanceRule) -> None:
     """A padded vocabulary: what lies beyond the row is never looked at."""
     counts = [2, 1]
     padded = torch.full((10, VOCAB + 6), torch.nan)
@@ -147,7 +159,7 @@ def test_undefined_logits_of_a_filtered_row_are_found_wherever_they_stand(device
 
 def test_parameters_of_requests_may_be_strided(device: torch.device) -> None:
     sampling, logits = sampling_for(3), random_logits(5)
-    strided = Sampling(
+    strided = SamplingTensors(
         *(torch.stack([value, value * 0], dim=1)[:, 0] for value in vars(sampling).values() if value is not None)
     )
     drafts = torch.tensor([[3, 0], [5, 0]])[:, 0]
@@ -206,12 +218,12 @@ def test_numbers_and_their_logarithms_are_the_same_bit_for_bit(device: torch.dev
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
-def test_a_captured_graph_verifies_new_inputs(device: torch.device, rule: Rule) -> None:
+def test_a_captured_graph_verifies_new_inputs(device: torch.device, rule: AcceptanceRule) -> None:
     counts = [3, 0, 15]
     inputs = [random_logits(21, seed=seed).bfloat16() for seed in (1, 2)]
     sampling = sampling_for(3)
     drafts = likely_drafts(inputs[0], counts, sampling, rule)
-    there = Sampling(*(value if value is None else value.to(device) for value in vars(sampling).values()))
+    there = SamplingTensors(*(value if value is None else value.to(device) for value in vars(sampling).values()))
     logits, ids, cu = inputs[0].to(device), drafts.to(device), cumulative(counts).to(device)
     kernel.accept(logits, ids, cu, 15, there, rule)
     graph = torch.cuda.CUDAGraph()

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twotower_kernels.acceptance import ACCEPT_DRAW, NEXT_TOKEN_DRAW, Rule, accept
+from twotower_kernels.acceptance import ACCEPT_DRAW, NEXT_TOKEN_DRAW, AcceptanceRule, accept
 from twotower_kernels.noise import gumbel_argmax, uniform_noise
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.errors import ArgumentError
@@ -104,7 +104,7 @@ class CoupledRule(_ComparingRule):
 
 
 def _accept(
-    logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor, rule: Rule
+    logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor, rule: AcceptanceRule
 ) -> Verdict:
     """`VerificationRule.verify` by the kernel. Rows bring equally many drafts; those that are -1 are not accepted."""
     num_reqs, width, vocab = logits.shape

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower_kernels.acceptance import Sampling, accept, filtered_logits
+from twotower_kernels.acceptance import SamplingTensors, accept, filtered_logits
 from twotower_spec.config import check_sampling
 
 
@@ -41,7 +41,7 @@ class Sampler:
         """Whether tokens may be excluded."""
         return bool(self.top_k) or (self.top_p is not None and self.top_p < 1) or bool(self.min_p)
 
-    def sampling(self, seeds: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> Sampling:
+    def sampling(self, seeds: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> SamplingTensors:
         """The same parameters for requests with these int64 [num_reqs] seeds and first positions.
 
         They are in the dtype that logits of `dtype` are widened to, so that float64 models sample in float64.
@@ -53,7 +53,7 @@ class Sampler:
 
         top_p = self.top_p if self.top_p is not None and self.top_p < 1 else None
         top_k = every(self.top_k, torch.int32)
-        return Sampling(every(self.temperature), top_k, every(top_p), every(self.min_p), seeds, positions)
+        return SamplingTensors(every(self.temperature), top_k, every(top_p), every(self.min_p), seeds, positions)
 
     def sample(self, logits: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
         """Token ids int64 [num_rows], distributed as the softmax of the filtered logits.

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
-from twotower_kernels.acceptance import Rule
+from twotower_kernels.acceptance import AcceptanceRule
 from twotower_spec.config import TORCH_DTYPES, DiffusionConfig, check_integer
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.drafter import DEFAULT_NUM_TOKENS, FirstToken
@@ -57,7 +57,7 @@ class TwoTowerSettings:
     steps_per_block: int | None = None
     confidence_threshold: float = 0.8
     first_token: FirstToken = "context"
-    verification: Rule = "one-hot"
+    verification: AcceptanceRule = "one-hot"
     context_device: str | None = None
     denoiser_device: str | None = None
     dtype: str | None = None
@@ -72,7 +72,7 @@ class TwoTowerSettings:
         """Refuses values out of range."""
         for name, allowed in (
             ("policy", get_args(PolicyName)),
-            ("verification", get_args(Rule)),
+            ("verification", get_args(AcceptanceRule)),
             ("first_token", get_args(FirstToken)),
             ("dtype", (None, *TORCH_DTYPES)),
         ):

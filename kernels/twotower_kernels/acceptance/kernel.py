@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.acceptance import op
-from twotower_kernels.acceptance.op import Accepted, Rule, Sampling
+from twotower_kernels.acceptance.op import AcceptanceRule, Accepted, SamplingTensors
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.compilation import Variant
 from twotower_kernels.noise.kernel import (
@@ -289,8 +289,8 @@ def accept(
     draft_token_ids: Tensor,
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
-    sampling: Sampling,
-    rule: Rule,
+    sampling: SamplingTensors,
+    rule: AcceptanceRule,
 ) -> Accepted:
     """`op.accept` in two launches; everything is decided on the device."""
     if logits.stride(-1) != 1:

@@ -13,7 +13,7 @@ from torch import Tensor
 from twotower_kernels.backend import use_triton
 from twotower_kernels.noise import gumbel_argmax, reproducible_log, uniform_noise
 
-Rule = Literal["one-hot", "coupled"]
+AcceptanceRule = Literal["one-hot", "coupled"]
 
 # Draws of the noise: a target's own sample (coupled rule); under the one-hot rule whether a draft is accepted, and the
 # token after the accepted ones.
@@ -32,7 +32,7 @@ MOST_KEPT = 1024
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplingTensors:
     """How every request samples.
 
     Attributes:
@@ -56,14 +56,14 @@ class Sampling:
         """Whether tokens may be excluded."""
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
-    def of(self, requests: slice) -> Sampling:
+    def of(self, requests: slice) -> SamplingTensors:
         """The same for some of the requests."""
 
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[requests]
 
         filters = some(self.temperature), some(self.top_k), some(self.top_p), some(self.min_p)
-        return Sampling(*filters, self.seeds[requests], self.positions[requests])
+        return SamplingTensors(*filters, self.seeds[requests], self.positions[requests])
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def accept(
     draft_token_ids: Tensor,
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
-    sampling: Sampling,
-    rule: Rule = "one-hot",
+    sampling: SamplingTensors,
+    rule: AcceptanceRule = "one-hot",
 ) -> Accepted:
     """Accepts drafts from the left, and takes the token after them.
 
@@ -138,7 +138,7 @@ def accept(
     return Accepted(torch.cat([part.token_ids for part in parts]), torch.cat([part.num_accepted for part in parts]))
 
 
-def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Rule) -> None:
+def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: AcceptanceRule) -> None:
     """Compiles what `accept` launches for logits of this kind, before a request waits for it; nothing without kernels.
 
     Args:
@@ -154,11 +154,11 @@ def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Rul
     for kind in {dtype, torch.float32}:
         logits = torch.zeros(1, vocab_size, dtype=kind, device=device)
         for temperature, top_p in ((None, None), (one, None), (one, one)):
-            sampling = Sampling(temperature, None, top_p, None, nothing, nothing)
+            sampling = SamplingTensors(temperature, None, top_p, None, nothing, nothing)
             accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
 
 
-def _parts(counts: list[int], vocab_size: int, sampling: Sampling) -> list[slice]:
+def _parts(counts: list[int], vocab_size: int, sampling: SamplingTensors) -> list[slice]:
     """Requests that are taken together: sorting and noise need many times the memory of the logits."""
     if sampling.temperature is None:
         return [slice(0, len(counts))]
@@ -176,8 +176,8 @@ def _accept(
     draft_token_ids: Tensor,
     counts: list[int],
     max_num_draft_tokens: int,
-    sampling: Sampling,
-    rule: Rule,
+    sampling: SamplingTensors,
+    rule: AcceptanceRule,
 ) -> Accepted:
     """`accept` for all requests at once, vectorised."""
     layout = _Layout.of(counts, max_num_draft_tokens + 1, logits.device)
@@ -266,7 +266,7 @@ class _Layout:
         return table
 
 
-def filtered_logits(logits: Tensor, request: Tensor, sampling: Sampling) -> Tensor:
+def filtered_logits(logits: Tensor, request: Tensor, sampling: SamplingTensors) -> Tensor:
     """What is sampled from: logits over the temperature, excluded tokens -inf; a copy, float32 at least.
 
     Args:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from twotower_kernels.acceptance.op import ACCEPT_DRAW, NEXT_TOKEN_DRAW, SAMPLE_DRAW, Rule, Sampling
+from twotower_kernels.acceptance.op import ACCEPT_DRAW, NEXT_TOKEN_DRAW, SAMPLE_DRAW, AcceptanceRule, SamplingTensors
 from twotower_kernels.noise import gumbel_noise, uniform_noise
 
 
@@ -12,8 +12,8 @@ def accept_reference(
     draft_token_ids: Tensor,
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
-    sampling: Sampling,
-    rule: Rule = "one-hot",
+    sampling: SamplingTensors,
+    rule: AcceptanceRule = "one-hot",
 ) -> list[list[int]]:
     """Accepted drafts and the token after them, per request; arguments as `accept`."""
     results, row, start = [], 0, 0
@@ -33,7 +33,7 @@ def accept_reference(
 
 
 def _decide(
-    logits: Tensor, draft: int | None, request: int, position: int, sampling: Sampling, rule: Rule
+    logits: Tensor, draft: int | None, request: int, position: int, sampling: SamplingTensors, rule: AcceptanceRule
 ) -> tuple[int, bool]:
     """The token at one position, and whether it is an accepted draft."""
     temperature = 0.0 if sampling.temperature is None else float(sampling.temperature[request])
@@ -52,7 +52,7 @@ def _decide(
     return int((scores + gumbel_noise(seed, at, NEXT_TOKEN_DRAW, len(scores))[0]).argmax()), False
 
 
-def filtered_logits_reference(logits: Tensor, request: int, sampling: Sampling) -> Tensor:
+def filtered_logits_reference(logits: Tensor, request: int, sampling: SamplingTensors) -> Tensor:
     """One row [vocab] of `filtered_logits`."""
     scores = (
         logits.float() * (1.0 / sampling.temperature[request]) if sampling.temperature is not None else logits.float()

@@ -12,7 +12,7 @@ from vllm.logger import init_logger
 from vllm.v1.outputs import SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
-from twotower_kernels.acceptance import Rule, Sampling, accept, filtered_logits
+from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
 from twotower_spec.generation.sampling import signed_seed
 
 logger = init_logger("vllm.twotower.sampler")
@@ -27,11 +27,11 @@ class TwoTowerRejectionSampler(RejectionSampler):
     """
 
     _runner: Any = None
-    _rule: Rule = "one-hot"
+    _rule: AcceptanceRule = "one-hot"
     _batch: _RequestBatch | None = None
     num_failures = 0
 
-    def attach(self, runner: Any, rule: Rule) -> None:
+    def attach(self, runner: Any, rule: AcceptanceRule) -> None:
         """Tells whose requests are sampled; until then vLLM's own sampler works."""
         self._runner, self._rule = runner, rule
 
@@ -112,7 +112,7 @@ class _RequestBatch:
 
     Attributes:
         sampling_metadata: vLLM's, made anew when they change.
-        seeds, min_p: as in `Sampling`.
+        seeds, min_p: as in `SamplingTensors`.
         logit_bias: per request that has one, token ids and what is added to their logits.
     """
 
@@ -146,11 +146,11 @@ class _RequestBatch:
             biases,
         )
 
-    def sampling(self, positions: Tensor) -> Sampling:
+    def sampling(self, positions: Tensor) -> SamplingTensors:
         """Parameters of a step whose first tokens have these positions."""
         given = self.sampling_metadata
         temperature = None if given.all_greedy else given.temperature
-        return Sampling(temperature, given.top_k, given.top_p, self.min_p, self.seeds, positions)
+        return SamplingTensors(temperature, given.top_k, given.top_p, self.min_p, self.seeds, positions)
 
 
 def own_seed(engine_seed: int | None, request_id: str) -> int:
