@@ -41,10 +41,16 @@ def test_no_policy_drafts_more_than_a_block(num_speculative_tokens: int) -> None
 
 
 def test_the_pool_grows_with_the_server_up_to_a_bound() -> None:
+    def config(max_num_seqs: int, max_model_len: int) -> Any:
+        return SimpleNamespace(
+            scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs),
+            model_config=SimpleNamespace(max_model_len=max_model_len),
+        )
+
     settings = TwoTowerSettings("T")
-    assert settings.pool_size(8, 512) == (8, 8 * 512)
-    assert settings.pool_size(256, 100_000) == (64, 64 * 2048)
-    assert TwoTowerSettings("T", pool_requests=3, pool_tokens=50).pool_size(8, 512) == (3, 50)
+    assert settings.pool_size(config(8, 512)) == (8, 8 * 512)
+    assert settings.pool_size(config(256, 100_000)) == (64, 64 * 2048)
+    assert TwoTowerSettings("T", pool_requests=3, pool_tokens=50).pool_size(config(8, 512)) == (3, 50)
 
 
 def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:

@@ -135,10 +135,10 @@ class TwoTowerSettings:
         steps = self.steps_per_block or self.block_size
         return ThresholdPolicy(self.block_size, steps, self.confidence_threshold, tokens)
 
-    def pool_size(self, max_num_seqs: int, max_model_len: int) -> tuple[int, int]:
+    def pool_size(self, vllm_config: Any) -> tuple[int, int]:
         """Requests and tokens that the pool holds."""
-        requests = self.pool_requests or min(max_num_seqs, MOST_DEFAULT_SLOTS)
-        tokens = self.pool_tokens or requests * min(max_model_len, DEFAULT_NUM_TOKENS)
+        requests = self.pool_requests or min(int(vllm_config.scheduler_config.max_num_seqs), MOST_DEFAULT_SLOTS)
+        tokens = self.pool_tokens or requests * min(int(vllm_config.model_config.max_model_len), DEFAULT_NUM_TOKENS)
         return requests, tokens
 
     def pads_drafts(self, vllm_config: Any) -> bool:

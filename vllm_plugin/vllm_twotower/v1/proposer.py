@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
@@ -12,18 +11,16 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from twotower_kernels.acceptance import warm_up
-from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
-from twotower_spec.config import TORCH_DTYPES
 from twotower_spec.drafting import BlockDrafter, DraftBlock, DraftPolicy
 from twotower_spec.errors import TwoTowerError
-from twotower_spec.model import TwoTowerModel
 from vllm_twotower.config import TwoTowerSettings
-from vllm_twotower.metrics import DrafterStats, log_line, stats_path
+from vllm_twotower.faults import FaultHandler
+from vllm_twotower.loading import load_drafter
+from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line, stats_path
 from vllm_twotower.requirements import check_requirements, settings_from
 from vllm_twotower.routing import knobs_in
 from vllm_twotower.v1 import hooks
@@ -32,8 +29,6 @@ from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
 
 logger = init_logger("vllm.twotower.proposer")
 
-# A fault that does not pass costs one attempt in so many rounds at most.
-LONGEST_PAUSE = 64
 # How much the acceptance length remembers: about a hundred drafts.
 ACCEPTANCE_MEMORY = 0.99
 # Where vLLM stops to ask a drafter that could outgrow it; ours takes rows of any length.
@@ -64,7 +59,7 @@ class TwoTowerProposer:
             vllm_config.model_config,
             vllm_config.parallel_config,
         )
-        self.max_num_seqs = int(vllm_config.scheduler_config.max_num_seqs)
+        self._vllm_config = vllm_config
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.drafter: BlockDrafter | None = None
         self.stats = DrafterStats(None)
@@ -79,8 +74,7 @@ class TwoTowerProposer:
         self._round_end = time.perf_counter()
         self._block: DraftBlock | None = None
         self._policies: dict[TwoTowerSettings, DraftPolicy] = {}
-        self._failures = Counter[str]()
-        self._failed_in_row = self._pause = 0
+        self._faults = FaultHandler()
         self._sampler_failures = 0
         self._logged_at, self._logged = time.monotonic(), self.stats.copy()
         self._hooked = hooks.install()
@@ -107,11 +101,14 @@ class TwoTowerProposer:
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
         try:
-            self.drafter = self._load(parameter)
+            self.drafter = load_drafter(self.settings, self._vllm_config, parameter.device, parameter.dtype)
         except TwoTowerError:
             raise
         except Exception as error:
-            self._log_failure(error, "loading failed; vLLM goes on without drafts until it is started again")
+            self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
+            return
+        for resource, size in zip(RESOURCES, self.settings.pool_size(self._vllm_config), strict=True):
+            self.stats.set("pool_size", size, resource)
 
     def change_policy(self, knobs: Mapping[str, Any]) -> None:
         """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
@@ -171,41 +168,13 @@ class TwoTowerProposer:
         try:
             drafts = self._round(self.drafter, start, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         except Exception as error:
-            drafts = self._recover(self.drafter, error, num_reqs)
+            self.stats.add("fallbacks", num_reqs, "error")
+            self._block = None
+            if not self._faults.recover(error, self.drafter.reset):
+                self.drafter = None
+            drafts = [[] for _ in range(num_reqs)]
         self._round_end = time.perf_counter()
         return drafts
-
-    def _load(self, parameter: torch.Tensor) -> BlockDrafter:
-        settings = self.settings
-        context_device = settings.context_device or str(parameter.device)
-        denoiser_device = settings.denoiser_device or context_device
-        wide = parameter.dtype if parameter.dtype in (torch.float32, torch.bfloat16) else torch.bfloat16
-        dtype = TORCH_DTYPES[settings.dtype] if settings.dtype else wide
-        # What the kernels say of their choices stands in vLLM's log.
-        logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
-        register_long_scan("vllm", _vllm_scan)
-        model = TwoTowerModel.from_pretrained(
-            settings.model,
-            revision=settings.revision,
-            dtype=dtype,
-            context_device=context_device,
-            denoiser_device=denoiser_device,
-        )
-        requests, tokens = settings.pool_size(self.max_num_seqs, self.max_model_len)
-        drafter = BlockDrafter(
-            model,
-            settings.policy_for(self.num_speculative_tokens),
-            first_token=settings.first_token,
-            num_slots=requests,
-            num_tokens=tokens,
-            token_budget=settings.prefill_budget,
-            num_token_ids=settings.num_token_ids,
-        )
-        drafter.warm_up()
-        for resource, size in zip(("requests", "tokens"), (requests, tokens), strict=True):
-            self.stats.set("pool_size", size, resource)
-        logger.info("TwoTower: %s, %s; %s", settings.model, str(dtype).removeprefix("torch."), drafter.memory())
-        return drafter
 
     def _round(
         self,
@@ -220,8 +189,7 @@ class TwoTowerProposer:
         request_ids = self._identify(drafter, rows)
         self._observe(drafter, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
         self.stats.add("rounds", 1)
-        if self._pause:
-            self._pause -= 1
+        if self._faults.skips_round():
             self.stats.add("fallbacks", len(rows), "recovering")
             return [[] for _ in rows]
         limits = dict(zip(request_ids, map(self._limit, request_ids, lengths), strict=True))
@@ -229,7 +197,7 @@ class TwoTowerProposer:
         before = Counter(drafter.counters.without_drafts)
         texts: dict[Hashable, Any] = dict(zip(request_ids, rows, strict=True))
         self._block = block = drafter.draft(texts, most_tokens=limits, read_only=reading)
-        self._failed_in_row = 0
+        self._faults.round_succeeded()
         self._count(drafter, block, before, start)
         drafts = [block.row(i) for i in range(len(rows))]
         return padded(drafts, sampled_token_ids, list(limits.values())) if self._pads else drafts
@@ -311,32 +279,6 @@ class TwoTowerProposer:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
 
-    def _recover(self, drafter: BlockDrafter, error: Exception, num_reqs: int) -> list[list[int]]:
-        """Forgets all contexts, which a broken-off round may have left half done, and pauses if that goes on."""
-        self.stats.add("fallbacks", num_reqs, "error")
-        self._block = None
-        self._failed_in_row += 1
-        self._pause = min(2 ** (self._failed_in_row - 1) - 1, LONGEST_PAUSE)
-        try:
-            drafter.reset()
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-        except Exception as another:  # nothing may raise here
-            self.drafter = None
-            self._log_failure(another, "the drafter cannot be reset; vLLM goes on without drafts")
-        self._log_failure(error, "a drafting round failed; its requests go on without drafts, contexts are read again")
-        return [[] for _ in range(num_reqs)]
-
-    def _log_failure(self, error: Exception, what: str) -> None:
-        """Logs every kind of failure once, with the remedy."""
-        kind = type(error).__name__
-        self._failures[kind] += 1
-        if self._failures[kind] == 1:
-            remedy = "please report this"
-            if isinstance(error, torch.OutOfMemoryError):
-                remedy = "lower pool_requests or pool_tokens, or place the towers on other devices"
-            logger.error("TwoTower: %s (%s: %s); %s", what, kind, error, remedy, exc_info=error)
-
 
 def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: list[int]) -> list[list[int]]:
     """Every decoding row with as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
@@ -346,10 +288,3 @@ def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: 
         row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
         for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
     ]
-
-
-def _vllm_scan() -> LongScan:
-    """vLLM's own chunk scan, for long prompts of the context tower."""
-    from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
-
-    return varlen_scan(mamba_chunk_scan_combined_varlen)

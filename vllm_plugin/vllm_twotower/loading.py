@@ -1,0 +1,69 @@
+"""From knobs and vLLM's configuration to a drafter that is loaded, warm, and holds all the memory it will need."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import torch
+
+from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
+from twotower_spec.config import TORCH_DTYPES
+from twotower_spec.drafting import BlockDrafter
+from twotower_spec.model import TwoTowerModel
+from vllm_twotower.config import TwoTowerSettings
+
+logger = logging.getLogger("vllm.twotower.loading")
+
+
+def load_drafter(
+    settings: TwoTowerSettings, vllm_config: Any, device: torch.device, dtype: torch.dtype
+) -> BlockDrafter:
+    """Loads both towers and allocates the state pool and all workspaces; one line in the log says how much went where.
+
+    To be called before vLLM measures what is left for its own cache.
+
+    Args:
+        settings: of the drafter.
+        vllm_config: vLLM's.
+        device: the verifier's; for towers that no knob places.
+        dtype: of the verifier's weights; bfloat16 stands in for what the towers cannot compute in.
+
+    Raises:
+        TwoTowerError: the checkpoint is refused.
+    """
+    # What the kernels say of their choices stands in vLLM's log.
+    logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
+    register_long_scan("vllm", _vllm_scan)
+    context_device = settings.context_device or str(device)
+    if settings.dtype:
+        dtype = TORCH_DTYPES[settings.dtype]
+    elif dtype not in (torch.float32, torch.bfloat16):
+        dtype = torch.bfloat16
+    model = TwoTowerModel.from_pretrained(
+        settings.model,
+        revision=settings.revision,
+        dtype=dtype,
+        context_device=context_device,
+        denoiser_device=settings.denoiser_device or context_device,
+    )
+    num_requests, num_tokens = settings.pool_size(vllm_config)
+    drafter = BlockDrafter(
+        model,
+        settings.policy_for(int(vllm_config.speculative_config.num_speculative_tokens)),
+        first_token=settings.first_token,
+        num_slots=num_requests,
+        num_tokens=num_tokens,
+        token_budget=settings.prefill_budget,
+        num_token_ids=settings.num_token_ids,
+    )
+    drafter.warm_up()
+    logger.info("TwoTower: %s, %s; %s", settings.model, str(dtype).removeprefix("torch."), drafter.memory())
+    return drafter
+
+
+def _vllm_scan() -> LongScan:
+    """vLLM's own chunk scan, for long prompts of the context tower."""
+    from vllm.model_executor.layers.mamba.ops.ssd_combined import mamba_chunk_scan_combined_varlen
+
+    return varlen_scan(mamba_chunk_scan_combined_varlen)
