@@ -16,10 +16,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from twotower_bench.records import DraftSetting
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
-    DraftSetting,
     Estimate,
     MeasuredCell,
     VerifierStep,

@@ -7,8 +7,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from twotower_bench.serving import System
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import DraftSetting, System
 from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.errors import ArgumentError
 

@@ -6,7 +6,7 @@ import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower_bench.serving import ServedRequest
+from twotower_bench.records import ServedRequest
 
 
 @dataclass(frozen=True)

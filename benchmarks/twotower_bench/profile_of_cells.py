@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 
 from twotower_bench.occupancy import Occupancy, occupancy
-from twotower_bench.serving import DecodingSteps, Drafting, ServedRequest, ServingCell
-from twotower_bench.serving_figures import acceptance_of, num_unused_tokens
+from twotower_bench.records import DecodingSteps, Drafting, DraftSetting, ServedRequest, ServingCell
+from twotower_bench.serving_figures import acceptance_of
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
-    DraftSetting,
     Estimate,
     MeasuredCell,
     ServingProfile,
@@ -202,7 +201,7 @@ def _measured_cell(
         first_token_ms=round(statistics.median(first_ms), DIGITS),
         prompt_steps=round(sum(one.num_prompt_steps for one in full) / len(requests), DIGITS),
         mean_batch_size=round(statistics.fmean(one.mean_batch_size for one in full), DIGITS),
-        unused_tokens=round(statistics.fmean(num_unused_tokens(one) for one in requests), DIGITS),
+        unused_tokens=round(statistics.fmean(one.num_unused_tokens for one in requests), DIGITS),
     )
 
 

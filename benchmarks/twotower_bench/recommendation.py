@@ -10,15 +10,8 @@ from typing import Any, Literal, get_args
 
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.pareto import pareto_front
-from twotower_bench.serving import (
-    ALL_CATEGORIES,
-    BASELINE,
-    BASELINE_AGAIN,
-    Load,
-    ServingCell,
-    System,
-    cells_of,
-)
+from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, ServingCell, System
+from twotower_bench.serving import cells_of
 from twotower_bench.serving_figures import latency_of
 from twotower_bench.serving_profile import check_positive
 from twotower_spec.config import check_integer

@@ -10,17 +10,8 @@ from itertools import chain
 import numpy as np
 
 from twotower_bench.occupancy import occupancy
-from twotower_bench.serving import (
-    BASELINE,
-    BASELINE_AGAIN,
-    Drafting,
-    Load,
-    ServedRequest,
-    ServingCell,
-    System,
-    cells_of,
-    in_order_of_tables,
-)
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, Drafting, Load, ServedRequest, ServingCell, System
+from twotower_bench.serving import cells_of, in_order_of_tables
 from twotower_spec.drafting.metrics import CalibrationBin, DraftingMetrics
 from twotower_spec.evaluation.statistics import (
     Comparison,
@@ -220,11 +211,6 @@ def acceptance_of(requests: Sequence[ServedRequest], *, beyond_end: bool = False
     )
 
 
-def num_unused_tokens(request: ServedRequest) -> int:
-    """Tokens that its last step gained beyond the end of its text."""
-    return 1 + sum(request.num_accepted_tokens) + len(request.num_accepted_tokens) - len(request.token_ids)
-
-
 def plain_step_s(cells: Sequence[ServingCell]) -> float:
     """Mean wall time of a step, prompts and all of the engine included: a step of no speculation beside `RoundTimes`.
 
@@ -289,7 +275,7 @@ def _rates(cells: Sequence[ServingCell]) -> dict[int, float]:
 def _steps(request: ServedRequest, beyond_end: bool) -> list[tuple[int, int]]:
     """Drafted and accepted tokens of every step."""
     steps = list(zip(request.num_draft_tokens, request.num_accepted_tokens, strict=True))
-    unused = num_unused_tokens(request)
+    unused = request.num_unused_tokens
     if steps and unused > 0 and not beyond_end:
         drafted, accepted = steps[-1]
         # With the token of the verifier that follows them they are all that there was room for.

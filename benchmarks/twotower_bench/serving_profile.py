@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from twotower_bench.records import DraftSetting
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 
@@ -47,46 +48,6 @@ class Estimate:
     def to_json(self) -> Any:
         """See the class."""
         return self.value if self.low is None else {"value": self.value, "low": self.low, "high": self.high}
-
-
-@dataclass(frozen=True)
-class DraftSetting:
-    """How blocks are drafted.
-
-    Attributes:
-        num_speculative_tokens: K, drafts per round; at most, where the policy chooses.
-        block_size: positions that are denoised, at least K.
-        steps_per_block: most denoising steps.
-        policy: `fixed`, `threshold` or `adaptive`.
-        confidence_threshold: where the policy has one.
-        first_token: which tower makes the first draft.
-
-    Raises:
-        ArgumentError: a number is out of range.
-    """
-
-    num_speculative_tokens: int
-    block_size: int
-    steps_per_block: int = 1
-    policy: Literal["fixed", "threshold", "adaptive"] = "fixed"
-    confidence_threshold: float | None = None
-    first_token: Literal["context", "denoiser"] = "context"
-
-    def __post_init__(self) -> None:
-        for name in ("num_speculative_tokens", "block_size", "steps_per_block"):
-            check_integer(name, getattr(self, name), minimum=1)
-        if self.num_speculative_tokens > self.block_size:
-            raise ArgumentError(
-                f"num_speculative_tokens {self.num_speculative_tokens} is more than block_size {self.block_size}; "
-                f"give {self.block_size} or fewer"
-            )
-
-    @property
-    def name(self) -> str:
-        """In words."""
-        steps = f"{self.steps_per_block} step{'' if self.steps_per_block == 1 else 's'}"
-        policy = "" if self.policy == "fixed" else f", {self.policy}"
-        return f"K {self.num_speculative_tokens}, block of {self.block_size}, {steps}{policy}"
 
 
 @dataclass(frozen=True)

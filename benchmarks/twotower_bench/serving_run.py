@@ -8,7 +8,7 @@ from random import Random
 from typing import Any, TypeVar
 
 from twotower_bench.engines import Asked, EnginePool, EngineProcess, ServeOrder
-from twotower_bench.serving import ALL_CATEGORIES, Load, ServingCell, System
+from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
 from twotower_bench.systems import drafts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt

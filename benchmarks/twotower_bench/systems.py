@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_bench.engines import EngineSpec
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN, System
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, System
 
 # Of the bundled trio: float32 is what it was trained in, and longer texts it has never seen.
 TRIO_ARGUMENTS: Mapping[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 512}

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from twotower_bench.cli.serving_record import serving_record
-from twotower_bench.serving import Load, ServingCell
+from twotower_bench.records import Load, ServingCell, read_row
 from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.cli import main
 
@@ -46,7 +46,7 @@ class Run:
 
     @property
     def cells(self) -> list[ServingCell]:
-        return [ServingCell.from_json(row) for row in self.rows]
+        return [read_row(ServingCell, row) for row in self.rows]
 
 
 def run_bench(folder: Path, *options: str) -> Run:

@@ -26,8 +26,8 @@ from twotower_bench.cli.options import Models
 from twotower_bench.cli.serve import serve
 from twotower_bench.cli.serve_options import most_at_once, serve_arguments, traffics_of
 from twotower_bench.engine_flags import engine_flags
-from twotower_bench.load_points import LatencyBound, LoadPoint, Traffic, load_figures
-from twotower_bench.serving import System
+from twotower_bench.load_points import load_figures
+from twotower_bench.records import LatencyBound, LoadPoint, System, Traffic, read_row
 from twotower_bench.serving_bench import ServePlan, Workload
 from twotower_bench.serving_bench.load_generator import as_point
 from twotower_spec.cli.app import bench_app
@@ -85,7 +85,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.mark.slow
 def test_every_point_is_a_line_that_says_where_it_was_measured(run: Run) -> None:
     rows = rows_of(run.file)
-    points = [LoadPoint.from_json(row) for row in rows]
+    points = [read_row(LoadPoint, row) for row in rows]
     assert {(one.system.name, str(one.traffic)) for one in points} == {
         (name, load) for name in ("none", "twotower") for load in ("concurrency 2", "8 requests/s")
     }
@@ -95,7 +95,7 @@ def test_every_point_is_a_line_that_says_where_it_was_measured(run: Run) -> None
 
 @pytest.mark.slow
 def test_texts_are_those_of_no_speculation_in_fewer_steps(run: Run) -> None:
-    figures = load_figures([LoadPoint.from_json(row) for row in rows_of(run.file)])
+    figures = load_figures([read_row(LoadPoint, row) for row in rows_of(run.file)])
     ours = [one for one in figures if one.system.name == "twotower"]
     assert len(ours) == 2
     for one in ours:
@@ -146,7 +146,7 @@ def test_server_that_runs_already_is_measured_alone(tmp_path: Path, capsys: Capt
     with serving(tmp_path / "log") as server:
         loads = ["--concurrency", "", "--request-rate", "8", "--prompts", "4", "--max-new-tokens", "8", "--repeat", "1"]
         bench("--base-url", server.url, *loads, "--json", file)
-    (point,) = (LoadPoint.from_json(row) for row in rows_of(file))
+    (point,) = (read_row(LoadPoint, row) for row in rows_of(file))
     assert (point.num_completed, point.num_output_tokens) == (4, 32)
     assert "the server" in capsys.readouterr().out
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from twotower_bench.cost_model import PUBLISHED_SIZE, CostModel, DrafterSize, weight_bytes_of_pass
+from twotower_bench.records import DraftSetting
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
-    DraftSetting,
     Estimate,
     MeasuredCell,
     ServingProfile,

@@ -25,7 +25,7 @@ from twotower_bench.demo import (
     rows_of,
 )
 from twotower_bench.engines import Asked, Piece, ServeOrder
-from twotower_bench.serving import Load, ServedRequest, ServingCell, System
+from twotower_bench.records import Load, ServedRequest, ServingCell, System
 from twotower_spec.cli import main
 from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError

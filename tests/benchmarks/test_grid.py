@@ -5,7 +5,7 @@ from itertools import product
 import pytest
 
 from twotower_bench.grid import draft_settings, knobs_of, speculative_config, system_of
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import DraftSetting
 from twotower_spec.errors import ArgumentError
 from vllm_twotower.config import TwoTowerSettings, adaptive_block_sizes
 

@@ -1,19 +1,12 @@
 """Points of servers under load, and the figures of hand-made ones."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
-from twotower_bench.load_points import (
-    LatencyBound,
-    LoadPoint,
-    Quantiles,
-    Traffic,
-    highest_within_bound,
-    load_figures,
-)
-from twotower_bench.serving import System
+from twotower_bench.load_points import highest_within_bound, load_figures
+from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic, read_row
 from twotower_spec.errors import ArgumentError
 
 NONE, AGAIN = System("none", "no speculation"), System("none_again", "none again (A/A)")
@@ -54,7 +47,7 @@ def rounds(traffic: Traffic, candidate_seconds: float) -> list[LoadPoint]:
 
 def test_point_comes_back_from_its_json_line() -> None:
     before = replace(point(TWO_TOWER, RATE), texts=("a", None))
-    assert LoadPoint.from_json(json.loads(json.dumps({"index": 3, **before.to_json()}))) == before
+    assert read_row(LoadPoint, json.loads(json.dumps({"index": 3, **asdict(before)}))) == before
 
 
 def test_rates_of_a_point_follow_from_its_counts() -> None:

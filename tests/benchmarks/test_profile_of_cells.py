@@ -13,8 +13,8 @@ from tests.support.serving_cells import AGAIN, NONE, Times, drafted, repeats, se
 from twotower_bench.cost_model import CostModel
 from twotower_bench.occupancy import occupancy
 from twotower_bench.profile_of_cells import serving_profile
-from twotower_bench.serving import ServingCell, System
-from twotower_bench.serving_profile import DraftSetting, ServingProfile
+from twotower_bench.records import DraftSetting, ServingCell, System
+from twotower_bench.serving_profile import ServingProfile
 from twotower_bench.validation import Validation, validate
 from twotower_spec.cli.app import build_app
 

@@ -9,8 +9,7 @@ import pytest
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.recommendation import Goal, best_by_concurrency, front_of, recommend, sweep_points
-from twotower_bench.serving import ServingCell, System
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import DraftSetting, ServingCell, System
 from twotower_spec.errors import ArgumentError
 
 FAST, OTHER = drafted(DraftSetting(4, 4)), drafted(DraftSetting(8, 8))

@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.test_bench_serve import CLOSED_PROXY, NONE, TWO_TOWER, WORKLOAD, plan, result
-from twotower_bench.load_points import Traffic
-from twotower_bench.serving import System
+from twotower_bench.records import System, Traffic
 from twotower_bench.serving_bench.load_generator import as_point, bench_arguments
 from twotower_bench.serving_bench.server import (
     HOST,

@@ -1,12 +1,13 @@
 """Figures of cells that were made by hand."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests.support.serving_cells import AGAIN, NONE, repeats, served_cell
-from twotower_bench.serving import Drafting, Load, ServedRequest, ServingCell, System, over_categories
+from twotower_bench.records import Drafting, Load, ServedRequest, ServingCell, System, read_row
+from twotower_bench.serving import over_categories
 from twotower_bench.serving_figures import (
     acceptance_of,
     all_figures,
@@ -193,5 +194,5 @@ def test_a_cell_comes_back_from_its_json() -> None:
     drafting = Drafting(1, 2, 3, 4, {"extend": 0.1}, {"policy": 2}, (CalibrationBin(0.0, 0.1, 1, 0.05, 0.0),))
     full = replace(plain, drafting=drafting)
     for one in (plain, full):
-        row = {"kind": "serving_cell", "machine": {}, **json.loads(json.dumps(one.to_json()))}
-        assert ServingCell.from_json(row) == one
+        row = {"kind": "serving_cell", "machine": {}, **json.loads(json.dumps(asdict(one)))}
+        assert read_row(ServingCell, row) == one

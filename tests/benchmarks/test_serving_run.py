@@ -10,7 +10,7 @@ import pytest
 
 from twotower_bench.child_process import ChildError
 from twotower_bench.engines import EnginePool, EngineSpec, Ready, Served, ServeOrder
-from twotower_bench.serving import Load, System
+from twotower_bench.records import Load, System
 from twotower_bench.serving_run import Candidate, ServingRun, in_order, shuffled
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from twotower_bench.grid import system_of
-from twotower_bench.serving import DecodingSteps, Drafting, Load, ServedRequest, ServingCell, System
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import DecodingSteps, Drafting, DraftSetting, Load, ServedRequest, ServingCell, System
 
 PROMPT_TOKENS = 40
 NONE = System("none", "no speculation")

@@ -15,7 +15,8 @@ from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.serving_record import complete, serving_record
 from twotower_bench.cli.tables import acceptance_table, position_table, print_origin, print_remarks, speed_table
 from twotower_bench.engines import EnginePool
-from twotower_bench.serving import Load, over_categories
+from twotower_bench.records import Load
+from twotower_bench.serving import over_categories
 from twotower_bench.serving_figures import all_figures
 from twotower_bench.serving_run import Candidate, ServingRun, in_order
 from twotower_bench.systems import engine_spec

@@ -8,7 +8,7 @@ from typing import Any
 
 from twotower_bench.cli.options import same_model
 from twotower_bench.cli.record import Record
-from twotower_bench.load_points import LoadPoint
+from twotower_bench.records import LoadPoint
 from twotower_bench.serving_bench import ServePlan
 
 KIND = "load_point"
@@ -24,7 +24,7 @@ def load_record(plan: ServePlan, server: Any) -> Record[LoadPoint]:
     """
     content = [same_model(plan.verifier), plan.mode, asdict(plan.workload), server]
     return Record(
-        KIND, LoadPoint.from_json, lambda point: (point.system.name, point.traffic, point.repeat), content, plan.systems
+        KIND, LoadPoint, lambda point: (point.system.name, point.traffic, point.repeat), content, plan.systems
     )
 
 

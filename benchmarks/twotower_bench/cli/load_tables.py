@@ -10,7 +10,8 @@ from rich.table import Table
 
 from twotower_bench.cli.record import Record
 from twotower_bench.cli.tables import print_origin
-from twotower_bench.load_points import GOOD_ENOUGH, LoadFigures, LoadPoint, highest_within_bound
+from twotower_bench.load_points import GOOD_ENOUGH, LoadFigures, highest_within_bound
+from twotower_bench.records import LoadPoint
 from twotower_bench.serving_bench import ServePlan
 
 THROUGHPUT = ("req/s", "good/s", "good", "tok/s", "speed-up", "verdict", "accept", "differ")

@@ -7,7 +7,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 
 from twotower_bench.cli.options import Models, as_object
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN, System
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, System
 from twotower_bench.systems import NGRAM, NO_SPECULATION, NO_SPECULATION_AGAIN, SUFFIX, draft_model, two_tower
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import FEWEST_ROUNDS

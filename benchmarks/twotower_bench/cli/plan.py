@@ -17,12 +17,8 @@ from rich.text import Text
 
 from twotower_bench.cli.plan_options import TYPED, Asked, TypedNumbers, integers
 from twotower_bench.cost_model import PUBLISHED_SIZE, CostModel, DrafterSize, Prediction
-from twotower_bench.serving_profile import (
-    AcceptanceLength,
-    DraftSetting,
-    Estimate,
-    ServingProfile,
-)
+from twotower_bench.records import DraftSetting
+from twotower_bench.serving_profile import AcceptanceLength, Estimate, ServingProfile
 from twotower_bench.uncertainty import Doubt
 from twotower_bench.validation import Validation, validate
 from twotower_bench.verdict import Advice, advise

@@ -6,15 +6,8 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from twotower_bench.serving import ALL_CATEGORIES
-from twotower_bench.serving_profile import (
-    AcceptanceLength,
-    DraftingPhases,
-    DraftSetting,
-    Estimate,
-    ServingProfile,
-    VerifierStep,
-)
+from twotower_bench.records import ALL_CATEGORIES, DraftSetting
+from twotower_bench.serving_profile import AcceptanceLength, DraftingPhases, Estimate, ServingProfile, VerifierStep
 from twotower_spec.errors import ArgumentError
 
 # The category of an acceptance length that was typed.

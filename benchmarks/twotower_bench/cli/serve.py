@@ -14,8 +14,8 @@ from twotower_bench.cli.load_tables import print_load_tables
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.measurements import progress_bar
 from twotower_bench.cli.record import Record
-from twotower_bench.load_points import LatencyBound, LoadPoint, load_figures
-from twotower_bench.serving import System
+from twotower_bench.load_points import load_figures
+from twotower_bench.records import LatencyBound, LoadPoint, System
 from twotower_bench.serving_bench import Endpoint, ServePlan, Slot, Workload, measure_endpoint, measure_servers
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.errors import ArgumentError

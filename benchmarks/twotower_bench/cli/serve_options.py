@@ -9,7 +9,7 @@ from typing import Any
 
 from twotower_bench.cli.measurements import numbers
 from twotower_bench.engine_flags import engine_flags
-from twotower_bench.load_points import Traffic
+from twotower_bench.records import Traffic
 from twotower_bench.systems import TRIO_ARGUMENTS
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.demo import trio_path

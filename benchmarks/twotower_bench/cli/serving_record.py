@@ -7,7 +7,7 @@ from typing import Any
 
 from twotower_bench.cli.measurements import progress_bar
 from twotower_bench.cli.record import Record
-from twotower_bench.serving import ServingCell, System
+from twotower_bench.records import ServingCell, System
 from twotower_bench.serving_run import Place, ServingRun
 from twotower_spec.cli.interrupts import Interrupts
 
@@ -16,9 +16,7 @@ KIND = "serving_cell"
 
 def serving_record(content: Any, systems: Sequence[System]) -> Record[ServingCell]:
     """Cells by system, load and repeat; arguments as `Record`."""
-    return Record(
-        KIND, ServingCell.from_json, lambda cell: (cell.system.name, cell.load, cell.repeat), content, systems
-    )
+    return Record(KIND, ServingCell, lambda cell: (cell.system.name, cell.load, cell.repeat), content, systems)
 
 
 def complete(record: Record[ServingCell], run: ServingRun, places: Sequence[Place]) -> list[ServingCell]:

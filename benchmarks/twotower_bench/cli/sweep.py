@@ -31,8 +31,7 @@ from twotower_bench.recommendation import (
     recommend,
     sweep_points,
 )
-from twotower_bench.serving import ALL_CATEGORIES, Load
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import ALL_CATEGORIES, DraftSetting, Load
 from twotower_bench.serving_run import Candidate, ServingRun, in_order
 from twotower_bench.systems import engine_spec
 from twotower_spec.errors import ArgumentError

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from twotower_bench.cli.record import Record
-from twotower_bench.serving import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
+from twotower_bench.records import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_bench.serving_figures import Figures
 from twotower_spec.machine import commit, describe_machine
 

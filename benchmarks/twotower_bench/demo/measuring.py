@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from twotower_bench.engines import EnginePool
-from twotower_bench.serving import ALL_CATEGORIES, Load, ServingCell, System
+from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
 from twotower_bench.serving_run import Candidate, ServingRun, in_order
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 from twotower_spec.demo import demo_prompts, trio_path

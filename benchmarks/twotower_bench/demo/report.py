@@ -13,7 +13,7 @@ from rich.text import Text
 
 from twotower_bench.demo.measuring import DemoRow
 from twotower_bench.engines import Piece
-from twotower_bench.serving import System
+from twotower_bench.records import System
 from twotower_spec.demo import HeldOutPrompt
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from twotower_bench.serving import DecodingSteps, Drafting, ServedRequest
+from twotower_bench.records import DecodingSteps, Drafting, ServedRequest
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower_bench.serving import DecodingSteps, Drafting
+from twotower_bench.records import DecodingSteps, Drafting
 from twotower_spec.drafting.metrics import CONFIDENCE_BINS, CalibrationBin
 from vllm_twotower.metrics import CONFIDENCES, FALLBACKS, PHASES, by_place, drafting_s, read_totals
 

@@ -27,7 +27,7 @@ from twotower_bench.engines.messages import (
     TokenizeOrder,
 )
 from twotower_bench.engines.recording import StepRecorder
-from twotower_bench.serving import ServedRequest
+from twotower_bench.records import ServedRequest
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower import compat, register
 

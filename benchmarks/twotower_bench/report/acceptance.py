@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from twotower_bench.records import BASELINE, BASELINE_AGAIN
 from twotower_bench.report.document import Section
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
 from twotower_bench.report.findings import finding
 from twotower_bench.report.reading import Measurements
 from twotower_bench.report.speed import drafts_table, outcomes_of, speed_table, speed_up_plots
 from twotower_bench.report.wording import as_json
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN, over_categories
+from twotower_bench.serving import over_categories
 from twotower_bench.serving_figures import all_figures
 
 

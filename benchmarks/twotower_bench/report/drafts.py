@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Sequence
 
+from twotower_bench.records import EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_bench.report.document import Plot, Table
 from twotower_bench.report.positions import (
     acceptance_by_category,
@@ -16,7 +17,6 @@ from twotower_bench.report.positions import (
 )
 from twotower_bench.report.rounds import calibration_table, reliability_plot, round_plot, round_table
 from twotower_bench.report.wording import listed
-from twotower_bench.serving import EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_bench.serving_figures import Figures
 
 

@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, System
 from twotower_bench.report.wording import listed, short_title, times
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN, System
 from twotower_spec.evaluation.statistics import Comparison
 
 UNKNOWN = "too few repeats for a verdict"

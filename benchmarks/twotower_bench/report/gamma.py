@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from twotower_bench.records import DraftSetting, Load
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Reference
 from twotower_bench.report.wording import place_of
-from twotower_bench.serving import Load
 from twotower_bench.serving_figures import Figures
-from twotower_bench.serving_profile import DraftSetting
 
 MOST_LINES = 6
 MOST_PANELS = 6

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from twotower_bench.load_points import LoadPoint
+from twotower_bench.records import LoadPoint, ServingCell, read_row
 from twotower_bench.report.document import Origin
-from twotower_bench.serving import ServingCell
 from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.lm_eval_model import TaskScore
@@ -25,19 +24,9 @@ class Score:
     setting: Setting
     score: TaskScore
 
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Score:
-        """From a row of `bench standalone`."""
-        return cls(Setting(**row["setting"]), TaskScore(**row["score"]))
-
 
 # By the field `kind` of a row.
-KINDS: Mapping[str, Callable[[Mapping[str, Any]], Any]] = {
-    "serving_cell": ServingCell.from_json,
-    "load_point": LoadPoint.from_json,
-    "cell": Cell.from_json,
-    "score": Score.from_json,
-}
+KINDS: Mapping[str, type[Any]] = {"serving_cell": ServingCell, "load_point": LoadPoint, "cell": Cell, "score": Score}
 
 
 @dataclass
@@ -104,8 +93,10 @@ def _read(path: Path) -> list[Measurements]:
             kind = KINDS.get(row["kind"])
             if kind is None:
                 continue
-            measured = kind(row)
+            measured = read_row(kind, row, f"{path}:{number}")
             runs.setdefault(row["run"], Measurements(path.name)).add(measured, _origin_of_row(row))
+        except ArgumentError:
+            raise
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ArgumentError(
                 f"{path}:{number} is not a row that a benchmark wrote ({type(error).__name__}: {error}); give a file "

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from twotower_bench.records import ALL_CATEGORIES, BASELINE, Load, ServingCell
 from twotower_bench.report.document import Axis, Bars, Line, Panel, Plot, Reference, Row, RowGroup, Table
 from twotower_bench.report.wording import (
     BLUE,
@@ -16,7 +17,7 @@ from twotower_bench.report.wording import (
     share,
     short_title,
 )
-from twotower_bench.serving import ALL_CATEGORIES, BASELINE, Load, ServingCell, cells_of
+from twotower_bench.serving import cells_of
 from twotower_bench.serving_figures import Figures, merged_calibration, plain_step_s
 from twotower_spec.drafting.metrics import CalibrationBin
 

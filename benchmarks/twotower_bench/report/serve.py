@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twotower_bench.load_points import LoadFigures, Quantiles, highest_within_bound, load_figures
+from twotower_bench.load_points import LoadFigures, highest_within_bound, load_figures
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, Quantiles
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Reference, Row, RowGroup, Section, Table
 from twotower_bench.report.findings import Outcome, finding
 from twotower_bench.report.reading import Measurements
@@ -20,7 +21,6 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN
 
 # Whether the loop is closed, and what its load is.
 KINDS = ((True, "requests at once"), (False, "requests/s that come"))

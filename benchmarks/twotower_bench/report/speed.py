@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from twotower_bench.records import BASELINE, System
 from twotower_bench.report.document import Axis, Band, Line, Mark, Panel, Plot, Reference, Row, Table
 from twotower_bench.report.findings import Outcome
 from twotower_bench.report.wording import (
@@ -20,7 +21,6 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
-from twotower_bench.serving import BASELINE, System
 from twotower_bench.serving_figures import Figures
 
 

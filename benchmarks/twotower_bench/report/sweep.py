@@ -14,6 +14,7 @@ from twotower_bench.recommendation import (
     recommend,
     sweep_points,
 )
+from twotower_bench.records import BASELINE, BASELINE_AGAIN, Load, ServingCell, System
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Section, Table
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
 from twotower_bench.report.findings import finding
@@ -35,7 +36,6 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
-from twotower_bench.serving import BASELINE, BASELINE_AGAIN, Load, ServingCell, System
 from twotower_bench.serving_figures import Figures, all_figures
 
 PARETO = "Pareto"

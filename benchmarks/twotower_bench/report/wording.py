@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
+from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
 from twotower_bench.report.document import Row, RowGroup
-from twotower_bench.serving import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
 from twotower_bench.serving_figures import Figures
 from twotower_spec.evaluation.statistics import Comparison, Interval, Spread
 

@@ -12,8 +12,7 @@ from typing import Any
 
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.engines import engine_environment
-from twotower_bench.load_points import LatencyBound, LoadPoint, Quantiles, Traffic
-from twotower_bench.serving import System
+from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic
 from twotower_bench.serving_bench.server import Endpoint, Server, without_proxy
 
 LOOKS_EVERY_S = 1.0

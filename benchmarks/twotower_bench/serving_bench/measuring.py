@@ -10,8 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
-from twotower_bench.load_points import LoadPoint, Traffic
-from twotower_bench.serving import System
+from twotower_bench.records import LoadPoint, System, Traffic
 from twotower_bench.serving_bench.load_generator import LoadGenerator, Workload
 from twotower_bench.serving_bench.server import Endpoint, ForeignServer, Server, running_servers
 from twotower_bench.serving_run import shuffled

@@ -20,7 +20,7 @@ import torch
 
 from twotower_bench.child_process import ChildProcess, signals_held
 from twotower_bench.engines import engine_environment
-from twotower_bench.serving import System
+from twotower_bench.records import System
 from twotower_spec.errors import ArgumentError
 
 # `vllm`, whether or not its script is on the path. -P: nothing is imported from the working directory.

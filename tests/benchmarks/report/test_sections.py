@@ -16,10 +16,10 @@ from tests.benchmarks.report.builders import (
 )
 from tests.support.serving_cells import AGAIN, NONE
 from twotower_bench.cost_model import CostModel
+from twotower_bench.records import ServingCell, System
 from twotower_bench.report import report_of
 from twotower_bench.report.document import Bars, Line, Mark, Section, Table
 from twotower_bench.report.findings import Outcome, finding
-from twotower_bench.serving import ServingCell, System
 from twotower_bench.serving_profile import ServingProfile
 from twotower_bench.validation import validate
 from twotower_spec.evaluation.statistics import Comparison
