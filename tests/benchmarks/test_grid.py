@@ -7,7 +7,7 @@ import pytest
 from twotower_bench.grid import draft_settings, knobs_of, speculative_config, system_of
 from twotower_bench.records import DraftSetting
 from twotower_spec.errors import ArgumentError
-from vllm_twotower.config import TwoTowerSettings, adaptive_block_sizes
+from vllm_twotower.config import DrafterKnobs, adaptive_block_sizes
 
 
 def test_one_step_is_swept_once_whatever_gamma_and_policy() -> None:
@@ -60,9 +60,9 @@ def test_every_setting_has_a_name_of_its_own_and_knobs_that_the_plugin_takes() -
     assert len({system.name for system in systems}) == len(set(found))
     for system, setting in zip(systems, found, strict=True):
         assert system.setting == setting and system.speculative_config is not None
-        settings = TwoTowerSettings.from_knobs({"model": "T", **system.speculative_config["twotower"]})
-        settings.check_num_speculative_tokens(system.speculative_config["num_speculative_tokens"])
-        policy = settings.policy_for(setting.num_speculative_tokens)
+        knobs = DrafterKnobs.parse({"model": "T", **system.speculative_config["twotower"]})
+        knobs.check_num_speculative_tokens(system.speculative_config["num_speculative_tokens"], 16)
+        policy = knobs.policy_for(setting.num_speculative_tokens, 16)
         assert policy.num_speculative_tokens >= setting.num_speculative_tokens
         assert policy.most_steps == setting.steps_per_block
 

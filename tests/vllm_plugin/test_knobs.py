@@ -7,7 +7,7 @@ import pytest
 
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import AdaptivePolicy, FixedPolicy, ThresholdPolicy
-from vllm_twotower.config import TwoTowerSettings, adaptive_block_sizes
+from vllm_twotower.config import DrafterKnobs, adaptive_block_sizes
 
 
 @pytest.mark.parametrize(
@@ -33,8 +33,8 @@ def test_the_adaptive_policy_chooses_among_blocks_that_are_of_use(
 @pytest.mark.parametrize("num_speculative_tokens", [1, 5, 16])
 def test_no_policy_drafts_more_than_a_block(num_speculative_tokens: int) -> None:
     for policy in ("adaptive", "fixed", "threshold"):
-        settings = TwoTowerSettings.from_knobs({"model": "T", "policy": policy})
-        made = settings.policy_for(num_speculative_tokens)
+        knobs = DrafterKnobs.parse({"model": "T", "policy": policy})
+        made = knobs.policy_for(num_speculative_tokens, 16)
         assert isinstance(made, AdaptivePolicy | FixedPolicy | ThresholdPolicy)
         assert made.num_speculative_tokens <= 16
         assert policy == "adaptive" or made.num_speculative_tokens == num_speculative_tokens
@@ -47,10 +47,10 @@ def test_the_pool_grows_with_the_server_up_to_a_bound() -> None:
             model_config=SimpleNamespace(max_model_len=max_model_len),
         )
 
-    settings = TwoTowerSettings("T")
-    assert settings.pool_size(config(8, 512)) == (8, 8 * 512)
-    assert settings.pool_size(config(256, 100_000)) == (64, 64 * 2048)
-    assert TwoTowerSettings("T", pool_requests=3, pool_tokens=50).pool_size(config(8, 512)) == (3, 50)
+    knobs = DrafterKnobs("T")
+    assert knobs.pool_size(config(8, 512)) == (8, 8 * 512)
+    assert knobs.pool_size(config(256, 100_000)) == (64, 64 * 2048)
+    assert DrafterKnobs("T", pool_requests=3, pool_tokens=50).pool_size(config(8, 512)) == (3, 50)
 
 
 def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
@@ -59,10 +59,10 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
             device_config=SimpleNamespace(device_type=device), model_config=SimpleNamespace(enforce_eager=eager)
         )
 
-    settings = TwoTowerSettings("T")
-    assert settings.pads_drafts(config("cuda", False))
-    assert not settings.pads_drafts(config("cuda", True)) and not settings.pads_drafts(config("cpu", False))
-    assert TwoTowerSettings("T", pad_drafts=True).pads_drafts(config("cpu", True))
+    knobs = DrafterKnobs("T")
+    assert knobs.pads_drafts(config("cuda", False))
+    assert not knobs.pads_drafts(config("cuda", True)) and not knobs.pads_drafts(config("cpu", False))
+    assert DrafterKnobs("T", pad_drafts=True).pads_drafts(config("cpu", True))
 
 
 @pytest.mark.parametrize(
@@ -73,6 +73,7 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
             {"model": "T", "steps_per_blok": 3},
             "twotower knob 'steps_per_blok' is not there, did you mean steps_per_block",
         ),
+        ({"model": "T", "num_token_ids": 2048}, "twotower knob 'num_token_ids' is not there"),
         ({"model": "T", "block_size": "8"}, "twotower knob block_size '8'"),
         ({"model": "T", "steps_per_block": 0}, "steps_per_block 0"),
         ({"model": "T", "denoiser_device": 1}, "denoiser_device 1"),
@@ -83,4 +84,4 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
 )
 def test_knobs_are_refused_by_name(knobs: dict[str, Any], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
-        TwoTowerSettings.from_knobs(knobs)
+        DrafterKnobs.parse(knobs)

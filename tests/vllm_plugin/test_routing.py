@@ -50,6 +50,7 @@ def outcome(given):
         "model": speculative.model,
         "num_speculative_tokens": speculative.num_speculative_tokens,
         "knobs": config.additional_config.get("twotower"),
+        "found": config.additional_config.get("twotower_found"),
     }
 
 print("RESULT " + json.dumps([outcome(given) for given in json.loads(sys.argv[1])]))
@@ -100,9 +101,10 @@ def test_every_spelling_leads_to_the_proposer() -> None:
     found = outcomes(spellings)
     for one in found:
         assert one.get("method") == "custom_class" and one["model"] == PROPOSER, one
-        assert one["knobs"]["model"] == drafter and one["knobs"]["num_token_ids"] == 2048
+        assert one["knobs"]["model"] == drafter and one["found"]["num_token_ids"] == 2048
     assert [one["num_speculative_tokens"] for one in found] == [15] * 7 + [16, 8]
     assert found[-1]["knobs"] | knobs == found[-1]["knobs"]
+    assert [one["found"]["block_size"] for one in found[-2:]] == [16, 8]
 
 
 def test_other_speculative_methods_are_left_alone() -> None:
@@ -161,6 +163,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
 
     cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
         ({"model": drafter, "twotower": {"block_sice": 8}}, ("block_sice", "did you mean block_size")),
+        ({"model": drafter, "twotower": {"num_token_ids": 8}}, ("'num_token_ids' is not there", "allowed are model")),
         ({"model": drafter, "twotower": {"policy": "best"}}, ("policy 'best'", "adaptive")),
         ({"model": drafter, "twotower": {"confidence_threshold": 7}}, ("confidence_threshold 7",)),
         ({"model": drafter, "twotower": {"first_token": "last"}}, ("first_token 'last'", "denoiser")),

@@ -1,4 +1,4 @@
-"""The knobs of `"twotower": {...}`, checked by name, and what they make of the drafter."""
+"""The knobs of `"twotower": {...}`, checked by name, what is found beside them, and what both make of the drafter."""
 
 from __future__ import annotations
 
@@ -14,6 +14,10 @@ from twotower_spec.drafting.drafter import DEFAULT_NUM_TOKENS, FirstToken
 from twotower_spec.errors import ArgumentError
 from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
 
+# Keys of vLLM's `additional_config`.
+KNOBS = "twotower"
+FOUND = "twotower_found"
+
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
 
 DEFAULT_BLOCK_SIZE = 16
@@ -22,15 +26,16 @@ MOST_DEFAULT_SLOTS = 64
 
 
 @dataclass(frozen=True)
-class TwoTowerSettings:
-    """How TwoTower drafts for a verifier; every field but the last is a knob.
+class DrafterKnobs:
+    """How TwoTower drafts for a verifier: what a user gives, in `"twotower": {...}`.
 
     Attributes:
         model: TwoTower checkpoint, a directory or a hub id.
         revision: branch, tag or commit of a hub id.
         policy: "adaptive" measures while it serves, and drafts as much as pays, or nothing; "fixed" takes
             `steps_per_block` steps; "threshold" is the published schedule; "off" drafts nothing.
-        block_size: positions that are denoised, at least `num_speculative_tokens`; the largest ones for "adaptive".
+        block_size: positions that are denoised, at least `num_speculative_tokens`; the most of them for "adaptive".
+            None for the checkpoint's.
         steps_per_block: most denoising steps; None for 1 ("fixed") or one per position.
         confidence_threshold: what is above it is committed before the last step.
         first_token: first draft from the "context" tower or the "denoiser".
@@ -44,7 +49,6 @@ class TwoTowerSettings:
         pad_drafts: whether all rows get as many drafts, by repeating the last one, so that vLLM's CUDA graph of the
             whole step fits; None for where there are such graphs.
         log_interval_s: seconds between two lines in the log; 0 for none.
-        num_token_ids: ids that verifier and drafter share; found out at start.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -53,7 +57,7 @@ class TwoTowerSettings:
     model: str
     revision: str | None = None
     policy: PolicyName = "adaptive"
-    block_size: int = DEFAULT_BLOCK_SIZE
+    block_size: int | None = None
     steps_per_block: int | None = None
     confidence_threshold: float = 0.8
     first_token: FirstToken = "context"
@@ -66,7 +70,6 @@ class TwoTowerSettings:
     prefill_budget: int = DEFAULT_TOKEN_BUDGET
     pad_drafts: bool | None = None
     log_interval_s: float = 10.0
-    num_token_ids: int | None = None
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""
@@ -77,12 +80,12 @@ class TwoTowerSettings:
             ("dtype", (None, *TORCH_DTYPES)),
         ):
             _check_choice(name, getattr(self, name), allowed)
-        check_integer("block_size", self.block_size, minimum=1)
         check_integer("prefill_budget", self.prefill_budget, minimum=1)
-        for name in ("steps_per_block", "pool_requests", "pool_tokens"):
+        for name in ("block_size", "steps_per_block", "pool_requests", "pool_tokens"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
-        DiffusionConfig(self.block_size, self.steps_per_block or 1, self.confidence_threshold)
+        block_size = self.block_size or DEFAULT_BLOCK_SIZE
+        DiffusionConfig(block_size, self.steps_per_block or 1, self.confidence_threshold)
         for name in ("model", "revision", "context_device", "denoiser_device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "model"):
@@ -93,8 +96,8 @@ class TwoTowerSettings:
             raise ArgumentError(f"log_interval_s {self.log_interval_s!r} is not allowed; give a number of seconds")
 
     @classmethod
-    def from_knobs(cls, knobs: Mapping[str, Any]) -> TwoTowerSettings:
-        """Settings from the content of `"twotower": {...}`.
+    def parse(cls, knobs: Mapping[str, Any]) -> DrafterKnobs:
+        """Checks the content of `"twotower": {...}`.
 
         Raises:
             ArgumentError: a knob is unknown or its value not allowed; it is named.
@@ -104,7 +107,7 @@ class TwoTowerSettings:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
                 hint = f", did you mean {near[0]}" if near else ""
-                raise ArgumentError(f"twotower knob {name!r} is not there{hint}; allowed are {', '.join(known[:-1])}")
+                raise ArgumentError(f"twotower knob {name!r} is not there{hint}; allowed are {', '.join(known)}")
         if knobs.get("model") is None:
             raise ArgumentError("no TwoTower checkpoint is named; give its directory or hub id as the model")
         try:
@@ -112,28 +115,39 @@ class TwoTowerSettings:
         except ArgumentError as error:
             raise ArgumentError(f"twotower knob {error}") from error
 
-    def check_num_speculative_tokens(self, num_speculative_tokens: int) -> None:
+    def check_num_speculative_tokens(self, num_speculative_tokens: int, default_block_size: int) -> None:
         """Refuses more drafts than a block has.
+
+        Args:
+            num_speculative_tokens: drafts per request and step.
+            default_block_size: where no knob names one.
 
         Raises:
             ArgumentError: with both numbers.
         """
-        if num_speculative_tokens > self.block_size:
+        block_size = self.block_size or default_block_size
+        if num_speculative_tokens > block_size:
             raise ArgumentError(
-                f"num_speculative_tokens {num_speculative_tokens} is more than block_size {self.block_size}; give "
-                f"{self.block_size} or fewer, or a larger block_size in the twotower knobs"
+                f"num_speculative_tokens {num_speculative_tokens} is more than block_size {block_size}; give "
+                f"{block_size} or fewer, or a larger block_size in the twotower knobs"
             )
 
-    def policy_for(self, num_speculative_tokens: int) -> DraftPolicy:
-        """The policy, for at most so many drafts; not for "off"."""
+    def policy_for(self, num_speculative_tokens: int, default_block_size: int) -> DraftPolicy:
+        """Makes the policy; not for "off".
+
+        Args:
+            num_speculative_tokens: most drafts per request and step.
+            default_block_size: where no knob names one.
+        """
+        block_size = self.block_size or default_block_size
         if self.policy == "adaptive":
-            sizes = adaptive_block_sizes(self.block_size, num_speculative_tokens)
+            sizes = adaptive_block_sizes(block_size, num_speculative_tokens)
             return AdaptivePolicy(sizes, self.steps_per_block or max(sizes), self.confidence_threshold)
-        tokens = min(num_speculative_tokens, self.block_size)
+        tokens = min(num_speculative_tokens, block_size)
         if self.policy == "fixed":
-            return FixedPolicy(self.block_size, self.steps_per_block or 1, self.confidence_threshold, tokens)
-        steps = self.steps_per_block or self.block_size
-        return ThresholdPolicy(self.block_size, steps, self.confidence_threshold, tokens)
+            return FixedPolicy(block_size, self.steps_per_block or 1, self.confidence_threshold, tokens)
+        steps = self.steps_per_block or block_size
+        return ThresholdPolicy(block_size, steps, self.confidence_threshold, tokens)
 
     def pool_size(self, vllm_config: Any) -> tuple[int, int]:
         """Requests and tokens that the pool holds."""
@@ -147,6 +161,44 @@ class TwoTowerSettings:
             return self.pad_drafts
         on_cuda = vllm_config.device_config.device_type == "cuda"
         return on_cuda and not vllm_config.model_config.enforce_eager
+
+
+@dataclass(frozen=True)
+class FoundAtStart:
+    """What verifier and checkpoint say, looked up once, by the process that starts vLLM.
+
+    It travels beside the knobs, in `"twotower_found": {...}`.
+
+    Attributes:
+        block_size: where no knob names one.
+        num_token_ids: ids that verifier and drafter share.
+
+    Raises:
+        ArgumentError: a value is out of range.
+    """
+
+    block_size: int
+    num_token_ids: int
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        check_integer("block_size", self.block_size, minimum=1)
+        check_integer("num_token_ids", self.num_token_ids, minimum=1)
+
+
+def knobs_in(holder: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Copies the content of `"twotower": {...}`, {} where there is none.
+
+    Args:
+        holder: vLLM's `speculative_config` or `additional_config`.
+
+    Raises:
+        ArgumentError: it is no object.
+    """
+    knobs = holder.get(KNOBS) if isinstance(holder, Mapping) else None
+    if knobs is not None and not isinstance(knobs, Mapping):
+        raise ArgumentError(f"twotower {knobs!r} is not allowed; give an object of knobs, {{}} for none")
+    return dict(knobs or {})
 
 
 def adaptive_block_sizes(block_size: int, num_speculative_tokens: int) -> list[int]:

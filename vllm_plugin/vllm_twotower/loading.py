@@ -11,20 +11,20 @@ from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_sca
 from twotower_spec.config import TORCH_DTYPES
 from twotower_spec.drafting import BlockDrafter
 from twotower_spec.model import TwoTowerModel
-from vllm_twotower.config import TwoTowerSettings
+from vllm_twotower.config import DrafterKnobs, FoundAtStart
 
 logger = logging.getLogger("vllm.twotower.loading")
 
 
 def load_drafter(
-    settings: TwoTowerSettings, vllm_config: Any, device: torch.device, dtype: torch.dtype
+    knobs: DrafterKnobs, found: FoundAtStart, vllm_config: Any, device: torch.device, dtype: torch.dtype
 ) -> BlockDrafter:
     """Loads both towers and allocates the state pool and all workspaces; one line in the log says how much went where.
 
     To be called before vLLM measures what is left for its own cache.
 
     Args:
-        settings: of the drafter.
+        knobs, found: of the drafter.
         vllm_config: vLLM's.
         device: the verifier's; for towers that no knob places.
         dtype: of the verifier's weights; bfloat16 stands in for what the towers cannot compute in.
@@ -35,30 +35,30 @@ def load_drafter(
     # What the kernels say of their choices stands in vLLM's log.
     logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
     register_long_scan("vllm", _vllm_scan)
-    context_device = settings.context_device or str(device)
-    if settings.dtype:
-        dtype = TORCH_DTYPES[settings.dtype]
+    context_device = knobs.context_device or str(device)
+    if knobs.dtype:
+        dtype = TORCH_DTYPES[knobs.dtype]
     elif dtype not in (torch.float32, torch.bfloat16):
         dtype = torch.bfloat16
     model = TwoTowerModel.from_pretrained(
-        settings.model,
-        revision=settings.revision,
+        knobs.model,
+        revision=knobs.revision,
         dtype=dtype,
         context_device=context_device,
-        denoiser_device=settings.denoiser_device or context_device,
+        denoiser_device=knobs.denoiser_device or context_device,
     )
-    num_requests, num_tokens = settings.pool_size(vllm_config)
+    num_requests, num_tokens = knobs.pool_size(vllm_config)
     drafter = BlockDrafter(
         model,
-        settings.policy_for(int(vllm_config.speculative_config.num_speculative_tokens)),
-        first_token=settings.first_token,
+        knobs.policy_for(int(vllm_config.speculative_config.num_speculative_tokens), found.block_size),
+        first_token=knobs.first_token,
         num_slots=num_requests,
         num_tokens=num_tokens,
-        token_budget=settings.prefill_budget,
-        num_token_ids=settings.num_token_ids,
+        token_budget=knobs.prefill_budget,
+        num_token_ids=found.num_token_ids,
     )
     drafter.warm_up()
-    logger.info("TwoTower: %s, %s; %s", settings.model, str(dtype).removeprefix("torch."), drafter.memory())
+    logger.info("TwoTower: %s, %s; %s", knobs.model, str(dtype).removeprefix("torch."), drafter.memory())
     return drafter
 
 

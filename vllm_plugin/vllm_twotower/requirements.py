@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -14,52 +13,65 @@ from twotower_spec.config import TwoTowerConfig
 from twotower_spec.drafting import shared_token_ids
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
-from vllm_twotower.config import DEFAULT_BLOCK_SIZE, TwoTowerSettings
+from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
 
 logger = logging.getLogger("vllm.twotower")
 
 
-def settings_from(knobs: Mapping[str, Any]) -> TwoTowerSettings:
-    """Settings from knobs; the block size from config.json where no knob names one and the checkpoint does.
+def configuration_of(vllm_config: Any) -> tuple[DrafterKnobs, FoundAtStart]:
+    """Knobs and what was found at start, for a worker.
+
+    Args:
+        vllm_config: vLLM's; both are in its `additional_config`, the latter where our plugin was on at start.
 
     Raises:
-        ArgumentError: a knob is refused.
-        ConfigError: there is no TwoTower configuration.
+        TwoTowerError: a knob, the checkpoint or the verifier is refused.
     """
-    settings = TwoTowerSettings.from_knobs(knobs)
-    if knobs.get("block_size") is not None:
-        return settings
-    config = TwoTowerConfig.from_pretrained(settings.model, settings.revision)
-    return replace(settings, block_size=config.unknown_fields.get("block_size", DEFAULT_BLOCK_SIZE))
+    given = vllm_config.additional_config
+    knobs = DrafterKnobs.parse(knobs_in(given))
+    num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+    return knobs, check_requirements(
+        knobs, given.get(FOUND), num_speculative_tokens, vllm_config.model_config, vllm_config.parallel_config
+    )
 
 
 def check_requirements(
-    settings: TwoTowerSettings, num_speculative_tokens: int, model_config: Any, parallel_config: Any
-) -> TwoTowerSettings:
+    knobs: DrafterKnobs,
+    found: Mapping[str, int] | None,
+    num_speculative_tokens: int | None,
+    model_config: Any,
+    parallel_config: Any,
+) -> FoundAtStart:
     """Refuses what cannot work, before anything is loaded.
 
     Args:
-        settings: the knobs.
-        num_speculative_tokens: drafts per request and step.
+        knobs: of the drafter.
+        found: what another process found before; None looks into the checkpoint.
+        num_speculative_tokens: drafts per request and step; None for a whole block.
         model_config, parallel_config: vLLM's, of the verifier.
-
-    Returns:
-        The settings with the number of token ids that both models share.
 
     Raises:
         TwoTowerError: with the value, what is allowed, and the remedy.
     """
-    settings.check_num_speculative_tokens(num_speculative_tokens)
+    block_size = knobs.block_size or (found["block_size"] if found else _block_size_of_checkpoint(knobs))
+    knobs.check_num_speculative_tokens(num_speculative_tokens or block_size, block_size)
     _check_runner(model_config, parallel_config)
-    if settings.num_token_ids is not None:  # found out before, by the process that started this one
-        return settings
-    inspection = inspect_checkpoint(settings.model, revision=settings.revision)
+    if found:
+        return FoundAtStart(**found)
+    inspection = inspect_checkpoint(knobs.model, revision=knobs.revision)
     if inspection.problems or inspection.config is None:
         others = f" (and {len(inspection.problems) - 1} more)" if len(inspection.problems) > 1 else ""
         raise CheckpointError(
-            f"{settings.model} cannot be loaded: {inspection.problems[0]}{others}; `twotower-spec inspect` lists all"
+            f"{knobs.model} cannot be loaded: {inspection.problems[0]}{others}; `twotower-spec inspect` lists all"
         )
-    return replace(settings, num_token_ids=_shared_ids(settings, inspection.config, model_config))
+    return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config))
+
+
+def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
+    """Block size in config.json, or the published one."""
+    config = TwoTowerConfig.from_pretrained(knobs.model, knobs.revision)
+    block_size: int = config.unknown_fields.get("block_size", DEFAULT_BLOCK_SIZE)
+    return block_size
 
 
 def _check_runner(model_config: Any, parallel_config: Any) -> None:
@@ -82,10 +94,10 @@ def _check_runner(model_config: Any, parallel_config: Any) -> None:
         )
 
 
-def _shared_ids(settings: TwoTowerSettings, config: TwoTowerConfig, model_config: Any) -> int:
+def _shared_ids(knobs: DrafterKnobs, config: TwoTowerConfig, model_config: Any) -> int:
     """How many ids both models share, by their tokenizers; by their sizes where there is none to compare."""
     rows = model_config.get_vocab_size()
-    drafter = _tokenizer(settings.model, settings.revision, trust_remote_code=False)
+    drafter = _tokenizer(knobs.model, knobs.revision, trust_remote_code=False)
     target = None
     if not model_config.skip_tokenizer_init:
         target = _tokenizer(model_config.tokenizer, model_config.tokenizer_revision, model_config.trust_remote_code)
@@ -94,7 +106,7 @@ def _shared_ids(settings: TwoTowerSettings, config: TwoTowerConfig, model_config
     if rows != config.vocab_size:
         raise ArgumentError(
             f"the verifier has {rows} token ids and the drafter {config.vocab_size}, and without both tokenizers it "
-            f"cannot be seen whether they mean the same; put the tokenizer files into {settings.model}"
+            f"cannot be seen whether they mean the same; put the tokenizer files into {knobs.model}"
         )
     logger.warning(
         "No tokenizer of verifier or drafter could be read; that the same ids mean the same tokens is not checked."

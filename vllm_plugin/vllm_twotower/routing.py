@@ -12,6 +12,7 @@ import contextlib
 import importlib
 import logging
 from collections.abc import Mapping
+from dataclasses import asdict
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from typing import Any
 PROPOSER = "vllm_twotower.TwoTowerProposer"
 PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
-KNOBS = "twotower"
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -103,21 +103,27 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     if not _is_ours(given):
         return
     from vllm_twotower import metrics
-    from vllm_twotower.requirements import check_requirements, settings_from
+    from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
+    from vllm_twotower.requirements import check_requirements
 
-    knobs = {**knobs_in(engine_args.additional_config), **knobs_in(given)}
+    additional = dict(engine_args.additional_config or {})
+    given_knobs = {**knobs_in(additional), **knobs_in(given)}
     given.pop(KNOBS, None)
-    if given.get("model") not in PROPOSER_PATHS:
+    if given.get("model") not in PROPOSER_PATHS:  # the other spelling may have been here before
+        additional.pop(FOUND, None)
         revision = given.pop("revision", None)
-        knobs = {"model": given.get("model"), "revision": revision, **knobs}
-    settings = settings_from(knobs)
-    num_speculative_tokens = given.get("num_speculative_tokens") or settings.block_size
-    settings = check_requirements(settings, num_speculative_tokens, model_config, parallel_config)
-    knobs |= {"block_size": settings.block_size, "num_token_ids": settings.num_token_ids}
-    given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
+        given_knobs = {"model": given.get("model"), "revision": revision, **given_knobs}
+    knobs = DrafterKnobs.parse(given_knobs)
+    num_speculative_tokens = given.get("num_speculative_tokens")
+    found = check_requirements(knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config)
+    given |= {
+        "method": "custom_class",
+        "model": PROPOSER,
+        "num_speculative_tokens": num_speculative_tokens or found.block_size,
+    }
     engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = given
-    engine_args.additional_config = {**(engine_args.additional_config or {}), KNOBS: knobs}
+    engine_args.additional_config = {**additional, KNOBS: given_knobs, FOUND: asdict(found)}
     metrics.publish()
 
 
@@ -147,17 +153,3 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
 def _is_import_path(model: str) -> bool:
     """Whether a model is named like a class of another drafter, `package.module.Class`, as vLLM sees it."""
     return "." in model and all(part.isidentifier() for part in model.split(".")) and not Path(model).exists()
-
-
-def knobs_in(holder: Any) -> dict[str, Any]:
-    """Content of `"twotower": {...}`; a copy.
-
-    Raises:
-        ArgumentError: it is no object.
-    """
-    from twotower_spec.errors import ArgumentError
-
-    knobs = holder.get(KNOBS) if isinstance(holder, Mapping) else None
-    if knobs is not None and not isinstance(knobs, Mapping):
-        raise ArgumentError(f"twotower {knobs!r} is not allowed; give an object of knobs, {{}} for none")
-    return dict(knobs or {})

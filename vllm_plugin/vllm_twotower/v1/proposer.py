@@ -17,12 +17,11 @@ from vllm.logger import init_logger
 from twotower_kernels.acceptance import warm_up
 from twotower_spec.drafting import BlockDrafter, DraftBlock, DraftPolicy
 from twotower_spec.errors import TwoTowerError
-from vllm_twotower.config import TwoTowerSettings
+from vllm_twotower.config import DrafterKnobs
 from vllm_twotower.faults import FaultHandler
 from vllm_twotower.loading import load_drafter
 from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line, stats_path
-from vllm_twotower.requirements import check_requirements, settings_from
-from vllm_twotower.routing import knobs_in
+from vllm_twotower.requirements import configuration_of
 from vllm_twotower.v1 import hooks
 from vllm_twotower.v1.requests import RowsByContent, gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
@@ -53,12 +52,7 @@ class TwoTowerProposer:
             TwoTowerError: the settings are refused.
         """
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
-        self.settings = check_requirements(
-            settings_from(knobs_in(vllm_config.additional_config)),
-            self.num_speculative_tokens,
-            vllm_config.model_config,
-            vllm_config.parallel_config,
-        )
+        self.knobs, self._found = configuration_of(vllm_config)
         self._vllm_config = vllm_config
         self.max_model_len = int(vllm_config.model_config.max_model_len)
         self.drafter: BlockDrafter | None = None
@@ -67,13 +61,13 @@ class TwoTowerProposer:
         parallel = vllm_config.parallel_config
         # The rank is 0 in every engine of a dense model.
         self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
-        self._pads = self.settings.pads_drafts(vllm_config)
+        self._pads = self.knobs.pads_drafts(vllm_config)
         self._runner: Any = None
         self._rows_by_content = RowsByContent()
         self._scheduled: Mapping[str, Sequence[int]] = {}
         self._round_end = time.perf_counter()
         self._block: DraftBlock | None = None
-        self._policies: dict[TwoTowerSettings, DraftPolicy] = {}
+        self._policies: dict[DrafterKnobs, DraftPolicy] = {}
         self._faults = FaultHandler()
         self._sampler_failures = 0
         self._logged_at, self._logged = time.monotonic(), self.stats.copy()
@@ -93,40 +87,40 @@ class TwoTowerProposer:
         parameter = next(iter(target_model.parameters()))
         # What fails here fails in the first verification too, where it is counted and logged.
         with suppress(Exception):
-            warm_up(self._vocab_size, parameter.dtype, parameter.device, self.settings.verification)
+            warm_up(self._vocab_size, parameter.dtype, parameter.device, self.knobs.verification)
         if get_tensor_model_parallel_rank() != 0:
             return
         self.stats = DrafterStats(stats_path(self._engine))
-        if self.settings.policy == "off":
+        if self.knobs.policy == "off":
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
         try:
-            self.drafter = load_drafter(self.settings, self._vllm_config, parameter.device, parameter.dtype)
+            self.drafter = load_drafter(self.knobs, self._found, self._vllm_config, parameter.device, parameter.dtype)
         except TwoTowerError:
             raise
         except Exception as error:
             self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
             return
-        for resource, size in zip(RESOURCES, self.settings.pool_size(self._vllm_config), strict=True):
+        for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
             self.stats.set("pool_size", size, resource)
 
-    def change_policy(self, knobs: Mapping[str, Any]) -> None:
+    def change_policy(self, changes: Mapping[str, Any]) -> None:
         """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
 
         Args:
-            knobs: as in `"twotower": {...}`; those that are not named are as at start.
+            changes: as in `"twotower": {...}`; knobs that are not named are as at start.
 
         Raises:
             TwoTowerError: one is refused.
         """
-        settings = settings_from({**asdict(self.settings), **knobs})
-        settings.check_num_speculative_tokens(self.num_speculative_tokens)
+        knobs = DrafterKnobs.parse({**asdict(self.knobs), **changes})
+        knobs.check_num_speculative_tokens(self.num_speculative_tokens, self._found.block_size)
         if self.drafter is None:
             return
-        if settings not in self._policies:
-            self._policies[settings] = settings.policy_for(self.num_speculative_tokens)
-        self.drafter.policy = self._policies[settings]
-        self.drafter.first_token = settings.first_token
+        if knobs not in self._policies:
+            self._policies[knobs] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+        self.drafter.policy = self._policies[knobs]
+        self.drafter.first_token = knobs.first_token
         self.drafter.reset()
         self.drafter.warm_up()
         self._block = None
@@ -139,7 +133,7 @@ class TwoTowerProposer:
             runner.effective_drafter_max_model_len = ANY_LENGTH
             sampler = getattr(runner, "rejection_sampler", None)
             if isinstance(sampler, TwoTowerRejectionSampler):
-                sampler.attach(runner, self.settings.verification)
+                sampler.attach(runner, self.knobs.verification)
 
     def propose(
         self,
@@ -273,7 +267,7 @@ class TwoTowerProposer:
         stats.set("pool_used", len(held), "requests")
         stats.set("pool_used", sum(map(drafter.state.num_computed_tokens, held)), "tokens")
         now = time.monotonic()
-        if self.settings.log_interval_s and now - self._logged_at >= self.settings.log_interval_s:
+        if self.knobs.log_interval_s and now - self._logged_at >= self.knobs.log_interval_s:
             line = log_line(stats, self._logged)
             if line:
                 logger.info("%s", line)
