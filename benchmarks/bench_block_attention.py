@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import REAL_SIZE
-from twotower_kernels.block_attention import causal_mask, paged_attention, ragged_attention
+from twotower_kernels.block_attention import PagedBatch, causal_mask, paged_attention, ragged_attention
 
 BLOCK_SIZE = 16
 PAGE_SIZE = 16
@@ -72,12 +72,14 @@ def inputs(device: torch.device, num_reqs: int, context: int, queries: int, caus
         "value": value,
         "key_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
         "value_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
-        "block_table": table.int(),
-        "context_lens": torch.tensor(context_lens(num_reqs, context), dtype=torch.int32, device=device),
-        "query_start_loc": torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * queries,
-        "page_size": PAGE_SIZE,
-        "max_query_len": queries,
-        "causal": causal,
+        "batch": PagedBatch(
+            block_table=table.int(),
+            context_lens=torch.tensor(context_lens(num_reqs, context), dtype=torch.int32, device=device),
+            query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * queries,
+            page_size=PAGE_SIZE,
+            max_query_len=queries,
+            causal=causal,
+        ),
     }
 
 
@@ -86,26 +88,17 @@ def _wide(value: Any) -> Any:
 
 
 def padded_sdpa(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
-    page_size: int,
-    max_query_len: int,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """As it is written without a kernel: pages gathered, behind them the block's keys, padding masked."""
-    num_reqs, longest = len(context_lens), block_table.shape[1] * page_size
-    slots = (block_table.long()[:, :, None] * page_size + torch.arange(page_size, device=query.device)).flatten(1)
+    num_reqs, page_size, max_query_len = len(batch.context_lens), batch.page_size, batch.max_query_len
+    in_page = torch.arange(page_size, device=query.device)
+    slots = (batch.block_table.long()[:, :, None] * page_size + in_page).flatten(1)
     query, key, value = (x.unflatten(0, (num_reqs, max_query_len)) for x in (query, key, value))
     keys, values = torch.cat([key_cache[slots], key], 1), torch.cat([value_cache[slots], value], 1)
-    in_context = torch.arange(longest, device=query.device) < context_lens[:, None]
+    in_context = torch.arange(slots.shape[1], device=query.device) < batch.context_lens[:, None]
     own = torch.ones(max_query_len, max_query_len, dtype=torch.bool, device=query.device)
-    own = own.tril() if causal else own
+    own = own.tril() if batch.causal else own
     mask = torch.cat(
         [in_context[:, None].expand(-1, max_query_len, -1), own.expand(num_reqs, max_query_len, max_query_len)], 2
     )
@@ -116,8 +109,9 @@ def padded_sdpa(
 
 def laid_out(arguments: Arguments) -> list[list[Tensor]]:
     """Keys, and values, of every request with its own behind its context, [num_keys, kv_heads, head_dim]."""
-    queries, lens = arguments["max_query_len"], arguments["context_lens"].tolist()
-    pages = arguments["block_table"].long()[:, :, None] * PAGE_SIZE
+    batch: PagedBatch = arguments["batch"]
+    queries, lens = batch.max_query_len, batch.context_lens.tolist()
+    pages = batch.block_table.long()[:, :, None] * PAGE_SIZE
     slots = (pages + torch.arange(PAGE_SIZE, device=pages.device)).flatten(1)
     return [
         [torch.cat([cache[row[:n]], new]) for row, n, new in zip(slots, lens, own.split(queries), strict=True)]
@@ -127,11 +121,12 @@ def laid_out(arguments: Arguments) -> list[list[Tensor]]:
 
 def on_views(arguments: Arguments) -> Callable[..., Tensor]:
     """What the towers do on a CPU: SDPA per request on keys that lie ready. Laying them out is not timed."""
-    queries, lens = arguments["max_query_len"], arguments["context_lens"].tolist()
+    batch: PagedBatch = arguments["batch"]
+    queries, lens = batch.max_query_len, batch.context_lens.tolist()
     keys, values = ([one.transpose(0, 1)[None] for one in rows] for rows in laid_out(arguments))
     masks = None
-    if arguments["causal"] and queries > 1:
-        allowed = [causal_mask(arguments["context_lens"].new_tensor([n]), queries, n + queries)[0] for n in lens]
+    if batch.causal and queries > 1:
+        allowed = [causal_mask(batch.context_lens.new_tensor([n]), queries, n + queries)[0] for n in lens]
         masks = [arguments["query"].new_zeros(one.shape).masked_fill_(~one, -torch.inf) for one in allowed]
     return lambda query, **_: ragged_attention(query, keys, values, [queries] * len(lens), masks)
 
@@ -143,7 +138,8 @@ def vllm_flash_attention(arguments: Arguments) -> dict[str, Callable[..., Tensor
     except ImportError:
         return {}
     rows = laid_out(arguments)
-    key_lens = arguments["context_lens"] + arguments["max_query_len"]
+    batch: PagedBatch = arguments["batch"]
+    key_lens = batch.context_lens + batch.max_query_len
     longest = int(key_lens.max())
     width = -(-longest // PAGE_SIZE)
     shape = (len(key_lens), width * PAGE_SIZE, KV_HEADS, HEAD_DIM)
@@ -154,17 +150,17 @@ def vllm_flash_attention(arguments: Arguments) -> dict[str, Callable[..., Tensor
     keys, values = (cache.view(-1, PAGE_SIZE, KV_HEADS, HEAD_DIM) for cache in caches)
     table = torch.arange(len(keys), dtype=torch.int32, device=keys.device).view(-1, width)
 
-    def attend(query: Tensor, query_start_loc: Tensor, max_query_len: int, causal: bool, **_: Any) -> Tensor:
+    def attend(query: Tensor, **_: Any) -> Tensor:
         out: Tensor = flash_attn_varlen_func(
             query,
             keys,
             values,
-            max_query_len,
-            query_start_loc,
+            batch.max_query_len,
+            batch.query_start_loc,
             longest,
             seqused_k=key_lens,
             block_table=table,
-            causal=causal,
+            causal=batch.causal,
         )
         return out
 

@@ -51,7 +51,7 @@ Result = TypeVar("Result")
 
 def candidates_of(op: str) -> dict[str, list[Settings]]:
     """What an op's kernels may be launched with, by kernel."""
-    candidates: dict[str, list[Settings]] = import_module(f"twotower_kernels.{op}.kernel").CANDIDATES
+    candidates: dict[str, list[Settings]] = import_module(f"twotower_kernels.{op}.variants").CANDIDATES
     return candidates
 
 
@@ -203,7 +203,7 @@ class Tuner:
 
 def variants_of(op: str, kernel: str) -> list[list[Variant]]:
     """For every candidate, those variants of the op that depend on the kernel's settings."""
-    module, made = import_module(f"twotower_kernels.{op}.kernel"), []
+    module, made = import_module(f"twotower_kernels.{op}.variants"), []
     for candidate in candidates_of(op)[kernel]:
         with trying(op, kernel, candidate):
             made.append(module.variants())

@@ -80,7 +80,7 @@ class Resources:
 def all_variants(ops: Iterable[str] = OPS) -> Iterator[tuple[str, Variant]]:
     """Every variant of these ops, with the op's name."""
     for op in ops:
-        for variant in import_module(f"twotower_kernels.{op}.kernel").variants():
+        for variant in import_module(f"twotower_kernels.{op}.variants").variants():
             yield op, variant
 
 

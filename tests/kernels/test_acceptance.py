@@ -5,9 +5,8 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from twotower_kernels.acceptance import Accepted, SamplingTensors, op
+from twotower_kernels.acceptance import AcceptanceRule, Accepted, SamplingTensors, op
 from twotower_kernels.acceptance import accept as accept_cumulative
-from twotower_kernels.acceptance.op import AcceptanceRule
 from twotower_kernels.acceptance.reference import accept_reference
 
 VOCAB = 37

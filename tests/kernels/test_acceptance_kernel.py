@@ -10,8 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tests.kernels.test_acceptance import cumulative, likely_drafts, sampling_for
-from twotower_kernels.acceptance import Accepted, SamplingTensors, kernel, op
-from twotower_kernels.acceptance.op import AcceptanceRule
+from twotower_kernels.acceptance import AcceptanceRule, Accepted, SamplingTensors, kernel, op
 from twotower_kernels.acceptance.reference import accept_reference
 from twotower_kernels.noise import gumbel_argmax, gumbel_noise, reproducible_log, uniform_noise
 from twotower_kernels.noise import kernel as noise_kernel
@@ -33,7 +32,7 @@ def verify(
     fields = (vars(sampling)[name] for name in SamplingTensors.__dataclass_fields__)
     there = SamplingTensors(*(value if value is None else value.to(device) for value in fields))
     most = max(counts, default=0)
-    done = kernel.accept(logits.to(device), drafts.to(device), cumulative(counts).to(device), most, there, rule)
+    done = kernel.launch_accept(logits.to(device), drafts.to(device), cumulative(counts).to(device), most, there, rule)
     return Accepted(done.token_ids.cpu(), done.num_accepted.cpu())
 
 
@@ -169,7 +168,7 @@ def test_parameters_of_requests_may_be_strided(device: torch.device) -> None:
 
 def test_a_strided_vocabulary_is_refused() -> None:
     with pytest.raises(ValueError, match="the vocabulary must be contiguous"):
-        kernel.accept(torch.zeros(5, 2).t()[:1], torch.zeros(0), cumulative([0]), 0, greedy(1), "coupled")
+        kernel.launch_accept(torch.zeros(5, 2).t()[:1], torch.zeros(0), cumulative([0]), 0, greedy(1), "coupled")
 
 
 def test_drafts_outside_the_vocabulary_are_rejected(device: torch.device) -> None:
@@ -193,7 +192,7 @@ def test_samples_are_those_of_the_full_noise_bit_for_bit(
     seeds, positions = torch.tensor([-(2**63), 7, 2**62 + 3]), torch.tensor([0, 2**33, 5])
     full = (scores.float() + gumbel_noise(seeds, positions, 3, scores.shape[1])).argmax(-1)
     assert gumbel_argmax(scores, seeds, positions, 3).equal(full)
-    there = noise_kernel.gumbel_argmax(scores.to(device), seeds.to(device), positions.to(device), 3)
+    there = noise_kernel.launch_gumbel_argmax(scores.to(device), seeds.to(device), positions.to(device), 3)
     assert there.cpu().equal(full)
 
 
@@ -225,10 +224,10 @@ def test_a_captured_graph_verifies_new_inputs(device: torch.device, rule: Accept
     drafts = likely_drafts(inputs[0], counts, sampling, rule)
     there = SamplingTensors(*(value if value is None else value.to(device) for value in vars(sampling).values()))
     logits, ids, cu = inputs[0].to(device), drafts.to(device), cumulative(counts).to(device)
-    kernel.accept(logits, ids, cu, 15, there, rule)
+    kernel.launch_accept(logits, ids, cu, 15, there, rule)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        done = kernel.accept(logits, ids, cu, 15, there, rule)
+        done = kernel.launch_accept(logits, ids, cu, 15, there, rule)
     for given in inputs:
         logits.copy_(given)
         graph.replay()
@@ -239,7 +238,7 @@ def test_a_captured_graph_verifies_new_inputs(device: torch.device, rule: Accept
 def test_warming_up_launches_what_requests_will_need(monkeypatch: pytest.MonkeyPatch) -> None:
     launched = []
     monkeypatch.setattr(op, "use_triton", lambda *tensors: True)
-    monkeypatch.setattr(kernel, "accept", lambda *arguments: launched.append(arguments[4:]))
+    monkeypatch.setattr(kernel, "launch_accept", lambda *arguments: launched.append(arguments[4:]))
     op.warm_up(8, torch.bfloat16, torch.device("cpu"), "coupled")
     kinds = [(sampling.temperature is None, sampling.filters) for sampling, _ in launched]
     assert sorted(kinds) == sorted(2 * [(True, False), (False, False), (False, True)])  # bfloat16 and float32

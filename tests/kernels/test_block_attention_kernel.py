@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tests.support.builders import random_ids, tiny_model
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_MODEL, FLOAT32_OP
-from twotower_kernels.block_attention import attention, op, paged_attention, reads_pages
+from twotower_kernels.block_attention import PagedBatch, attention, op, paged_attention, reads_pages
 from twotower_kernels.block_attention.reference import paged_attention_reference
 from twotower_kernels.tuning import trying
 from twotower_spec import TwoTowerModel
@@ -34,12 +34,7 @@ class Inputs:
     value: Tensor
     key_cache: Tensor
     value_cache: Tensor
-    block_table: Tensor
-    context_lens: Tensor
-    query_start_loc: Tensor
-    page_size: int
-    max_query_len: int
-    causal: bool
+    batch: PagedBatch
 
 
 def inputs(
@@ -74,18 +69,8 @@ def inputs(
     query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()])
     lens, start_loc = (torch.as_tensor(x).to(device, torch.int32) for x in (contexts, starts))
-    return Inputs(
-        query,
-        key,
-        value,
-        *caches[:, 1],
-        table.to(device, torch.int32),
-        lens,
-        start_loc,
-        PAGE_SIZE,
-        max(queries),
-        causal,
-    )
+    batch = PagedBatch(table.to(device, torch.int32), lens, start_loc, PAGE_SIZE, max(queries), causal)
+    return Inputs(query, key, value, *caches[:, 1], batch)
 
 
 def run(given: Inputs) -> Tensor:
@@ -93,7 +78,7 @@ def run(given: Inputs) -> Tensor:
     torch.use_deterministic_algorithms(True)
     try:
         assert given.query.new_empty(3).isnan().all()
-        out: Tensor = triton_kernel.paged_attention_triton(*vars(given).values())
+        out: Tensor = triton_kernel.launch_paged_attention(*vars(given).values())
         return out
     finally:
         torch.use_deterministic_algorithms(False)
@@ -183,7 +168,7 @@ def test_contexts_are_divided_while_programs_are_few_and_parts_long_enough(
 def test_a_requests_own_nan_arrives_and_stays_with_it(part: int, device: torch.device) -> None:
     given = inputs([40, 21, 40], [3, 3, 3], device)
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": part, "num_warps": 4, "num_stages": 2}
-    slot = int(given.block_table[1, 0]) * PAGE_SIZE
+    slot = int(given.batch.block_table[1, 0]) * PAGE_SIZE
     given.key_cache[slot : slot + PAGE_SIZE] = torch.nan
     with trying("block_attention", "attend_float32", tiles):
         out = run(given)
@@ -202,7 +187,7 @@ def test_scores_that_are_large_or_minus_infinite_are_weighed_as_by_softmax(part:
     given = inputs([40, 40], [3, 3], device)
     given.query.abs_()
     given.key_cache.mul_(1e4)
-    for page in given.block_table[0, :5].tolist():  # a whole part of the first request counts nothing
+    for page in given.batch.block_table[0, :5].tolist():  # a whole part of the first request counts nothing
         given.key_cache[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = -torch.inf
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": part, "num_warps": 4, "num_stages": 2}
     with trying("block_attention", "attend_float32", tiles):
@@ -213,30 +198,30 @@ def test_scores_that_are_large_or_minus_infinite_are_weighed_as_by_softmax(part:
 
 def test_a_wider_bound_on_the_queries_changes_nothing(device: torch.device) -> None:
     given = inputs([5, 9], [3, 1], device, causal=True)
-    assert torch.equal(run(replace(given, max_query_len=64)), run(given))
+    assert torch.equal(run(replace(given, batch=replace(given.batch, max_query_len=64))), run(given))
 
 
 def test_tokens_behind_the_last_request_leave_the_others_alone(device: torch.device) -> None:
     given = inputs([5, 9], [3, 4], device)
     fewer = replace(
-        given,
-        query_start_loc=given.query_start_loc[:2],
-        context_lens=given.context_lens[:1],
-        block_table=given.block_table[:1],
+        given.batch,
+        query_start_loc=given.batch.query_start_loc[:2],
+        context_lens=given.batch.context_lens[:1],
+        block_table=given.batch.block_table[:1],
     )
-    assert torch.equal(run(fewer)[:3], run(given)[:3])
+    assert torch.equal(run(replace(given, batch=fewer))[:3], run(given)[:3])
 
 
 def test_a_bidirectional_block_is_attention_without_a_mask(device: torch.device) -> None:
     given = inputs([4], [7], device)
-    slots = [int(given.block_table[0, 0]) * PAGE_SIZE + t for t in range(4)]
+    slots = [int(given.batch.block_table[0, 0]) * PAGE_SIZE + t for t in range(4)]
     keys, values = torch.cat([given.key_cache[slots], given.key]), torch.cat([given.value_cache[slots], given.value])
     assert_close(run(given), attention(given.query[None], keys[None], values[None])[0])
 
 
 def test_dispatch_takes_the_kernel_where_triton_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
     given, marker = inputs([5], [3], torch.device("cpu")), torch.zeros(1)
-    monkeypatch.setattr(triton_kernel, "paged_attention_triton", lambda *args: marker)
+    monkeypatch.setattr(triton_kernel, "launch_paged_attention", lambda *args: marker)
     assert paged_attention(**vars(given)) is not marker
     monkeypatch.setattr(op, "use_triton", lambda *tensors: True)
     assert paged_attention(**vars(given)) is marker
@@ -267,8 +252,12 @@ def test_arguments_that_do_not_fit_are_refused_in_a_sentence(
     name: str, change: Callable[[Tensor], Tensor], message: str
 ) -> None:
     given = inputs([5], [3], torch.device("cpu"))
+    if name in vars(given):
+        given = replace(given, **{name: change(getattr(given, name))})
+    else:
+        given = replace(given, batch=replace(given.batch, **{name: change(getattr(given.batch, name))}))
     with pytest.raises(ValueError, match=message):
-        paged_attention(**{**vars(given), name: change(getattr(given, name))})
+        paged_attention(**vars(given))
 
 
 # Whole towers

@@ -11,6 +11,7 @@ from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP
 from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
 from twotower_kernels.block_scan import kernel as scan_room
 from twotower_kernels.block_scan.reference import block_scan_reference
+from twotower_kernels.block_scan.variants import CANDIDATES
 from twotower_kernels.tuning import read_table, trying
 
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor, ScanWeights]
@@ -213,7 +214,7 @@ def test_result_does_not_depend_on_the_tiles(block_p: int, block_n: int, device:
 
 def test_settings_of_the_table_are_among_the_candidates() -> None:
     for name, chosen in read_table("block_scan")["kernels"].items():
-        assert chosen in scan_room.CANDIDATES[name]
+        assert chosen in CANDIDATES[name]
 
 
 def test_float64_models_are_left_to_pytorch(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:

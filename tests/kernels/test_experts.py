@@ -17,6 +17,7 @@ from twotower_kernels.experts.reference import (
 
 triton = pytest.importorskip("triton")
 kernel = pytest.importorskip("twotower_kernels.experts.kernel")
+variants = pytest.importorskip("twotower_kernels.experts.variants")
 
 # Small tiles, so that small and odd sizes fill several of them, the last one partly.
 TILES = {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_IN": 16, "num_warps": 4, "num_stages": 2}
@@ -384,8 +385,8 @@ def test_every_number_of_tokens_has_its_product(num_tokens: int, kind: str) -> N
 
 
 def test_settings_of_every_kernel_are_among_its_candidates() -> None:
-    assert tuning.read_table("experts")["kernels"].keys() == kernel.CANDIDATES.keys()
-    for name, candidates in kernel.CANDIDATES.items():
+    assert tuning.read_table("experts")["kernels"].keys() == variants.CANDIDATES.keys()
+    for name, candidates in variants.CANDIDATES.items():
         assert tuning.settings("experts", name) in candidates
 
 

@@ -312,7 +312,7 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
 
 def test_settings_in_use_are_among_those_the_tuner_may_choose() -> None:
     pytest.importorskip("triton")
-    from twotower_kernels.time_modulation.kernel import CANDIDATES
+    from twotower_kernels.time_modulation.variants import CANDIDATES
 
     table = read_table("time_modulation")["kernels"]
     assert table.keys() == CANDIDATES.keys()

@@ -69,7 +69,7 @@ def there(value: Any, device: torch.device) -> Any:
 
 
 def run_kernel(device: torch.device, step: Step) -> Unmasked:
-    done = kernel.unmask(**{name: there(value, device) for name, value in step.items()})
+    done = kernel.launch_unmask(**{name: there(value, device) for name, value in step.items()})
     return Unmasked(done.token_ids.cpu(), done.confidence.cpu(), done.commits.cpu())
 
 
@@ -273,7 +273,7 @@ def pick(request: pytest.FixtureRequest, device: torch.device) -> Picker:
         return pick_tokens
 
     def on_device(logits: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
-        picks, confidence = kernel.pick_tokens(there(logits, device), *(there(value, device) for value in args))
+        picks, confidence = kernel.launch_pick_tokens(there(logits, device), *(there(value, device) for value in args))
         return picks.cpu(), confidence.cpu()
 
     return on_device
@@ -340,13 +340,13 @@ def test_captured_graphs_and_eager_launches_go_side_by_side(device: torch.device
     results = []
     for graph in graphs:
         with torch.cuda.graph(graph):
-            results.append(kernel.unmask(**inputs))
+            results.append(kernel.launch_unmask(**inputs))
     streams = [torch.cuda.Stream() for _ in graphs]
     for _ in range(50):
         for graph, stream in zip(graphs, streams, strict=True):
             with torch.cuda.stream(stream):
                 graph.replay()
-        results.append(kernel.unmask(**inputs))
+        results.append(kernel.launch_unmask(**inputs))
     torch.cuda.synchronize()
     for done in results:
         assert torch.equal(done.token_ids.cpu(), expected.token_ids)

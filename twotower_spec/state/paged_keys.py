@@ -10,7 +10,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from twotower_kernels.block_attention import paged_attention
+from twotower_kernels.block_attention import PagedBatch, paged_attention
 
 
 class Pages(Protocol):
@@ -29,21 +29,11 @@ class PagedKeys:
 
     Attributes:
         room: what the pages are in; its keys beyond the contexts may be written meanwhile.
-        page_size: tokens of a page.
-        block_table: int32 [num_reqs, most pages of a context], 0 beyond a request's own.
-        context_lens: int32 [num_reqs].
-        query_start_loc: int32 [num_reqs + 1], first token of each request in the pass, leading 0 included.
-        max_query_len: most tokens that a request brings.
-        causal: whether a token of the pass sees only itself and what is before it.
+        batch: the requests' pages and tokens; its block table is 0 beyond a request's own pages.
     """
 
     room: Pages
-    page_size: int
-    block_table: Tensor
-    context_lens: Tensor
-    query_start_loc: Tensor
-    max_query_len: int
-    causal: bool
+    batch: PagedBatch
 
     @classmethod
     def of(
@@ -64,16 +54,18 @@ class PagedKeys:
         num_reqs = len(counts)
         sizes = [num_reqs, num_reqs + 1, num_reqs * width]
         lens, start_loc, table = numbers.to(room.keys.device, non_blocking=True).split(sizes)
-        return cls(room, page_size, table.view(num_reqs, width), lens, start_loc, max(query_lens), causal)
+        table = table.view(num_reqs, width)
+        return cls(room, PagedBatch(table, lens, start_loc, page_size, max(query_lens), causal))
 
     def select(self, rows: Tensor) -> PagedKeys:
         """The same for some of the requests, if all bring equally many tokens."""
-        return replace(
-            self,
-            block_table=self.block_table[rows],
-            context_lens=self.context_lens[rows],
-            query_start_loc=self.query_start_loc[: len(rows) + 1],
+        batch = replace(
+            self.batch,
+            block_table=self.batch.block_table[rows],
+            context_lens=self.batch.context_lens[rows],
+            query_start_loc=self.batch.query_start_loc[: len(rows) + 1],
         )
+        return replace(self, batch=batch)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attends to the contexts and to the pass's own keys; `slot` counts attention layers. See `Prefix.attend`."""
@@ -83,11 +75,6 @@ class PagedKeys:
             value.flatten(0, 1),
             self.room.keys[slot],
             self.room.values[slot],
-            self.block_table,
-            self.context_lens,
-            self.query_start_loc,
-            self.page_size,
-            self.max_query_len,
-            self.causal,
+            self.batch,
         )
         return attended.view_as(query)

@@ -1,15 +1,13 @@
 """Which drafts a target accepts, and the token after them, from raw target logits."""
 
-from twotower_kernels.acceptance.op import (
+from twotower_kernels.acceptance.op import accept, filtered_logits, warm_up
+from twotower_kernels.acceptance.types import (
     ACCEPT_DRAW,
     NEXT_TOKEN_DRAW,
     SAMPLE_DRAW,
     AcceptanceRule,
     Accepted,
     SamplingTensors,
-    accept,
-    filtered_logits,
-    warm_up,
 )
 
 __all__ = [

@@ -7,10 +7,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.acceptance import op
-from twotower_kernels.acceptance.op import AcceptanceRule, Accepted, SamplingTensors
+from twotower_kernels.acceptance import types
+from twotower_kernels.acceptance.types import AcceptanceRule, Accepted, SamplingTensors
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.compilation import Variant
 from twotower_kernels.noise.kernel import (
     GROUP,
     LAUNCH,
@@ -21,12 +20,12 @@ from twotower_kernels.noise.kernel import (
     token_offsets,
     uniform,
 )
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.tuning import settings
 
-_SAMPLE_DRAW = tl.constexpr(op.SAMPLE_DRAW)
-_ACCEPT_DRAW = tl.constexpr(op.ACCEPT_DRAW)
-_NEXT_TOKEN_DRAW = tl.constexpr(op.NEXT_TOKEN_DRAW)
-_PLACEHOLDER = tl.constexpr(op.PLACEHOLDER)
+_SAMPLE_DRAW = tl.constexpr(types.SAMPLE_DRAW)
+_ACCEPT_DRAW = tl.constexpr(types.ACCEPT_DRAW)
+_NEXT_TOKEN_DRAW = tl.constexpr(types.NEXT_TOKEN_DRAW)
+_PLACEHOLDER = tl.constexpr(types.PLACEHOLDER)
 _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _INT_MAX = tl.constexpr(2**31 - 1)
 _INT_MIN = tl.constexpr(-(2**31))
@@ -35,7 +34,7 @@ _INT_MIN = tl.constexpr(-(2**31))
 LEAST_ROWS = 32
 
 # Lowest bit that differs between the sort keys of float32 numbers that were these; a power of 4.
-_LOWEST_STEP = {torch.bfloat16: 1 << 16, torch.float16: 1 << 12, torch.float32: 1}
+LOWEST_STEP_OF = {torch.bfloat16: 1 << 16, torch.float16: 1 << 12, torch.float32: 1}
 
 
 # They change from step to step: kernels of their own for 1 and for multiples of 16 would be compiled while serving, and
@@ -49,7 +48,7 @@ _SETTLE_ANY_ALIGNMENT = (*_REQUESTS, *_PARTS, "token_ids", "num_accepted")
 
 
 @triton.jit(do_not_specialize=_RUNTIME, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
-def _judge_rows(
+def judge_rows_kernel(
     logits,  # float [num_rows, vocab]
     row_stride,
     vocab_size,
@@ -230,7 +229,7 @@ def _in_order(bits):
 
 
 @triton.jit(do_not_specialize=_SETTLE_RUNTIME, do_not_specialize_on_alignment=_SETTLE_ANY_ALIGNMENT)
-def _settle_requests(
+def settle_requests_kernel(
     draft_token_ids,  # int [num_draft_tokens]
     cu_num_draft_tokens,  # int [num_reqs]
     temperature,  # float32 [num_reqs] or None
@@ -284,7 +283,7 @@ def _settle_requests(
 
 
 @on_its_device
-def accept(
+def launch_accept(
     logits: Tensor,
     draft_token_ids: Tensor,
     cu_num_draft_tokens: Tensor,
@@ -304,7 +303,7 @@ def accept(
         return result
     num_rows, vocab_size = logits.shape
     one_hot = rule == "one-hot" and sampling.temperature is not None
-    chosen = settings("acceptance", _settings_name(one_hot))
+    chosen = settings("acceptance", judge_settings(one_hot))
     chunk = chosen["WIDTH"] * GROUP.value
     num_splits, tokens_per_split = _splits(num_reqs * width, vocab_size, chunk, chosen["TARGET_PROGRAMS"])
     parts = torch.empty(4, num_rows, num_splits, dtype=torch.float32, device=device)
@@ -319,7 +318,7 @@ def accept(
     # What is not given is not read. A pointer of its type stands for it, so that one kernel serves all combinations.
     stand_ins = (cu_num_draft_tokens, temperature, temperature)
     filters = [stand_in if value is None else value for value, stand_in in zip(given, stand_ins, strict=True)]
-    _judge_rows[(num_splits, width, num_reqs)](
+    judge_rows_kernel[(num_splits, width, num_reqs)](
         logits,
         logits.stride(0),
         vocab_size,
@@ -339,13 +338,13 @@ def accept(
         tokens_per_split,
         ONE_HOT=one_hot,
         FILTERS=sampling.filters and temperature is not None,
-        LOWEST_STEP=_LOWEST_STEP[logits.dtype],
+        LOWEST_STEP=LOWEST_STEP_OF[logits.dtype],
         WIDTH=chosen["WIDTH"],
         FILTER_BLOCK=chosen["FILTER_BLOCK"],
         num_warps=chosen["num_warps"],
         **LAUNCH,
     )
-    _settle_requests[(num_reqs,)](
+    settle_requests_kernel[(num_reqs,)](
         draft_token_ids,
         cu_num_draft_tokens,
         temperature,
@@ -369,7 +368,7 @@ def accept(
     return result
 
 
-def _settings_name(one_hot: bool) -> str:
+def judge_settings(one_hot: bool) -> str:
     """The one-hot rule needs sums and a second maximum on top: registers for narrower tiles."""
     return "judge_one_hot" if one_hot else "judge_rows"
 
@@ -380,96 +379,3 @@ def _splits(most_rows: int, vocab_size: int, chunk: int, target_programs: int) -
     wanted = min(chunks, -(-target_programs // most_rows))
     tokens = -(-chunks // wanted) * chunk
     return -(-vocab_size // tokens), tokens
-
-
-_JUDGE: list[Settings] = [
-    {"WIDTH": width, "FILTER_BLOCK": block, "TARGET_PROGRAMS": programs, "num_warps": warps}
-    for width, warps in ((128, 4), (128, 8), (256, 4), (256, 8))
-    for block in (2048, 4096)
-    for programs in (1056, 2112, 4224)
-]
-CANDIDATES: dict[str, list[Settings]] = {
-    "judge_rows": _JUDGE,
-    "judge_one_hot": _JUDGE,
-    "settle_requests": [{"num_warps": warps} for warps in (1, 4)],
-}
-
-
-def variants() -> list[Variant]:
-    """Launches over 17 rows per request and 131,072 tokens: greedy, coupled and one-hot, with and without filters."""
-    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-    modes = [("greedy", "bf16"), ("coupled", "bf16"), ("one-hot", "bf16"), ("filtered coupled", "bf16")]
-    modes += [("filtered one-hot", kind) for kind in kinds]
-    return [_judge_variant(mode, kind, _LOWEST_STEP[kinds[kind]]) for mode, kind in modes] + [
-        _settle_variant(mode) for mode in ("greedy", "coupled", "one-hot")
-    ]
-
-
-def _judge_variant(mode: str, kind: str, lowest_step: int) -> Variant:
-    chosen = settings("acceptance", _settings_name("one-hot" in mode))
-    pointers = {} if mode == "greedy" else {"temperature": "*fp32", "top_k": "*i32", "top_p": "*fp32", "min_p": "*fp32"}
-    signature = {
-        "logits": f"*{kind}",
-        "row_stride": "i64",
-        "vocab_size": "i32",
-        "draft_token_ids": "*i32",
-        "cu_num_draft_tokens": "*i32",
-        **({"top_k": "*i32"} if mode == "greedy" else pointers),
-        "has_top_k": "i32",
-        "has_top_p": "i32",
-        "has_min_p": "i32",
-        "seeds": "*i64",
-        "positions": "*i64",
-        "best_scores": "*fp32",
-        "picks": "*i32",
-        "maxima": "*fp32",
-        "sums": "*fp32",
-        "draft_scores": "*fp32",
-        "num_splits": "i32",
-        "tokens_per_split": "i32",
-    }
-    constants = dict.fromkeys(("temperature", "top_p", "min_p") if mode == "greedy" else ()) | {
-        "ONE_HOT": "one-hot" in mode,
-        "FILTERS": "filtered" in mode,
-        "LOWEST_STEP": lowest_step,
-        "WIDTH": chosen["WIDTH"],
-        "FILTER_BLOCK": chosen["FILTER_BLOCK"],
-    }
-    return Variant(
-        name=f"judge_rows {mode} {kind}",
-        function=_judge_rows,
-        signature=signature,
-        constants=constants,
-        num_warps=chosen["num_warps"],
-        aligned=("logits", "row_stride", "vocab_size", "tokens_per_split"),
-        options=LAUNCH,
-    )
-
-
-def _settle_variant(mode: str) -> Variant:
-    temperature = {} if mode == "greedy" else {"temperature": "*fp32"}
-    return Variant(
-        name=f"settle_requests {mode}",
-        function=_settle_requests,
-        signature={
-            "draft_token_ids": "*i32",
-            "cu_num_draft_tokens": "*i32",
-            **temperature,
-            "seeds": "*i64",
-            "positions": "*i64",
-            "best_scores": "*fp32",
-            "picks": "*i32",
-            "maxima": "*fp32",
-            "sums": "*fp32",
-            "draft_scores": "*fp32",
-            "token_ids": "*i32",
-            "num_accepted": "*i32",
-            "width": "i32",
-            "num_splits": "i32",
-        },
-        constants={"ONE_HOT": mode == "one-hot", "ROWS": 32, "SPLITS": 16}
-        | ({} if temperature else {"temperature": None}),
-        num_warps=settings("acceptance", "settle_requests")["num_warps"],
-        aligned=(),
-        options=LAUNCH,
-    )

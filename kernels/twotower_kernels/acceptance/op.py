@@ -4,79 +4,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from twotower_kernels.acceptance.types import (
+    ACCEPT_DRAW,
+    NEXT_TOKEN_DRAW,
+    PLACEHOLDER,
+    SAMPLE_DRAW,
+    AcceptanceRule,
+    Accepted,
+    SamplingTensors,
+)
 from twotower_kernels.backend import use_triton
 from twotower_kernels.noise import gumbel_argmax, reproducible_log, uniform_noise
-
-AcceptanceRule = Literal["one-hot", "coupled"]
-
-# Draws of the noise: a target's own sample (coupled rule); under the one-hot rule whether a draft is accepted, and the
-# token after the accepted ones.
-SAMPLE_DRAW = 0
-ACCEPT_DRAW = 1 << 16
-NEXT_TOKEN_DRAW = ACCEPT_DRAW + 1
-
-PLACEHOLDER = -1
 
 # Logits that are sampled from at once without the kernel: about 1 GiB of working memory.
 MOST_LOGITS = 1 << 25
 
-
 # Tokens among which the last one that top-k and top-p keep is sought first, without sorting the vocabulary.
 MOST_KEPT = 1024
-
-
-@dataclass(frozen=True)
-class SamplingTensors:
-    """How every request samples.
-
-    Attributes:
-        temperature: float32 [num_reqs], 0 for the most probable token; None if that holds for all of them.
-        top_k: int32 [num_reqs], below 1 or at least the vocabulary for all tokens; None if that holds for all requests.
-        top_p: float32 [num_reqs], 1 for all tokens; None likewise.
-        min_p: float32 [num_reqs], 0 for all tokens; None likewise.
-        seeds: int64 [num_reqs], of the noise.
-        positions: int64 [num_reqs], index of the first draft in its sequence.
-    """
-
-    temperature: Tensor | None
-    top_k: Tensor | None
-    top_p: Tensor | None
-    min_p: Tensor | None
-    seeds: Tensor
-    positions: Tensor
-
-    @property
-    def filters(self) -> bool:
-        """Whether tokens may be excluded."""
-        return not (self.top_k is None and self.top_p is None and self.min_p is None)
-
-    def of(self, requests: slice) -> SamplingTensors:
-        """The same for some of the requests."""
-
-        def some(values: Tensor | None) -> Tensor | None:
-            return None if values is None else values[requests]
-
-        filters = some(self.temperature), some(self.top_k), some(self.top_p), some(self.min_p)
-        return SamplingTensors(*filters, self.seeds[requests], self.positions[requests])
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """Outcome of a verification.
-
-    Attributes:
-        token_ids: int32 [num_reqs, max_num_draft_tokens + 1]: accepted drafts, the token after them, then -1.
-        num_accepted: int32 [num_reqs].
-    """
-
-    token_ids: Tensor
-    num_accepted: Tensor
 
 
 def accept(
@@ -121,9 +70,9 @@ def accept(
             f"{len(draft_token_ids) + num_reqs}"
         )
     if use_triton(logits) and logits.dtype != torch.float64:
-        from twotower_kernels.acceptance.kernel import accept as kernel
+        from twotower_kernels.acceptance.kernel import launch_accept
 
-        return kernel(logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, rule)
+        return launch_accept(logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, rule)
     ends = cu_num_draft_tokens.tolist()
     counts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     parts, row, draft = [], 0, 0

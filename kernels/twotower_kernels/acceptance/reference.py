@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from twotower_kernels.acceptance.op import ACCEPT_DRAW, NEXT_TOKEN_DRAW, SAMPLE_DRAW, AcceptanceRule, SamplingTensors
+from twotower_kernels.acceptance.types import ACCEPT_DRAW, NEXT_TOKEN_DRAW, SAMPLE_DRAW, AcceptanceRule, SamplingTensors
 from twotower_kernels.noise import gumbel_noise, uniform_noise
 
 

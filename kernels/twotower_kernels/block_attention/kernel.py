@@ -12,13 +12,13 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.compilation import Variant
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.block_attention.types import PagedBatch
+from twotower_kernels.tuning import settings
 
 # Programs that fill a GPU twice over. A constant, so that results do not depend on the device.
 PROGRAMS_WANTED = 256
 # Said aloud, because Triton's default is about to change.
-LAUNCH_OPTIONS = {"enable_fp_fusion": True}
+LAUNCH = {"enable_fp_fusion": True}
 
 
 @triton.jit
@@ -201,25 +201,15 @@ def combine_kernel(
 
 
 @on_its_device
-def paged_attention_triton(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
-    page_size: int,
-    max_query_len: int,
-    causal: bool,
+def launch_paged_attention(
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Launches the kernel, and where contexts may be long and programs are few a second one that joins their parts.
 
     See `paged_attention`. The number of parts follows from shapes alone, so that nothing waits for the device.
     """
     num_tokens, heads, head_dim = query.shape
-    kv_heads, num_reqs = key.shape[1], len(context_lens)
+    kv_heads, num_reqs, max_query_len = key.shape[1], len(batch.context_lens), batch.max_query_len
     group = heads // kv_heads
     out = query.new_empty(query.shape)
     if num_tokens == 0 or num_reqs == 0:
@@ -227,7 +217,7 @@ def paged_attention_triton(
     chosen = dict(settings("block_attention", attend_settings(query.dtype, max_query_len * group)))
     keys_per_part = chosen.pop("KEYS_PER_PART")
     tiles = triton.cdiv(max_query_len * group, chosen["BLOCK_ROWS"])
-    parts = parts_of_context(tiles * kv_heads * num_reqs, block_table.shape[1] * page_size, keys_per_part)
+    parts = parts_of_context(tiles * kv_heads * num_reqs, batch.block_table.shape[1] * batch.page_size, keys_per_part)
     averages, log_totals = out, None
     if parts > 1:
         averages = query.new_empty((parts, *query.shape), dtype=torch.float32)
@@ -239,9 +229,9 @@ def paged_attention_triton(
         value,
         key_cache,
         value_cache,
-        block_table,
-        context_lens,
-        query_start_loc,
+        batch.block_table,
+        batch.context_lens,
+        batch.query_start_loc,
         averages,
         log_totals,
         math.log2(math.e) / math.sqrt(head_dim),
@@ -250,22 +240,22 @@ def paged_attention_triton(
         *value.stride()[:2],
         *key_cache.stride()[:2],
         *value_cache.stride()[:2],
-        block_table.stride(0),
+        batch.block_table.stride(0),
         num_tokens,
         parts,
         GROUP=group,
-        PAGE_SIZE=page_size,
-        CAUSAL=causal,
+        PAGE_SIZE=batch.page_size,
+        CAUSAL=batch.causal,
         SPLIT=parts > 1,
-        PRECISION=_precision(query.dtype),
+        PRECISION=precision_of(query.dtype),
         **shape,
         **chosen,
-        **LAUNCH_OPTIONS,
+        **LAUNCH,
     )
     if parts > 1:
         num_rows, combining = num_tokens * heads, settings("block_attention", "combine")
         combine_kernel[(triton.cdiv(num_rows, combining["BLOCK_ROWS"]),)](
-            averages, log_totals, out, num_rows, parts, **shape, **combining, **LAUNCH_OPTIONS
+            averages, log_totals, out, num_rows, parts, **shape, **combining, **LAUNCH
         )
     return out
 
@@ -282,84 +272,5 @@ def parts_of_context(num_programs: int, max_context_len: int, keys_per_part: int
     return max(1, min(PROGRAMS_WANTED // num_programs, max_context_len // keys_per_part))
 
 
-def _precision(dtype: torch.dtype) -> str:
+def precision_of(dtype: torch.dtype) -> str:
     return "ieee" if dtype == torch.float32 else "tf32"
-
-
-def _candidates(blocks: list[tuple[int, int, int, int]]) -> list[Settings]:
-    """Settings by (BLOCK_ROWS, BLOCK_KEYS, num_warps, num_stages), each with two lengths of a part."""
-    names = ("BLOCK_ROWS", "BLOCK_KEYS", "num_warps", "num_stages")
-    return [dict(zip(names, block, strict=True)) | {"KEYS_PER_PART": part} for block in blocks for part in (256, 512)]
-
-
-# What the tuner may choose from.
-CANDIDATES: dict[str, list[Settings]] = {
-    "attend": _candidates(
-        [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
-    ),
-    "attend_few_rows": _candidates([(16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2)]),
-    "attend_float32": _candidates([(16, 16, 4, 2), (32, 16, 4, 2), (32, 16, 8, 2), (32, 32, 8, 2)]),
-    "combine": [{"BLOCK_ROWS": rows, "num_warps": warps, "num_stages": 3} for rows, warps in ((1, 1), (4, 1), (8, 2))],
-}
-
-
-def variants() -> list[Variant]:
-    """What dispatch launches at the shapes of the release (32 heads, 2 of keys and values) and of the bundled trio."""
-    return [
-        _attend("bf16", queries=16, split=True),
-        _attend("bf16", queries=16, split=False),
-        _attend("bf16", queries=16, split=True, causal=True),
-        _attend("bf16", queries=1, split=True, causal=True),
-        _attend("bf16", queries=1, split=False, causal=True),
-        _attend("fp16", queries=16, split=True),
-        _attend("fp32", queries=16, split=True),
-        _attend("fp32", queries=1, split=False, causal=True),
-        _attend("bf16", queries=16, split=False, group=2, head_dim=64),
-        _attend("fp32", queries=16, split=False, group=2, head_dim=64),
-        _combine("bf16"),
-        _combine("fp32"),
-    ]
-
-
-def _attend(
-    dtype: str, queries: int, split: bool, causal: bool = False, group: int = 16, head_dim: int = 128
-) -> Variant:
-    tensors = ("query", "key", "value", "key_cache", "value_cache")
-    strides = [f"{tensor}_{axis}_stride" for tensor in tensors for axis in ("token", "head")]
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    name = attend_settings(torch_dtype, queries * group)
-    chosen = dict(settings("block_attention", name))
-    del chosen["KEYS_PER_PART"]
-    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-    signature = dict.fromkeys(tensors, f"*{dtype}") | {"out": "*fp32" if split else f"*{dtype}"}
-    signature |= {"log_totals": "*fp32"} if split else {}
-    aligned = (*signature, *strides)
-    signature |= dict.fromkeys(("block_table", "context_lens", "query_start_loc"), "*i32")
-    signature |= {"scale": "fp32"} | dict.fromkeys([*strides, "table_stride", "num_tokens", "num_parts"], "i32")
-    return Variant(
-        f"{name}[{dtype} {queries}x{group}x{head_dim}{' split' * split}{' causal' * causal}]",
-        attend_kernel,
-        signature,
-        chosen
-        | ({} if split else {"log_totals": None})
-        | {"GROUP": group, "HEAD_DIM": head_dim, "PAGE_SIZE": 16, "CAUSAL": causal, "SPLIT": split}
-        | {"PRECISION": _precision(torch_dtype), "BLOCK_DIM": triton.next_power_of_2(head_dim)},
-        num_warps,
-        num_stages,
-        aligned=aligned,
-        options=LAUNCH_OPTIONS,
-    )
-
-
-def _combine(dtype: str) -> Variant:
-    chosen = dict(settings("block_attention", "combine"))
-    num_warps, num_stages = chosen.pop("num_warps"), chosen.pop("num_stages")
-    return Variant(
-        f"combine[{dtype} 128]",
-        combine_kernel,
-        {"averages": "*fp32", "log_totals": "*fp32", "out": f"*{dtype}", "num_rows": "i32", "num_parts": "i32"},
-        chosen | {"HEAD_DIM": 128, "BLOCK_DIM": 128},
-        num_warps,
-        num_stages,
-        options=LAUNCH_OPTIONS,
-    )

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
+from twotower_kernels.block_attention.types import PagedBatch
 
 # What the kernel's tiles are made for.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -97,17 +98,7 @@ def reads_pages(cache: Tensor) -> bool:
 
 
 def paged_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
-    page_size: int,
-    max_query_len: int,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Attention of each request's queries to its context, in pages of a cache, and to the keys of the same pass.
 
@@ -119,58 +110,30 @@ def paged_attention(
         key, value: [num_tokens, kv_heads, head_dim], of the pass itself; query head j reads kv head
             j // (heads / kv_heads).
         key_cache, value_cache: [num_cache_tokens, kv_heads, head_dim]; page p holds tokens p * page_size and on.
-        block_table: int32 [num_reqs, max_pages], pages of each request in the order of its tokens; anything after them.
-        context_lens: int32 [num_reqs], tokens of context, at most max_pages * page_size.
-        query_start_loc: int32 [num_reqs + 1], first token of each request in the pass, leading 0 included.
-        page_size: tokens of a page.
-        max_query_len: most tokens that a request has in the pass, or more.
-        causal: a query sees its own and earlier keys of the pass; otherwise all of its request's.
+        batch: whose tokens and pages these are.
 
     Returns:
-        [num_tokens, heads, head_dim]; tokens from `query_start_loc[-1]` on are not defined.
+        [num_tokens, heads, head_dim]; tokens from `batch.query_start_loc[-1]` on are not defined.
 
     Raises:
         ValueError: shapes, dtypes or strides do not fit.
     """
-    _check_paged(query, key, value, key_cache, value_cache, block_table, context_lens, query_start_loc)
+    _check_paged(query, key, value, key_cache, value_cache, batch)
     if reads_pages(key_cache):
-        from twotower_kernels.block_attention.kernel import paged_attention_triton
+        from twotower_kernels.block_attention.kernel import launch_paged_attention
 
-        return paged_attention_triton(
-            query,
-            key,
-            value,
-            key_cache,
-            value_cache,
-            block_table,
-            context_lens,
-            query_start_loc,
-            page_size,
-            max_query_len,
-            causal,
-        )
-    return _paged_attention_on_views(
-        query, key, value, key_cache, value_cache, block_table, context_lens, query_start_loc, page_size, causal
-    )
+        return launch_paged_attention(query, key, value, key_cache, value_cache, batch)
+    return _paged_attention_on_views(query, key, value, key_cache, value_cache, batch)
 
 
 def _paged_attention_on_views(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
-    page_size: int,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Request by request: nothing is padded to the longest one."""
-    bounds, lens = query_start_loc.tolist(), context_lens.tolist()
+    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
     in_page = torch.arange(page_size, device=query.device)
     keys, values, query_lens, masks = [], [], [], []
-    for pages, context_len, (start, stop) in zip(block_table, lens, pairwise(bounds), strict=True):
+    for pages, context_len, (start, stop) in zip(batch.block_table, lens, pairwise(bounds), strict=True):
         if start == stop:
             continue
         own = pages[: -(-context_len // page_size), None]
@@ -178,10 +141,12 @@ def _paged_attention_on_views(
         keys.append(torch.cat([key_cache[slots], key[start:stop]]).transpose(0, 1)[None])
         values.append(torch.cat([value_cache[slots], value[start:stop]]).transpose(0, 1)[None])
         query_lens.append(stop - start)
-        if causal:
-            allowed = causal_mask(context_lens.new_tensor([context_len]), stop - start, context_len + stop - start)[0]
+        if batch.causal:
+            allowed = causal_mask(
+                batch.context_lens.new_tensor([context_len]), stop - start, context_len + stop - start
+            )[0]
             masks.append(query.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf))
-    needs_masks = causal and max(query_lens, default=0) > 1
+    needs_masks = batch.causal and max(query_lens, default=0) > 1
     out = query.new_zeros(query.shape)
     if query_lens:
         seen = query[bounds[0] : bounds[-1]]
@@ -190,15 +155,9 @@ def _paged_attention_on_views(
 
 
 def _check_paged(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> None:
+    block_table, context_lens, query_start_loc = batch.block_table, batch.context_lens, batch.query_start_loc
     num_tokens, heads, head_dim = query.shape
     kv_heads, num_reqs = key.shape[1], len(context_lens)
     wanted = {

@@ -6,6 +6,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from twotower_kernels.block_attention.types import PagedBatch
+
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
     """What `attention` computes. Same arguments and result."""
@@ -19,30 +21,20 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 
 
 def paged_attention_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    context_lens: Tensor,
-    query_start_loc: Tensor,
-    page_size: int,
-    max_query_len: int,
-    causal: bool,
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """What `paged_attention` computes. Same arguments and result."""
-    bounds = query_start_loc.tolist()
-    assert max(stop - start for start, stop in pairwise(bounds)) <= max_query_len
+    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
+    assert max(stop - start for start, stop in pairwise(bounds)) <= batch.max_query_len
     out = torch.empty_like(query)
-    for pages, context_len, (start, stop) in zip(block_table, context_lens.tolist(), pairwise(bounds), strict=True):
+    for pages, context_len, (start, stop) in zip(batch.block_table, lens, pairwise(bounds), strict=True):
         slots = [int(pages[t // page_size]) * page_size + t % page_size for t in range(context_len)]
         keys, values = (
             torch.cat([key_cache[slots], key[start:stop]]),
             torch.cat([value_cache[slots], value[start:stop]]),
         )
         position = torch.arange(len(keys), device=keys.device)
-        mask = (position <= position[context_len:, None])[None] if causal else None
+        mask = (position <= position[context_len:, None])[None] if batch.causal else None
         own_query, keys, values = (x[None].float() for x in (query[start:stop], keys, values))
         out[start:stop] = attention_reference(own_query, keys, values, mask)[0]
     return out

@@ -8,7 +8,8 @@ from twotower_kernels.block_scan.long_scan import (
     scan_with,
     varlen_scan,
 )
-from twotower_kernels.block_scan.op import ScanWeights, block_scan, replay_scan, sequence_scan, warm_up
+from twotower_kernels.block_scan.op import block_scan, replay_scan, sequence_scan, warm_up
+from twotower_kernels.block_scan.types import ScanWeights
 
 __all__ = [
     "LongScan",

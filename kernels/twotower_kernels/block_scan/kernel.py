@@ -8,9 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.block_scan.op import ScanWeights
-from twotower_kernels.compilation import Variant
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.block_scan.types import ScanWeights
+from twotower_kernels.tuning import settings
 
 OP = "block_scan"
 
@@ -193,7 +192,6 @@ def scan_kernel(
                     )  # fmt: skip
 
 
-@on_its_device
 def launch_scan(
     u: Tensor,
     delta: Tensor,
@@ -225,6 +223,7 @@ def launch_scan(
     return (y, conv_state, ssm_state) if want_state else (y, None, None)
 
 
+@on_its_device
 def _launch(
     u: Tensor,
     delta: Tensor,
@@ -239,7 +238,7 @@ def _launch(
 ) -> None:
     num_reqs, num_tokens, _ = u.shape
     heads, head_dim, state_size = ssm_state.shape[1:]
-    block_t = _tile(num_tokens)
+    block_t = tile_of(num_tokens)
     chosen = settings(OP, f"scan_{block_t}")
     scan_kernel[heads * triton.cdiv(head_dim, chosen["BLOCK_P"]), num_reqs](
         u, delta, conv_state, ssm_state,
@@ -258,68 +257,6 @@ def _rows_aligned(x: Tensor) -> bool:
     return (x.data_ptr() | request_bytes | token_bytes) % 16 == 0
 
 
-def _tile(num_tokens: int) -> int:
+def tile_of(num_tokens: int) -> int:
     """Rows of a program's matrices; tensor cores take 16 at a time."""
     return 16 if num_tokens <= 16 else MOST_TOKENS
-
-
-# `scan_kernel` for every size of the tile of tokens.
-CANDIDATES: dict[str, list[Settings]] = {
-    f"scan_{block_t}": [
-        {"BLOCK_P": block_p, "BLOCK_N": block_n, "num_warps": num_warps, "num_stages": num_stages}
-        for block_p in (16, 32, 64)
-        for block_n in (16, 32, 64)
-        for num_warps in (2, 4, 8)
-        for num_stages in (1, 2)
-    ]
-    for block_t in (16, MOST_TOKENS)
-}
-
-
-def variants() -> list[Variant]:
-    """What drafting with and extending of the real model launch: 64 heads of 64, state 128, 8 groups, 4 taps."""
-    return [
-        _variant("draft of 16, bf16", "*bf16", 16, ragged=False, output=True, state=False),
-        _variant("draft of 16, fp32", "*fp32", 16, ragged=False, output=True, state=False),
-        _variant("draft of 17, bf16", "*bf16", 32, ragged=False, output=True, state=False),
-        _variant("extension by 16, bf16", "*bf16", 16, ragged=False, output=True, state=True),
-        _variant("ragged extension by 17, bf16", "*bf16", 32, ragged=True, output=True, state=True),
-        _variant("ragged extension by 17, fp32", "*fp32", 32, ragged=True, output=True, state=True),
-        _variant("replay of 17, bf16", "*bf16", 32, ragged=True, output=False, state=True),
-    ]
-
-
-def _variant(name: str, dtype: str, block_t: int, ragged: bool, output: bool, state: bool) -> Variant:
-    chosen = settings(OP, f"scan_{block_t}")
-    signature = dict.fromkeys(("u", "delta", "conv_state", "conv_weight", "conv_bias"), dtype)
-    signature |= dict.fromkeys(("ssm_state", "a_log", "d", "dt_bias"), "*fp32")
-    given = {"query_lens": "*i64", "y": "*fp32", "new_conv": dtype, "new_ssm": "*fp32"}
-    absent = {"query_lens": not ragged, "y": not output, "new_conv": not state, "new_ssm": not state}
-    signature |= {pointer: kind for pointer, kind in given.items() if not absent[pointer]}
-    # Widths 10304, 6144 and 4096 and their multiples; also where the parts of a projection begin.
-    strides: tuple[str, ...] = ("u_request_stride", "u_stride", "delta_request_stride", "delta_stride", "conv_stride")
-    strides += ("conv_request_stride", "y_request_stride", "ssm_request_stride", "tap_stride")
-    aligned = (*signature, *strides)
-    signature |= dict.fromkeys((*strides, "first_token", "num_tokens"), "i32")
-    return Variant(
-        name=f"scan_kernel, {name}",
-        function=scan_kernel,
-        signature=signature,
-        constants={
-            **{pointer: None for pointer, is_absent in absent.items() if is_absent},
-            "weight_stride": 1,
-            "TAPS": 4,
-            "HEADS": 64,
-            "GROUPS": 8,
-            "HEAD_DIM": 64,
-            "STATE": 128,
-            "ALIGNED": True,
-            "PRECISION": PRECISION,
-            "BLOCK_T": block_t,
-            "BLOCK_P": chosen["BLOCK_P"],
-            "BLOCK_N": chosen["BLOCK_N"],
-        },
-        num_warps=chosen["num_warps"],
-        num_stages=chosen["num_stages"],
-        aligned=aligned,
-    )

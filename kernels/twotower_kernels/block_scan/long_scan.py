@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_kernels.block_scan.op import ScanWeights, last_inputs, scan_inputs
+from twotower_kernels.block_scan.chunked import last_inputs, scan_inputs
 from twotower_kernels.block_scan.reference import block_scan_reference
+from twotower_kernels.block_scan.types import ScanWeights
 
 logger = logging.getLogger(__name__)
 

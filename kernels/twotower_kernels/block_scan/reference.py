@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from twotower_kernels.block_scan.op import ScanWeights
+from twotower_kernels.block_scan.types import ScanWeights
 
 
 def block_scan_reference(

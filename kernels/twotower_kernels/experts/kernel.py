@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 import triton
@@ -11,8 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.compilation import Variant
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.tuning import settings
 
 # Up to this many tokens router logits are made in parts along the hidden dimension: cuBLAS would give the float64
 # product of a few tokens to a handful of processors, after two launches that widen its operands.
@@ -26,7 +23,7 @@ FEW_ROWS, SOME_ROWS = 8, 64
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def router_logits(
+def router_logits_kernel(
     x_ptr,  # [num_tokens, HIDDEN]
     router_ptr,  # [NUM_EXPERTS, HIDDEN]
     parts_ptr,  # float64 [cdiv(HIDDEN, PART), num_tokens, NUM_EXPERTS]
@@ -76,7 +73,7 @@ def router_logits(
 
 
 @triton.jit
-def choose_experts(
+def choose_experts_kernel(
     scores_ptr,  # [NUM_PARTS, num_tokens, NUM_GROUPS * GROUP_SIZE]: scores, or parts of logits
     bias_ptr,  # [NUM_GROUPS * GROUP_SIZE]
     expert_ids_ptr,  # int64 [num_tokens, TOP_K]
@@ -141,7 +138,7 @@ def choose_experts(
 
 
 @triton.jit(do_not_specialize=["num_pairs"])
-def rank_pairs(
+def rank_pairs_kernel(
     expert_ids_ptr,  # int64 [num_pairs], a token's experts together
     order_ptr,  # int32 [num_pairs], pairs ordered by expert
     expert_ends_ptr,  # int32 [NUM_EXPERTS], the place in that order where an expert's pairs end
@@ -172,7 +169,7 @@ def rank_pairs(
 
 
 @triton.jit
-def grouped_product(
+def grouped_product_kernel(
     x_ptr,  # UP: [num_tokens, IN_FEATURES]; else [num_pairs, IN_FEATURES], rows ordered by expert
     weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES]
     out_ptr,  # [num_pairs, OUT_FEATURES]; UP: rows ordered by expert; else rows of a token together
@@ -258,7 +255,7 @@ def grouped_product(
 
 
 @triton.jit
-def weigh_outputs(
+def weigh_outputs_kernel(
     outputs_ptr,  # [num_tokens * TOP_K, HIDDEN]
     expert_weights_ptr,  # [num_tokens, TOP_K]
     shared_ptr,  # [num_tokens, HIDDEN], or None
@@ -312,7 +309,7 @@ def launch_route_tokens(
         triton.cdiv(num_experts, tiles["BLOCK_EXPERTS"]),
         len(parts),
     )
-    router_logits[grid](
+    router_logits_kernel[grid](
         x,
         router,
         parts,
@@ -342,7 +339,7 @@ def launch_choose(
     num_parts, num_tokens, num_experts = parts.shape
     expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=parts.device)
     expert_weights = parts.new_empty((num_tokens, top_k))
-    choose_experts[(num_tokens,)](
+    choose_experts_kernel[(num_tokens,)](
         parts,
         bias.contiguous(),
         expert_ids,
@@ -353,14 +350,14 @@ def launch_choose(
         TOP_GROUPS=top_groups,
         NORMALISE=normalise,
         SCALE=scale,
-        **_choice_sizes(num_experts, num_groups, top_k),
+        **choice_sizes(num_experts, num_groups, top_k),
         **settings("experts", "choose_experts"),
         **LAUNCH,
     )
     return expert_ids, expert_weights
 
 
-def _choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int]:
+def choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int]:
     """Sizes of what one program of `choose_experts` holds."""
     group_size = num_experts // num_groups
     return {
@@ -384,11 +381,11 @@ def launch_grouped_experts(
     pairs = expert_ids.contiguous().view(-1)
     ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts)
     squares, outputs = x.new_empty((num_pairs, width)), x.new_empty((num_pairs, hidden))
-    _launch_product(kind, True, x, up, squares, pairs, ordering, top_k)
-    _launch_product(kind, False, squares, down, outputs, pairs, ordering, top_k)
+    _launch_product(x, up, squares, pairs, ordering, top_k, kind, is_up=True)
+    _launch_product(squares, down, outputs, pairs, ordering, top_k, kind, is_up=False)
     out = x.new_empty((num_tokens, hidden))
     tiles = settings("experts", "weigh_outputs")
-    weigh_outputs[(num_tokens, triton.cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
+    weigh_outputs_kernel[(num_tokens, triton.cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
         outputs,
         expert_weights,
         shared,
@@ -417,6 +414,7 @@ def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.
     return f"product_{'few' if rows <= FEW_ROWS else 'some' if rows <= SOME_ROWS else 'many'}"
 
 
+@on_its_device
 def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     """Pairs ordered by expert, and where each expert's end.
 
@@ -436,26 +434,27 @@ def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     expert_ends = expert_ids.new_empty(num_experts, dtype=torch.int32)
     tiles = settings("experts", "rank_pairs")
     grid = (triton.cdiv(num_pairs + num_experts, tiles["BLOCK_ITEMS"]),)
-    rank_pairs[grid](expert_ids, order, expert_ends, num_pairs, NUM_EXPERTS=num_experts, **tiles, **LAUNCH)
+    rank_pairs_kernel[grid](expert_ids, order, expert_ends, num_pairs, NUM_EXPERTS=num_experts, **tiles, **LAUNCH)
     return order, expert_ends
 
 
+@on_its_device
 def _launch_product(
-    kind: str,
-    is_up: bool,
     x: Tensor,
     weight: Tensor,
     out: Tensor,
     pairs: Tensor,
     ordering: tuple[Tensor, Tensor] | None,
     top_k: int,
+    kind: str,
+    is_up: bool,
 ) -> None:
     """Fills `out` [num_pairs, out_features]."""
     num_experts, out_features, in_features = weight.shape
     tiles = settings("experts", kind)
     blocks = most_blocks(len(pairs), num_experts, tiles["BLOCK_ROWS"]) if ordering else len(pairs)
     order, expert_ends = ordering or (pairs, pairs)
-    grouped_product[(blocks * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
+    grouped_product_kernel[(blocks * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
         x,
         weight,
         out,
@@ -483,158 +482,3 @@ def most_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
     """
     visited = min(num_pairs, num_experts)
     return (num_pairs + visited * (block_rows - 1)) // block_rows
-
-
-def _products(rows: int, *tiles: tuple[int, int, int, int]) -> list[Settings]:
-    """Candidates from (BLOCK_OUT, BLOCK_IN, num_warps, num_stages)."""
-    return [
-        {"BLOCK_ROWS": rows, "BLOCK_OUT": outs, "BLOCK_IN": ins, "num_warps": warps, "num_stages": stages}
-        for outs, ins, warps, stages in tiles
-    ]
-
-
-_PRODUCTS: dict[str, list[Settings]] = {
-    "product_one": _products(
-        16, (16, 256, 4, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)
-    ),
-    "product_few": _products(
-        16, (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 5), (64, 64, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4)
-    )
-    + _products(16, (64, 128, 8, 4), (128, 128, 8, 5)),
-    "product_some": _products(32, (32, 128, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4))
-    + _products(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 4)),
-    "product_many": _products(64, (128, 64, 4, 4), (256, 64, 8, 3))
-    + _products(128, (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)),
-    "product_float32": _products(16, (32, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3)),
-}
-
-CANDIDATES: dict[str, list[Settings]] = {
-    "router_logits": [
-        {
-            "PART": part,
-            "BLOCK_TOKENS": 16,
-            "BLOCK_EXPERTS": experts,
-            "BLOCK_HIDDEN": 64,
-            "num_warps": 4,
-            "num_stages": 3,
-        }
-        for part, experts in ((128, 16), (192, 16), (384, 16), (192, 32), (384, 32))
-    ],
-    "choose_experts": [{"num_warps": w} for w in (1, 2, 4)],
-    "rank_pairs": [
-        {"BLOCK_ITEMS": i, "BLOCK_PAIRS": p, "num_warps": w} for i in (16, 32) for p in (128, 256) for w in (4, 8)
-    ],
-    "weigh_outputs": [{"BLOCK_HIDDEN": h, "num_warps": w} for h in (256, 512, 1024) for w in (2, 4)],
-    **_PRODUCTS,
-}
-
-
-def variants() -> list[Variant]:
-    """Specialisations for the released model: 128 experts of width 1856, 6 for a token, hidden 2688."""
-    return [
-        *(_router_variant(dtype) for dtype in ("bf16", "fp32")),
-        *(_choice_variant(dtype, num_groups) for dtype in ("logits", "fp64", "fp32") for num_groups in (1, 8)),
-        _ranking_variant(),
-        *(_product_variant(kind, is_up) for kind in _PRODUCTS for is_up in (True, False)),
-        *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
-    ]
-
-
-_EXPERTS, _TOP_K, _HIDDEN, _WIDTH = 128, 6, 2688, 1856
-
-
-def _variant(
-    name: str, function: Any, settings_name: str, signature: dict[str, str], constants: dict[str, Any]
-) -> Variant:
-    """A variant whose pointers and strides are all aligned, with the settings of the table."""
-    tiles = dict(settings("experts", settings_name))
-    launch = {option: tiles.pop(option) for option in ("num_warps", "num_stages") if option in tiles}
-    aligned = tuple(n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride"))
-    return Variant(name, function, signature, {**constants, **tiles}, aligned=aligned, options=LAUNCH, **launch)
-
-
-def _router_variant(dtype: str) -> Variant:
-    strides = {"x_token_stride": "i32", "router_expert_stride": "i32"}
-    return _variant(
-        f"router_logits {dtype}",
-        router_logits,
-        "router_logits",
-        {"x_ptr": f"*{dtype}", "router_ptr": "*fp32", "parts_ptr": "*fp64", "num_tokens": "i32", **strides},
-        {"x_hidden_stride": 1, "router_hidden_stride": 1, "HIDDEN": _HIDDEN, "NUM_EXPERTS": _EXPERTS},
-    )
-
-
-def _choice_variant(source: str, num_groups: int) -> Variant:
-    from_logits = source == "logits"
-    dtype = "fp64" if from_logits else source
-    num_parts = triton.cdiv(_HIDDEN, settings("experts", "router_logits")["PART"]) if from_logits else 1
-    return _variant(
-        f"choose_experts from {source}, {num_groups} groups",
-        choose_experts,
-        "choose_experts",
-        {
-            "scores_ptr": f"*{dtype}",
-            "bias_ptr": "*fp32",
-            "expert_ids_ptr": "*i64",
-            "expert_weights_ptr": f"*{dtype}",
-            "part_stride": "i32",
-            "token_stride": "i32",
-        },
-        {
-            "expert_stride": 1,
-            "NUM_PARTS": num_parts,
-            "FROM_LOGITS": from_logits,
-            "TOP_GROUPS": min(num_groups, 4),
-            "NORMALISE": True,
-            "SCALE": 2.5,
-            **_choice_sizes(_EXPERTS, num_groups, _TOP_K),
-        },
-    )
-
-
-def _ranking_variant() -> Variant:
-    pointers = {"expert_ids_ptr": "*i64", "order_ptr": "*i32", "expert_ends_ptr": "*i32"}
-    return _variant("rank_pairs", rank_pairs, "rank_pairs", {**pointers, "num_pairs": "i32"}, {"NUM_EXPERTS": _EXPERTS})
-
-
-def _product_variant(kind: str, is_up: bool) -> Variant:
-    dtype = "fp32" if kind == "product_float32" else "bf16"
-    index = "*i64" if kind == "product_one" else "*i32"  # a single token's pairs stand in for what it does not read
-    strides = {"x_row_stride": "i32", "weight_expert_stride": "i32", "weight_out_stride": "i32"}
-    return _variant(
-        f"{kind} {'up' if is_up else 'down'}",
-        grouped_product,
-        kind,
-        {
-            **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}"),
-            "expert_ids_ptr": "*i64",
-            "order_ptr": index,
-            "expert_ends_ptr": index,
-            **strides,
-        },
-        {
-            "x_in_stride": 1,
-            "weight_in_stride": 1,
-            "UP": is_up,
-            "ORDERED": kind != "product_one",
-            "TOP_K": _TOP_K,
-            "NUM_EXPERTS": _EXPERTS,
-            "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
-            "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
-            "EXPERT_RANGE": triton.next_power_of_2(_EXPERTS),
-        },
-    )
-
-
-def _sum_variant(dtype: str, with_shared: bool) -> Variant:
-    pointers = {"outputs_ptr": f"*{dtype}", "expert_weights_ptr": "*fp64", "out_ptr": f"*{dtype}"}
-    strides = {"weight_token_stride": "i32"}
-    constants: dict[str, Any] = {"weight_slot_stride": 1, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN}
-    if with_shared:
-        pointers["shared_ptr"] = f"*{dtype}"
-        strides["shared_token_stride"] = "i32"
-        constants |= {"shared_hidden_stride": 1}
-    else:
-        constants |= {"shared_ptr": None, "shared_token_stride": 0, "shared_hidden_stride": 0}
-    name = f"weigh_outputs {dtype}{', shared expert added' if with_shared else ''}"
-    return _variant(name, weigh_outputs, "weigh_outputs", {**pointers, **strides}, constants)

@@ -12,18 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.compilation import Variant
-from twotower_kernels.noise import op
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.noise import constants
+from twotower_kernels.tuning import settings
 
 LAUNCH = {"enable_fp_fusion": False}
 
-GROUP = tl.constexpr(op.GROUP)
-LANES = tl.constexpr(op.LANES)
-_CHUNK = tl.constexpr(op.CHUNK)
-_SLACK = tl.constexpr(op.SLACK)
-_LOG_2_HIGH, _LOG_2_LOW = tl.constexpr(op.LOG_2_HIGH), tl.constexpr(op.LOG_2_LOW)
-_C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = (tl.constexpr(c) for c in op.LOG_POLYNOMIAL)
+GROUP = tl.constexpr(constants.GROUP)
+LANES = tl.constexpr(constants.LANES)
+_CHUNK = tl.constexpr(constants.CHUNK)
+_SLACK = tl.constexpr(constants.SLACK)
+_LOG_2_HIGH, _LOG_2_LOW = tl.constexpr(constants.LOG_2_HIGH), tl.constexpr(constants.LOG_2_LOW)
+_C0, _C1, _C2, _C3, _C4, _C5, _C6, _C7, _C8 = (tl.constexpr(c) for c in constants.LOG_POLYNOMIAL)
 _LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
 _INT_MAX = tl.constexpr(2**31 - 1)
 
@@ -147,7 +146,7 @@ def race(best, pick, x, row, start, vocab_size, scale, key, other, noisy, exclud
 
 
 @triton.jit(do_not_specialize=["draw"])
-def _gumbel_argmax(
+def gumbel_argmax_kernel(
     scores,  # float [num_rows, vocab]
     row_stride,
     vocab_size,
@@ -170,7 +169,7 @@ def _gumbel_argmax(
 
 
 @on_its_device
-def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int) -> Tensor:
+def launch_gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int) -> Tensor:
     """`op.gumbel_argmax` with one program per row; float32, float16 or bfloat16 scores."""
     num_rows, vocab_size = scores.shape
     picks = torch.empty(num_rows, dtype=torch.int64, device=scores.device)
@@ -178,7 +177,7 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int) -
         scores = scores.contiguous()
     if num_rows == 0:
         return picks
-    _gumbel_argmax[(num_rows,)](
+    gumbel_argmax_kernel[(num_rows,)](
         scores,
         scores.stride(0),
         vocab_size,
@@ -190,32 +189,3 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int) -
         **LAUNCH,
     )
     return picks
-
-
-CANDIDATES: dict[str, list[Settings]] = {
-    "gumbel_argmax": [{"WIDTH": width, "num_warps": warps} for width in (128, 256) for warps in (4, 8)]
-}
-
-
-def variants() -> list[Variant]:
-    """What a launch over float32 and bfloat16 scores compiles."""
-    chosen = settings("noise", "gumbel_argmax")
-    return [
-        Variant(
-            name=f"gumbel_argmax {kind}",
-            function=_gumbel_argmax,
-            signature={
-                "scores": f"*{kind}",
-                "row_stride": "i64",
-                "vocab_size": "i32",
-                "seeds": "*i64",
-                "positions": "*i64",
-                "draw": "i32",
-                "picks": "*i64",
-            },
-            constants={"WIDTH": chosen["WIDTH"]},
-            num_warps=chosen["num_warps"],
-            options=LAUNCH,
-        )
-        for kind in ("fp32", "bf16")
-    ]

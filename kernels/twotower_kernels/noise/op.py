@@ -13,15 +13,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
-
-# Tokens of a group, and groups side by side: token = (chunk * GROUP + member) * LANES + lane, its group is
-# chunk * LANES + lane. Members lie LANES apart, so that the maxima of neighbouring groups are one vector operation.
-GROUP = 32
-LANES = 64
-CHUNK = GROUP * LANES
-
-# By how much a bound may be wrong: another logarithm differs, and between neighbours `reproducible_log` may fall.
-SLACK = 1e-5
+from twotower_kernels.noise.constants import CHUNK, GROUP, LANES, LOG_2_HIGH, LOG_2_LOW, LOG_POLYNOMIAL, SLACK
 
 
 def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int = 0) -> Tensor:
@@ -37,9 +29,9 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int = 
         Token ids int64 [num_rows].
     """
     if use_triton(scores) and scores.dtype != torch.float64:
-        from twotower_kernels.noise.kernel import gumbel_argmax as kernel
+        from twotower_kernels.noise.kernel import launch_gumbel_argmax
 
-        return kernel(scores, seeds, positions, draw)
+        return launch_gumbel_argmax(scores, seeds, positions, draw)
     num_rows, vocab_size = scores.shape
     device, wide = scores.device, torch.promote_types(scores.dtype, torch.float32)
     key, other = _keys(seeds, positions, draw)
@@ -180,20 +172,6 @@ def reproducible_log(x: Tensor) -> Tensor:
     y = y + exponent * LOG_2_LOW
     y = y - square * 0.5
     return (f + y) + exponent * LOG_2_HIGH
-
-
-LOG_POLYNOMIAL = (
-    7.0376836292e-2,
-    -1.1514610310e-1,
-    1.1676998740e-1,
-    -1.2420140846e-1,
-    1.4249322787e-1,
-    -1.6668057665e-1,
-    2.0000714765e-1,
-    -2.4999993993e-1,
-    3.3333331174e-1,
-)
-LOG_2_HIGH, LOG_2_LOW = 0.693359375, -2.12194440e-4
 
 
 def _constant(value: int) -> int:

@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from twotower_kernels.compilation import Variant
+from twotower_kernels.backend import on_its_device
 from twotower_kernels.noise.kernel import GROUP, LAUNCH, race, row_keys, token_offsets
 from twotower_kernels.tuning import Settings, settings
-from twotower_kernels.unmasking.op import PickNoise, Unmasked
+from twotower_kernels.unmasking.types import PickNoise, Unmasked
 
 _INT_MAX = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(math.log2(math.e))
@@ -32,7 +32,7 @@ _RUNTIME = (
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
-def _unmask(
+def unmask_kernel(
     logits,  # float [num_rows, vocab]
     row_stride,
     num_rows,
@@ -250,7 +250,7 @@ def _num_ahead(ranked, is_open, offset):
     return tl.sum(ahead.to(tl.int32), axis=1)
 
 
-def unmask(
+def launch_unmask(
     logits: Tensor,
     positions: Tensor | None,
     token_ids: Tensor,
@@ -286,7 +286,7 @@ def unmask(
     return result
 
 
-def pick_tokens(
+def launch_pick_tokens(
     logits: Tensor, mask_token_id: int, num_token_ids: int | None = None, noise: PickNoise | None = None
 ) -> tuple[Tensor, Tensor]:
     """`op.pick_tokens` as blocks of one position that are committed at once."""
@@ -296,6 +296,7 @@ def pick_tokens(
     return picks[:, 0], confidence[:, 0]
 
 
+@on_its_device
 def _launch(
     new_token_ids: Tensor,
     new_confidence: Tensor,
@@ -321,7 +322,7 @@ def _launch(
     vocab_size = logits.shape[1]
     num_token_ids = vocab_size if num_token_ids is None else min(num_token_ids, vocab_size)
     chosen = settings("unmasking", "pick_tokens" if masked is None else "unmask")
-    width = _width(chosen, logits.element_size())
+    width = width_of(chosen, logits.element_size())
     num_chunks = triton.cdiv(num_token_ids, width * GROUP.value)
     wanted = min(num_chunks, triton.cdiv(chosen["TARGET_PROGRAMS"], max(num_rows, 1)))
     chunks_per_split = triton.cdiv(num_chunks, wanted)
@@ -330,7 +331,7 @@ def _launch(
     if noise is not None and noise.scores is not None:
         at = torch.arange(num_rows, device=device) if positions is None else positions
         given_picks = noise.picks(noise.scores, at, block_size)
-    _unmask[(num_reqs + num_rows * num_splits,)](
+    unmask_kernel[(num_reqs + num_rows * num_splits,)](
         logits,
         logits.stride(0),
         num_rows,
@@ -370,7 +371,7 @@ def _launch(
     )
 
 
-def _width(chosen: Settings, itemsize: int) -> int:
+def width_of(chosen: Settings, itemsize: int) -> int:
     """Groups side by side: as many bytes on their way for every dtype."""
     return chosen["WIDTH_BYTES"] // itemsize
 
@@ -416,84 +417,3 @@ def _counters(device: torch.device, num_reqs: int) -> Tensor:
         _counters_of[device] = _Counters(device)
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     return _counters_of[device].of_stream(stream, num_reqs)
-
-
-_TRIED: list[Settings] = [
-    {"WIDTH_BYTES": width, "TARGET_PROGRAMS": programs, "num_warps": warps, "maxnreg": registers}
-    for width, warps, registers in ((256, 4, 168), (256, 8, 128), (512, 8, 128), (512, 8, 168))
-    for programs in (264, 528, 1056, 2112)
-]
-CANDIDATES: dict[str, list[Settings]] = {"unmask": _TRIED, "pick_tokens": _TRIED}
-
-
-def variants() -> list[Variant]:
-    """Launches over blocks of 16 positions and a vocabulary of 131,072: greedy, sampled and with picks given."""
-    steps = [("greedy", "bf16"), ("greedy", "fp16"), ("greedy", "fp32"), ("sampled", "bf16"), ("sampled", "fp32")]
-    return [
-        *(_variant(mode, kind) for mode, kind in [*steps, ("filtered", "bf16")]),
-        _variant("greedy", "bf16", schedules=True),
-        _variant("greedy", "bf16", picks_alone=True),
-        _variant("sampled", "bf16", picks_alone=True),
-    ]
-
-
-def _variant(mode: str, kind: str, schedules: bool = False, picks_alone: bool = False) -> Variant:
-    kernel = "pick_tokens" if picks_alone else "unmask"
-    chosen = settings("unmasking", kernel)
-    blocks = {
-        "positions": "*i64",
-        "token_ids": "*i64",
-        "masked": "*i1",
-        "confidence": "*fp32",
-        "commits": "*i1",
-        "block_size": "i32",
-    }
-    sampling = {"temperature": "fp32", "seeds": "*i64", "first_positions": "*i64"}
-    absent: dict[str, int | None] = {}
-    if picks_alone:
-        absent |= dict.fromkeys(blocks) | {"block_size": 1}
-    if not schedules:
-        absent |= {"threshold_of": None, "steps_of": None}
-    if mode == "greedy":
-        absent |= dict.fromkeys(sampling)
-    if mode != "filtered":
-        absent["given_picks"] = None
-    signature = {
-        "logits": f"*{kind}",
-        "row_stride": "i32",
-        "num_rows": "i32",
-        "vocab_size": "i32",
-        "num_token_ids": "i32",
-        "mask_token_id": "i32",
-        "given_picks": "*i64",
-        "draw": "i32",
-        "confidence_threshold": "fp32",
-        "remaining_steps": "i32",
-        "threshold_of": "*fp32",
-        "steps_of": "*i32",
-        "parts": "*fp32",
-        "picks": "*i32",
-        "counters": "*i32",
-        "new_token_ids": "*i64",
-        "new_confidence": "*fp32",
-        "num_reqs": "i32",
-        "num_splits": "i32",
-        "chunks_per_split": "i32",
-        **blocks,
-        **sampling,
-    }
-    signature = {name: kind for name, kind in signature.items() if name not in absent}
-    pointers = (name for name, type_name in signature.items() if type_name.startswith("*"))
-    numbers = (name for name in ("row_stride", "vocab_size", "block_size") if name in signature)
-    width = _width(chosen, 4 if kind == "fp32" else 2)
-    positions, splits = 1 if picks_alone else 16, triton.next_power_of_2(131072 // (width * GROUP.value))
-    name = " ".join([kernel, mode, kind, *(["per row"] if schedules else [])])
-    return Variant(
-        name=name,
-        function=_unmask,
-        signature=signature,
-        constants=absent | {"WIDTH": width, "POSITIONS": positions, "SPLITS": splits},
-        num_warps=chosen["num_warps"],
-        aligned=(*pointers, *numbers),
-        options=LAUNCH | {"maxnreg": chosen["maxnreg"]},
-    )

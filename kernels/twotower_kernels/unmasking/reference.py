@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.noise import gumbel_noise
-from twotower_kernels.unmasking.op import PickNoise, Unmasked
+from twotower_kernels.unmasking.types import PickNoise, Unmasked
 
 
 def unmask_reference(

@@ -1,0 +1,176 @@
+"""Settings that routing and experts may be launched with, and what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+
+from twotower_kernels.compilation import Variant
+from twotower_kernels.experts.kernel import (
+    LAUNCH,
+    choice_sizes,
+    choose_experts_kernel,
+    grouped_product_kernel,
+    rank_pairs_kernel,
+    router_logits_kernel,
+    weigh_outputs_kernel,
+)
+from twotower_kernels.tuning import Settings, settings
+
+
+def _products(rows: int, *tiles: tuple[int, int, int, int]) -> list[Settings]:
+    """Candidates from (BLOCK_OUT, BLOCK_IN, num_warps, num_stages)."""
+    return [
+        {"BLOCK_ROWS": rows, "BLOCK_OUT": outs, "BLOCK_IN": ins, "num_warps": warps, "num_stages": stages}
+        for outs, ins, warps, stages in tiles
+    ]
+
+
+_PRODUCTS: dict[str, list[Settings]] = {
+    "product_one": _products(
+        16, (16, 256, 4, 4), (32, 64, 4, 4), (32, 128, 4, 4), (32, 256, 4, 3), (64, 64, 4, 4), (64, 128, 4, 3)
+    ),
+    "product_few": _products(
+        16, (32, 128, 4, 4), (32, 256, 4, 3), (32, 256, 4, 5), (64, 64, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4)
+    )
+    + _products(16, (64, 128, 8, 4), (128, 128, 8, 5)),
+    "product_some": _products(32, (32, 128, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4))
+    + _products(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 4)),
+    "product_many": _products(64, (128, 64, 4, 4), (256, 64, 8, 3))
+    + _products(128, (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)),
+    "product_float32": _products(16, (32, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3)),
+}
+
+CANDIDATES: dict[str, list[Settings]] = {
+    "router_logits": [
+        {
+            "PART": part,
+            "BLOCK_TOKENS": 16,
+            "BLOCK_EXPERTS": experts,
+            "BLOCK_HIDDEN": 64,
+            "num_warps": 4,
+            "num_stages": 3,
+        }
+        for part, experts in ((128, 16), (192, 16), (384, 16), (192, 32), (384, 32))
+    ],
+    "choose_experts": [{"num_warps": w} for w in (1, 2, 4)],
+    "rank_pairs": [
+        {"BLOCK_ITEMS": i, "BLOCK_PAIRS": p, "num_warps": w} for i in (16, 32) for p in (128, 256) for w in (4, 8)
+    ],
+    "weigh_outputs": [{"BLOCK_HIDDEN": h, "num_warps": w} for h in (256, 512, 1024) for w in (2, 4)],
+    **_PRODUCTS,
+}
+
+
+def variants() -> list[Variant]:
+    """Specialisations for the released model: 128 experts of width 1856, 6 for a token, hidden 2688."""
+    return [
+        *(_router_variant(dtype) for dtype in ("bf16", "fp32")),
+        *(_choice_variant(dtype, num_groups) for dtype in ("logits", "fp64", "fp32") for num_groups in (1, 8)),
+        _ranking_variant(),
+        *(_product_variant(kind, is_up) for kind in _PRODUCTS for is_up in (True, False)),
+        *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
+    ]
+
+
+_EXPERTS, _TOP_K, _HIDDEN, _WIDTH = 128, 6, 2688, 1856
+
+
+def _variant(
+    name: str, function: Any, settings_name: str, signature: dict[str, str], constants: dict[str, Any]
+) -> Variant:
+    """A variant whose pointers and strides are all aligned, with the settings of the table."""
+    tiles = dict(settings("experts", settings_name))
+    launch = {option: tiles.pop(option) for option in ("num_warps", "num_stages") if option in tiles}
+    aligned = tuple(n for n, kind in signature.items() if kind.startswith("*") or n.endswith("_stride"))
+    return Variant(name, function, signature, {**constants, **tiles}, aligned=aligned, options=LAUNCH, **launch)
+
+
+def _router_variant(dtype: str) -> Variant:
+    strides = {"x_token_stride": "i32", "router_expert_stride": "i32"}
+    return _variant(
+        f"router_logits {dtype}",
+        router_logits_kernel,
+        "router_logits",
+        {"x_ptr": f"*{dtype}", "router_ptr": "*fp32", "parts_ptr": "*fp64", "num_tokens": "i32", **strides},
+        {"x_hidden_stride": 1, "router_hidden_stride": 1, "HIDDEN": _HIDDEN, "NUM_EXPERTS": _EXPERTS},
+    )
+
+
+def _choice_variant(source: str, num_groups: int) -> Variant:
+    from_logits = source == "logits"
+    dtype = "fp64" if from_logits else source
+    num_parts = triton.cdiv(_HIDDEN, settings("experts", "router_logits")["PART"]) if from_logits else 1
+    return _variant(
+        f"choose_experts from {source}, {num_groups} groups",
+        choose_experts_kernel,
+        "choose_experts",
+        {
+            "scores_ptr": f"*{dtype}",
+            "bias_ptr": "*fp32",
+            "expert_ids_ptr": "*i64",
+            "expert_weights_ptr": f"*{dtype}",
+            "part_stride": "i32",
+            "token_stride": "i32",
+        },
+        {
+            "expert_stride": 1,
+            "NUM_PARTS": num_parts,
+            "FROM_LOGITS": from_logits,
+            "TOP_GROUPS": min(num_groups, 4),
+            "NORMALISE": True,
+            "SCALE": 2.5,
+            **choice_sizes(_EXPERTS, num_groups, _TOP_K),
+        },
+    )
+
+
+def _ranking_variant() -> Variant:
+    pointers = {"expert_ids_ptr": "*i64", "order_ptr": "*i32", "expert_ends_ptr": "*i32"}
+    return _variant(
+        "rank_pairs", rank_pairs_kernel, "rank_pairs", {**pointers, "num_pairs": "i32"}, {"NUM_EXPERTS": _EXPERTS}
+    )
+
+
+def _product_variant(kind: str, is_up: bool) -> Variant:
+    dtype = "fp32" if kind == "product_float32" else "bf16"
+    index = "*i64" if kind == "product_one" else "*i32"  # a single token's pairs stand in for what it does not read
+    strides = {"x_row_stride": "i32", "weight_expert_stride": "i32", "weight_out_stride": "i32"}
+    return _variant(
+        f"{kind} {'up' if is_up else 'down'}",
+        grouped_product_kernel,
+        kind,
+        {
+            **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}"),
+            "expert_ids_ptr": "*i64",
+            "order_ptr": index,
+            "expert_ends_ptr": index,
+            **strides,
+        },
+        {
+            "x_in_stride": 1,
+            "weight_in_stride": 1,
+            "UP": is_up,
+            "ORDERED": kind != "product_one",
+            "TOP_K": _TOP_K,
+            "NUM_EXPERTS": _EXPERTS,
+            "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
+            "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
+            "EXPERT_RANGE": triton.next_power_of_2(_EXPERTS),
+        },
+    )
+
+
+def _sum_variant(dtype: str, with_shared: bool) -> Variant:
+    pointers = {"outputs_ptr": f"*{dtype}", "expert_weights_ptr": "*fp64", "out_ptr": f"*{dtype}"}
+    strides = {"weight_token_stride": "i32"}
+    constants: dict[str, Any] = {"weight_slot_stride": 1, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN}
+    if with_shared:
+        pointers["shared_ptr"] = f"*{dtype}"
+        strides["shared_token_stride"] = "i32"
+        constants |= {"shared_hidden_stride": 1}
+    else:
+        constants |= {"shared_ptr": None, "shared_token_stride": 0, "shared_hidden_stride": 0}
+    name = f"weigh_outputs {dtype}{', shared expert added' if with_shared else ''}"
+    return _variant(name, weigh_outputs_kernel, "weigh_outputs", {**pointers, **strides}, constants)

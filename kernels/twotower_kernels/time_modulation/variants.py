@@ -1,0 +1,107 @@
+"""Settings that norms, modulation and gates may be launched with, and what is compiled ahead of time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from twotower_kernels.compilation import Variant
+from twotower_kernels.time_modulation.kernel import (
+    LAUNCH,
+    MODULATE_THEN_NORM,
+    NORM,
+    NORM_THEN_MODULATE,
+    OP,
+    gated_group_norm_kernel,
+    gated_residual_kernel,
+    norm_kernel,
+)
+from twotower_kernels.tuning import Settings, settings
+
+CANDIDATES: dict[str, list[Settings]] = {
+    "norm": [{"num_warps": warps, "num_stages": 1} for warps in (4, 8, 16)],
+    "gated_residual": [
+        {"BLOCK": block, "num_warps": warps, "num_stages": 1} for block in (512, 1024, 2048) for warps in (2, 4, 8)
+    ],
+    "gated_group_norm": [{"num_warps": warps, "num_stages": 1} for warps in (1, 2, 4)],
+}
+
+# Of the released model: the residual stream, and a group of a Mamba-2 layer's channels.
+HIDDEN_SIZE, GROUP_WIDTH = 2688, 512
+
+# Triton types of a model's weights and of its residual stream.
+MODELS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
+
+
+def variants() -> list[Variant]:
+    """Each kernel for the models that are served."""
+    orders = (NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE)
+    return [
+        *(_norm_variant(order, model, stream) for order in orders for model, stream in MODELS),
+        *(_gated_residual_variant(model, stream) for model, stream in MODELS),
+        *(_gated_group_norm_variant(model) for model in ("bf16", "fp32")),
+    ]
+
+
+def _norm_variant(order: str, model: str, stream: str) -> Variant:
+    normed = stream if order == NORM else model
+    modulated = stream if order == MODULATE_THEN_NORM else normed
+    shift_and_scale = ("shift", "scale_plus_one")
+    return _variant(
+        f"{order}: {model}, stream {stream}",
+        norm_kernel,
+        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"}
+        | ({} if order == NORM else dict.fromkeys(shift_and_scale, f"*{model}")),
+        ("x_stride", "shift_stride", "scale_stride"),
+        (dict.fromkeys(shift_and_scale) if order == NORM else {})
+        | {"ORDER": order, "NORM_DTYPE": tl.dtype(normed), "MODULATED_DTYPE": tl.dtype(modulated)}
+        | {"HIDDEN": HIDDEN_SIZE, "BLOCK": triton.next_power_of_2(HIDDEN_SIZE)},
+        settings(OP, "norm"),
+    )
+
+
+def _gated_residual_variant(model: str, stream: str) -> Variant:
+    return _variant(
+        f"gated residual: {model}, stream {stream}",
+        gated_residual_kernel,
+        {"residual": f"*{stream}", "x": f"*{model}", "gate": f"*{model}", "out": f"*{stream}"},
+        ("residual_stride", "x_stride", "gate_stride"),
+        {"PRODUCT_DTYPE": tl.dtype(model), "HIDDEN": HIDDEN_SIZE},
+        settings(OP, "gated_residual"),
+    )
+
+
+def _gated_group_norm_variant(model: str) -> Variant:
+    return _variant(
+        f"gated group norm: {model}",
+        gated_group_norm_kernel,
+        {"scanned": "*fp32", "gate": f"*{model}", "weight": f"*{model}", "out": f"*{model}", "eps": "fp32"},
+        ("scanned_stride", "gate_stride"),
+        {"DTYPE": tl.dtype(model), "WIDTH": GROUP_WIDTH, "BLOCK": triton.next_power_of_2(GROUP_WIDTH)},
+        settings(OP, "gated_group_norm"),
+    )
+
+
+def _variant(
+    name: str,
+    function: Any,
+    signature: dict[str, str],
+    strides: tuple[str, ...],
+    constants: dict[str, Any],
+    chosen: Settings,
+) -> Variant:
+    """A variant with strides that are multiples of 16, and the settings of its launch."""
+    blocks = {key: value for key, value in chosen.items() if key not in ("num_warps", "num_stages")}
+    counts = {"num_tokens": "i32"} if "num_tokens" in function.arg_names else {}
+    return Variant(
+        name,
+        function,
+        signature | dict.fromkeys(strides, "i32") | counts,
+        constants | blocks,
+        num_warps=chosen["num_warps"],
+        num_stages=chosen["num_stages"],
+        aligned=(*(key for key, kind in signature.items() if kind.startswith("*")), *strides),
+        options=LAUNCH,
+    )
