@@ -14,8 +14,8 @@ from transformers import PreTrainedModel, Qwen3Config, Qwen3ForCausalLM
 from tests.support.builders import tiny_model
 from twotower_spec import TwoTowerModel
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
+from twotower_spec.generation.denoising import CommitRule, DenoisingStep
 from twotower_spec.generation.sampling import Sampler
-from twotower_spec.generation.unmasking import CommitRule, DenoisingStep
 from twotower_spec.state import ContextState
 
 

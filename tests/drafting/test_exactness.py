@@ -17,8 +17,8 @@ from twotower_spec import ArgumentError
 from twotower_spec.drafting import RULES, AdaptivePolicy, BlockDrafter
 from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.drafting.verification import BlockRule, GreedyRule, OneHotRule, ProbabilityRatioRule, RejectingRule
+from twotower_spec.generation.denoising import CommitRule, PublishedSchedule
 from twotower_spec.generation.sampling import Sampler
-from twotower_spec.generation.unmasking import CommitRule, PublishedSchedule
 
 PROMPT = [1, 2, 0, 2]
 VOCAB = 4

@@ -9,7 +9,7 @@ from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import AdaptivePolicy, BlockDrafter, DraftPlan, FixedPolicy, RoundOutcome, ThresholdPolicy
 from twotower_spec.drafting.policies import FixedSteps
-from twotower_spec.generation.unmasking import DenoisingStep
+from twotower_spec.generation.denoising import DenoisingStep
 
 
 def step(confidence: list[list[float]], index: int = 0, masked: list[list[int]] | None = None) -> DenoisingStep:

@@ -17,7 +17,7 @@ from torch import Tensor
 from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.drafting.policies import DraftPlan, RoundOutcome, confident
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.unmasking import DenoisingStep
+from twotower_spec.generation.denoising import DenoisingStep
 
 Array = npt.NDArray[np.float64]
 

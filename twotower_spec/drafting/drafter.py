@@ -12,15 +12,20 @@ from torch import Tensor
 
 from twotower_kernels.backend import use_triton
 from twotower_kernels.block_scan import warm_up
-from twotower_kernels.unmasking import pick_tokens
-from twotower_spec.config import DiffusionConfig, accumulation_dtype, check_integer
+from twotower_spec.config import accumulation_dtype, check_integer
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
 from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy, RoundOutcome
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.block_diffusion import BlockDenoiser, DenoisedBlocks
+from twotower_spec.generation.denoising import (
+    DenoisedBlocks,
+    DenoisingRequest,
+    FirstStepProbs,
+    HostLoop,
+    PublishedSchedule,
+    TokenPicker,
+)
 from twotower_spec.generation.result import PhaseTimes
 from twotower_spec.generation.sampling import Sampler, signed_seed
-from twotower_spec.generation.unmasking import PublishedSchedule, pick_noise
 from twotower_spec.state import ContextState
 from twotower_spec.state.block_context import BlockContext, BlockWorkspace
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
@@ -135,13 +140,14 @@ class BlockDrafter:
         self.first_token, self.sampler, self.noise, self.seed = first_token, sampler or Sampler(), noise, seed
         self.token_budget = token_budget
         self.num_token_ids = min(num_token_ids, vocab_size)
+        self.picker = TokenPicker(self.sampler, towers.config.mask_token_id, self.num_token_ids)
         num_pages = -(-num_tokens // DEFAULT_PAGE_SIZE)
         self.num_slots, self.num_pages = num_slots, num_pages
         self.state = ContextState(
             towers.config, num_slots, num_pages, towers.dtype, towers.context.device, room_to_grow=True
         )
         self.counters = DrafterCounters()
-        self._denoisers: dict[int, BlockDenoiser] = {}
+        self._denoisers: dict[int, HostLoop] = {}
         self._last_logits = torch.empty(
             (num_slots, vocab_size), dtype=accumulation_dtype(towers.dtype), device=towers.context.device
         )
@@ -211,7 +217,7 @@ class BlockDrafter:
                     self._first_tokens(list(requests), zeros, zeros)
                 for size in sorted(sizes, reverse=True):
                     block = self._context(list(requests), size)
-                    self._denoiser(size).denoise(block, zeros, zeros, rule=PublishedSchedule(0.0, 1))
+                    self._denoiser(size).denoise(DenoisingRequest(block, zeros, zeros, PublishedSchedule(0.0, 1)))
             finally:
                 for request in requests:
                     self.state.release(request)
@@ -237,7 +243,7 @@ class BlockDrafter:
             state_bytes=self.state.nbytes + self._last_logits.nbytes,
             context_device=context.device,
             denoiser_tower_bytes=sum(parameter.nbytes for parameter in denoiser.parameters()),
-            workspace_bytes=workspace + sum(made.modulation.nbytes for made in self._denoisers.values()),
+            workspace_bytes=workspace + sum(made.nbytes for made in self._denoisers.values()),
             denoiser_device=denoiser.device,
         )
 
@@ -393,18 +399,20 @@ class BlockDrafter:
         seed_tensor = torch.tensor(own_seeds, device=device)
         first = self._first_tokens(drafted, seed_tensor, positions) if self.first_token == "context" else None
         most_wanted = min(plan.num_tokens, max(limits[request_id] for request_id in drafted))
-        done = self._denoiser(plan.block_size).denoise(
+        request = DenoisingRequest(
             self._context(drafted, plan.block_size),
             seed_tensor,
             positions,
+            plan.rule,
             first_tokens=first[0] if first else None,
             first_confidence=first[1] if first else None,
-            rule=plan.rule,
-            with_probs=not self.sampler.greedy,
             same_noise=self.noise == "shared",
             num_wanted=most_wanted if self.policy.most_steps == 1 else None,
         )
-        probs = done.probs
+        first_step = FirstStepProbs(self.picker)
+        observers = [] if self.sampler.greedy else [first_step]
+        done = self._denoiser(plan.block_size).denoise(request, observers)
+        probs = first_step.probs
         if first is not None and first[2] is not None:
             if probs is None:  # a block of one token, which the denoiser was not asked for
                 probs = first[2][:, None]
@@ -416,12 +424,8 @@ class BlockDrafter:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The context tower's next tokens, how probable they are, and the distributions they were drawn from."""
         logits = self._last_logits[self._slots(drafted)].to(seeds.device)
-        mask_token_id = self.towers.config.mask_token_id
-        logits[:, mask_token_id] = -torch.inf
-        logits[:, self.num_token_ids :] = -torch.inf
-        noise = pick_noise(self.sampler, logits, seeds, positions)
-        tokens, confidence = pick_tokens(logits, mask_token_id, noise=noise)
-        return tokens, confidence, None if self.sampler.greedy else self.sampler.probs(logits)
+        tokens, confidence = self.picker.pick(logits, seeds, positions)
+        return tokens, confidence, None if self.sampler.greedy else self.picker.probs(logits)
 
     def _as_block(
         self,
@@ -436,7 +440,8 @@ class BlockDrafter:
         finite = confidence.isfinite().all(1).tolist()
         if not all(finite):
             confidence = confidence.nan_to_num(nan=0.0)
-        usable = self.policy.usable(plan, confidence, done.num_passes)
+        num_passes_of = done.num_passes.tolist()
+        usable = self.policy.usable(plan, confidence, num_passes_of)
         counts = [
             min(count, limits[request_id]) if fine else 0
             for count, request_id, fine in zip(usable, drafted, finite, strict=True)
@@ -453,8 +458,8 @@ class BlockDrafter:
         all_confidence[at] = confidence.masked_fill(beyond, 0.0)
         num_draft_tokens, num_passes = [0] * len(request_ids), [0] * len(request_ids)
         for i, request_id in enumerate(drafted):
-            num_draft_tokens[place[request_id]], num_passes[place[request_id]] = counts[i], done.num_passes[i]
-        num_steps = max(done.num_passes)
+            num_draft_tokens[place[request_id]], num_passes[place[request_id]] = counts[i], num_passes_of[i]
+        num_steps = max(num_passes_of)
         all_probs = None
         if probs is not None and num_steps <= 1 and not self.policy.selects_drafts:
             all_probs = probs.new_zeros(*token_ids.shape, probs.shape[-1])
@@ -486,8 +491,7 @@ class BlockDrafter:
             self._workspace = BlockWorkspace(self.towers.config, room, denoiser.dtype, denoiser.device)
         return self.state.block_context(request_ids, block_size, denoiser.device, denoiser.dtype, self._workspace)
 
-    def _denoiser(self, block_size: int) -> BlockDenoiser:
+    def _denoiser(self, block_size: int) -> HostLoop:
         if block_size not in self._denoisers:
-            config = DiffusionConfig(block_size, mask_token_id=self.towers.config.mask_token_id)
-            self._denoisers[block_size] = BlockDenoiser(self.towers.denoiser, config, self.num_token_ids, self.sampler)
+            self._denoisers[block_size] = HostLoop(self.towers.denoiser, block_size, self.picker)
         return self._denoisers[block_size]

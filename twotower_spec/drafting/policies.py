@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_kernels.unmasking import choose_commits
 from twotower_spec.config import DiffusionConfig, check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.unmasking import CommitRule, DenoisingStep, PublishedSchedule, Schedule
+from twotower_spec.generation.denoising import CommitRule, DenoisingStep, PublishedSchedule, Schedule
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """The published ways to generate and the self-verified one, for ragged batches, as calls and as iterators."""
 
 from twotower_spec.generation.autoregressive import generate_ar, generate_mock_ar, stream_ar, stream_mock_ar
-from twotower_spec.generation.block_diffusion import BlockDenoiser, generate_mask_diffusion, stream_mask_diffusion
+from twotower_spec.generation.block_diffusion import generate_mask_diffusion, stream_mask_diffusion
 from twotower_spec.generation.result import CommittedBlock, GenerationResult, PhaseTimes
 from twotower_spec.generation.self_speculative import generate_self_speculative, stream_self_speculative
 
 __all__ = [
-    "BlockDenoiser",
     "CommittedBlock",
     "GenerationResult",
     "PhaseTimes",

@@ -10,7 +10,8 @@ from torch import Tensor
 from twotower_spec.config import DiffusionConfig
 from twotower_spec.generation.autoregressive import ar_batch
 from twotower_spec.generation.batch import Batch, Prompts, Seeds, TokenIds
-from twotower_spec.generation.block_diffusion import BlockDenoiser, check_mask_token
+from twotower_spec.generation.block_diffusion import check_mask_token, host_loop
+from twotower_spec.generation.denoising import DenoisingRequest, PublishedSchedule
 from twotower_spec.generation.result import CommittedBlock, GenerationResult
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.towers.model import TwoTowers
@@ -118,21 +119,25 @@ def _self_speculative(batch: Batch, config: DiffusionConfig) -> Iterator[Committ
     if logits is None:
         return
     with batch.times.measure("denoise", denoiser.device):
-        block_denoiser = BlockDenoiser(denoiser, config)
+        loop = host_loop(denoiser, config)
+    schedule = PublishedSchedule(config.confidence_threshold, config.steps_per_block)
     # The newest token of every row, which the context tower chose and has not read yet.
     newest = _choose(sampler, batch, batch.active, logits, [1] * len(batch.active))
     yield from [batch.commit(row, tokens, 0) for row, tokens in newest.items()]
     while batch.active:
         rows = list(batch.active)
         with batch.times.measure("denoise", denoiser.device):
-            done = block_denoiser.denoise(
+            request = DenoisingRequest(
                 batch.block_context(config.block_size),
                 batch.active_seeds(denoiser.device),
                 batch.next_positions(denoiser.device) - 1,
+                schedule,
                 first_tokens=torch.tensor([newest[row][-1] for row in rows], device=denoiser.device),
                 same_noise=True,
             )
+            done = loop.denoise(request)
             # The context tower may choose the mask token, which the denoiser would fill: its choice stands.
+            num_passes = done.num_passes.tolist()
             blocks = {
                 row: [newest[row][-1], *block[1:]][: batch.max_new_tokens - len(batch.generated[row])]
                 for row, block in zip(rows, done.token_ids.tolist(), strict=True)
@@ -144,7 +149,7 @@ def _self_speculative(batch: Batch, config: DiffusionConfig) -> Iterator[Committ
             accepted = {row: agreeing(blocks[row][1:], chosen[row]) for row in rows}
             extension.accept({row: 1 + count for row, count in accepted.items()})
         newest = {row: batch.up_to_end(chosen[row][: accepted[row] + 1]) for row in rows}
-        yield from [batch.commit(row, newest[row], passes) for row, passes in zip(rows, done.num_passes, strict=True)]
+        yield from [batch.commit(row, newest[row], passes) for row, passes in zip(rows, num_passes, strict=True)]
 
 
 @torch.inference_mode()

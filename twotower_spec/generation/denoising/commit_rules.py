@@ -1,4 +1,4 @@
-"""A denoising step after the logits: which masked positions are committed, and to what."""
+"""What a denoising step commits: the rules, and the blocks after one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.unmasking import PickNoise, Unmasked, choose_commits, unmask
-from twotower_spec.generation.sampling import Sampler
+from twotower_spec.generation.denoising.picking import TokenPicker
 
 
 @dataclass(frozen=True)
@@ -77,63 +77,45 @@ class PublishedSchedule(Schedule):
         return self.steps_per_block - index
 
 
-def pick_noise(
-    sampler: Sampler, logits: Tensor, seeds: Tensor, first_positions: Tensor, draw: int = 0
-) -> PickNoise | None:
-    """What picks are sampled with; None for the most probable token.
-
-    Args:
-        sampler: temperature and filters.
-        logits: [num_positions, vocab]; with filters, excluded ids have -inf already. Not modified.
-        seeds: int64 [num_reqs].
-        first_positions: int64 [num_reqs], index of each block's first token in its sequence.
-        draw: tells repeated draws at one position apart.
-    """
-    if sampler.greedy:
-        return None
-    scores = sampler.filter(logits) if sampler.filters else None
-    return PickNoise(sampler.temperature, seeds, first_positions, draw, scores)
-
-
 def unmask_by(
-    rule: CommitRule,
+    commit_rule: CommitRule,
     step: DenoisingStep,
     token_ids: Tensor,
     logits: Tensor,
     positions: Tensor,
-    mask_token_id: int,
-    num_token_ids: int | None,
+    picker: TokenPicker,
     noise: PickNoise | None,
 ) -> Unmasked:
-    """Blocks after a step: picks of all masked positions, of which the rule commits some.
+    """Blocks after a step: tokens are picked at all masked positions, and the rule commits some of them.
 
     Args:
-        rule: what is committed.
+        commit_rule: decides which picks are committed.
         step: the blocks before; their confidence is that of tokens committed earlier.
         token_ids: int64 [num_active, block_size], of these blocks.
-        logits, positions, mask_token_id, num_token_ids, noise: as `unmask`.
+        logits, positions, noise: as `unmask`.
+        picker: says which ids are never picked.
     """
-    # Any other rule than a schedule sees all picks before it decides.
+    # A rule that is no schedule has to see all picks first: unmask then commits every one of them.
     threshold, remaining_steps = 0.0, 1
-    if isinstance(rule, Schedule):
-        threshold = rule.confidence_threshold
-        remaining_steps = rule.remaining_steps(step.index, token_ids.shape[1])
+    if isinstance(commit_rule, Schedule):
+        threshold = commit_rule.confidence_threshold
+        remaining_steps = commit_rule.remaining_steps(step.index, token_ids.shape[1])
     done = unmask(
         logits,
         positions,
         token_ids,
         step.masked,
         step.confidence,
-        mask_token_id,
+        picker.mask_token_id,
         threshold,
         remaining_steps,
-        num_token_ids,
+        picker.num_token_ids,
         noise,
     )
-    if isinstance(rule, Schedule):
+    if isinstance(commit_rule, Schedule):
         return done
-    # A row of NaN commits like one without confidence, and what the rule decides for the others stays theirs.
-    commits = rule.commits(replace(step, confidence=done.confidence.nan_to_num(nan=0.0)))
+    # The rule sees 0 where a confidence is NaN, so that one damaged row does not change its decisions about the others.
+    commits = commit_rule.commits(replace(step, confidence=done.confidence.nan_to_num(nan=0.0)))
     return Unmasked(
         torch.where(commits, done.token_ids, token_ids), torch.where(commits, done.confidence, step.confidence), commits
     )

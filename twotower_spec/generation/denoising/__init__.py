@@ -1,0 +1,33 @@
+"""Filling masked blocks: the request, the loops that can serve it, what a step commits, and who may look on."""
+
+from twotower_spec.generation.denoising.commit_rules import CommitRule, DenoisingStep, PublishedSchedule, Schedule
+from twotower_spec.generation.denoising.host_loop import HostLoop
+from twotower_spec.generation.denoising.loop import DenoisingLoop
+from twotower_spec.generation.denoising.observers import (
+    FirstStepProbs,
+    ObservedStep,
+    StepCallback,
+    StepCallbackObserver,
+    StepObserver,
+    TraceRecorder,
+)
+from twotower_spec.generation.denoising.picking import TokenPicker
+from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
+
+__all__ = [
+    "CommitRule",
+    "DenoisedBlocks",
+    "DenoisingLoop",
+    "DenoisingRequest",
+    "DenoisingStep",
+    "FirstStepProbs",
+    "HostLoop",
+    "ObservedStep",
+    "PublishedSchedule",
+    "Schedule",
+    "StepCallback",
+    "StepCallbackObserver",
+    "StepObserver",
+    "TokenPicker",
+    "TraceRecorder",
+]

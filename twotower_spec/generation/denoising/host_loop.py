@@ -1,0 +1,178 @@
+"""The denoising loop that the host drives: it reads counts between steps, rows leave, and any rule decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import accumulation_dtype, check_integer
+from twotower_spec.generation.denoising.commit_rules import DenoisingStep, unmask_by
+from twotower_spec.generation.denoising.observers import ObservedStep, StepObserver
+from twotower_spec.generation.denoising.picking import TokenPicker
+from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
+from twotower_spec.towers import DenoiserTower
+
+
+class HostLoop:
+    """Fills masked blocks step by step; rows have their own time and leave when they are done.
+
+    Attributes:
+        block_size: positions of a block.
+        picker: how tokens are picked.
+    """
+
+    def __init__(self, denoiser: DenoiserTower, block_size: int, picker: TokenPicker) -> None:
+        """Computes the time modulation for every number of masked positions once.
+
+        Raises:
+            ArgumentError: the block size is out of range.
+        """
+        check_integer("block_size", block_size, minimum=1)
+        self.denoiser, self.block_size, self.picker = denoiser, block_size, picker
+        with torch.inference_mode():
+            self._modulation = denoiser.time_conditioning.for_block_size(block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """See `DenoisingLoop.nbytes`."""
+        return self._modulation.nbytes
+
+    @torch.inference_mode()
+    def denoise(self, request: DenoisingRequest, observers: Sequence[StepObserver] = ()) -> DenoisedBlocks:
+        """Denoises one block per row.
+
+        Args:
+            request: the rows, and the rule that decides what each step commits.
+            observers: are shown the fresh blocks and every step.
+        """
+        rows = _ActiveRows(request, *self._fresh_blocks(request))
+        for observer in observers:
+            observer.begin(rows.token_ids)
+        whole = any(observer.wants_all_logits for observer in observers)
+        for index in range(self.block_size):
+            masked = rows.find_masked(self.picker.mask_token_id)
+            if not any(masked.num_open):
+                break
+            if not all(masked.num_open) and not whole:
+                masked = rows.keep_open(masked)
+            step = self._step(index, rows, masked, whole)
+            rows.take(step)
+            for observer in observers:
+                observer.observe(step)
+        return rows.results()
+
+    def _fresh_blocks(self, request: DenoisingRequest) -> tuple[Tensor, Tensor]:
+        """Blocks of masked positions, but for first tokens that are known, and the confidence of these."""
+        num_reqs = len(request.seeds)
+        token_ids = self.denoiser.initial_block(num_reqs, self.block_size, self.picker.mask_token_id)
+        dtype = accumulation_dtype(self.denoiser.dtype)
+        confidence = torch.ones(token_ids.shape, dtype=dtype, device=token_ids.device)
+        if request.first_tokens is not None:
+            token_ids[:, 0] = request.first_tokens
+            if request.first_confidence is not None:
+                confidence[:, 0] = request.first_confidence
+        return token_ids, confidence
+
+    def _step(self, index: int, rows: _ActiveRows, masked: _Masked, whole: bool) -> ObservedStep:
+        """One denoiser pass over the rows, and what the rule commits of it; the rows are left as they are."""
+        request, all_logits = rows.request, None
+        positions = masked.open.flatten().nonzero()[:, 0]
+        modulation = self._modulation_of(masked.num_masked)
+        if whole:
+            all_logits = self.denoiser(rows.token_ids, rows.context, modulation)
+            logits = all_logits[positions]
+        else:
+            logits = self.denoiser(rows.token_ids, rows.context, modulation, positions, wide_logits=False)
+        draw = 0 if request.same_noise else index
+        noise = self.picker.noise(logits, rows.seeds, rows.first_positions, draw)
+        step = DenoisingStep(index, rows.indices, masked.open, rows.confidence)
+        done = unmask_by(request.commit_rule, step, rows.token_ids, logits, positions, self.picker, noise)
+        return ObservedStep(
+            index=index,
+            rows=rows.indices,
+            num_masked=masked.num_masked,
+            num_open=masked.num_open,
+            before=rows.token_ids,
+            token_ids=done.token_ids,
+            commits=done.commits,
+            confidence=done.confidence,
+            positions=positions,
+            logits=logits,
+            all_logits=all_logits,
+        )
+
+    def _modulation_of(self, num_masked: list[int]) -> Tensor:
+        """Time modulation of rows by their masked positions, one row where all have as many."""
+        alike = min(num_masked) == max(num_masked)
+        return self._modulation[num_masked[:1] if alike else num_masked]
+
+
+@dataclass(frozen=True)
+class _Masked:
+    """Masked positions of the active rows.
+
+    Attributes:
+        open: bool [num_active, block_size], those that are to be filled.
+        num_open: how many these are, per row.
+        num_masked: masked positions per row, those that nobody wants included.
+    """
+
+    open: Tensor
+    num_open: list[int]
+    num_masked: list[int]
+
+
+class _ActiveRows:
+    """The blocks that are still in the loop, and the results of all.
+
+    Attributes:
+        request: what the loop was asked for.
+        indices: rows of the request that are in the loop.
+        token_ids, confidence: their blocks.
+        context, seeds, first_positions: their part of the request.
+    """
+
+    def __init__(self, request: DenoisingRequest, token_ids: Tensor, confidence: Tensor) -> None:
+        """Begins with fresh blocks of all rows."""
+        self.request = request
+        self.indices = list(range(len(request.seeds)))
+        self.token_ids, self.confidence = token_ids, confidence
+        self.context, self.seeds, self.first_positions = request.context, request.seeds, request.first_positions
+        self._all_token_ids, self._all_confidence = token_ids, confidence
+        self._num_passes = [0] * len(request.seeds)
+
+    def find_masked(self, mask_token_id: int) -> _Masked:
+        """Reads where blocks are masked."""
+        masked = self.token_ids == mask_token_id
+        num_masked = masked.sum(-1).tolist()
+        if self.request.num_wanted is None:
+            return _Masked(masked, num_masked, num_masked)
+        masked[:, self.request.num_wanted :] = False
+        return _Masked(masked, masked.sum(-1).tolist(), num_masked)
+
+    def keep_open(self, masked: _Masked) -> _Masked:
+        """Lets rows without open positions leave; gives the masked positions of those that stay."""
+        kept = [i for i, count in enumerate(masked.num_open) if count]
+        self.indices = [self.indices[i] for i in kept]
+        self.context = self.context.select(kept)
+        self.token_ids, self.confidence = self.token_ids[kept], self.confidence[kept]
+        self.seeds, self.first_positions = self.seeds[kept], self.first_positions[kept]
+        num_open, num_masked = ([counts[i] for i in kept] for counts in (masked.num_open, masked.num_masked))
+        return _Masked(masked.open[kept], num_open, num_masked)
+
+    def take(self, step: ObservedStep) -> None:
+        """Takes the blocks of a step over, and counts its pass for the rows that it could change."""
+        self.token_ids, self.confidence = step.token_ids, step.confidence
+        for row, count in zip(self.indices, step.num_open, strict=True):
+            self._num_passes[row] += count > 0
+        if len(self.indices) == len(self._num_passes):
+            self._all_token_ids, self._all_confidence = step.token_ids, step.confidence
+        else:
+            self._all_token_ids[self.indices], self._all_confidence[self.indices] = step.token_ids, step.confidence
+
+    def results(self) -> DenoisedBlocks:
+        """Blocks of all rows."""
+        return DenoisedBlocks(self._all_token_ids, self._all_confidence, torch.tensor(self._num_passes))
