@@ -11,7 +11,7 @@ from twotower_bench.serving import in_order_of_tables
 from twotower_bench.serving_figures import verdict_of
 from twotower_spec.evaluation.statistics import (
     Comparison,
-    Spread,
+    Estimate,
     compare_same_repeats,
     median_and_spread,
     ratio_of_same_repeats,
@@ -47,9 +47,9 @@ class LoadFigures:
     num_repeats: int
     num_requests: int
     num_failed: int
-    requests_per_s: Spread
-    goodput: Spread
-    tokens_per_s: Spread
+    requests_per_s: Estimate
+    goodput: Estimate
+    tokens_per_s: Estimate
     good_share: float
     lowest_good_share: float
     ttft: Quantiles
@@ -114,7 +114,7 @@ def _figures(points: Sequence[LoadPoint], system: str, traffic: Traffic) -> Load
         requests_per_s=median_and_spread([point.requests_per_s for point in own]),
         goodput=goodput,
         tokens_per_s=median_and_spread([point.tokens_per_s for point in own]),
-        good_share=goodput.median / statistics.median(len(point.texts) / point.seconds for point in own),
+        good_share=goodput.value / statistics.median(len(point.texts) / point.seconds for point in own),
         lowest_good_share=min(point.good_share for point in own),
         **times,
         acceptance_length=1 + accepted / num_drafts if num_drafts else None,

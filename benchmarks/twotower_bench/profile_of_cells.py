@@ -161,7 +161,7 @@ def _acceptance_length(
     return AcceptanceLength(
         category=category,
         setting=setting,
-        length=_rounded(length.estimate, length.low, length.high),
+        length=_rounded(length.value, length.low, length.high),
         temperature=temperature,
         batch_size=batch_size,
         num_draft_tokens=round(share * figures.mean_draft_tokens, DIGITS),

@@ -19,7 +19,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import (
     FEWEST_ROUNDS,
     Comparison,
-    Spread,
+    Estimate,
     compare_same_repeats,
     median_and_spread,
 )
@@ -78,21 +78,21 @@ class Point:
 
     system: System
     load: Load
-    tokens_per_s: Spread
-    user_tokens_per_s: Spread
+    tokens_per_s: Estimate
+    user_tokens_per_s: Estimate
 
-    def value(self, goal: Goal) -> Spread:
+    def value(self, goal: Goal) -> Estimate:
         """What the goal is about."""
         return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
 
     def reaches(self, floor: float | None) -> bool:
         """Whether every user has so many tokens/s, in the median."""
-        return floor is None or self.user_tokens_per_s.median >= floor
+        return floor is None or self.user_tokens_per_s.value >= floor
 
     def __str__(self) -> str:
         return (
-            f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.median:.4g} tokens/s, "
-            f"{self.user_tokens_per_s.median:.4g} for each user)"
+            f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.value:.4g} tokens/s, "
+            f"{self.user_tokens_per_s.value:.4g} for each user)"
         )
 
 
@@ -159,7 +159,7 @@ def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, categor
 
 def front_of(points: Sequence[Point]) -> list[Point]:
     """The Pareto front: points that no other beats both in tokens/s of all and in those of one user; slowest first."""
-    medians = [(one.tokens_per_s.median, one.user_tokens_per_s.median) for one in points]
+    medians = [(one.tokens_per_s.value, one.user_tokens_per_s.value) for one in points]
     return [points[i] for i in pareto_front(medians)]
 
 
@@ -216,22 +216,22 @@ def _recommended(
     cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
 ) -> Recommendation:
     """Of those points that reach the floor."""
-    ranked = sorted(reaching, key=lambda one: one.value(goal).median, reverse=True)
+    ranked = sorted(reaching, key=lambda one: one.value(goal).value, reverse=True)
     baseline = next((one for one in ranked if one.system.name == BASELINE), None)
     best = next((one for one in ranked if one.system.name != BASELINE), None)
     if baseline is None:  # and so there is one that speculates
         assert best is not None
         nearest = max(
-            (one for one in points if one.system.name == BASELINE), key=lambda one: one.user_tokens_per_s.median
+            (one for one in points if one.system.name == BASELINE), key=lambda one: one.user_tokens_per_s.value
         )
-        why = f"no speculation does not reach that: it gives each user {nearest.user_tokens_per_s.median:.4g} at most"
+        why = f"no speculation does not reach that: it gives each user {nearest.user_tokens_per_s.value:.4g} at most"
         return _made(goal, best, nearest, None, why, ranked)
     if best is None:
         return _made(goal, baseline, baseline, None, "nothing that speculates was measured, or reaches that", ranked)
     comparison = _comparison(cells, goal, baseline, best)
     against = _against(goal, baseline, best, comparison)
     # The best alone is asked: of many that are no better, one looks better in the end.
-    if best.value(goal).median > baseline.value(goal).median and (comparison is None or comparison.verdict == "faster"):
+    if best.value(goal).value > baseline.value(goal).value and (comparison is None or comparison.verdict == "faster"):
         doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
         why = f"it is {against} as no speculation{doubt}{_chosen_among(ranked)}"
         return _made(goal, best, baseline, comparison, why, ranked)
@@ -255,7 +255,7 @@ def _made(
         if comparison
         and one != point
         and one.system.name != BASELINE
-        and one.value(goal).median * comparison.noise_floor >= point.value(goal).median
+        and one.value(goal).value * comparison.noise_floor >= point.value(goal).value
     )
     return Recommendation(goal, point, baseline, comparison, near, f"For {goal}: {point}, because {why}.")
 
@@ -271,9 +271,9 @@ def _rate(cell: ServingCell, goal: Goal) -> float:
 
 def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:
     if comparison is None:
-        return f"{candidate.value(goal).median / baseline.value(goal).median:.2f} times as fast"
+        return f"{candidate.value(goal).value / baseline.value(goal).value:.2f} times as fast"
     ratio = comparison.speed_up
     return (
-        f"{ratio.estimate:.2f} times as fast ({comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, "
+        f"{ratio.value:.2f} times as fast ({comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, "
         f"A/A noise {comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
     )

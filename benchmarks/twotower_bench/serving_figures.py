@@ -15,8 +15,7 @@ from twotower_bench.serving import cells_of, in_order_of_tables
 from twotower_spec.drafting.metrics import CalibrationBin, DraftingMetrics
 from twotower_spec.evaluation.statistics import (
     Comparison,
-    Interval,
-    Spread,
+    Estimate,
     bootstrap_interval,
     compare_same_repeats,
     median_and_spread,
@@ -39,8 +38,8 @@ class Acceptance:
         histogram: steps with drafts by number of accepted ones.
     """
 
-    acceptance_length: Interval | None
-    tokens_per_step: Interval
+    acceptance_length: Estimate | None
+    tokens_per_step: Estimate
     num_steps: int
     num_drafted_steps: int
     mean_draft_tokens: float
@@ -111,7 +110,7 @@ class Figures:
     load: Load
     num_repeats: int
     num_requests: int
-    tokens_per_s: Spread
+    tokens_per_s: Estimate
     speed_up: float | None
     comparison: Comparison | None
     num_different: int | None
@@ -169,7 +168,7 @@ def figures(cells: Sequence[ServingCell], system: str, load: Load) -> Figures:
         num_different=num_different(own, baseline) if baseline and not load.temperature else None,
         acceptance=acceptance,
         tokens_per_nfe=(
-            drafted_length.estimate * acceptance.num_drafted_steps / passes if drafted_length and passes else None
+            drafted_length.value * acceptance.num_drafted_steps / passes if drafted_length and passes else None
         ),
         latency=latency_of(requests),
         round_times=_round_times(own, drafting),
@@ -200,7 +199,7 @@ def acceptance_of(requests: Sequence[ServedRequest], *, beyond_end: bool = False
     report = metrics.report()
     return Acceptance(
         acceptance_length=_ratio(drafted_tokens, drafted_steps) if drafted_steps else None,
-        tokens_per_step=_ratio(tokens, steps) if steps else Interval(1.0, 1.0, 1.0),
+        tokens_per_step=_ratio(tokens, steps) if steps else Estimate(1.0, 1.0, 1.0),
         num_steps=sum(steps.values()),
         num_drafted_steps=report.num_rounds,
         mean_draft_tokens=report.num_draft_tokens / report.num_rounds if report.num_rounds else 0.0,
@@ -263,7 +262,7 @@ def _merged(low: float, high: float, bins: Sequence[CalibrationBin]) -> Calibrat
     return CalibrationBin(low, high, count, confidence / max(count, 1), accepted / max(count, 1))
 
 
-def _ratio(values: dict[str, int], denominators: dict[str, int]) -> Interval:
+def _ratio(values: dict[str, int], denominators: dict[str, int]) -> Estimate:
     return bootstrap_interval([values[key] for key in denominators], list(denominators.values()))
 
 

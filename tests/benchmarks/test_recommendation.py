@@ -59,10 +59,10 @@ def test_named_concurrency_is_the_only_one_that_counts() -> None:
 def test_floor_leaves_out_what_is_too_slow_for_one_user() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
     at_4 = next(p for p in sweep_points(measured) if p.system == FAST and p.load.concurrency == 4)
-    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * at_4.user_tokens_per_s.median))
+    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * at_4.user_tokens_per_s.value))
     assert (found.point.system, found.point.load.concurrency) == (FAST, 1)
     none_at_1 = next(p for p in sweep_points(measured) if p.system == NONE and p.load.concurrency == 1)
-    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * none_at_1.user_tokens_per_s.median))
+    found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * none_at_1.user_tokens_per_s.value))
     assert found.point.system == FAST and "no speculation does not reach that" in found.sentence
 
 

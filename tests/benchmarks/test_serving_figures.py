@@ -43,8 +43,8 @@ def test_acceptance_counts_steps_with_drafts_and_all_steps_apart() -> None:
         [request("a", drafted=(3, 0, 3), accepted=(3, 0, 1)), request("b", drafted=(2,), accepted=(0,))]
     )
     assert found.acceptance_length is not None
-    assert found.acceptance_length.estimate == pytest.approx((4 + 2 + 1) / 3)
-    assert found.tokens_per_step.estimate == pytest.approx((4 + 1 + 2 + 1) / 4)
+    assert found.acceptance_length.value == pytest.approx((4 + 2 + 1) / 3)
+    assert found.tokens_per_step.value == pytest.approx((4 + 1 + 2 + 1) / 4)
     assert (found.num_steps, found.num_drafted_steps, found.mean_draft_tokens) == (4, 3, pytest.approx(8 / 3))
     assert found.by_position == pytest.approx((2 / 3, 1 / 3, 1 / 3))
     # At the second position two steps had come so far, and one of them accepted; at the third that one.
@@ -57,9 +57,9 @@ def test_last_step_counts_what_the_text_has_of_it() -> None:
     """Eight drafts of the last step were accepted, and the text has four tokens of it."""
     one = request(tokens=tuple(range(1 + 3 + 4)), drafted=(8, 8), accepted=(2, 8))
     found, whole = acceptance_of([one]), acceptance_of([one], beyond_end=True)
-    assert found.tokens_per_step.estimate == pytest.approx((3 + 4) / 2)
+    assert found.tokens_per_step.value == pytest.approx((3 + 4) / 2)
     assert found.tokens_per_step == found.acceptance_length
-    assert whole.tokens_per_step.estimate == pytest.approx((3 + 9) / 2)
+    assert whole.tokens_per_step.value == pytest.approx((3 + 9) / 2)
     # As if three had been drafted: those that there was no room for are neither accepted nor refused.
     assert found.num_asked_by_position == (2, 2, 2, 0, 0, 0, 0, 0) and found.by_position[:3] == (1, 1, 0.5)
     assert found.mean_draft_tokens == pytest.approx((8 + 3) / 2)
@@ -68,7 +68,7 @@ def test_last_step_counts_what_the_text_has_of_it() -> None:
 def test_last_step_of_which_the_text_has_one_token_counts_as_one_without_drafts() -> None:
     found = acceptance_of([request(tokens=(1, 2, 3, 4), drafted=(4, 4), accepted=(1, 3))])
     assert (found.num_steps, found.num_drafted_steps) == (2, 1)
-    assert found.tokens_per_step.estimate == pytest.approx(3 / 2)
+    assert found.tokens_per_step.value == pytest.approx(3 / 2)
 
 
 def test_a_prompt_that_was_repeated_counts_as_one_for_the_interval() -> None:
@@ -78,7 +78,7 @@ def test_a_prompt_that_was_repeated_counts_as_one_for_the_interval() -> None:
 
 def test_no_drafts_give_no_acceptance_length_and_one_token_per_step() -> None:
     found = acceptance_of([request(drafted=(0, 0), accepted=(0, 0))])
-    assert found.acceptance_length is None and found.tokens_per_step.estimate == 1 and found.by_position == ()
+    assert found.acceptance_length is None and found.tokens_per_step.value == 1 and found.by_position == ()
 
 
 def test_latency_is_of_first_tokens_gaps_and_tokens() -> None:
@@ -138,7 +138,7 @@ def test_tokens_per_nfe_are_of_steps_with_drafts() -> None:
     found = figures([drafted], "ngram", drafted.load)
     assert found.tokens_per_nfe == pytest.approx(8 / 2)
     assert found.acceptance.acceptance_length is not None
-    assert found.tokens_per_nfe == pytest.approx(found.acceptance.acceptance_length.estimate)
+    assert found.tokens_per_nfe == pytest.approx(found.acceptance.acceptance_length.value)
 
 
 def test_times_of_a_round_add_up_to_its_wall_time() -> None:
@@ -166,7 +166,7 @@ def test_repeats_that_one_of_them_lacks_are_not_compared() -> None:
     cells = [*missing, *repeats(replace(plain, system=AGAIN), [1, 1, 1, 1]), *other]
     found = figures(cells, "ngram", plain.load)
     assert found.comparison is not None and found.comparison.num_rounds == 3
-    assert found.speed_up == found.comparison.speed_up.estimate == pytest.approx(2.0)
+    assert found.speed_up == found.comparison.speed_up.value == pytest.approx(2.0)
 
 
 def test_categories_together_take_the_time_of_all() -> None:

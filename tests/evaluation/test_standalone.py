@@ -104,11 +104,11 @@ def test_self_speculation_has_the_text_of_ar_and_fewer_context_passes(
 ) -> None:
     cells = [measure(towers, setting, 0, prompts, 17, EOS) for setting in BASELINES]
     ar, mock_ar, self_speculative = summarise(cells)
-    assert ar.speed_up == 1 and ar.identical.estimate == 1 and ar.tokens_per_nfe is None
-    assert self_speculative.identical.estimate == 1
-    assert self_speculative.common_prefix.estimate == ar.length
-    assert self_speculative.tokens_per_context_pass.estimate > 1
-    assert mock_ar.tokens_per_nfe is not None and mock_ar.tokens_per_nfe.estimate == pytest.approx(1)
+    assert ar.speed_up == 1 and ar.identical.value == 1 and ar.tokens_per_nfe is None
+    assert self_speculative.identical.value == 1
+    assert self_speculative.common_prefix.value == ar.length
+    assert self_speculative.tokens_per_context_pass.value > 1
+    assert mock_ar.tokens_per_nfe is not None and mock_ar.tokens_per_nfe.value == pytest.approx(1)
 
 
 def test_text_ends_with_the_token_that_ends_the_document(towers: TwoTowerModel, prompts: list[list[int]]) -> None:
@@ -125,12 +125,12 @@ def test_figures_are_medians_and_compare_with_ar_of_the_same_repeat() -> None:
     cells = [cell(AR, i, 2.0 * slow, texts) for i, slow in enumerate((1, 10, 1))]
     cells += [cell(other, i, 1.0 * slow, changed, passes=1) for i, slow in enumerate((1, 10, 1))]
     ar, diffusion = summarise(cells)
-    assert ar.tokens_per_s.median == 2 and diffusion.tokens_per_s.median == 4
+    assert ar.tokens_per_s.value == 2 and diffusion.tokens_per_s.value == 4
     assert diffusion.speed_up == 2
-    assert diffusion.tokens_per_nfe is not None and diffusion.tokens_per_nfe.estimate == 4
-    assert diffusion.tokens_per_context_pass.estimate == 2
-    assert diffusion.identical.estimate == 0.5
-    assert diffusion.common_prefix.estimate == 2.5
+    assert diffusion.tokens_per_nfe is not None and diffusion.tokens_per_nfe.value == 4
+    assert diffusion.tokens_per_context_pass.value == 2
+    assert diffusion.identical.value == 0.5
+    assert diffusion.common_prefix.value == 2.5
 
 
 def test_repeats_without_ar_beside_them_give_no_figures() -> None:
@@ -143,7 +143,7 @@ def test_text_that_took_no_denoiser_pass_leaves_the_figure_to_the_others() -> No
     drafted = Setting.of("self-speculative")
     one = Cell(drafted, 0, [1.0, 1.0], [[2], [4, 5, 6]], [0, 1], [1, 2], {})
     figures = summarise([cell(AR, 0, 1.0, [[2], [4, 5, 6]]), one])[1]
-    assert figures.tokens_per_nfe is not None and figures.tokens_per_nfe.estimate == 3
+    assert figures.tokens_per_nfe is not None and figures.tokens_per_nfe.value == 3
 
 
 def test_cell_survives_json() -> None:

@@ -3,8 +3,7 @@
 from twotower_spec.evaluation.datasets import DATASETS, Prompt, load_prompts
 from twotower_spec.evaluation.statistics import (
     Comparison,
-    Interval,
-    Spread,
+    Estimate,
     bootstrap_interval,
     median_and_spread,
 )
@@ -12,9 +11,8 @@ from twotower_spec.evaluation.statistics import (
 __all__ = [
     "DATASETS",
     "Comparison",
-    "Interval",
+    "Estimate",
     "Prompt",
-    "Spread",
     "bootstrap_interval",
     "load_prompts",
     "median_and_spread",

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from twotower_spec.evaluation.settings import Setting
-from twotower_spec.evaluation.statistics import Interval, Spread, bootstrap_interval, median_and_spread
+from twotower_spec.evaluation.statistics import Estimate, bootstrap_interval, median_and_spread
 from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.model import TwoTowerModel
 
@@ -86,12 +86,12 @@ class Figures:
     """
 
     setting: Setting
-    tokens_per_s: Spread
+    tokens_per_s: Estimate
     speed_up: float
-    tokens_per_nfe: Interval | None
-    tokens_per_context_pass: Interval
-    identical: Interval
-    common_prefix: Interval
+    tokens_per_nfe: Estimate | None
+    tokens_per_context_pass: Estimate
+    identical: Estimate
+    common_prefix: Estimate
     length: float
 
 

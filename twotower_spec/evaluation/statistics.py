@@ -24,39 +24,26 @@ Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Interval:
-    """An estimate with its bootstrap interval.
+class Estimate:
+    """A number with doubt.
 
     Attributes:
-        estimate: of the values as they are.
-        low, high: ends of the interval; both are the estimate where there was only one value.
+        value: the best guess.
+        low, high: ends of its interval, or quartiles of runs, as its maker says; both are the value where nothing is
+            known of its doubt, as of one measurement.
     """
 
-    estimate: float
+    value: float
     low: float
     high: float
 
-    def __str__(self) -> str:
-        return f"{self.estimate:.2f} ({self.low:.2f} to {self.high:.2f})"
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Repeated runs of the same thing.
-
-    Attributes:
-        median: of the runs, in their unit.
-        low, high: lower and upper quartile: half of the runs lie between them.
-        num_runs: how many.
-    """
-
-    median: float
-    low: float
-    high: float
-    num_runs: int
+    @property
+    def has_width(self) -> bool:
+        """Whether there is more than one number."""
+        return self.low < self.high
 
     def __str__(self) -> str:
-        return f"{self.median:.4g} ({self.low:.4g} to {self.high:.4g})"
+        return f"{self.value:.2f} ({self.low:.2f} to {self.high:.2f})"
 
 
 def bootstrap_interval(
@@ -66,7 +53,7 @@ def bootstrap_interval(
     confidence_level: float = CONFIDENCE_LEVEL,
     num_resamples: int = NUM_RESAMPLES,
     seed: int = 0,
-) -> Interval:
+) -> Estimate:
     """Mean of values, or ratio of two sums, over prompts.
 
     Prompts are what is drawn again: the tokens of one prompt depend on each other, so an interval over verify steps
@@ -97,7 +84,7 @@ def bootstrap_interval(
     return _bootstrap((tokens, steps), _ratio_of_sums, confidence_level, num_resamples, seed)
 
 
-def median_and_spread(runs: Sequence[float]) -> Spread:
+def median_and_spread(runs: Sequence[float]) -> Estimate:
     """Median and quartiles of repeated runs: one disturbed run moves neither much.
 
     Args:
@@ -106,8 +93,8 @@ def median_and_spread(runs: Sequence[float]) -> Spread:
     Raises:
         ArgumentError: no runs, or one that is not finite.
     """
-    low, median, high = np.quantile(_finite(runs, "runs"), [0.25, 0.5, 0.75])
-    return Spread(float(median), float(low), float(high), len(runs))
+    low, median, high = np.quantile(_finite(runs, "runs"), [0.25, 0.5, 0.75]).tolist()
+    return Estimate(median, low, high)
 
 
 @dataclass(frozen=True)
@@ -129,7 +116,7 @@ class Comparison:
         num_rounds: how many were measured.
     """
 
-    speed_up: Interval
+    speed_up: Estimate
     noise_floor: float
     num_rounds: int
 
@@ -143,7 +130,7 @@ class Comparison:
         num_resamples: int = NUM_RESAMPLES,
         seed: int = 0,
     ) -> Self:
-        """From times, where less is better.
+        """Compares times, where less is better.
 
         Args:
             baseline, candidate, baseline_again: above 0, one per round and in the order of the rounds, at least 3;
@@ -154,24 +141,8 @@ class Comparison:
         Raises:
             ArgumentError: too few rounds, different numbers of them, or a time that is not above 0.
         """
-        names = ("baseline", "candidate", "baseline_again")
-        first, other, again = (
-            _logarithms(times, name) for times, name in zip((baseline, candidate, baseline_again), names, strict=True)
-        )
-        if not len(first) == len(other) == len(again):
-            raise ArgumentError(
-                f"{len(first)} runs of the baseline, {len(other)} of the candidate and {len(again)} of the baseline "
-                f"again are no rounds; run each once per round"
-            )
-        if len(first) < FEWEST_ROUNDS:
-            raise ArgumentError(
-                f"{len(first)} rounds cannot tell a difference from noise; use at least {FEWEST_ROUNDS}"
-            )
-        settings = (CONFIDENCE_LEVEL, num_resamples, seed)
-        ratio = _bootstrap((first - other,), np.median, *settings)
-        noise = _bootstrap((first - again,), np.median, *settings)
-        speed_up = Interval(*np.exp([ratio.estimate, ratio.low, ratio.high]).tolist())
-        return cls(speed_up, float(np.exp(max(-noise.low, noise.high))), len(first))
+        first, other, again = _rounds(baseline, candidate, baseline_again)
+        return cls._of(first - other, first - again, num_resamples, seed)
 
     @classmethod
     def of_rates(
@@ -183,20 +154,23 @@ class Comparison:
         num_resamples: int = NUM_RESAMPLES,
         seed: int = 0,
     ) -> Self:
-        """From rates such as tokens per second, where more is better; else as `of_seconds`."""
-        # A speed-up of rates is the candidate's over the baseline's: that of seconds with inverted arguments.
-        seconds = [
-            np.exp(-_logarithms(rates, name)).tolist()
-            for rates, name in ((baseline, "baseline"), (candidate, "candidate"), (baseline_again, "baseline_again"))
-        ]
-        return cls.of_seconds(*seconds, num_resamples=num_resamples, seed=seed)
+        """Compares rates such as tokens per second, where more is better; else as `of_seconds`."""
+        first, other, again = _rounds(baseline, candidate, baseline_again)
+        return cls._of(other - first, again - first, num_resamples, seed)
+
+    @classmethod
+    def _of(cls, gains: Floats, noise: Floats, num_resamples: int, seed: int) -> Self:
+        """Takes logarithms of the ratios within each round."""
+        ratio, floor = (_bootstrap((one,), np.median, CONFIDENCE_LEVEL, num_resamples, seed) for one in (gains, noise))
+        speed_up = Estimate(*np.exp([ratio.value, ratio.low, ratio.high]).tolist())
+        return cls(speed_up, float(np.exp(max(-floor.low, floor.high))), len(gains))
 
     @property
     def verdict(self) -> Verdict:
         """A difference only where the speed-up is outside the noise floor and its interval does not contain 1."""
-        if self.speed_up.low > 1 and self.speed_up.estimate > self.noise_floor:
+        if self.speed_up.low > 1 and self.speed_up.value > self.noise_floor:
             return "faster"
-        if self.speed_up.high < 1 and self.speed_up.estimate < 1 / self.noise_floor:
+        if self.speed_up.high < 1 and self.speed_up.value < 1 / self.noise_floor:
             return "slower"
         return "no difference"
 
@@ -213,13 +187,13 @@ class Comparison:
         ratio = self.speed_up
         ends = f"{self.interval_name} {ratio.low:.2f}x to {ratio.high:.2f}x"
         rounds = f"A/A noise {self.noise_floor:.2f}x, {self.num_rounds} rounds"
-        return f"{self.verdict}: {ratio.estimate:.2f}x ({ends}; {rounds})"
+        return f"{self.verdict}: {ratio.value:.2f}x ({ends}; {rounds})"
 
 
 def compare_same_repeats(
     baseline: Mapping[int, float], candidate: Mapping[int, float], baseline_again: Mapping[int, float]
 ) -> Comparison | None:
-    """A comparison of rates, repeat by repeat: a run that was stopped may have more of one than of the other.
+    """Compares rates repeat by repeat: a run that was stopped may have more of one than of the other.
 
     Args:
         baseline, candidate, baseline_again: rates, where more is better, by number of the repeat. Repeats that one of
@@ -233,7 +207,7 @@ def compare_same_repeats(
 
 
 def ratio_of_same_repeats(candidate: Mapping[int, float], baseline: Mapping[int, float]) -> float | None:
-    """Median over repeats of the ratio of two rates; else as `compare_same_repeats`, None where no repeat is left."""
+    """Takes the median over repeats of the ratio of two rates; None where no repeat is left to compare."""
     ratios = [own / other for own, other in _same_repeats(candidate, baseline)]
     return statistics.median(ratios) if ratios else None
 
@@ -254,11 +228,23 @@ def _finite(values: Sequence[float], name: str) -> Floats:
     return array
 
 
-def _logarithms(runs: Sequence[float], name: str) -> Floats:
-    array = _finite(runs, name)
-    if array.min() <= 0:
-        raise ArgumentError(f"{name} holds {array.min():g}; times and rates are above 0, leave out runs that failed")
-    return np.log(array)
+def _rounds(*systems: Sequence[float]) -> tuple[Floats, Floats, Floats]:
+    """Logarithms of what the baseline, the candidate and the baseline again took in the same rounds."""
+    found = []
+    for name, runs in zip(("baseline", "candidate", "baseline_again"), systems, strict=True):
+        array = _finite(runs, name)
+        if array.min() <= 0:
+            raise ArgumentError(f"{name} holds {array.min():g}; times and rates are above 0, leave out failed runs")
+        found.append(np.log(array))
+    first, other, again = found
+    if not len(first) == len(other) == len(again):
+        raise ArgumentError(
+            f"{len(first)} runs of the baseline, {len(other)} of the candidate and {len(again)} of the baseline again "
+            f"are no rounds; run each once per round"
+        )
+    if len(first) < FEWEST_ROUNDS:
+        raise ArgumentError(f"{len(first)} rounds cannot tell a difference from noise; use at least {FEWEST_ROUNDS}")
+    return first, other, again
 
 
 def _ratio_of_sums(values: Floats, denominators: Floats, axis: int = -1) -> Floats:
@@ -268,7 +254,7 @@ def _ratio_of_sums(values: Floats, denominators: Floats, axis: int = -1) -> Floa
 
 def _bootstrap(
     samples: tuple[Floats, ...], statistic: Any, confidence_level: float, num_resamples: int, seed: int
-) -> Interval:
+) -> Estimate:
     """Percentile interval of a statistic; samples of several arrays are drawn together, position by position."""
     require_extra("bench", "scipy")
     from scipy.stats import bootstrap  # a second of import
@@ -279,7 +265,7 @@ def _bootstrap(
         raise ArgumentError(f"num_resamples {num_resamples} is below 1; use {NUM_RESAMPLES}")
     estimate = float(statistic(*samples, axis=-1))
     if len(samples[0]) == 1:
-        return Interval(estimate, estimate, estimate)
+        return Estimate(estimate, estimate, estimate)
     ends = bootstrap(
         samples,
         statistic,
@@ -289,4 +275,4 @@ def _bootstrap(
         n_resamples=num_resamples,
         rng=np.random.default_rng(seed),
     ).confidence_interval
-    return Interval(estimate, float(ends.low), float(ends.high))
+    return Estimate(estimate, float(ends.low), float(ends.high))

@@ -84,10 +84,10 @@ def _table(title: str, headings: Sequence[str], figures: Sequence[LoadFigures], 
 
 def _throughput(one: LoadFigures) -> list[str]:
     return [
-        f"{one.requests_per_s.median:.2f}",
-        f"{one.goodput.median:.2f}",
+        f"{one.requests_per_s.value:.2f}",
+        f"{one.goodput.value:.2f}",
         f"{one.good_share:.0%}",
-        f"{one.tokens_per_s.median:.0f}",
+        f"{one.tokens_per_s.value:.0f}",
         "-" if one.speed_up is None else f"{one.speed_up:.2f}x",
         one.verdict,
         "-" if one.acceptance_length is None else f"{one.acceptance_length:.2f}",

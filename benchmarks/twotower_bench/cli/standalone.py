@@ -206,12 +206,12 @@ def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> T
             how.mode,
             *("-" if value is None else f"{value:g}" for value in (how.block_size, how.steps_per_block)),
             "-" if how.confidence_threshold is None else f"{how.confidence_threshold:g}",
-            f"{row.tokens_per_s.median:.0f}",
+            f"{row.tokens_per_s.value:.0f}",
             f"{row.speed_up:.2f}x",
-            f"{row.tokens_per_nfe.estimate:.2f}" if row.tokens_per_nfe else "-",
-            f"{row.tokens_per_context_pass.estimate:.2f}",
-            f"{row.identical.estimate:.0%}",
-            f"{row.common_prefix.estimate:.1f}",
+            f"{row.tokens_per_nfe.value:.2f}" if row.tokens_per_nfe else "-",
+            f"{row.tokens_per_context_pass.value:.2f}",
+            f"{row.identical.value:.0%}",
+            f"{row.common_prefix.value:.1f}",
             f"{row.length:.1f}",
         ]
         if metric:

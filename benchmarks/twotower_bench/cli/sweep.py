@@ -156,7 +156,7 @@ def _front_table(points: Sequence[Point]) -> Table:
     for heading in ("at once", "tok/s in all", "tok/s per user"):
         table.add_column(heading, justify="right", overflow="fold")
     for point in points:
-        row = (point.load.concurrency, f"{point.tokens_per_s.median:.0f}", f"{point.user_tokens_per_s.median:.1f}")
+        row = (point.load.concurrency, f"{point.tokens_per_s.value:.0f}", f"{point.user_tokens_per_s.value:.1f}")
         table.add_row(point.system.title, *map(str, row))
     return table
 
@@ -167,7 +167,7 @@ def _best_table(best: Sequence[Recommendation]) -> Table:
         table.add_column(heading, justify="right", overflow="fold")
     for one in best:
         compared = one.comparison
-        found = f"{compared.speed_up.estimate:.2f}x, {compared.verdict}" if compared else "-"
+        found = f"{compared.speed_up.value:.2f}x, {compared.verdict}" if compared else "-"
         point = one.point
-        table.add_row(str(point.load.concurrency), point.system.title, f"{point.tokens_per_s.median:.0f}", found)
+        table.add_row(str(point.load.concurrency), point.system.title, f"{point.tokens_per_s.value:.0f}", found)
     return table

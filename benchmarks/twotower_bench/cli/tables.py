@@ -22,7 +22,7 @@ def speed_table(figures: Sequence[Figures]) -> Table:
         latency = row.latency
         table.add_row(
             row.system.title,
-            f"{row.tokens_per_s.median:.0f}",
+            f"{row.tokens_per_s.value:.0f}",
             "" if row.speed_up is None or row.system.name == BASELINE else f"{row.speed_up:.2f}x",
             "" if row.verdict == "-" else row.verdict,
             f"{1e3 * latency.first_token:.0f} / {1e3 * latency.first_token_p99:.0f}",
@@ -43,7 +43,7 @@ def acceptance_table(figures: Sequence[Figures]) -> Table:
         table.add_row(
             row.system.title,
             str(found.acceptance_length),
-            f"{found.tokens_per_step.estimate:.2f}",
+            f"{found.tokens_per_step.value:.2f}",
             f"{row.tokens_per_nfe:.2f}" if row.tokens_per_nfe else "",
             *(f"{1e3 * seconds:.1f}" for seconds in phases),
         )

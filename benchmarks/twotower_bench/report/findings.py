@@ -89,7 +89,7 @@ def _ratio(outcome: Outcome, num_settings: int) -> str:
         return f"{times(outcome.speed_up)} the speed of no speculation{setting} ({UNKNOWN}{chosen})"
     found = outcome.comparison
     return (
-        f"{times(found.speed_up.estimate)} the speed of no speculation{setting} ({found.interval_name} "
+        f"{times(found.speed_up.value)} the speed of no speculation{setting} ({found.interval_name} "
         f"{found.speed_up.low:.2f} to {found.speed_up.high:.2f}, A/A noise {found.noise_floor:.2f}×: "
         f"{found.verdict}{chosen})"
     )

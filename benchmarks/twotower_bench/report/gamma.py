@@ -111,11 +111,11 @@ def _points(figures: Sequence[Figures], load: Load) -> list[GammaPoint]:
         if one.load == load and setting and setting.confidence_threshold is not None:
             values = {
                 "speed-up": one.speed_up,
-                "tokens per step with drafts": length.estimate if length else None,
+                "tokens per step with drafts": length.value if length else None,
                 "tokens per denoiser pass": one.tokens_per_nfe,
             }
             known = {name: value for name, value in values.items() if value is not None}
-            speed = one.speed_up or one.tokens_per_s.median
+            speed = one.speed_up or one.tokens_per_s.value
             points.append(GammaPoint(_family(setting), setting.confidence_threshold, speed, known))
     return points
 

@@ -170,7 +170,7 @@ def _lengths(own: Sequence[CategoryAcceptance], categories: Sequence[str], hue: 
         own[0].system.title,
         hue,
         tuple(x for x, _ in known),
-        tuple(length.estimate for _, length in known),
+        tuple(length.value for _, length in known),
         tuple(length.low for _, length in known),
         tuple(length.high for _, length in known),
         is_connected=False,

@@ -43,7 +43,7 @@ def serve_section(measured: Measurements, name: str) -> Section:
         _plot(
             figures, "goodput", "Goodput", "Requests within the bound per second, median of the repeats.",
             "A server that keeps up rises with its load; where it bends, requests miss the bound.",
-            "good requests/s", lambda one: one.goodput.median,
+            "good requests/s", lambda one: one.goodput.value,
         ),
         _plot(
             figures, "end", "Time to the end of a request", "Median over requests, and of that over repeats.",

@@ -158,7 +158,7 @@ def _line(own: Sequence[Figures], hue: int, xs: Sequence[float], is_connected: b
         own[0].system.title,
         hue,
         tuple(xs),
-        tuple(one.estimate for one in ends) or tuple(one.speed_up or 0.0 for one in own),
+        tuple(one.value for one in ends) or tuple(one.speed_up or 0.0 for one in own),
         tuple(one.low for one in ends),
         tuple(one.high for one in ends),
         is_connected,

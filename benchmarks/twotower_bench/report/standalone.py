@@ -55,7 +55,7 @@ def _is_diffusion(one: Figures) -> bool:
 
 def _front(figures: Sequence[Figures]) -> list[Figures]:
     """What nothing beats in both speed and texts that are AR's."""
-    return [figures[i] for i in pareto_front([(one.speed_up, one.identical.estimate) for one in figures])]
+    return [figures[i] for i in pareto_front([(one.speed_up, one.identical.value) for one in figures])]
 
 
 def _finding(figures: Sequence[Figures]) -> str:
@@ -63,14 +63,14 @@ def _finding(figures: Sequence[Figures]) -> str:
     if not diffusion:
         return "Mask diffusion was not measured."
     fastest = max(diffusion, key=lambda one: one.speed_up)
-    truest = max(diffusion, key=lambda one: (one.identical.estimate, one.speed_up))
+    truest = max(diffusion, key=lambda one: (one.identical.value, one.speed_up))
     sentence = (
         f"Mask diffusion alone is at best {times(fastest.speed_up)} as fast as AR ({fastest.setting.label}), with "
-        f"{share(fastest.identical.estimate)} of the texts AR's to the token"
+        f"{share(fastest.identical.value)} of the texts AR's to the token"
     )
     if truest is not fastest:
         sentence += (
-            f"; most faithful is {truest.setting.label}: {share(truest.identical.estimate)} at {times(truest.speed_up)}"
+            f"; most faithful is {truest.setting.label}: {share(truest.identical.value)} at {times(truest.speed_up)}"
         )
     own = next((one for one in figures if one.setting.mode == "self-speculative"), None)
     return sentence + (f". Self-speculation reaches {times(own.speed_up)}." if own else ".")
@@ -86,8 +86,8 @@ def _table(figures: Sequence[Figures], front: Sequence[Figures], scores: Sequenc
             "" if one.setting == AR else times(one.speed_up),
             interval(one.tokens_per_nfe),
             interval(one.tokens_per_context_pass),
-            f"{share(one.identical.estimate)} ({share(one.identical.low)} to {share(one.identical.high)})",
-            number(one.common_prefix.estimate, 1),
+            f"{share(one.identical.value)} ({share(one.identical.low)} to {share(one.identical.high)})",
+            number(one.common_prefix.value, 1),
             number(one.length, 1),
             *(_score(scores, one.setting, task) for task in tasks),
         )
@@ -121,7 +121,7 @@ def _score(scores: Sequence[Score], setting: Setting, task: tuple[str, str]) -> 
 
 def _fidelity_plot(figures: Sequence[Figures], front: Sequence[Figures]) -> Plot:
     def line(label: str, hue: int, points: Sequence[Figures], is_connected: bool = False) -> Line:
-        ys = tuple(one.identical.estimate for one in points)
+        ys = tuple(one.identical.value for one in points)
         return Line(label, hue, tuple(one.speed_up for one in points), ys, is_connected=is_connected)
 
     marks = (
@@ -149,7 +149,7 @@ def _gamma_plot(figures: Sequence[Figures]) -> list[Plot]:
             f"S={one.setting.block_size} steps={one.setting.steps_per_block}",
             one.setting.confidence_threshold,
             one.speed_up,
-            {"speed": one.speed_up, "fidelity": one.identical.estimate},
+            {"speed": one.speed_up, "fidelity": one.identical.value},
         )
         for one in figures
         if _is_diffusion(one) and one.setting.confidence_threshold is not None

@@ -88,7 +88,7 @@ class Sweep:
     @property
     def fastest(self) -> list[Figures]:
         """TwoTower's best under each load."""
-        own = sorted((one for one in self.figures if one.system.is_two_tower), key=lambda one: one.tokens_per_s.median)
+        own = sorted((one for one in self.figures if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
         return list({one.load: one for one in own}.values())
 
     @property
@@ -165,7 +165,7 @@ def _best_table(sweep: Sweep) -> Table:
                     place_of(one.point.load),
                     short_title(one.point.system),
                     spread(one.point.tokens_per_s),
-                    rate(one.point.user_tokens_per_s.median),
+                    rate(one.point.user_tokens_per_s.value),
                     "" if found.system.name == BASELINE else speed_up(found.speed_up, found.comparison),
                     ("; ".join(runners_up) or "none") + (f"; {more} more" if more else ""),
                 )
@@ -175,7 +175,8 @@ def _best_table(sweep: Sweep) -> Table:
     note = (
         f"Most tokens/s of all users together, median of the repeats (quartiles); no speculation where nothing is "
         f"faster than it beyond the noise. Speed-up: over no speculation in the same repeat, the median"
-        f"{intervals_of(sweep.figures)}. Cannot be told apart: quartiles overlap."
+        f"{intervals_of(sweep.figures)}. Cannot be told apart: settings that are behind the best by no more than the "
+        f"A/A noise."
     )
     return Table("Best at each concurrency", columns, (RowGroup("", tuple(rows)),), note)
 
@@ -201,13 +202,13 @@ def _settings_table(sweep: Sweep) -> Table:
     """All, fastest first under each load, those of the front marked."""
     loads = list(dict.fromkeys(one.load for one in sweep.figures))
     points = {(one.system.name, one.load): one for one in sweep.points}
-    ranked = sorted(sweep.figures, key=lambda one: (loads.index(one.load), -one.tokens_per_s.median))
+    ranked = sorted(sweep.figures, key=lambda one: (loads.index(one.load), -one.tokens_per_s.value))
     rows = [
         Row(
             (
                 short_title(one.system),
                 spread(one.tokens_per_s),
-                rate(point.user_tokens_per_s.median) if (point := points.get((one.system.name, one.load))) else "",
+                rate(point.user_tokens_per_s.value) if (point := points.get((one.system.name, one.load))) else "",
                 "" if one.system.name == BASELINE else speed_up(one.speed_up, one.comparison),
                 "" if one.verdict == "-" else one.verdict,
                 interval(one.acceptance.acceptance_length),
@@ -248,8 +249,8 @@ def _pareto_panel(sweep: Sweep, category: str, temperature: float) -> Panel:
         return [one for one in points if (one.load.category, one.load.temperature) == (category, temperature)]
 
     def line(label: str, hue: int, points: Sequence[Point], is_connected: bool = False) -> Line:
-        xs = tuple(one.user_tokens_per_s.median for one in points)
-        return Line(label, hue, xs, tuple(one.tokens_per_s.median for one in points), is_connected=is_connected)
+        xs = tuple(one.user_tokens_per_s.value for one in points)
+        return Line(label, hue, xs, tuple(one.tokens_per_s.value for one in points), is_connected=is_connected)
 
     points = of(sweep.points)
     marks = [line("Pareto front", 6, of(sweep.front), is_connected=True)]

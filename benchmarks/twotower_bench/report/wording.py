@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
 from twotower_bench.report.document import Row, RowGroup
 from twotower_bench.serving_figures import Figures
-from twotower_spec.evaluation.statistics import Comparison, Interval, Spread
+from twotower_spec.evaluation.statistics import Comparison, Estimate
 
 GREY = 0
 BLUE = 1
@@ -77,13 +77,13 @@ def rate(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def spread(runs: Spread) -> str:
+def spread(runs: Estimate) -> str:
     """Median, and quartiles if there were several runs."""
-    quartiles = f" ({rate(runs.low)} to {rate(runs.high)})" if runs.num_runs > 1 else ""
-    return rate(runs.median) + quartiles
+    quartiles = f" ({rate(runs.low)} to {rate(runs.high)})" if runs.has_width else ""
+    return rate(runs.value) + quartiles
 
 
-def interval(found: Interval | None) -> str:
+def interval(found: Estimate | None) -> str:
     """Estimate with its ends; "" for None."""
     return "" if found is None else str(found)
 
@@ -98,7 +98,7 @@ def speed_up(ratio: float | None, comparison: Comparison | None) -> str:
     if comparison is None:
         return times(ratio)
     found = comparison.speed_up
-    return f"{found.estimate:.2f}× ({found.low:.2f} to {found.high:.2f})"
+    return f"{found.value:.2f}× ({found.low:.2f} to {found.high:.2f})"
 
 
 def intervals_of(figures: Iterable[Compared]) -> str:

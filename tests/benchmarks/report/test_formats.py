@@ -121,7 +121,7 @@ def test_json_has_the_figures_of_every_section(written: tuple[Path, Report]) -> 
         if (one["system"]["name"], one["load"])
         == ("twotower", {"category": "maths", "concurrency": 1, "temperature": 0})
     ]
-    assert figures["verdict"] == "faster" and figures["acceptance"]["acceptance_length"]["estimate"] == 58 / 17
+    assert figures["verdict"] == "faster" and figures["acceptance"]["acceptance_length"]["value"] == 58 / 17
     assert all(section["figures"] for section in raw["sections"])
 
 

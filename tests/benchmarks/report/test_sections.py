@@ -47,7 +47,7 @@ def bars(mark: Mark) -> tuple[float, ...]:
 
 def outcome(system: System, place: str, rates: tuple[float, float, float]) -> Outcome:
     comparison = Comparison.of_rates((10.0, 10.1, 9.9), rates, (10.1, 9.9, 10.0))
-    return Outcome(system, place, comparison.speed_up.estimate, comparison)
+    return Outcome(system, place, comparison.speed_up.value, comparison)
 
 
 def test_only_what_files_hold_becomes_a_section(tmp_path: Path) -> None:
