@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import CheckpointIndex, compare_with_index, resolve_checkpoint
+from twotower_spec.checkpoint import CheckpointIndex, compare_with_index, find_tokenizer, resolve_checkpoint
 from twotower_spec.checkpoint.index import part_of
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig
-from twotower_spec.errors import TwoTowerError
+from twotower_spec.drafting.vocabulary import VocabularyComparison, compare_vocabularies
+from twotower_spec.errors import ArgumentError, CheckpointError, TwoTowerError
 from twotower_spec.model import as_dtype, stored_dtype
 from twotower_spec.towers.model import TwoTowers
 
@@ -121,6 +123,73 @@ def inspect_checkpoint(
         load_dtype = wanted_dtype or (stored_dtype(index, config) if index else config.dtype or torch.float32)
         memory = _estimate(config, load_dtype, num_requests, context_length)
     return Inspection(directory, config, _summarise(index) if index else {}, memory, problems)
+
+
+@dataclass(frozen=True)
+class VerifierMatch:
+    """Whether a TwoTower checkpoint can draft for a verifier.
+
+    Attributes:
+        drafter_rows, verifier_rows: token ids that each embedding table holds.
+        vocabulary: what those ids mean in both.
+    """
+
+    drafter_rows: int
+    verifier_rows: int
+    vocabulary: VocabularyComparison
+
+    @property
+    def shares_tokenizer(self) -> bool:
+        """Whether ids were compared and none means two tokens."""
+        return self.vocabulary.num_compared > 0 and not self.vocabulary.differences
+
+
+def compare_with_verifier(drafter: str | Path, verifier: str | Path, *, revision: str | None = None) -> VerifierMatch:
+    """Compares the tokenizers of a TwoTower checkpoint and a verifier.
+
+    Only config.json and tokenizer files are read, and of hub ids nothing else is downloaded.
+
+    Args:
+        drafter: TwoTower checkpoint, a directory or a hub id.
+        verifier: any language model, a directory or a hub id.
+        revision: of the drafter's hub id.
+
+    Raises:
+        ConfigError: the drafter is no TwoTower checkpoint.
+        CheckpointError: a model cannot be found, or the verifier's config.json does not say how many ids it has.
+        ArgumentError: a tokenizer is missing or cannot be read.
+    """
+    drafter_rows = TwoTowerConfig.from_pretrained(drafter, revision).vocab_size
+    verifier_rows = _vocab_size(verifier)
+    vocabulary = compare_vocabularies(
+        _tokenizer_of(verifier), _tokenizer_of(drafter, revision), verifier_rows, drafter_rows
+    )
+    return VerifierMatch(drafter_rows, verifier_rows, vocabulary)
+
+
+def _vocab_size(verifier: str | Path) -> int:
+    """Rows of the embedding table by config.json; models of several parts keep them in a part's own section."""
+    directory = resolve_checkpoint(verifier, files=["config.json"])
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(directory)
+        sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    except (OSError, ValueError, AttributeError, TypeError):  # transformers trusts the file to hold an object
+        sections = []
+    for section in sections:
+        if isinstance(section.get("vocab_size"), int):
+            return int(section["vocab_size"])
+    raise CheckpointError(
+        f"{verifier} has no config.json that names its vocab_size; give the directory or hub id of a language model"
+    )
+
+
+def _tokenizer_of(model: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    tokenizer = find_tokenizer(model, revision)
+    if tokenizer is None:
+        raise ArgumentError(
+            f"{model} has no tokenizer, without which it cannot be seen what its ids mean; put its tokenizer.json there"
+        )
+    return tokenizer
 
 
 def _summarise(index: CheckpointIndex) -> dict[str, PartSummary]:

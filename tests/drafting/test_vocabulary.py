@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import shared_token_ids
+from twotower_spec.drafting import compare_vocabularies, shared_token_ids
 from twotower_spec.training.tokenizer import train_tokenizer
 
 TEXTS = ["def one(two): return three", "Question: how many apples are left? Answer: 12 apples."] * 3
@@ -46,3 +46,14 @@ def test_special_tokens_are_compared_by_what_they_are() -> None:
     count = len(theirs)
     with pytest.raises(ArgumentError, match=f"token id {count - 1} is '<call>' for the target and '<tool>'"):
         shared_token_ids(ours, theirs, count, count)
+
+
+def test_every_id_that_differs_is_listed_and_missing_ones_are_not_compared() -> None:
+    longer, shorter = tokenizer(300), tokenizer(280)
+    comparison = compare_vocabularies(longer, shorter, 320, 300)
+    assert (comparison.num_shared_ids, comparison.num_compared, comparison.differences) == (300, 280, ())
+    other = tokenizer(texts=["zebra quartz jumps vex"] * 4 + TEXTS[:1])
+    ours, theirs = (t.convert_ids_to_tokens(range(280)) for t in (longer, other))
+    expected = [(i, mine, yours) for i, (mine, yours) in enumerate(zip(ours, theirs, strict=True)) if mine != yours]
+    found = compare_vocabularies(longer, other, 280, 280).differences
+    assert [(one.token_id, one.target, one.drafter) for one in found] == expected

@@ -3,12 +3,13 @@
 from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor, resolve_checkpoint
 from twotower_spec.checkpoint.loading import compare_with_index, load_tensors
 from twotower_spec.checkpoint.saving import save_checkpoint
-from twotower_spec.checkpoint.tokenizer import load_tokenizer
+from twotower_spec.checkpoint.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "CheckpointIndex",
     "StoredTensor",
     "compare_with_index",
+    "find_tokenizer",
     "load_tensors",
     "load_tokenizer",
     "resolve_checkpoint",

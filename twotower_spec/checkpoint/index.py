@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +24,8 @@ PARTS = {
 }
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
+_ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,15 @@ def part_of(name: str) -> str | None:
     return None
 
 
-def resolve_checkpoint(name_or_path: str | Path, revision: str | None = None) -> Path:
-    """The local directory of a checkpoint; a hub id is downloaded (safetensors, json and tokenizer files only).
+def resolve_checkpoint(
+    name_or_path: str | Path, revision: str | None = None, files: Iterable[str] = _ALL_FILES
+) -> Path:
+    """Finds the local directory of a checkpoint; a hub id is downloaded.
+
+    Args:
+        name_or_path: directory or hub id.
+        revision: of a hub id.
+        files: patterns of those that are downloaded; by default safetensors, json and tokenizer files.
 
     Raises:
         CheckpointError: neither a directory nor a hub id that can be had.
@@ -61,7 +69,7 @@ def resolve_checkpoint(name_or_path: str | Path, revision: str | None = None) ->
     if directory.exists():
         raise CheckpointError(f"{directory} is a file; give the directory that holds config.json and the weights")
     try:
-        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=_DOWNLOADED))
+        return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(

@@ -6,11 +6,33 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
+from twotower_spec.checkpoint.index import TOKENIZER_FILES, resolve_checkpoint
 from twotower_spec.errors import ArgumentError
 
 
-def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that lies beside the weights, or None if there is none.
+def find_tokenizer(
+    name_or_path: str | Path, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """Reads the tokenizer of a directory or hub id; of the latter nothing else is downloaded.
+
+    Args:
+        name_or_path: directory or hub id.
+        revision: of a hub id.
+        trust_remote_code: run a tokenizer's own Python, for one without tokenizer.json.
+
+    Returns:
+        The tokenizer, or None if there is none.
+
+    Raises:
+        CheckpointError: neither a directory nor a hub id that can be had.
+        ArgumentError: its files cannot be read.
+    """
+    files = (*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else []))
+    return load_tokenizer(resolve_checkpoint(name_or_path, revision, files), trust_remote_code)
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase | None:
+    """Reads the tokenizer that lies beside the weights; None if there is none.
 
     Raises:
         ArgumentError: its files cannot be read.
@@ -20,7 +42,9 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase | None:
             fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(directory)
             return fast
         if (directory / "tokenizer_config.json").is_file():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                directory, trust_remote_code=trust_remote_code
+            )
             return tokenizer
     except Exception as error:  # tokenizers raises Exception itself; transformers whatever a malformed file leads to
         reason = (str(error).strip() or repr(error)).splitlines()[0]

@@ -1,4 +1,4 @@
-"""`twotower-spec inspect`: configuration, tensors, memory and problems of a checkpoint."""
+"""`twotower-spec inspect`: what is in a checkpoint and wrong with it, and whether it can draft for a verifier."""
 
 from __future__ import annotations
 
@@ -8,21 +8,46 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from twotower_spec.config import check_integer
-from twotower_spec.inspection import Inspection, MemoryEstimate, PartSummary, inspect_checkpoint
+from twotower_spec.inspection import (
+    Inspection,
+    MemoryEstimate,
+    PartSummary,
+    VerifierMatch,
+    compare_with_verifier,
+    inspect_checkpoint,
+)
+
+# Differing ids that the terminal shows; --json has all.
+SHOWN_DIFFERENCES = 10
 
 
 def inspect(
     checkpoint: Annotated[str, typer.Argument(help="A directory or a hub id.")],
+    verifier: Annotated[
+        str | None,
+        typer.Option(help="Compare tokenizers with this model instead: a directory or a hub id; reads no weights."),
+    ] = None,
     num_requests: Annotated[int, typer.Option(help="Requests held at once.")] = 1,
     context_length: Annotated[int, typer.Option(help="Tokens per request.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Dtype in memory; default: as stored.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
-    """Show what is in a checkpoint, what it needs in memory, and what is wrong with it (then the exit code is 2)."""
+    """Show what is in a checkpoint, what it needs in memory, and what is wrong with it (then the exit code is 2).
+
+    With --verifier: whether it can draft for that model, by what token ids mean in both (exit code 2: it cannot).
+    """
+    if verifier is not None:
+        match = compare_with_verifier(checkpoint, verifier, revision=revision)
+        if as_json:
+            print(json.dumps({"drafter": checkpoint, "verifier": verifier, **_match_as_dict(match)}))
+        else:
+            _show_match(match, checkpoint, verifier, Console())
+        raise typer.Exit(0 if match.shares_tokenizer else 2)
     check_integer("--num-requests", num_requests, minimum=0)
     check_integer("--context-length", context_length, minimum=0)
     found = inspect_checkpoint(
@@ -34,6 +59,47 @@ def inspect(
         _show(found, Console())
     if found.problems:
         raise typer.Exit(2)
+
+
+def _match_as_dict(match: VerifierMatch) -> dict[str, object]:
+    return {
+        "shares_tokenizer": match.shares_tokenizer,
+        "drafter_ids": match.drafter_rows,
+        "verifier_ids": match.verifier_rows,
+        "shared_ids": match.vocabulary.num_shared_ids,
+        "compared_ids": match.vocabulary.num_compared,
+        "differences": [
+            {"token_id": one.token_id, "verifier": one.target, "drafter": one.drafter}
+            for one in match.vocabulary.differences
+        ],
+    }
+
+
+def _show_match(match: VerifierMatch, drafter: str, verifier: str, console: Console) -> None:
+    def say(text: str) -> None:
+        console.print(text, soft_wrap=True, highlight=False)
+
+    vocabulary = match.vocabulary
+    say(f"drafter   {escape(drafter)}: {match.drafter_rows} ids")
+    say(f"verifier  {escape(verifier)}: {match.verifier_rows} ids")
+    if match.shares_tokenizer:
+        say(
+            f"[green]{vocabulary.num_shared_ids} ids are shared[/green]; the {vocabulary.num_compared} that both "
+            f"tokenizers name mean the same"
+        )
+        return
+    differing = len(vocabulary.differences)
+    if differing:
+        say(f"[bold red]{differing} of {vocabulary.num_compared} ids mean different tokens[/bold red]")
+        table = Table("id", "verifier", "drafter")
+        for one in vocabulary.differences[:SHOWN_DIFFERENCES]:
+            table.add_row(str(one.token_id), escape(repr(one.target)), escape(repr(one.drafter)))
+        console.print(table)
+    else:
+        say("[bold red]no id has a token in both tokenizers[/bold red]")
+    if differing > SHOWN_DIFFERENCES:
+        say(f"and {differing - SHOWN_DIFFERENCES} more; --json lists all")
+    say("a drafter must share the verifier's tokenizer; train one with `twotower-spec train all --verifier DIR`")
 
 
 def _as_dict(found: Inspection) -> dict[str, object]:

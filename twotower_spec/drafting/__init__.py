@@ -12,7 +12,12 @@ from twotower_spec.drafting.speculative_loop import (
     speculative_loop,
 )
 from twotower_spec.drafting.verification import RULES, Verdict, VerificationRule, verification_rule
-from twotower_spec.drafting.vocabulary import shared_token_ids
+from twotower_spec.drafting.vocabulary import (
+    TokenDifference,
+    VocabularyComparison,
+    compare_vocabularies,
+    shared_token_ids,
+)
 
 __all__ = [
     "RULES",
@@ -30,8 +35,11 @@ __all__ = [
     "SpeculativeRun",
     "SpeculativeStep",
     "ThresholdPolicy",
+    "TokenDifference",
     "Verdict",
     "VerificationRule",
+    "VocabularyComparison",
+    "compare_vocabularies",
     "shared_token_ids",
     "speculative_loop",
     "verification_rule",

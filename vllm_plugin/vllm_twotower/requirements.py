@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from twotower_spec.checkpoint import find_tokenizer
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.drafting import shared_token_ids
 from twotower_spec.errors import ArgumentError, CheckpointError
@@ -116,9 +117,6 @@ def _shared_ids(knobs: DrafterKnobs, config: TwoTowerConfig, model_config: Any) 
 
 def _tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
     try:
-        found: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            name, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except (OSError, ValueError, KeyError, AttributeError, TypeError):
+        return find_tokenizer(name, revision, trust_remote_code)
+    except (CheckpointError, ArgumentError):
         return None
-    return found
