@@ -1,22 +1,21 @@
 """Real vLLM in a process of its own: one `LLM()` per process, so every set of engine arguments gets one.
 
-`run_engine` starts the process, which calls the named scenarios of `scenarios.py` one after the other and writes what
-they return as JSON. Results are kept for the test run, so that several tests can look at one engine.
+The process calls the named scenarios of `scenarios.py` one after the other and writes what they return as JSON. Results
+are kept for the test run, so that several tests can look at one engine.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+from tests.vllm_plugin.fork_server import ForkServer, serve_forks
 from twotower_bench.engines import engine_environment as quiet_environment
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
@@ -61,15 +60,18 @@ def engine_environment() -> dict[str, str]:
 
 def _run(order: str, environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "results.json"
-        command = [sys.executable, "-m", "tests.vllm_plugin.engine", order, str(output)]
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout_s, check=False
-        )
-        assert done.returncode == 0, f"the engine ended with {done.returncode}\n{(done.stdout + done.stderr)[-6000:]}"
+        log, output = Path(folder) / "log", Path(folder) / "results.json"
+        code = _fork_server().run([order, str(output)], environment, log, timeout_s)
+        said = log.read_text()
+        assert code == 0, f"the engine ended with {code}\n{said[-6000:]}"
         results: dict[str, Any] = json.loads(output.read_text())
-        results["log"] = done.stdout + done.stderr
+        results["log"] = said
         return results
+
+
+@cache
+def _fork_server() -> ForkServer:
+    return ForkServer("tests.vllm_plugin.engine", ROOT, engine_environment())
 
 
 @dataclass
@@ -160,7 +162,8 @@ class Engine:
         return float(sum(one.value for one in found))
 
 
-def _main(order: str, output: str) -> None:
+def write_results(order: str, output: str) -> None:
+    """Runs an engine in this process."""
     from vllm import LLM
 
     from tests.vllm_plugin import scenarios
@@ -180,7 +183,8 @@ def _main(order: str, output: str) -> None:
     engine = Engine(LLM(**arguments, speculative_config=given["speculative_config"]))
     results = {name: getattr(scenarios, name)(engine) for name in given["scenarios"]}
     Path(output).write_text(json.dumps(results))
+    engine.core.engine_core.shutdown()
 
 
 if __name__ == "__main__":
-    _main(*sys.argv[1:])
+    serve_forks(write_results, imported_first=("vllm.v1.worker.gpu_model_runner", "tests.vllm_plugin.scenarios"))
