@@ -12,7 +12,6 @@ import numpy as np
 
 from twotower_bench.occupancy import Occupancy, occupancy
 from twotower_bench.records import DecodingSteps, Drafting, DraftSetting, ServedRequest, ServingCell
-from twotower_bench.serving_figures import acceptance_of
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
@@ -21,6 +20,7 @@ from twotower_bench.serving_profile import (
     ServingProfile,
     VerifierStep,
 )
+from twotower_bench.summary import acceptance_of
 
 # A time of fewer steps says little.
 FEWEST_STEPS = 3
