@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twotower_bench.cost_model import PUBLISHED_SIZE, weight_bytes_of_pass
+from twotower_bench.drafter_size import PUBLISHED_SIZE, weight_bytes_of_pass
 from twotower_spec import TwoTowerConfig
 
 __all__ = ["MID_SIZE", "NEW_TOKENS", "PROMPT_LENGTH", "REAL_SIZE", "weight_bytes_of_pass"]

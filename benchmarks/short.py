@@ -1,7 +1,7 @@
 """The short form of every benchmark, in less than 15 minutes on two cores: `python -m benchmarks.short`.
 
-Ops beside their rivals with pytest-benchmark, then the trio: alone, in vLLM by category, swept, as a server, and the
-cost model held against the sweep. The report goes to .benchmarks/report, its tables into docs/benchmarks.md.
+Ops beside their rivals with pytest-benchmark, then the trio: alone, in vLLM by category, swept, as a server, and what
+`plan` predicts beside the sweep. The report goes to .benchmarks/report, its tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations

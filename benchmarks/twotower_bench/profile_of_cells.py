@@ -6,30 +6,28 @@ import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from twotower_bench.occupancy import Occupancy, occupancy
-from twotower_bench.records import DecodingSteps, Drafting, DraftSetting, ServedRequest, ServingCell
+from twotower_bench.records import DecodingSteps, DraftSetting, ServingCell
+from twotower_bench.serving_figures import acceptance_of
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
-    Estimate,
+    Measured,
     MeasuredCell,
     ServingProfile,
     VerifierStep,
 )
-from twotower_bench.summary import acceptance_of
 
 # A time of fewer steps says little.
 FEWEST_STEPS = 3
 # Of a number that was measured in several cells; of a few of them this is nearly the range.
 TAILS = (0.025, 0.975)
 DIGITS = 5
-# Requests, and tokens that each reads or positions that are denoised.
-Shape = tuple[int, int]
-StepsByShape = Mapping[Shape, Sequence[DecodingSteps]]
+K = TypeVar("K")
+V = TypeVar("V")
 
 
 def serving_profile(
@@ -52,70 +50,33 @@ def serving_profile(
         source=source,
         machine=machine,
         versions=versions,
-        verifier_steps=_verifier_steps(plain, drafting),
+        verifier_steps=_verifier_steps([*plain, *drafting]),
         drafting_phases=_drafting_phases(drafting),
         acceptance_lengths=_acceptance_lengths(drafting),
         measured_cells=_measured_cells([*baseline, *drafting]),
     )
 
 
-def _batch_size(cell: ServingCell) -> int:
-    return min(cell.load.concurrency, len(cell.requests))
-
-
-def _setting(cell: ServingCell) -> DraftSetting:
-    assert cell.system.setting is not None
-    return cell.system.setting
-
-
-def _verifier_steps(plain: Sequence[ServingCell], drafting: Sequence[ServingCell]) -> tuple[VerifierStep, ...]:
+def _verifier_steps(cells: Sequence[ServingCell]) -> tuple[VerifierStep, ...]:
     """Plain steps of no speculation, and of TwoTower those that verify all K drafts of everyone."""
-    full, tails = defaultdict[Shape, list[DecodingSteps]](list), defaultdict[Shape, list[DecodingSteps]](list)
-    for cell in (*plain, *drafting):
-        for steps in cell.steps:
-            if steps.num_reqs < _batch_size(cell):
-                tails[steps.num_reqs, steps.num_tokens].append(steps)
-            elif steps.num_tokens == _most_tokens(cell):
-                full[steps.num_reqs, steps.num_tokens].append(steps)
+    found = _grouped(((steps.num_reqs, steps.num_tokens), steps) for cell in cells for steps in _full_steps(cell))
     return tuple(
-        VerifierStep(*shape, _median_ms([steps.seconds for steps in found]))
-        for shape, found in sorted(_with_tails(full, tails).items())
+        VerifierStep(*shape, _median_ms([steps.seconds for steps in group]))
+        for shape, group in sorted(found.items())
+        if _are_enough(group)
     )
-
-
-def _most_tokens(cell: ServingCell) -> int:
-    """That a request reads in a step."""
-    return 1 + _setting(cell).num_speculative_tokens if cell.system.setting else 1
-
-
-def _with_tails(full: StepsByShape, tails: StepsByShape) -> StepsByShape:
-    """Steps of full batches, and where these are all larger, of batches that ran empty; rare shapes are left out."""
-    full, tails = (
-        {shape: steps for shape, steps in found.items() if sum(len(one.seconds) for one in steps) >= FEWEST_STEPS}
-        for found in (full, tails)
-    )
-    smallest = min((size for size, _ in full), default=0)
-    return {**full, **{(size, x): steps for (size, x), steps in tails.items() if size < smallest}}
-
-
-def _median_ms(cells: Sequence[Sequence[float]]) -> Estimate:
-    """Of all steps; the interval is the middle 95 % of the cells' own medians, nearly their range."""
-    median = 1e3 * statistics.median(chain.from_iterable(cells))
-    if len(cells) == 1:
-        return Estimate(round(median, DIGITS))
-    low, high = np.quantile([1e3 * statistics.median(seconds) for seconds in cells], TAILS).tolist()
-    return _rounded(median, low, high)
 
 
 def _drafting_phases(cells: Sequence[ServingCell]) -> tuple[DraftingPhases, ...]:
-    """Of policies that always draft and steps in which everyone had K drafts, by batch and block size."""
-    full, tails = defaultdict[Shape, list[DecodingSteps]](list), defaultdict[Shape, list[DecodingSteps]](list)
-    for cell in cells:
-        for steps in cell.steps:
-            if steps.num_tokens == _most_tokens(cell) and steps.denoiser_passes and _setting(cell).policy != "adaptive":
-                times = full if steps.num_reqs == _batch_size(cell) else tails
-                times[steps.num_reqs, _setting(cell).block_size].append(steps)
-    return tuple(_phases(*shape, steps) for shape, steps in sorted(_with_tails(full, tails).items()))
+    """Means over policies that always draft and steps in which everyone had K drafts, by batch and block size."""
+    found = _grouped(
+        ((steps.num_reqs, _setting(cell).block_size), steps)
+        for cell in cells
+        if _setting(cell).policy != "adaptive"
+        for steps in _full_steps(cell)
+        if steps.denoiser_passes
+    )
+    return tuple(_phases(*shape, group) for shape, group in sorted(found.items()) if _are_enough(group))
 
 
 def _phases(batch_size: int, block_size: int, found: Sequence[DecodingSteps]) -> DraftingPhases:
@@ -127,21 +88,35 @@ def _phases(batch_size: int, block_size: int, found: Sequence[DecodingSteps]) ->
         for phase in ("extend", "denoise", "host")
     )
     return DraftingPhases(
-        batch_size, block_size, _estimate(extend), _estimate(denoise), round(statistics.median(host), DIGITS)
+        batch_size, block_size, _measured(extend), _measured(denoise), round(statistics.median(host), DIGITS)
     )
 
 
+def _full_steps(cell: ServingCell) -> list[DecodingSteps]:
+    """Those in which the batch was full and everyone had all drafts."""
+    num_tokens = 1 + _setting(cell).num_speculative_tokens if cell.system.setting else 1
+    return [one for one in cell.steps if (one.num_reqs, one.num_tokens) == (_batch_size(cell), num_tokens)]
+
+
+def _are_enough(found: Sequence[DecodingSteps]) -> bool:
+    return sum(len(steps.seconds) for steps in found) >= FEWEST_STEPS
+
+
+def _median_ms(cells: Sequence[Sequence[float]]) -> Measured:
+    """Median of all steps; the interval is the middle 95 % of the cells' own medians, nearly their range."""
+    median = 1e3 * statistics.median(chain.from_iterable(cells))
+    return _with_spread(median, [1e3 * statistics.median(seconds) for seconds in cells])
+
+
 def _acceptance_lengths(cells: Sequence[ServingCell]) -> tuple[AcceptanceLength, ...]:
-    """By category of the requests and of the load, setting, temperature, and batch size where it matters."""
-    groups = defaultdict[tuple[str, DraftSetting, float, int | None], list[ServingCell]](list)
-    for cell in cells:
-        setting = _setting(cell)
-        # Where each block takes one pass, the batch changes nothing; else the slowest request of a batch decides.
-        batch_size = None if setting.steps_per_block == 1 and setting.policy == "fixed" else _batch_size(cell)
-        for category in {cell.load.category, *(one.category for one in cell.requests)}:
-            groups[category, setting, cell.load.temperature, batch_size].append(cell)
-    found = (_acceptance_length(*place, group) for place, group in groups.items())
-    return tuple(sorted((one for one in found if one), key=_place))
+    """Lengths by category of the requests and of the load, setting, temperature, and batch size where it matters."""
+    found = _grouped(
+        ((category, _setting(cell), cell.load.temperature, _batch_size_that_matters(cell)), cell)
+        for cell in cells
+        for category in {cell.load.category, *(one.category for one in cell.requests)}
+    )
+    lengths = (_acceptance_length(*place, group) for place, group in found.items())
+    return tuple(sorted((one for one in lengths if one), key=_place))
 
 
 def _acceptance_length(
@@ -150,8 +125,7 @@ def _acceptance_length(
     requests = [
         one for cell in cells for one in cell.requests if category in (cell.load.category, one.category)
     ]  # fmt: skip
-    # Whole rounds: what goes beyond the end of a text is counted with the cell, as `unused_tokens`.
-    figures = acceptance_of(requests, beyond_end=True)
+    figures = acceptance_of(requests, beyond_end=True)  # whole rounds: their ends are no doing of the drafter
     drafting = [cell.drafting for cell in cells if cell.drafting]
     if not figures.num_steps or not drafting:
         return None
@@ -165,65 +139,38 @@ def _acceptance_length(
         temperature=temperature,
         batch_size=batch_size,
         num_draft_tokens=round(share * figures.mean_draft_tokens, DIGITS),
-        denoiser_passes=round(_passes_per_round(drafting), DIGITS),
+        # Passes of whole batches are what takes time.
+        denoiser_passes=round(
+            sum(one.denoiser_passes for one in drafting) / sum(one.rounds for one in drafting), DIGITS
+        ),
         by_position=(*by_position, *[0.0] * (most - len(by_position))),
     )
 
 
-def _passes_per_round(drafting: Sequence[Drafting]) -> float:
-    """Of whole batches, which is what takes time."""
-    return sum(one.denoiser_passes for one in drafting) / sum(one.rounds for one in drafting)
-
-
 def _measured_cells(cells: Sequence[ServingCell]) -> tuple[MeasuredCell, ...]:
-    repeats = defaultdict[tuple[str, int, DraftSetting | None, float], list[ServingCell]](list)
-    for cell in cells:
-        repeats[cell.load.category, _batch_size(cell), cell.system.setting, cell.load.temperature].append(cell)
+    repeats = _grouped(
+        ((cell.load.category, cell.load.temperature, _batch_size(cell), cell.system.setting), cell.tokens_per_s)
+        for cell in cells
+    )
     return tuple(
-        _measured_cell(*place, group)
-        for place, group in sorted(repeats.items(), key=lambda one: (one[0][0], one[0][3], one[0][1]))
+        MeasuredCell(category, batch_size, setting, _measured(rates), temperature)
+        for (category, temperature, batch_size, setting), rates in sorted(repeats.items(), key=lambda one: one[0][:3])
     )
 
 
-def _measured_cell(
-    category: str, batch_size: int, setting: DraftSetting | None, temperature: float, cells: Sequence[ServingCell]
-) -> MeasuredCell:
-    full = [occupancy(cell.requests, batch_size) for cell in cells]
-    first_ms = [1e3 * _first_token_s(cell.requests, one) for cell, one in zip(cells, full, strict=True)]
-    requests = [one for cell in cells for one in cell.requests]
-    return MeasuredCell(
-        category=category,
-        batch_size=batch_size,
-        setting=setting,
-        tokens_per_s=_estimate([cell.tokens_per_s for cell in cells]),
-        temperature=temperature,
-        new_tokens=round(statistics.fmean(len(one.token_ids) for one in requests), DIGITS),
-        first_token_ms=round(statistics.median(first_ms), DIGITS),
-        prompt_steps=round(sum(one.num_prompt_steps for one in full) / len(requests), DIGITS),
-        mean_batch_size=round(statistics.fmean(one.mean_batch_size for one in full), DIGITS),
-        unused_tokens=round(statistics.fmean(one.num_unused_tokens for one in requests), DIGITS),
-    )
+def _batch_size(cell: ServingCell) -> int:
+    return min(cell.load.concurrency, len(cell.requests))
 
 
-def _first_token_s(requests: Sequence[ServedRequest], full: Occupancy) -> float:
-    """Mean time of a step that reads prompts, however many."""
-    times = defaultdict[int, list[float]](list)
-    for request, step in zip(requests, full.first_steps, strict=True):
-        times[step].append(request.first_token_s)
-    return statistics.fmean(map(statistics.fmean, times.values()))
+def _batch_size_that_matters(cell: ServingCell) -> int | None:
+    """None where each block takes one pass, which the batch does not change; else its slowest request decides."""
+    setting = _setting(cell)
+    return None if setting.steps_per_block == 1 and setting.policy == "fixed" else _batch_size(cell)
 
 
-def _estimate(values: Iterable[float]) -> Estimate:
-    """Median and the middle 95 %, nearly the range of a few, of at least one value."""
-    numbers = list(values)
-    if len(numbers) == 1:
-        return Estimate(round(numbers[0], DIGITS))
-    return _rounded(statistics.median(numbers), *np.quantile(numbers, TAILS).tolist())
-
-
-def _rounded(value: float, low: float, high: float) -> Estimate:
-    value = round(value, DIGITS)
-    return Estimate(value, min(round(low, DIGITS), value), max(round(high, DIGITS), value))
+def _setting(cell: ServingCell) -> DraftSetting:
+    assert cell.system.setting is not None
+    return cell.system.setting
 
 
 def _place(one: AcceptanceLength) -> tuple[Any, ...]:
@@ -239,3 +186,26 @@ def _place(one: AcceptanceLength) -> tuple[Any, ...]:
         setting.first_token,
         one.batch_size or 0,
     )
+
+
+def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
+    groups = defaultdict[K, list[V]](list)
+    for key, value in pairs:
+        groups[key].append(value)
+    return groups
+
+
+def _measured(values: Sequence[float]) -> Measured:
+    return _with_spread(statistics.median(values), values)
+
+
+def _with_spread(value: float, cells: Sequence[float]) -> Measured:
+    """A number with the middle 95 % of the cells' own; without an interval where there is one cell."""
+    if len(cells) == 1:
+        return Measured(round(value, DIGITS))
+    return _rounded(value, *np.quantile(cells, TAILS).tolist())
+
+
+def _rounded(value: float, low: float, high: float) -> Measured:
+    value = round(value, DIGITS)
+    return Measured(value, min(round(low, DIGITS), value), max(round(high, DIGITS), value))

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, ClassVar
 
 from twotower_bench.records import DraftSetting
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 
 FORMAT = 1
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A number and its 95 % interval. In JSON a plain number where there is none, else value, low and high.
+class Measured:
+    """A number and its 95 % interval, if that is known. In JSON a plain number where it is not.
 
     Attributes:
         value: positive.
@@ -45,9 +43,20 @@ class Estimate:
                 f"value {self.value} is outside its interval {self.low} to {self.high}; give low <= value <= high"
             )
 
-    def to_json(self) -> Any:
-        """See the class."""
-        return self.value if self.low is None else {"value": self.value, "low": self.low, "high": self.high}
+
+class _NumberIsEnough:
+    """Marks a number that has no interval in JSON, if it need not."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
+        from pydantic_core import core_schema
+
+        def from_number(raw: Any) -> Any:
+            return raw if isinstance(raw, Mapping) else {"value": raw}
+
+        return core_schema.no_info_before_validator_function(from_number, handler(source))
+
+
+MeasuredNumber = Annotated[Measured, _NumberIsEnough()]
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,7 @@ class VerifierStep:
 
     batch_size: int
     num_tokens: int
-    ms: Estimate
+    ms: MeasuredNumber
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, minimum=1)
@@ -83,8 +92,8 @@ class DraftingPhases:
 
     batch_size: int
     block_size: int
-    extend_ms: Estimate
-    denoise_ms: Estimate
+    extend_ms: MeasuredNumber
+    denoise_ms: MeasuredNumber
     host_ms: float = 0.0
 
     def __post_init__(self) -> None:
@@ -114,7 +123,7 @@ class AcceptanceLength:
 
     category: str
     setting: DraftSetting
-    length: Estimate
+    length: MeasuredNumber
     temperature: float = 0.0
     batch_size: int | None = None
     num_draft_tokens: float | None = None
@@ -138,78 +147,29 @@ class AcceptanceLength:
         if not all(0 <= later <= share <= 1 for share, later in pairwise((*shares, 0.0))):
             raise ArgumentError(f"by_position {list(shares)} does not fall from at most 1 to at least 0; correct it")
 
-    def of_first(self, num_speculative_tokens: int) -> float:
-        """Acceptance length if only the first drafts of each block are verified.
-
-        From `by_position`, or else as if every draft had the same chance to be accepted after those before it.
-
-        Raises:
-            ArgumentError: more drafts than were measured.
-        """
-        most = self.setting.num_speculative_tokens
-        if not 1 <= num_speculative_tokens <= most:
-            raise ArgumentError(
-                f"K {num_speculative_tokens} is outside what was measured, 1 to {most} drafts of a block of "
-                f"{self.setting.block_size}; measure the acceptance length of longer drafts"
-            )
-        if num_speculative_tokens == most:
-            return self.length.value
-        if self.by_position:
-            # The mean and the shares may come from two counts that differ by the ends of texts.
-            gained = sum(self.by_position)
-            scale = (self.length.value - 1) / gained if gained else 0.0
-            return 1 + scale * sum(self.by_position[:num_speculative_tokens])
-        return _geometric(_constant_rate(self.length.value, most), num_speculative_tokens)
-
 
 @dataclass(frozen=True)
 class MeasuredCell:
-    """Tokens per second that were measured, for the cost model to be held against.
+    """Tokens per second that were measured.
 
     Attributes:
         category: kind of prompts.
-        batch_size: requests at once; at most, with `mean_batch_size`.
+        batch_size: requests at once, at most.
         setting: how blocks were drafted; None for no drafting.
-        tokens_per_s: of the whole batch.
+        tokens_per_s: of the whole batch, prompts and the ends of texts included.
         temperature: of the verifier's text.
-        new_tokens: per request, where whole requests were timed; None where decoding alone was.
-        first_token_ms: time to the first token: of a step that reads prompts, those of the whole batch or one; None
-            where not known, and then counted as one plain step.
-        prompt_steps: steps that read prompts, per request: 1 where no two begin together; None where a whole batch
-            does.
-        mean_batch_size: requests in a step on average, where the batch was not full all the time; None where it was.
-        unused_tokens: per request, that its last round gained beyond the end of its text; None where not known, and
-            then counted as half a round.
-
-    Raises:
-        ArgumentError: a number is out of range.
     """
 
     category: str
     batch_size: int
     setting: DraftSetting | None
-    tokens_per_s: Estimate
+    tokens_per_s: MeasuredNumber
     temperature: float = 0.0
-    new_tokens: float | None = None
-    first_token_ms: float | None = None
-    prompt_steps: float | None = None
-    mean_batch_size: float | None = None
-    unused_tokens: float | None = None
+    # Older files hold more about a cell.
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "ignore"}
 
     def __post_init__(self) -> None:
         check_integer("batch_size", self.batch_size, minimum=1)
-        if self.prompt_steps is not None and not 0 < self.prompt_steps <= 1:
-            raise ArgumentError(f"prompt_steps {self.prompt_steps} is not allowed; give more than 0 and at most 1")
-        if self.mean_batch_size is not None and not 1 <= self.mean_batch_size <= self.batch_size:
-            raise ArgumentError(
-                f"mean_batch_size {self.mean_batch_size} is not from 1 to batch_size {self.batch_size}; correct it"
-            )
-        if self.new_tokens is not None and not 1 <= self.new_tokens < math.inf:
-            raise ArgumentError(f"new_tokens {self.new_tokens} is not allowed; give 1 or more, or null")
-        if self.unused_tokens is not None and not 0 <= self.unused_tokens < math.inf:
-            raise ArgumentError(f"unused_tokens {self.unused_tokens} is not allowed; give 0 or more, or null")
-        if self.first_token_ms is not None:
-            check_positive("first_token_ms", self.first_token_ms)
 
 
 @dataclass(frozen=True)
@@ -235,6 +195,8 @@ class ServingProfile:
     acceptance_lengths: tuple[AcceptanceLength, ...] = ()
     measured_cells: tuple[MeasuredCell, ...] = ()
     format: int = FORMAT
+    # A field that is misspelt would be a number left out; entries inherit this.
+    __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
         if self.format != FORMAT:
@@ -247,23 +209,40 @@ class ServingProfile:
             if twice:
                 raise ArgumentError(f"{name} has two entries for {twice[0]}; keep one")
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+    def measured_speed_up(
+        self, category: str, temperature: float, batch_size: int, setting: DraftSetting
+    ) -> float | None:
+        """Tokens/s of a measured cell over those without drafting under the same load; None if one was not measured."""
+        speeds = {
+            one.setting: one.tokens_per_s.value
+            for one in self.measured_cells
+            if (one.category, one.temperature, one.batch_size) == (category, temperature, batch_size)
+        }
+        return speeds[setting] / speeds[None] if {setting, None} <= speeds.keys() else None
+
+    def save(self, path: Path) -> None:
+        """Writes it."""
+        path.write_text(json.dumps(jsonable(self), indent=1) + "\n", encoding="utf-8")
 
     @classmethod
-    def from_json(cls, raw: Any) -> ServingProfile:
-        """From what `to_json` gives.
+    def parse(cls, text: str) -> ServingProfile:
+        """Reads the text of a file.
 
         Raises:
             ArgumentError: something is missing, unknown or of the wrong type; with its place.
         """
-        profile: ServingProfile = _read(cls, raw, "profile")
-        return profile
+        from pydantic import TypeAdapter, ValidationError  # where profiles are read: the command line imports this
 
-    def save(self, path: Path) -> None:
-        """Writes it."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        try:
+            return TypeAdapter(cls).validate_json(text, strict=True)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            place, reason = ".".join(map(str, ("profile", *first["loc"]))), first["msg"]
+            if first["type"] == "value_error":  # of this file's own checks, which say what to give
+                raise ArgumentError(f"{place}: {first['ctx']['error']}") from error
+            if first["type"] == "unexpected_keyword_argument":
+                reason = f"unknown field {first['loc'][-1]!r}"
+            raise ArgumentError(f"{place}: {reason}; docs/planning.md has the fields") from error
 
     @classmethod
     def load(cls, path: Path) -> ServingProfile:
@@ -273,15 +252,23 @@ class ServingProfile:
             ArgumentError: it cannot be read, or is no profile.
         """
         try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            return cls.parse(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
             raise ArgumentError(f"profile {path} cannot be read ({error}); give a file of this command's format") from (
                 error
             )
-        try:
-            return cls.from_json(raw)
         except ArgumentError as error:
             raise ArgumentError(f"{path}: {error}") from error
+
+
+def jsonable(record: Any) -> Any:
+    """A dataclass as JSON, where a number without an interval is a number."""
+
+    def plain(items: list[tuple[str, Any]]) -> Any:
+        values = dict(items)
+        return values["value"] if values.keys() == {"value", "low", "high"} and values["low"] is None else values
+
+    return asdict(record, dict_factory=plain)
 
 
 def check_positive(name: str, value: float) -> None:
@@ -292,77 +279,3 @@ def check_positive(name: str, value: float) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ArgumentError(f"{name} {value!r} is not allowed; give a number above 0")
-
-
-def _geometric(rate: float, num_drafts: int) -> float:
-    return sum(rate**i for i in range(num_drafts + 1))
-
-
-def _constant_rate(length: float, num_drafts: int) -> float:
-    """The acceptance rate that gives this length, by bisection.
-
-    Source: Leviathan et al. 2023, "Fast inference from transformers via speculative decoding", equation 1.
-    """
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if _geometric(middle, num_drafts) < length else (low, middle)
-    return high
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Estimate):
-        return value.to_json()
-    if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
-    if isinstance(value, tuple):
-        return [_plain(one) for one in value]
-    return dict(value) if isinstance(value, Mapping) else value
-
-
-def _read(kind: Any, raw: Any, where: str) -> Any:
-    """A value of the annotated type from JSON; `where` is its place."""
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return None if raw is None else _read(arguments[0], raw, where)
-    if origin is tuple:
-        _expect(isinstance(raw, list), raw, "a list", where)
-        return tuple(_read(arguments[0], one, f"{where}[{i}]") for i, one in enumerate(raw))
-    if origin is Literal:
-        _expect(raw in arguments, raw, " or ".join(map(repr, arguments)), where)
-        return raw
-    if kind is Estimate and not isinstance(raw, Mapping):
-        return _made(Estimate, {"value": _read(float, raw, where)}, where)
-    if is_dataclass(kind) and isinstance(kind, type):
-        return _read_object(kind, raw, where)
-    if kind is float:
-        _expect(isinstance(raw, int | float) and not isinstance(raw, bool), raw, "a number", where)
-        return float(raw)
-    if kind in (int, str):
-        _expect(isinstance(raw, kind) and not isinstance(raw, bool), raw, f"a value of type {kind.__name__}", where)
-        return raw
-    _expect(isinstance(raw, Mapping), raw, "an object", where)
-    return raw
-
-
-def _read_object(kind: type[T], raw: Any, where: str) -> T:
-    _expect(isinstance(raw, Mapping), raw, "an object", where)
-    hints = get_type_hints(kind)
-    unknown = sorted(set(raw) - set(hints))
-    if unknown:
-        raise ArgumentError(f"{where} has the unknown field {unknown[0]!r}; allowed are {', '.join(hints)}")
-    return _made(kind, {name: _read(hints[name], value, f"{where}.{name}") for name, value in raw.items()}, where)
-
-
-def _made(kind: type[T], values: dict[str, Any], where: str) -> T:
-    try:
-        return kind(**values)
-    except ArgumentError as error:
-        raise ArgumentError(f"{where}: {error}") from error
-    except TypeError as error:  # of dataclass's __init__: a field is missing
-        raise ArgumentError(f"{where}: {str(error).partition('() ')[2]}; add it") from error
-
-
-def _expect(right: bool, raw: Any, what: str, where: str) -> None:
-    if not right:
-        raise ArgumentError(f"{where} is {raw!r}; give {what}")

@@ -9,7 +9,8 @@ from twotower_bench.report.findings import finding
 from twotower_bench.report.reading import Measurements
 from twotower_bench.report.speed import drafts_table, outcomes_of, speed_table, speed_up_plots
 from twotower_bench.report.wording import as_json
-from twotower_bench.summary import over_categories, summarise_cells
+from twotower_bench.serving import over_categories
+from twotower_bench.serving_figures import all_figures
 
 
 def acceptance_section(measured: Measurements, name: str) -> Section:
@@ -21,7 +22,7 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     """
     cells = measured.serving_cells
     together = over_categories(cells)
-    figures = summarise_cells([*together, *cells])
+    figures = all_figures([*together, *cells])
     loads = {cell.load for cell in together or cells}
     rivals = [one.system for one in figures if one.system.name not in (BASELINE, BASELINE_AGAIN)]
     tables, plots = draft_parts(cells, figures)

@@ -1,0 +1,90 @@
+"""Bytes of weights that a pass of a TwoTower model reads, and the time which follows from a bandwidth."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from twotower_bench.serving_profile import check_positive
+from twotower_spec.config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig, check_integer
+from twotower_spec.errors import ArgumentError
+
+# The released model's shape.
+PUBLISHED_SIZE = TwoTowerConfig(
+    hidden_size=2688,
+    num_hidden_layers=52,
+    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
+    vocab_size=131072,
+    num_attention_heads=32,
+    num_key_value_heads=2,
+    head_dim=128,
+    mamba_num_heads=64,
+    mamba_head_dim=64,
+    n_groups=8,
+    ssm_state_size=128,
+    conv_kernel=4,
+    n_routed_experts=128,
+    num_experts_per_tok=6,
+    moe_intermediate_size=1856,
+    moe_shared_expert_intermediate_size=3712,
+    routed_scaling_factor=2.5,
+    intermediate_size=1856,
+    torch_dtype="bfloat16",
+)
+
+
+def weight_bytes_of_pass(config: TwoTowerConfig, num_tokens: float, with_head: bool, itemsize: int) -> float:
+    """Bytes of weights that one pass over `num_tokens` tokens reads, with evenly used experts.
+
+    The union of experts that n tokens visit is E (1 - (1 - k / E)^n).
+    """
+    hidden, experts = config.hidden_size, config.n_routed_experts
+    mamba = hidden * (config.d_inner + config.d_conv_channels + config.mamba_num_heads) + config.d_inner * hidden
+    q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
+    attention = 2 * hidden * (q_width + kv_width)
+    visited = experts * (1 - (1 - config.num_experts_per_tok / max(experts, 1)) ** num_tokens)
+    moe = 2 * hidden * (visited * config.moe_intermediate_size + config.moe_shared_expert_intermediate_size)
+    mlp = 2 * hidden * config.intermediate_size
+    count = config.layer_kinds.count
+    layers = count(MAMBA) * mamba + count(ATTENTION) * attention + count(MOE) * moe + count(MLP) * mlp
+    head = config.vocab_size * hidden if with_head else 0
+    num_bytes: float = itemsize * (layers + head)
+    return num_bytes
+
+
+@dataclass(frozen=True)
+class DrafterSize:
+    """A drafter that was not measured: its weights over a bandwidth.
+
+    Caches, states and arithmetic are left out, which makes it a lower bound of the time: right while passes wait for
+    memory, and far too low where a large batch or a CPU computes all the time.
+
+    Attributes:
+        config: shape of both towers.
+        bandwidth_gb_s: gigabytes (1e9) that the device reads per second.
+        itemsize: bytes per weight.
+        launch_overhead_ms: added to every pass.
+        times_floor: how many times the time of its bytes a pass takes; 1 is the bound itself.
+
+    Raises:
+        ArgumentError: a number is out of range.
+    """
+
+    config: TwoTowerConfig
+    bandwidth_gb_s: float
+    itemsize: int = 2
+    launch_overhead_ms: float = 0.0
+    times_floor: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_positive("bandwidth_gb_s", self.bandwidth_gb_s)
+        check_integer("itemsize", self.itemsize, minimum=1)
+        if not 0 <= self.launch_overhead_ms < math.inf:
+            raise ArgumentError(f"launch_overhead_ms {self.launch_overhead_ms} is not allowed; give 0 or more")
+        if not 1 <= self.times_floor < math.inf:
+            raise ArgumentError(f"times_floor {self.times_floor} is not allowed; give 1 or more")
+
+    def pass_ms(self, num_tokens: float) -> float:
+        """One pass of either tower, with its head, over so many tokens of all requests together."""
+        num_bytes = weight_bytes_of_pass(self.config, num_tokens, with_head=True, itemsize=self.itemsize)
+        return self.times_floor * num_bytes / self.bandwidth_gb_s / 1e6 + self.launch_overhead_ms

@@ -1,0 +1,137 @@
+"""`twotower-spec plan`: advice from typed numbers or a profile, and one sentence for what is wrong."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from tests.support.command_line import Command
+from twotower_bench.serving_profile import ServingProfile
+
+DATA = Path(__file__).parent / "data"
+PROFILE, SWEEP = DATA / "trio_in_vllm.json", DATA / "trio_sweep.json"
+BUDGET = (
+    "plan",
+    "--verifier-step-ms",
+    "1:12.7,8:19.0",
+    "--verify-step-ms",
+    "1x8:13.1,1x16:15.7,8x8:46.5,8x16:79.0",
+    "--context-pass-ms",
+    "1x8:2.8,8x8:5.5,1x16:2.8,8x16:5.5",
+    "--denoiser-step-ms",
+    "1x8:3.2,8x8:5.2,1x16:4,8x16:9",
+)
+REAL_SIZE = ("plan", "--bandwidth-gb-s", 4800, "--acceptance-length", "5", "-K", 15)
+
+
+def test_every_load_gets_its_advice(command: Command) -> None:
+    code, out, err = command(*BUDGET, "--acceptance-length", "8x1:5.4+-0.3,16x1:5.6+-.3", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert [(a["best"]["batch_size"], a["outcome"]) for a in found["advice"]] == [
+        (1, "drafting pays"),
+        (8, "drafting pays"),
+    ]
+    assert all("the longest drafts, K 15, block of 16, 1 step, give " in a["sentence"] for a in found["advice"])
+    at_15 = [p for p in found["predictions"] if p["setting"]["num_speculative_tokens"] == 15 and p["batch_size"] == 1]
+    assert at_15[0]["speed_up"]["value"] == pytest.approx(5.6 * 12.7 / (15.7 + 2.8 + 4))
+    assert at_15[0]["measured_speed_up"] is None
+    assert any("every draft had the same chance" in remark for remark in found["remarks"])
+
+
+def test_single_numbers_are_about_the_one_load_and_the_most_drafts(command: Command) -> None:
+    code, out, err = command(*REAL_SIZE, "--verifier-step-ms", 30, "--verify-step-ms", 30, "--json")
+    assert code == 0, err
+    (one,) = json.loads(out)["predictions"]
+    assert one["speed_up"]["value"] == pytest.approx(3.68, abs=0.01)
+    assert one["extend_ms"] == pytest.approx(3.38, abs=0.01) and one["denoise_ms"] == pytest.approx(7.33, abs=0.01)
+
+
+def test_table_says_that_it_does_not_pay_and_why(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    code, out, _ = command(*REAL_SIZE, "--verifier-step-ms", 2, "--verify-step-ms", 2)
+    assert code == 0
+    assert "Drafting does not pay at batch size 1, because drafting takes 10.7 ms a round" in out
+    assert "a bound that holds while they wait for memory" in out and "10 % to both sides" in out
+
+
+def test_shares_by_position_serve_shorter_drafts(command: Command) -> None:
+    typed = ("--verifier-step-ms", 10, "--verify-step-ms", "16", "--bandwidth-gb-s", 8000)
+    code, out, err = command("plan", *typed, "-K", "1,3", "--acceptance-by-position", "0.9,0.5,0.1", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    lengths = [p["acceptance_length"]["value"] for p in found["predictions"]]
+    assert lengths == pytest.approx([1.9, 2.5])
+    assert not any("every draft had the same chance" in remark for remark in found["remarks"])
+
+
+def test_predictions_of_a_profile_stand_beside_what_was_measured(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "180")
+    code, out, err = command("plan", "--profile", PROFILE)
+    assert code == 0, err
+    (row,) = [line for line in out.splitlines() if "K 15, block of 16, 4 steps" in line and "2.37" in line]
+    assert "2.38 (2.05 to 2.73)" in row  # both at batch 1; prompts and ends of texts are not in the prediction
+    assert "maths: Drafting pays at batch size 1: K 7, block of 8, 1 step, 2.98 times as fast" in out
+    assert "maths and Python: No difference is to be expected at batch size 8: the best way, K 7, block of 8" in out
+    code, out, _ = command("plan", "--profile", PROFILE, "--category", "maths", "-K", 7, "--json")
+    found = json.loads(out)
+    assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {7}
+
+
+def test_sweep_is_predicted_for_all_prompts_and_the_drafts_that_were_measured(command: Command) -> None:
+    code, out, err = command("plan", "--profile", SWEEP, "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {p["category"] for p in found["predictions"]} == {"all"}
+    assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {8, 16}
+    assert len(found["predictions"]) == 16 and all(p["measured_speed_up"] for p in found["predictions"])
+    assert any("--category and -K give others" in remark for remark in found["remarks"])
+    _, out, _ = command("plan", "--profile", SWEEP, "--category", "maths", "-K", "3,8", "--json")
+    found = json.loads(out)
+    assert {p["category"] for p in found["predictions"]} == {"maths"}
+    assert {p["setting"]["num_speculative_tokens"] for p in found["predictions"]} == {3, 8}
+
+
+def test_what_cannot_be_predicted_is_left_out_and_counted(command: Command, tmp_path: Path) -> None:
+    profile = ServingProfile.load(SWEEP)
+    small = tuple(phase for phase in profile.drafting_phases if phase.block_size == 8)
+    replace(profile, drafting_phases=small).save(tmp_path / "profile.json")
+    code, out, err = command("plan", "--profile", tmp_path / "profile.json", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {p["setting"]["block_size"] for p in found["predictions"]} == {8}
+    assert any("predictions were left out, the first because" in remark for remark in found["remarks"])
+    # Without any, as after a sweep of adaptive policies alone, nothing is left.
+    replace(profile, drafting_phases=()).save(tmp_path / "profile.json")
+    code, _, err = command("plan", "--profile", tmp_path / "profile.json")
+    assert code == 2 and "no time of the context pass is known" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("--verifier-step-ms", 3), "--verifier-step-ms and --verify-step-ms are missing"),
+        ((*BUDGET[1:],), "--acceptance-length is missing"),
+        ((*BUDGET[1:5], "--acceptance-length", 5), "the drafter's times are missing"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "-S", "8,16"), "--block-size has several"),
+        ((*BUDGET[1:], "--acceptance-length", "five"), "--acceptance-length 'five' is not understood"),
+        ((*BUDGET[1:], "--acceptance-length", "16:5"), "--acceptance-length '16:5' is not understood"),
+        ((*BUDGET[1:], "--acceptance-length", "8x1:5,8x1:6"), "has two numbers for one place"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--batch-size", 9), "nothing is extrapolated"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--batch-size", "1,x"), "--batch-size '1,x' is not allowed"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--bandwidth-gb-s", 10), "leave one out"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--times-floor", 1.3), "give --bandwidth-gb-s"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--assumed-error", 1.5), "assumed_error 1.5 is not allowed"),
+        (("--profile", "/nowhere.json"), "cannot be read"),
+        (("--profile", PROFILE, "--acceptance-length", 5), "is measured in --profile"),
+        (("--profile", PROFILE, "--category", "poems"), "no acceptance length is known"),
+        (("--profile", PROFILE, "-K", 31), "nothing is known for"),
+    ],
+)
+def test_what_is_wrong_is_one_sentence(command: Command, arguments: tuple[object, ...], named: str) -> None:
+    code, out, err = command("plan", *arguments)
+    assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    assert named in err
