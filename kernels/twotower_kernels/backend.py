@@ -1,4 +1,4 @@
-"""The one place that asks what the device can run."""
+"""The only place that decides whether an op runs its Triton kernel, and on which device."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# "torch" in this variable leaves the Triton kernels aside everywhere, to compare or to look for a fault.
+# Set to "torch", this variable turns all Triton kernels off, to compare or to look for a fault.
 SWITCH = "TWOTOWER_KERNELS"
 
 
 def use_triton(x: Tensor, *others: Tensor | None) -> bool:
     """Whether an op on `x` runs its Triton kernel: on CUDA, where Triton is installed, unless switched off.
 
-    Where a gradient is wanted of `x` or of other arguments it is PyTorch's turn: no kernel has a backward pass.
+    PyTorch computes whatever needs a gradient for `x` or the other arguments: no kernel has a backward pass.
     """
     return x.is_cuda and _triton_wanted() and not _wants_gradient(x, *others)
 
@@ -39,7 +39,7 @@ def _triton_wanted() -> bool:
 
 
 def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:
-    """Makes the device of the first argument current for a function that launches: Triton takes the current one."""
+    """Makes the device of the first argument current while a launcher runs: Triton launches on the current one."""
 
     @wraps(launch)
     def guarded(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of every kernel for the GPUs that count, on any machine.
+"""Ahead-of-time compilation of every kernel for three generations of GPUs, on any machine.
 
 `python -m twotower_kernels.compilation [OP ...]` prints what each kernel needs, with `--markdown` as the table of
 kernels/README.md; spilled registers are an error.
@@ -19,7 +19,7 @@ from typing import Any
 CAPABILITIES = (80, 90, 100)
 # Shared memory of a multiprocessor in KiB; the other limits are the same for all three.
 SHARED_KIB = {80: 164, 90: 228, 100: 228}
-# Folders that hold a kernel.py.
+# Ops that have kernels.
 OPS = tuple(sorted(file.parent.name for file in Path(__file__).parent.glob("*/kernel.py")))
 
 
@@ -49,7 +49,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes.
+    """Resources that a compiled kernel takes.
 
     Attributes:
         registers: per thread.
@@ -67,7 +67,7 @@ class Resources:
         Source: the occupancy tables of NVIDIA's tuning guides.
         """
         registers_of_warp = -(-self.registers * 32 // 256) * 256
-        shared_bytes = self.shared_bytes + 1024  # a KiB of every program is the system's
+        shared_bytes = self.shared_bytes + 1024  # the system reserves 1 KiB per program
         programs = min(
             32,
             64 // num_warps,
@@ -113,7 +113,7 @@ def compile_variant(variant: Variant, capability: int) -> Resources:
 
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
-    """What cuobjdump, which comes with Triton, says of the only function of a binary."""
+    """Resource usage of the only function of a binary, from the cuobjdump that comes with Triton."""
     import triton.backends.nvidia
 
     tool = Path(triton.backends.nvidia.__path__[0]) / "bin" / "cuobjdump"
@@ -125,7 +125,7 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 
 def main(arguments: list[str]) -> int:
-    """Prints a table of the named ops, or of all; the number of compilations that spilled."""
+    """Prints a table of the named ops, or of all; returns the number of compilations that spilled."""
     markdown, ops = "--markdown" in arguments, [op for op in arguments if op != "--markdown"]
     print(
         _markdown_head() if markdown else f"{'kernel':56} {'sm':>4} {'warps':>5} {'registers':>9} {'shared':>8} spills"

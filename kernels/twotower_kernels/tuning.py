@@ -1,6 +1,6 @@
-"""Block sizes and warps of every kernel, from the table in its folder; nothing is searched for while serving.
+"""Settings of every launch (block sizes, warps, stages), from the table in the op's folder.
 
-`python -m benchmarks.tune` writes the tables.
+Nothing is tuned while serving; `python -m benchmarks.tune` writes the tables.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _tried: dict[tuple[str, str], Settings] = {}
 
 
 def settings(op: str, kernel: str) -> Settings:
-    """Arguments that a launch of `kernel` of the op in folder `op` is given."""
+    """Settings for a launch of `kernel` of the op in folder `op`."""
     return _tried.get((op, kernel)) or read_table(op)["kernels"][kernel]
 
 
 @contextmanager
 def trying(op: str, kernel: str, candidate: Settings) -> Iterator[None]:
-    """Launches take the candidate's settings inside: for the tuner and for tests."""
+    """Lets launches take the candidate's settings inside the context: for the tuner and for tests."""
     _tried[op, kernel] = candidate
     try:
         yield
@@ -48,12 +48,12 @@ def trying(op: str, kernel: str, candidate: Settings) -> Iterator[None]:
 
 
 def table_path(op: str) -> Path:
-    """Where the table of an op is."""
+    """Path of an op's table."""
     return Path(__file__).parent / op / TABLE
 
 
 @cache
 def read_table(op: str) -> Table:
-    """The table of an op."""
+    """Reads the table of an op, once."""
     table: Table = json.loads(table_path(op).read_text())
     return table

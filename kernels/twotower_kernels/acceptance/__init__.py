@@ -1,4 +1,4 @@
-"""Which drafts a target accepts, and the token after them, from raw target logits."""
+"""Verification of drafts from raw target logits: which drafts are accepted, and the token after them."""
 
 from twotower_kernels.acceptance.op import accept, filtered_logits, warm_up
 from twotower_kernels.acceptance.types import (

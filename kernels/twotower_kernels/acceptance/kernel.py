@@ -30,15 +30,15 @@ _TINY = tl.constexpr(torch.finfo(torch.float32).tiny)
 _INT_MAX = tl.constexpr(2**31 - 1)
 _INT_MIN = tl.constexpr(-(2**31))
 
-# Rows of a request that one program settles, at least: fewer would be another kernel and no faster.
+# Fewest rows that one program of the second launch is compiled for; a smaller tile would be no faster.
 LEAST_ROWS = 32
 
-# Lowest bit that differs between the sort keys of float32 numbers that were these; a power of 4.
+# Lowest bit in which the sort keys of two logits of a dtype can differ, once widened to float32; a power of 4.
 LOWEST_STEP_OF = {torch.bfloat16: 1 << 16, torch.float16: 1 << 12, torch.float32: 1}
 
 
-# They change from step to step: kernels of their own for 1 and for multiples of 16 would be compiled while serving, and
-# for pointers that are aligned by chance.
+# Arguments that change from step to step. Triton would compile a kernel of its own, while serving, when one of them is
+# 1 or a multiple of 16, or when a pointer happens to be aligned.
 _RUNTIME = ("num_splits", "has_top_k", "has_top_p", "has_min_p")
 _SETTLE_RUNTIME = ("num_splits", "width")
 _REQUESTS = ("draft_token_ids", "cu_num_draft_tokens", "temperature", "seeds", "positions")
@@ -76,7 +76,7 @@ def judge_rows_kernel(
     WIDTH: tl.constexpr,
     FILTER_BLOCK: tl.constexpr,
 ):
-    """Of one split of one row: the best token under noise, and what the probability of the draft needs."""
+    """Finds the best token under noise in one split of one row, and the sums that the draft's probability needs."""
     split, offset, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     drafts_before, num_drafts = _drafts_of(cu_num_draft_tokens, request)
     if offset > num_drafts:
@@ -100,7 +100,7 @@ def judge_rows_kernel(
         p = tl.maximum(tl.load(top_p + request, mask=has_top_p != 0, other=1.0).to(tl.float32), _TINY)
         low = tl.load(min_p + request, mask=has_min_p != 0, other=0.0).to(tl.float32)
         filtered = sampled & (((k > 0) & (k < vocab_size)) | (p < 1) | (low > 0))
-        # The bound needs the whole row: one program takes it.
+        # The bound needs the whole row, so its first program reads all of it and the others nothing.
         first = tl.where(filtered, 0, first)
         last = tl.where(filtered, tl.where(split == 0, vocab_size, 0), last)
         if filtered & (split == 0):
@@ -115,7 +115,7 @@ def judge_rows_kernel(
     coming = _logits(row, start, last, vocab_size, offsets)
     while start < last:
         x = coming.to(tl.float32)
-        # On their way while this part is looked at.
+        # The next part is loaded while this one is looked at.
         coming = _logits(row, start + WIDTH * GROUP, last, vocab_size, offsets)
         if FILTERS:
             x = tl.where(x * scale < least, float("-inf"), x)
@@ -190,7 +190,7 @@ def _threshold(
     row, vocab_size, scale, top, least, limit, BY_MASS: tl.constexpr, LOWEST_STEP: tl.constexpr, BLOCK: tl.constexpr
 ):
     """Largest scaled logit such that tokens from it on weigh at least `limit` together."""
-    # Digit by digit, two bits at a time, of a number in the order of floats.
+    # Search for the sort key from its highest bits down, two bits at a time.
     key = tl.full((), _INT_MIN, tl.int32)
     step = tl.full((), 1 << 30, tl.int32)
     while step >= LOWEST_STEP:
@@ -268,7 +268,7 @@ def settle_requests_kernel(
         _, sampled = _scale_of(temperature, request)
         maximum = tl.load(maxima + place, mask=inside, other=float("-inf"))
         highest = tl.max(maximum, axis=1)
-        # Where nothing is left the difference is NaN, and so is the probability: nothing is accepted.
+        # Where every token is excluded the difference is NaN, and so is the probability: nothing is accepted.
         share = tl.where(maximum == float("-inf"), 0.0, tl.exp(maximum - highest[:, None]))
         total = tl.sum(tl.load(sums + place, mask=inside, other=0.0) * share, axis=1)
         probability = tl.exp(tl.load(draft_scores + number, mask=present, other=float("-inf")) - highest) / total
@@ -289,7 +289,7 @@ def launch_accept(
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
     sampling: SamplingTensors,
-    rule: AcceptanceRule,
+    acceptance_rule: AcceptanceRule,
 ) -> Accepted:
     """`op.accept` in two launches; everything is decided on the device."""
     if logits.stride(-1) != 1:
@@ -302,7 +302,7 @@ def launch_accept(
     if num_reqs == 0:
         return result
     num_rows, vocab_size = logits.shape
-    one_hot = rule == "one-hot" and sampling.temperature is not None
+    one_hot = acceptance_rule == "one-hot" and sampling.temperature is not None
     chosen = settings("acceptance", judge_settings(one_hot))
     chunk = chosen["WIDTH"] * GROUP.value
     num_splits, tokens_per_split = _splits(num_reqs * width, vocab_size, chunk, chosen["TARGET_PROGRAMS"])
@@ -315,7 +315,8 @@ def launch_accept(
     )
     seeds, positions = sampling.seeds.contiguous(), sampling.positions.contiguous()
     draft_token_ids, cu_num_draft_tokens = draft_token_ids.contiguous(), cu_num_draft_tokens.contiguous()
-    # What is not given is not read. A pointer of its type stands for it, so that one kernel serves all combinations.
+    # A filter that is not given is not read; a pointer of its type stands in, so that one kernel serves all
+    # combinations.
     stand_ins = (cu_num_draft_tokens, temperature, temperature)
     filters = [stand_in if value is None else value for value, stand_in in zip(given, stand_ins, strict=True)]
     judge_rows_kernel[(num_splits, width, num_reqs)](
@@ -369,12 +370,12 @@ def launch_accept(
 
 
 def judge_settings(one_hot: bool) -> str:
-    """The one-hot rule needs sums and a second maximum on top: registers for narrower tiles."""
+    """Names the settings of the first launch; the one-hot rule needs more registers, so its tiles are narrower."""
     return "judge_one_hot" if one_hot else "judge_rows"
 
 
 def _splits(most_rows: int, vocab_size: int, chunk: int, target_programs: int) -> tuple[int, int]:
-    """Into how many parts a row is cut so that about `target_programs` programs run, and tokens per part."""
+    """Number of parts of a row, so that about `target_programs` programs run, and tokens per part."""
     chunks = -(-vocab_size // chunk)
     wanted = min(chunks, -(-target_programs // most_rows))
     tokens = -(-chunks // wanted) * chunk

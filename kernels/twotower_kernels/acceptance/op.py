@@ -21,10 +21,11 @@ from twotower_kernels.acceptance.types import (
 from twotower_kernels.backend import use_triton
 from twotower_kernels.noise import gumbel_argmax, reproducible_log, uniform_noise
 
-# Logits that are sampled from at once without the kernel: about 1 GiB of working memory.
+# Most logits that are sampled from at once without the kernel: about 1 GiB of working memory.
 MOST_LOGITS = 1 << 25
 
-# Tokens among which the last one that top-k and top-p keep is sought first, without sorting the vocabulary.
+# Most probable tokens that are searched first for the last one that top-k and top-p keep; the whole vocabulary is
+# sorted only where these do not suffice.
 MOST_KEPT = 1024
 
 
@@ -34,17 +35,17 @@ def accept(
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
     sampling: SamplingTensors,
-    rule: AcceptanceRule = "one-hot",
+    acceptance_rule: AcceptanceRule = "one-hot",
 ) -> Accepted:
     """Accepts drafts from the left, and takes the token after them.
 
-    Requests of temperature 0 accept while a draft is the target's most probable token. The others follow the rule, and
-    their text is distributed as the target's whatever was drafted without a look at the noise:
+    Requests of temperature 0 accept while a draft is the target's most probable token. The others follow the acceptance
+    rule. Their text has the target's distribution, whatever was drafted, as long as the drafter did not see the noise:
 
-    * one-hot: a draft is accepted with the target's probability of it; after a rejection another token is drawn, as the
-      target would.
+    * one-hot: a draft is accepted with the target's probability of it; after a rejection the token is drawn from the
+      target's distribution without the draft.
     * coupled: the target's sample is fixed by (seed, position) before any draft is looked at; drafts are accepted while
-      they agree with it. The text is the same for any drafts, and without.
+      they agree with it. The text is the same for any drafts, and without drafts.
 
     On CUDA these are two launches without a copy of the logits and without synchronisation, also for CUDA graphs; each
     logit is read once, of requests with filters several times. Of equal logits the first is taken, NaN counts as the
@@ -58,7 +59,7 @@ def accept(
         max_num_draft_tokens: at least the drafts of any request.
         sampling: parameters per request; a token is excluded by min-p, then top-k, then top-p. Tokens as probable as
             the last one that stays do stay.
-        rule: for requests above temperature 0.
+        acceptance_rule: of requests above temperature 0.
 
     Raises:
         ValueError: shapes do not fit, or on CUDA the vocabulary is strided.
@@ -72,7 +73,9 @@ def accept(
     if use_triton(logits) and logits.dtype != torch.float64:
         from twotower_kernels.acceptance.kernel import launch_accept
 
-        return launch_accept(logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, rule)
+        return launch_accept(
+            logits, draft_token_ids, cu_num_draft_tokens, max_num_draft_tokens, sampling, acceptance_rule
+        )
     ends = cu_num_draft_tokens.tolist()
     counts = [end - before for before, end in zip([0, *ends], ends, strict=False)]
     parts, row, draft = [], 0, 0
@@ -80,20 +83,20 @@ def accept(
         own = counts[requests]
         rows, drafts = slice(row, row + sum(own) + len(own)), slice(draft, draft + sum(own))
         part = sampling.of(requests)
-        parts.append(_accept(logits[rows], draft_token_ids[drafts], own, max_num_draft_tokens, part, rule))
+        parts.append(_accept(logits[rows], draft_token_ids[drafts], own, max_num_draft_tokens, part, acceptance_rule))
         row, draft = rows.stop, drafts.stop
     if len(parts) == 1:
         return parts[0]
     return Accepted(torch.cat([part.token_ids for part in parts]), torch.cat([part.num_accepted for part in parts]))
 
 
-def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: AcceptanceRule) -> None:
+def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, acceptance_rule: AcceptanceRule) -> None:
     """Compiles what `accept` launches for logits of this kind, before a request waits for it; nothing without kernels.
 
     Args:
         vocab_size: columns of the logits.
         dtype, device: of the logits.
-        rule: for requests above temperature 0.
+        acceptance_rule: of requests above temperature 0.
     """
     if not use_triton(torch.empty(0, device=device)):
         return
@@ -104,11 +107,11 @@ def warm_up(vocab_size: int, dtype: torch.dtype, device: torch.device, rule: Acc
         logits = torch.zeros(1, vocab_size, dtype=kind, device=device)
         for temperature, top_p in ((None, None), (one, None), (one, one)):
             sampling = SamplingTensors(temperature, None, top_p, None, nothing, nothing)
-            accept(logits, no_drafts[:0], no_drafts, 0, sampling, rule)
+            accept(logits, no_drafts[:0], no_drafts, 0, sampling, acceptance_rule)
 
 
 def _parts(counts: list[int], vocab_size: int, sampling: SamplingTensors) -> list[slice]:
-    """Requests that are taken together: sorting and noise need many times the memory of the logits."""
+    """Divides the requests into parts that fit in memory: sorting and noise need many times that of the logits."""
     if sampling.temperature is None:
         return [slice(0, len(counts))]
     parts, start, num_rows = [], 0, 0
@@ -126,7 +129,7 @@ def _accept(
     counts: list[int],
     max_num_draft_tokens: int,
     sampling: SamplingTensors,
-    rule: AcceptanceRule,
+    acceptance_rule: AcceptanceRule,
 ) -> Accepted:
     """`accept` for all requests at once, vectorised."""
     layout = _Layout.of(counts, max_num_draft_tokens + 1, logits.device)
@@ -138,20 +141,20 @@ def _accept(
         rows = sampled.nonzero()[:, 0]
         request, positions = layout.request[rows], layout.positions(sampling.positions)[rows]
         scores = filtered_logits(logits[rows], request, sampling)
-        if rule == "coupled":
+        if acceptance_rule == "coupled":
             picks[rows] = gumbel_argmax(scores, sampling.seeds[request], positions, SAMPLE_DRAW)
             accepted[rows] = picks[rows] == drafts[rows]
         else:
             chance = uniform_noise(sampling.seeds[request], positions, ACCEPT_DRAW, 1)[:, 0]
             accepted[rows] = chance < _probability(scores, drafts[rows])
     num_accepted = layout.table(accepted.long(), 0).cumprod(dim=1).sum(dim=1)
-    if sampled is not None and rule == "one-hot":
+    if sampled is not None and acceptance_rule == "one-hot":
         last = layout.starts + num_accepted
         at = last[sampled[last]]  # rows of the requests that sample their next token
         if len(at):
             request, positions = layout.request[at], layout.positions(sampling.positions)[at]
             scores = scores[(sampled.cumsum(0) - 1)[at]]  # a copy of those rows
-            # Where the draft of this row was rejected, another token is taken; the row after all drafts has none.
+            # A rejected draft cannot be drawn again; the row after all drafts has no draft to exclude.
             refused = torch.where(drafts[at] < scores.shape[-1], drafts[at], PLACEHOLDER)
             rejected = (refused >= 0).nonzero()[:, 0]
             scores[rejected, refused[rejected]] = -torch.inf
@@ -192,7 +195,7 @@ class _Layout:
         return cls(counts, width, first.to(device), request.to(device), offset.to(device))
 
     def beside_drafts(self, draft_token_ids: Tensor) -> Tensor:
-        """int64 [num_rows], the draft that each row judges, -1 where it judges none."""
+        """Draft that each row judges, int64 [num_rows], -1 where it judges none."""
         if len(draft_token_ids) == len(self.counts) * (self.width - 1):
             return F.pad(
                 draft_token_ids.long().view(len(self.counts), self.width - 1), (0, 1), value=PLACEHOLDER
@@ -203,11 +206,11 @@ class _Layout:
         return drafts
 
     def positions(self, first: Tensor) -> Tensor:
-        """Index in its sequence of the token that every row decides on."""
+        """Position in its sequence of the token that every row decides on."""
         return first[self.request] + self.offset
 
     def table(self, values: Tensor, fill: int) -> Tensor:
-        """int64 [num_reqs, width] of values int64 [num_rows]."""
+        """Lays values int64 [num_rows] out as a table int64 [num_reqs, width]."""
         if len(values) == len(self.counts) * self.width:
             return values.view(len(self.counts), self.width)
         table = torch.full((len(self.counts), self.width), fill, device=values.device)
@@ -216,7 +219,7 @@ class _Layout:
 
 
 def filtered_logits(logits: Tensor, request: Tensor, sampling: SamplingTensors) -> Tensor:
-    """What is sampled from: logits over the temperature, excluded tokens -inf; a copy, float32 at least.
+    """Logits over the temperature, -inf for excluded tokens: what is sampled from. A copy, float32 at least.
 
     Args:
         logits: float [num_rows, vocab]. Not modified.
@@ -227,7 +230,7 @@ def filtered_logits(logits: Tensor, request: Tensor, sampling: SamplingTensors) 
     scale = None
     if sampling.temperature is not None:
         temperature = sampling.temperature[request, None]
-        # Once the inverse, as the kernel has it: a quotient would round otherwise.
+        # Multiplied by the inverse, as the kernel does it: a quotient would be rounded differently.
         scale = torch.where(temperature > 0, 1.0 / temperature, 1.0).to(wide)
     scores = logits.to(wide, copy=True) if scale is None else logits.to(wide) * scale
     if sampling.min_p is not None:

@@ -13,7 +13,7 @@ def accept_reference(
     cu_num_draft_tokens: Tensor,
     max_num_draft_tokens: int,
     sampling: SamplingTensors,
-    rule: AcceptanceRule = "one-hot",
+    acceptance_rule: AcceptanceRule = "one-hot",
 ) -> list[list[int]]:
     """Accepted drafts and the token after them, per request; arguments as `accept`."""
     results, row, start = [], 0, 0
@@ -23,7 +23,7 @@ def accept_reference(
         tokens: list[int] = []
         for offset, draft in enumerate([*drafts, None]):
             position = int(sampling.positions[request]) + offset
-            token, goes_on = _decide(logits[row + offset], draft, request, position, sampling, rule)
+            token, goes_on = _decide(logits[row + offset], draft, request, position, sampling, acceptance_rule)
             tokens.append(token)
             if not goes_on:
                 break
@@ -33,7 +33,12 @@ def accept_reference(
 
 
 def _decide(
-    logits: Tensor, draft: int | None, request: int, position: int, sampling: SamplingTensors, rule: AcceptanceRule
+    logits: Tensor,
+    draft: int | None,
+    request: int,
+    position: int,
+    sampling: SamplingTensors,
+    acceptance_rule: AcceptanceRule,
 ) -> tuple[int, bool]:
     """The token at one position, and whether it is an accepted draft."""
     temperature = 0.0 if sampling.temperature is None else float(sampling.temperature[request])
@@ -42,7 +47,7 @@ def _decide(
         return token, token == draft
     scores = filtered_logits_reference(logits, request, sampling)
     seed, at = sampling.seeds[request : request + 1], torch.tensor([position])
-    if rule == "coupled":
+    if acceptance_rule == "coupled":
         token = int((scores + gumbel_noise(seed, at, SAMPLE_DRAW, len(scores))[0]).argmax())
         return token, token == draft
     if draft is not None and 0 <= draft < len(scores):

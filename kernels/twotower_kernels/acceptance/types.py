@@ -9,18 +9,19 @@ from torch import Tensor
 
 AcceptanceRule = Literal["one-hot", "coupled"]
 
-# Draws of the noise: a target's own sample (coupled rule); under the one-hot rule whether a draft is accepted, and the
-# token after the accepted ones.
+# Numbers that tell the draws of the noise apart: the target's own sample (coupled rule); whether a draft is accepted,
+# and the token after the accepted ones (one-hot rule).
 SAMPLE_DRAW = 0
 ACCEPT_DRAW = 1 << 16
 NEXT_TOKEN_DRAW = ACCEPT_DRAW + 1
 
+# Stands in `token_ids` where there is no token.
 PLACEHOLDER = -1
 
 
 @dataclass(frozen=True)
 class SamplingTensors:
-    """How every request samples.
+    """Sampling parameters of every request, as tensors.
 
     Attributes:
         temperature: float32 [num_reqs], 0 for the most probable token; None if that holds for all of them.
@@ -44,7 +45,7 @@ class SamplingTensors:
         return not (self.top_k is None and self.top_p is None and self.min_p is None)
 
     def of(self, requests: slice) -> SamplingTensors:
-        """The same for some of the requests."""
+        """Selects some of the requests."""
 
         def some(values: Tensor | None) -> Tensor | None:
             return None if values is None else values[requests]

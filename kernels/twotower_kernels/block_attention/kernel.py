@@ -17,7 +17,7 @@ from twotower_kernels.tuning import settings
 
 # Programs that fill a GPU twice over. A constant, so that results do not depend on the device.
 PROGRAMS_WANTED = 256
-# Said aloud, because Triton's default is about to change.
+# Written out, because Triton's default is about to change.
 LAUNCH = {"enable_fp_fusion": True}
 
 
@@ -35,7 +35,7 @@ def _absorb(
     total,  # [BLOCK_ROWS], sum of exp2(score - best) so far
     PRECISION: tl.constexpr,
 ):
-    # 0 where nothing is: what is masked counts zero times, but zero times NaN would be NaN.
+    # 0 where there is no key: a masked value has weight 0, but 0 times NaN would be NaN.
     keys = tl.load(key_rows[:, None] + dim, mask=inside, other=0.0)
     values = tl.load(value_rows[:, None] + dim, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION) * scale
@@ -51,7 +51,7 @@ def _absorb(
 
 @triton.jit(
     do_not_specialize=["table_stride", "num_tokens", "num_parts"],
-    # They may lie in one tensor, one behind the other, at whatever offset.
+    # These may be parts of one tensor, at any offset.
     do_not_specialize_on_alignment=["block_table", "context_lens", "query_start_loc"],
 )
 def attend_kernel(
@@ -107,7 +107,7 @@ def attend_kernel(
     if CAUSAL:
         stop = context_len + tl.minimum(num_queries, (first_row + BLOCK_ROWS - 1) // GROUP + 1)
     if SPLIT:
-        # Of what this request has: the parts of a short context are as even as those of a long one.
+        # Each request divides its own length, so that the parts of a short context are as even as those of a long one.
         share = tl.cdiv(tl.cdiv(stop, num_parts), BLOCK_KEYS) * BLOCK_KEYS
         start = part * share
         stop = tl.minimum(start + share, stop)
@@ -160,7 +160,7 @@ def attend_kernel(
     if SPLIT:
         place += part.to(tl.int64) * num_tokens * (tl.num_programs(1) * GROUP)
         tl.store(log_totals + place, best + tl.log2(total), mask=query_index < num_queries)
-        # The average of no keys would only be skipped.
+        # A part without keys has no average; the second kernel skips it.
         wanted = wanted & (query_index < tl.where(start < stop, num_queries, 0))[:, None]
     tl.store(out + place[:, None] * HEAD_DIM + dim, averaged.to(out.dtype.element_ty), mask=wanted)
 
@@ -186,7 +186,7 @@ def combine_kernel(
     for part in range(num_parts):
         place = part * num_rows + row
         log_total = tl.load(log_totals + place, mask=row < num_rows, other=-float("inf"))
-        # Not `>`: the NaN of a request is to arrive.
+        # Not `>`, which would drop a request's own NaN instead of passing it on.
         written = (log_total != -float("inf"))[:, None] & in_head
         average = tl.load(averages + place[:, None] * HEAD_DIM + dim[None, :], mask=written, other=0.0)
         new_best = tl.maximum(best, log_total)
@@ -204,9 +204,10 @@ def combine_kernel(
 def launch_paged_attention(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
-    """Launches the kernel, and where contexts may be long and programs are few a second one that joins their parts.
+    """Launches the kernel, and a second one that joins the parts of contexts where these are split.
 
-    See `paged_attention`. The number of parts follows from shapes alone, so that nothing waits for the device.
+    See `paged_attention`. Contexts are split where they may be long and programs are few; the number of parts follows
+    from shapes alone, so that nothing waits for the device.
     """
     num_tokens, heads, head_dim = query.shape
     kv_heads, num_reqs, max_query_len = key.shape[1], len(batch.context_lens), batch.max_query_len

@@ -1,4 +1,4 @@
-"""Attention over keys that the caller laid out, over keys in pages of a cache, and the mask the towers need."""
+"""Attention over keys side by side or in pages of a cache, and the mask that the towers need."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -10,7 +10,7 @@ from torch import Tensor
 from twotower_kernels.backend import use_triton
 from twotower_kernels.block_attention.types import PagedBatch
 
-# What the kernel's tiles are made for.
+# Limits of the kernel's tiles.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_HEAD_DIM = 128
 
@@ -46,7 +46,7 @@ def ragged_attention(
     query_lens: Sequence[int],
     masks: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """`attention` of requests whose keys lie apart, each as many as it has: nothing is copied together or padded.
+    """Attention of requests whose keys are in tensors of their own: nothing is copied together or padded.
 
     Args:
         query: [num_tokens, heads, head_dim], request after request.
@@ -73,7 +73,7 @@ def ragged_attention(
 
 
 def causal_mask(prefix_lens: Tensor, num_queries: int, num_keys: int) -> Tensor:
-    """Query i of a row sees its `prefix_lens` context keys and the block's keys up to its own.
+    """Mask in which query i of a row sees its `prefix_lens` context keys and the block's keys up to its own.
 
     Args:
         prefix_lens: int64 [num_reqs], keys before the block.
@@ -89,7 +89,7 @@ def causal_mask(prefix_lens: Tensor, num_queries: int, num_keys: int) -> Tensor:
 def reads_pages(cache: Tensor) -> bool:
     """Whether `paged_attention` reads keys of this cache in place, with its kernel.
 
-    Where it does not, `attention` and `ragged_attention` on views of the keys are quicker.
+    Otherwise `attention` and `ragged_attention` on views of the keys are faster.
 
     Args:
         cache: [..., kv_heads, head_dim], keys or values.
@@ -102,7 +102,7 @@ def paged_attention(
 ) -> Tensor:
     """Attention of each request's queries to its context, in pages of a cache, and to the keys of the same pass.
 
-    A request's pages beyond its context, and other pages, are not read: what they hold does not matter, be it NaN.
+    A request's pages beyond its context, and other pages, are not read; they may hold anything, NaN included.
 
     Args:
         query: [num_tokens, heads, head_dim], request after request; here and below heads and head_dim may stand in a
@@ -129,7 +129,7 @@ def paged_attention(
 def _paged_attention_on_views(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
-    """Request by request: nothing is padded to the longest one."""
+    """Attends request by request, so that nothing is padded to the longest one."""
     bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
     in_page = torch.arange(page_size, device=query.device)
     keys, values, query_lens, masks = [], [], [], []

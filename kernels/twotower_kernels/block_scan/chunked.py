@@ -55,7 +55,7 @@ def last_inputs(window: Tensor, history: int, query_lens: Tensor | None) -> Tens
 def one_token(
     x: Tensor, b: Tensor, c: Tensor, step: Tensor, ssm_state: Tensor, weights: ScanWeights
 ) -> tuple[Tensor, Tensor]:
-    """The recurrence itself, for blocks of one token."""
+    """Runs the recurrence itself, for blocks of one token."""
     num_reqs, heads, head_dim, state_size = ssm_state.shape
     groups = weights.num_groups
     step = step[:, 0]
@@ -79,7 +79,7 @@ def chunked(
     want_output: bool,
     want_state: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    """All chunks at once, as rows: inside a chunk a masked matrix product, between chunks the carried state.
+    """Scans all chunks at once, as rows: a masked matrix product inside a chunk, the carried state between chunks.
 
     Returns:
         Output [r, t, h, p], and the states at the start of every chunk; with `want_state` that after the last one too.
@@ -89,7 +89,7 @@ def chunked(
     if num_chunks > 1:
         x, b, c, step = (_chunks_as_rows(t, chunk) for t in (x, b, c, step))
     b, c, step = b.transpose(1, 2), c.transpose(1, 2), step.transpose(1, 2)  # [r, g, t, n] twice, [r, h, t]
-    # Sums of many decays lose the small differences that matter: they are formed in float64.
+    # In float64, because a sum of many decays would lose the small differences that matter.
     log_decay = (step * -torch.exp(weights.a_log)[:, None]).double().cumsum(-1)
     states = [ssm_state]
     if num_chunks > 1 or want_state:
@@ -103,7 +103,7 @@ def chunked(
 
 
 def _chunks_as_rows(x: Tensor, chunk: int) -> Tensor:
-    """[r, t, ...] to [r * k, chunk, ...], zeros behind."""
+    """Reshapes [r, t, ...] to [r * k, chunk, ...], padded with zeros."""
     padding = -x.shape[1] % chunk
     if padding:
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
@@ -118,7 +118,7 @@ def _next_states(
     whole = log_decay[..., -1:]
     to_end = torch.exp(whole - log_decay).to(step.dtype) * step
     driven = (x * to_end.transpose(1, 2)[..., None]).flatten(2).unflatten(2, (groups, -1))
-    # Copied by whole rows here; the product would copy it number by number.
+    # Copied row by row here; the product would copy it number by number.
     driven = driven.transpose(1, 2).contiguous()  # [r, g, t, per_group * p]
     ends = torch.matmul(driven.transpose(2, 3), b).view(num_reqs, -1, *ssm_state.shape[1:])  # [r, k, h, p, n]
     carry = torch.exp(whole).to(step.dtype).view(num_reqs, -1, ssm_state.shape[1], 1, 1)
@@ -129,7 +129,7 @@ def _next_states(
 
 
 def _from_state(c: Tensor, log_decay: Tensor, start: Tensor) -> Tensor:
-    """What the state before a chunk [r, h, p, n] adds to its outputs: [r, t, h, p]."""
+    """Contribution of the state before a chunk [r, h, p, n] to its outputs [r, t, h, p]."""
     rows, groups = c.shape[:2]
     _, heads, head_dim, state_size = start.shape
     read = torch.matmul(c, start.view(rows, groups, -1, state_size).transpose(2, 3))  # [r, g, t, per_group * p]
@@ -138,9 +138,9 @@ def _from_state(c: Tensor, log_decay: Tensor, start: Tensor) -> Tensor:
 
 
 def _from_chunk(x: Tensor, b: Tensor, c: Tensor, step: Tensor, log_decay: Tensor) -> Tensor:
-    """What a chunk's own tokens add to its outputs: [r, t, h, p]."""
+    """Contribution of a chunk's own tokens to its outputs [r, t, h, p]."""
     groups = b.shape[1]
-    # [r, h, t, t']: how much of token t' is left at token t. Capped before exp, which overflows above the diagonal.
+    # [r, h, t, t']: decay from token t' to token t, capped before exp, which would overflow above the diagonal.
     gap = (log_decay[..., :, None] - log_decay[..., None, :]).clamp(max=0.0)
     mixing = torch.exp(gap.to(step.dtype)) * step[..., None, :]
     similarity = torch.matmul(c, b.transpose(2, 3)).tril()

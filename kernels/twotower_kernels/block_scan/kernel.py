@@ -16,13 +16,13 @@ OP = "block_scan"
 # Three TF32 products make one float32 product on tensor cores; a single one would lose 13 bits of the state.
 PRECISION = "tf32x3"
 
-# Tokens of one launch: how many one program takes together. With 64 registers run out on sm_80.
+# Most tokens that one program takes, and so one launch. With 64, registers run out on sm_80.
 MOST_TOKENS = 32
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)), to the last bits for any x: log1p(e) is 2 artanh(e / (2 + e)), and e <= 1 lets 8 terms do."""
+    """Computes log(1 + exp(x)) to the last bits: log1p(e) is 2 artanh(e / (2 + e)), and e <= 1 needs 8 terms of it."""
     e = tl.exp(-tl.abs(x))
     s = e / (2.0 + e)
     square = s * s
@@ -43,7 +43,7 @@ def raw_inputs(
     """Convolution inputs of one request at `token` (negative: before the block), zeros where not `valid`."""
     row = tl.where(token >= 0, u + token * u_stride, conv_state + (token + HISTORY) * conv_stride)
     if ALIGNED:
-        # Which the compiler does not see of a pointer that is one of two: it would load number by number.
+        # The compiler cannot see the alignment of a pointer that is one of two, and would load number by number.
         row = tl.multiple_of(row, (16, 16))
     return tl.load(row + channel, mask=valid, other=0.0)
 
@@ -70,7 +70,7 @@ def convolved(
 def keep_last_inputs(
     u, conv_state, new_conv, length, channel, wanted, u_stride, conv_stride, channels, HISTORY: tl.constexpr
 ):
-    """The last `HISTORY` inputs of one request that end at its `length`, for some of the channels."""
+    """Stores the last `HISTORY` inputs of one request, up to its `length`, for some of the channels."""
     for k in tl.static_range(HISTORY):
         token = tl.full((1, 1), k - HISTORY, tl.int64) + length
         kept = raw_inputs(u, conv_state, token, channel, wanted, u_stride, conv_stride, HISTORY, ALIGNED=False)
@@ -92,7 +92,7 @@ def scan_kernel(
     y,  # float32 [num_reqs, num_tokens, HEADS, HEAD_DIM], zeros beyond query_lens; None if not wanted
     new_conv,  # [num_reqs, TAPS - 1, channels], contiguous; None if not wanted, as is the next
     new_ssm,  # float32 [num_reqs, HEADS, HEAD_DIM, STATE], contiguous
-    first_token,  # of query_lens that stands at the front here
+    first_token,  # index in the block of the first token of this launch
     num_tokens,  # at most BLOCK_T
     u_request_stride,
     u_stride,
@@ -130,7 +130,7 @@ def scan_kernel(
     delta += request * delta_request_stride + t.to(tl.int64) * delta_stride + head
     raw_step = tl.load(delta, mask=t < length, other=0.0)
     step = tl.where(t < length, softplus(raw_step.to(tl.float32) + tl.load(dt_bias + head)), 0.0)
-    # Sums of many decays lose the small differences that matter: they are formed in float64.
+    # In float64, because a sum of many decays would lose the small differences that matter.
     decays = (step * -tl.exp(tl.load(a_log + head))).to(tl.float64)
     log_decay, whole = tl.cumsum(decays, 0), tl.sum(decays, 0)
 
@@ -143,7 +143,7 @@ def scan_kernel(
     if new_ssm is not None:
         driving = tl.trans(x * (tl.exp((whole - log_decay).to(tl.float32)) * step)[:, None])
 
-    # The state is read once, a part of its columns at a time.
+    # The state is read once, some of its columns at a time.
     from_state = tl.zeros((BLOCK_T, BLOCK_P), tl.float32)
     similarity = tl.zeros((BLOCK_T, BLOCK_T), tl.float32)
     for first in range(0, STATE, BLOCK_N):
@@ -168,7 +168,7 @@ def scan_kernel(
             tl.store(new_ssm + request * HEADS * HEAD_DIM * STATE + cell, state, mask=stored)
 
     if y is not None:
-        # How much of token t' is left at token t. Capped before exp, which overflows above the diagonal.
+        # Decay from token t' to token t, capped before exp, which would overflow above the diagonal.
         gap = tl.minimum(log_decay[:, None] - log_decay[None, :], 0.0).to(tl.float32)
         mixing = tl.where(t[:, None] >= t[None, :], tl.exp(gap) * step[None, :] * similarity, 0.0)
         out = from_state * tl.exp(log_decay.to(tl.float32))[:, None] + tl.load(d + head) * x
@@ -180,7 +180,7 @@ def scan_kernel(
         keep_last_inputs(
             u, conv_state, new_conv, length, x_channel, x_wanted, u_stride, conv_stride, CHANNELS, TAPS - 1
         )
-        # B and C belong to all heads of a group: the first part of its first head keeps them.
+        # All heads of a group share B and C: the first part of the first head stores them.
         if (part == 0) & (head % (HEADS // GROUPS) == 0):
             for start in range(0, 2 * GROUPS * STATE, GROUPS * STATE):
                 for first_kept in range(0, STATE, BLOCK_N):
@@ -204,7 +204,7 @@ def launch_scan(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Output, convolution state and SSM state of `block_scan`, each None if not wanted; a launch per `MOST_TOKENS`."""
     num_tokens, (heads, head_dim) = u.shape[1], ssm_state.shape[1:3]
-    # The kernel takes a pointer into one or the other: they must have one dtype.
+    # The kernel reads from one or the other by one pointer, so they must have one dtype.
     conv_state = conv_state.to(u.dtype)
     u, delta, conv_state = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, conv_state))
     ssm_state = ssm_state if ssm_state[:1].is_contiguous() else ssm_state.contiguous()

@@ -1,4 +1,4 @@
-"""Who runs the scans of long prefills on a GPU: the first that is right of mamba-ssm, registered ones and ours."""
+"""Choice of the scan for long prefills on a GPU: the first of mamba-ssm, registered scans and ours that is right."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from twotower_kernels.block_scan.types import ScanWeights
 
 logger = logging.getLogger(__name__)
 
-# Tokens per chunk of the candidates: what their authors use for a state of 128, and a power of two as they want it.
+# Tokens per chunk of the candidates: what their authors use for a state of 128; they require a power of two.
 CHUNK = 128
-# Largest error of a token's output or a head's state, relative to its norm. Narrow candidates round what they carry
-# between chunks; a candidate that multiplies float32 in TF32 is off by 1e-3 and not good enough for a float32 model.
+# Largest error of a token's output or a head's state, relative to its norm. Candidates round the state between chunks
+# to the model's dtype; one that multiplies float32 in TF32 is off by 1e-3, too much for a float32 model.
 TOLERANCE, FLOAT32_TOLERANCE = 2e-2, 1e-4
 
 
@@ -64,7 +64,7 @@ _loaders: dict[str, Callable[[], LongScan]] = {"mamba-ssm": mamba_ssm_scan}
 
 @dataclass(frozen=True)
 class _Place:
-    """What a candidate is right or wrong for."""
+    """Device, dtype and sizes for which a candidate is right or wrong."""
 
     device: torch.device
     dtype: torch.dtype
@@ -76,7 +76,7 @@ _chosen: dict[_Place, LongScan | None] = {}
 
 
 def register_long_scan(name: str, load: Callable[[], LongScan]) -> None:
-    """Adds a candidate behind those that are there; scans that were chosen already are chosen anew.
+    """Adds a candidate after those already there; every choice made so far is made again.
 
     Args:
         name: for the log; a second one of the same name takes the first one's place.
@@ -152,10 +152,11 @@ def _choose(place: _Place) -> tuple[str, LongScan | None]:
 
 
 def _fault_of(scan: LongScan, place: _Place) -> str | None:
-    """What is wrong with a scan over several chunks from a state that is not zero, the last chunk and a row ragged.
+    """Error of a candidate in a sentence, None where it is right.
 
-    Initial states were ignored, or decayed from the wrong token, by several versions of the candidates: vLLM pull
-    requests 21783 and 23279, TensorRT-LLM 6334, and what was reported of mamba-ssm with the published model.
+    It scans several chunks from a state that is not zero; the last chunk is not full and one row is shorter. Several
+    versions of the candidates ignored initial states, or decayed them from the wrong token: vLLM pull requests 21783
+    and 23279, TensorRT-LLM 6334, and reports on mamba-ssm with the published model.
     """
     u, delta, conv_state, ssm_state, weights, query_lens = _trial(place, torch.device("cpu"))
     expected_y, _, expected_state = block_scan_reference(u, delta, conv_state, ssm_state, weights, query_lens)
@@ -208,7 +209,7 @@ def scan_with(
     weights: ScanWeights,
     query_lens: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `block_scan` returns with states, the recurrence left to `scan`."""
+    """Computes what `block_scan` returns with states, the recurrence by `scan`."""
     window = torch.cat([conv_state, u], dim=1)
     x, b, c, step = scan_inputs(u, delta, window, ssm_state, weights, query_lens)
     x, b, c = (t.to(u.dtype) for t in (x, b, c))  # they were rounded to it

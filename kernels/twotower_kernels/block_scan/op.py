@@ -9,10 +9,10 @@ from twotower_kernels.backend import on_its_device, use_triton
 from twotower_kernels.block_scan.chunked import chunked, last_inputs, one_token, scan_inputs
 from twotower_kernels.block_scan.types import ScanWeights
 
-# Tokens per scan chunk: the matrix form costs chunk^2 per token pair, the loop over chunks is what remains sequential.
+# Tokens per chunk: a chunk costs its square in the matrix form, and only the loop over chunks is sequential.
 SCAN_CHUNK = 64
-# From this many tokens on a library's scan, which works on all chunks at once, is asked for on CUDA; our kernel goes
-# through them one after the other. Not measured: below, the launches of a convolution in PyTorch alone take longer.
+# From this many tokens on, CUDA uses a library's scan, which works on all chunks at once; our kernel takes them one
+# after the other. Below, the launches of a convolution in PyTorch alone would take longer. An estimate, not measured.
 LONG_SCAN = 512
 
 
@@ -28,8 +28,8 @@ def block_scan(
     """Runs a block of tokens through convolution and state-space recurrence, from a given state.
 
     On CUDA a float32 state is scanned by our kernel, convolution included: in one launch up to 32 tokens, in one per 32
-    tokens beyond. From `LONG_SCAN` tokens on the recurrence is left to mamba-ssm or vLLM where one of them is there and
-    right, see `long_scan.py`. On a CPU, for float64 models and under autograd PyTorch does it, 64 tokens at a time.
+    tokens beyond. From `LONG_SCAN` tokens on the recurrence is left to mamba-ssm or vLLM, where one is installed and
+    right (see `long_scan.py`). On a CPU, for float64 models and under autograd PyTorch does it, 64 tokens at a time.
 
     Args:
         u: [num_reqs, num_tokens, channels], raw inputs of the convolution; channels = x | B | C.
@@ -37,8 +37,8 @@ def block_scan(
         conv_state: [num_reqs, taps - 1, channels], the raw inputs before the block, oldest first. Not modified.
         ssm_state: [num_reqs, heads, head_dim, state_size], float32 (float64 for float64 models). Not modified.
         weights: parameters of the layer.
-        query_lens: int64 [num_reqs], valid tokens per row, or None if all are. Outputs beyond are undefined, but they
-            depend on nothing of other rows.
+        query_lens: int64 [num_reqs], valid tokens per row, or None if all are. Outputs beyond are undefined, but do
+            not depend on other rows.
         return_state: whether the states after the block are computed.
 
     Returns:

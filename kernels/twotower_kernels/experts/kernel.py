@@ -11,14 +11,14 @@ from torch import Tensor
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.tuning import settings
 
-# Up to this many tokens router logits are made in parts along the hidden dimension: cuBLAS would give the float64
-# product of a few tokens to a handful of processors, after two launches that widen its operands.
+# Up to this many tokens our kernel makes router logits, in parts along the hidden dimension: cuBLAS would use only a
+# handful of processors for the float64 product of a few tokens, after two launches that widen its operands.
 MOST_TOKENS_IN_PARTS = 1024
 # Ranking compares every pair with every other; beyond this many a sort costs less.
 MOST_PAIRS_BY_RANK = 8192
-# Nothing here rests on the order of a product and a sum, and a float32 product without tensor cores on their fusion.
+# Results here do not depend on whether a product and a sum are fused, and float32 products are faster fused.
 LAUNCH = {"enable_fp_fusion": True}
-# Average number of tokens an expert has up to which a kind of product is used; see `kind_of_product`.
+# Most tokens that an expert has on average for the first and second kind of product; see `kind_of_product`.
 FEW_ROWS, SOME_ROWS = 8, 64
 
 
@@ -61,8 +61,9 @@ def router_logits_kernel(
         )
         wide = x
         if x.dtype.primitive_bitwidth == 16:
-            # A sum of one: Triton 3.6 shapes the float64 product by the narrowest load behind it, and has no shape for
-            # 16 bits. By way of float32, the interpreter's only way from bfloat16.
+            # A sum over an axis of length 1 hides the 16-bit load: Triton 3.6 chooses the shape of a float64 product by
+            # the narrowest load it depends on, and has none for 16 bits. Through float32, because the interpreter
+            # converts bfloat16 to nothing else.
             wide = tl.sum(x.to(tl.float32)[None, :, :], axis=0)
         logits = tl.dot(wide.to(tl.float64), router.to(tl.float64), logits, out_dtype=tl.float64)
     tl.store(
@@ -106,7 +107,7 @@ def choose_experts_kernel(
         scores = 1.0 / (1.0 + tl.exp(-scores))
 
     choice = scores + tl.load(bias_ptr + experts, mask=exists, other=0.0)
-    # NaN equals nothing, and then the searches below would find no expert; torch.topk too takes it for the largest.
+    # NaN equals nothing, so the searches below would find no expert; torch.topk also takes NaN for the largest.
     choice = tl.where(choice != choice, float("inf"), choice)
     if NUM_GROUPS > 1:
         eligible = tl.where(exists, choice, float("-inf"))
@@ -125,7 +126,7 @@ def choose_experts_kernel(
     for slot in tl.static_range(TOP_K):
         highest = tl.max(tl.where(exists, choice, float("-inf")))
         chosen = tl.min(tl.where(exists & (choice == highest), experts, NUM_GROUPS * GROUP_SIZE))
-        # Padding of a group bears the ids of the next one.
+        # The padding of a group has the ids of the next group, hence `exists`.
         weight = tl.sum(tl.where(exists & (experts == chosen), scores, 0.0)).to(tl.float64)
         chosen_ids = tl.where(slots == slot, chosen, chosen_ids)
         weights = tl.where(slots == slot, weight, weights)
@@ -147,9 +148,9 @@ def rank_pairs_kernel(
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """Places of pairs in the order (expert, pair): each counts the pairs before it.
+    """Sorts pairs by expert: the place of a pair is the number of pairs before it in the order (expert, pair).
 
-    Behind the pairs stand the experts as items of their own, each after all of its pairs.
+    The experts follow the pairs as items of their own, each placed after all of its pairs: that is where these end.
     """
     items = tl.program_id(0) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
     is_pair = items < num_pairs
@@ -158,7 +159,7 @@ def rank_pairs_kernel(
     ranks = tl.zeros((BLOCK_ITEMS,), tl.int32)
     for start in range(0, num_pairs, BLOCK_PAIRS):
         others = start + tl.arange(0, BLOCK_PAIRS)
-        # The padding's expert is behind all others.
+        # Padding gets an expert id above all others.
         theirs = tl.load(expert_ids_ptr + others, mask=others < num_pairs, other=NUM_EXPERTS).to(tl.int32)
         same_and_earlier = (theirs[None, :] == experts[:, None]) & (others[None, :] < items[:, None])
         before = (theirs[None, :] < experts[:, None]) | same_and_earlier
@@ -212,7 +213,7 @@ def grouped_product_kernel(
         if end == 0:
             return
     else:
-        # The experts of one token are distinct: a block for each.
+        # The experts of a single token are distinct, so each has a block of one row.
         expert = tl.load(expert_ids_ptr + block).to(tl.int64)
         begin = block
         end = block + 1
@@ -246,7 +247,7 @@ def grouped_product_kernel(
         x_ptrs += BLOCK_IN * x_in_stride
         weight_ptrs += BLOCK_IN * weight_in_stride
     if UP:
-        # Rounded where the separate product, ReLU and square round; a comparison lets NaN pass.
+        # Rounded where separate product, ReLU and square would round. A comparison, unlike a maximum, passes NaN on.
         narrow = product.to(out_ptr.dtype.element_ty).to(tl.float32)
         positive = tl.where(narrow < 0, 0.0, narrow)
         product = positive * positive
@@ -276,7 +277,7 @@ def weigh_outputs_kernel(
     for slot in tl.static_range(TOP_K):
         weight = tl.load(expert_weights_ptr + token * weight_token_stride + slot * weight_slot_stride)
         output = tl.load(outputs_ptr + (token * TOP_K + slot) * HIDDEN + hidden, mask=exists, other=0.0)
-        # By way of float32, the interpreter's only way from bfloat16, and PyTorch's from float64 to it.
+        # Through float32: the interpreter converts bfloat16 to nothing else, and PyTorch rounds float64 to it so too.
         total += weight * output.to(tl.float32).to(total.dtype)
     out = total.to(tl.float32).to(out_ptr.dtype.element_ty)
     if shared_ptr is not None:
@@ -297,7 +298,7 @@ def launch_route_tokens(
     normalise: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Arguments and results of `route_tokens`, in two launches for few tokens."""
+    """Launches `route_tokens`, with its arguments and results; two launches for few tokens."""
     (num_tokens, hidden), num_experts = x.shape, router.shape[0]
     if num_tokens > MOST_TOKENS_IN_PARTS:
         logits = F.linear(x.double(), router.double())
@@ -335,7 +336,7 @@ def launch_choose(
     normalise: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """Results of `route` from scores [1, num_tokens, num_experts], or from parts of their logits."""
+    """Launches `route` on scores [1, num_tokens, num_experts], or on parts of their logits."""
     num_parts, num_tokens, num_experts = parts.shape
     expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=parts.device)
     expert_weights = parts.new_empty((num_tokens, top_k))
@@ -374,7 +375,7 @@ def choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int
 def launch_grouped_experts(
     x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
 ) -> Tensor:
-    """Arguments and result of `grouped_experts`, for at least one token."""
+    """Launches `grouped_experts`, with its arguments and result, for at least one token."""
     (num_tokens, hidden), (num_experts, width), top_k = x.shape, up.shape[:2], expert_ids.shape[1]
     num_pairs = num_tokens * top_k
     kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype)
@@ -401,10 +402,10 @@ def launch_grouped_experts(
 
 
 def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> str:
-    """Name of the settings that fit the number of rows that an expert has on average.
+    """Name of the settings for the number of rows that an expert has on average.
 
-    A single token needs no tensor cores, but takes the same kernel: reading weights is what takes the time, rows that
-    fill a block up are not loaded, and its products add up as they do among a few other tokens.
+    A single token takes the same kernel, though it needs no tensor cores: the time goes into reading weights, the rows
+    that pad a block are not loaded, and sums round as they do when there are other tokens.
     """
     if dtype == torch.float32:
         return "product_float32"
@@ -416,7 +417,7 @@ def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.
 
 @on_its_device
 def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Pairs ordered by expert, and where each expert's end.
+    """Sorts pairs by expert, and finds where the pairs of each expert end.
 
     Args:
         expert_ids: int64 [num_pairs], contiguous.
@@ -476,7 +477,7 @@ def _launch_product(
 
 
 def most_blocks(num_pairs: int, num_experts: int, block_rows: int) -> int:
-    """The most blocks of rows that any choice of experts makes; which ones it makes, the host does not know.
+    """Most blocks of rows that any choice of experts can make; the host does not know the actual choice.
 
     With v experts visited, the sum of ceil(count / rows) is at most (num_pairs + v (rows - 1)) / rows.
     """

@@ -7,12 +7,12 @@ from torch import Tensor
 from twotower_kernels.backend import use_triton
 from twotower_kernels.linear import linear
 
-# What the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
+# Dtypes that the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 # With more experts than this per choice of a token, computing all of them costs more than it saves.
 MOST_EXPERTS_PER_CHOICE = 2
-# Up to this many tokens a CPU reads weights for longer than it multiplies with them.
+# Up to this many tokens a CPU spends more time on reading weights than on multiplying.
 MOST_TOKENS_BY_ALL_EXPERTS = 8
 
 
@@ -125,7 +125,7 @@ def _on_kernels(x: Tensor, *others: Tensor) -> bool:
 
 
 def _check_choice(num_experts: int, bias: Tensor, top_k: int, num_groups: int, top_groups: int) -> None:
-    """The kernel reads by these sizes, and would read beyond its inputs if they contradicted each other."""
+    """Refuses sizes that contradict each other, by which the kernel would read beyond its inputs."""
     if bias.shape != (num_experts,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; give one number for each of {num_experts} experts")
     if not 1 <= top_k <= num_experts:
@@ -141,7 +141,7 @@ def _check_choice(num_experts: int, bias: Tensor, top_k: int, num_groups: int, t
 def _check_experts(
     x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
 ) -> None:
-    """As `_check_choice`."""
+    """Refuses shapes and dtypes that contradict each other; see `_check_choice`."""
     (num_tokens, hidden), (num_experts, width, _) = x.shape, up.shape
     if up.shape[2] != hidden or down.shape != (num_experts, hidden, width):
         shapes = f"x {tuple(x.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
@@ -168,7 +168,7 @@ def _routed_sum(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_
     few = x.device.type == "cpu" and num_tokens <= MOST_TOKENS_BY_ALL_EXPERTS
     if few and up.shape[0] <= MOST_EXPERTS_PER_CHOICE * top_k:
         return _few_tokens(x, up, down, expert_ids, expert_weights)
-    # Rows of one expert stand together.
+    # Rows are ordered by expert.
     ordered_ids, order = expert_ids.flatten().sort()
     rows, counts = x[order // top_k], ordered_ids.bincount(minlength=up.shape[0])
     host_counts = counts.tolist()
@@ -182,10 +182,10 @@ def _routed_sum(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_
 
 
 def _one_wide_mlp(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-    """All experts for all tokens, those not chosen with weight 0: for training, where few experts are all visited.
+    """Computes all experts for all tokens, weight 0 where not chosen: for training, where few experts are all visited.
 
-    Its products have the same shapes at every step; for every new number of rows oneDNN generates code anew. A step
-    of a small context tower (2048 tokens, 4 experts, top 2, one thread) is 1.25 times as fast so.
+    Its products have the same shapes at every step, whereas oneDNN generates code anew for every new number of rows. A
+    step of a small context tower (2048 tokens, 4 experts, top 2, one thread) is 1.25 times as fast.
     """
     spread = x.new_zeros(x.shape[0], up.shape[0]).scatter(1, expert_ids, expert_weights.to(x.dtype))
     hidden = linear(x, up.flatten(0, 1)).relu().square()
@@ -194,7 +194,7 @@ def _one_wide_mlp(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, exper
 
 
 def _few_tokens(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:
-    """All experts for all tokens, those not chosen with weight 0: hardly an expert would stay unread."""
+    """Computes all experts for all tokens, weight 0 where not chosen, since nearly all are chosen by some token."""
     spread = expert_weights.new_zeros(x.shape[0], up.shape[0]).scatter_(1, expert_ids, expert_weights)
     hidden = torch.matmul(x, up.transpose(1, 2)).relu().square()  # [experts, tokens, width]
     outputs = torch.bmm(hidden, down.transpose(1, 2)).to(spread.dtype)
@@ -218,7 +218,7 @@ def _visited_experts(rows: Tensor, up: Tensor, down: Tensor, counts: list[int]) 
 
 
 def _all_experts(rows: Tensor, up: Tensor, down: Tensor, ordered_ids: Tensor, counts: Tensor, longest: int) -> Tensor:
-    """The same as one batched product over all experts, rows padded to the longest.
+    """Outputs of rows ordered by expert; one batched product over all experts, padded to the one with the most rows.
 
     bfloat16 on a CPU spends more time on entering oneDNN than on the few rows of an expert: one call for 16 experts
     takes half the time of 16 calls.

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# With more tokens than this the usual order of operands is the faster one again.
+# With more tokens than this the usual order of operands is faster again.
 MOST_TOKENS_ON_THE_RIGHT = 512
 
 

@@ -1,7 +1,6 @@
-"""The noise on a GPU, for kernels that sample, and the sample of every row by itself.
+"""Noise on a GPU: functions for kernels that sample, and a kernel that samples from every row.
 
-Launches need `enable_fp_fusion=False` (LAUNCH): a fused product and sum would round once where the other devices round
-twice.
+Launches need `enable_fp_fusion=False` (LAUNCH): a fused product and sum rounds once, while other devices round twice.
 """
 
 from __future__ import annotations
@@ -83,7 +82,7 @@ def reproducible_log(x):
 
 @triton.jit
 def rank(x):
-    """Values in the order of argmax: NaN above everything, as inf; inf below it, as the largest finite number."""
+    """Maps values to floats that compare as argmax does: NaN becomes inf, and inf the largest finite number."""
     return tl.where(x != x, float("inf"), tl.minimum(x, _LARGEST))
 
 
@@ -134,7 +133,7 @@ def race(best, pick, x, row, start, vocab_size, scale, key, other, noisy, exclud
         after = -reproducible_log(uniform(hash_bits(token, key, other)))
         is_first = (of_group & (GROUP - 1)).to(tl.int32)[:, None] == member
         noise = tl.where(noisy, -reproducible_log(tl.where(is_first, arrival, arrival + after)), 0.0)
-        # A negation, so that NaN is not excluded.
+        # Negated, so that NaN is kept.
         value = tl.where(valid & ~(score < least), rank(score + noise), float("-inf"))
         top = tl.max(tl.max(value, axis=1), axis=0)
         winner = tl.min(tl.min(tl.where(value == top, token, _INT_MAX), axis=1), axis=0)

@@ -39,8 +39,8 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int = 
     bits = _hash(groups.to(torch.int32), other, key)
     member = bits & (GROUP - 1)
     tokens = _first_token(groups) + member * LANES
-    # Only which groups may win is asked for here: any logarithm will do. What the first arrivals reach themselves is a
-    # bar that the best score of a group has to reach with them.
+    # Finds the groups that may win; any logarithm will do for that. The best of the first arrivals is a bar: a group
+    # can only win if its best score, together with its first arrival, reaches it.
     noise = (_uniform(bits).log_() * (-1 / GROUP)).log_().neg_()
     values = scores.gather(1, tokens.clamp(max=vocab_size - 1)).to(wide) + (noise - SLACK)
     bar = _rank(values).masked_fill(tokens >= vocab_size, -torch.inf).amax(1, keepdim=True)
@@ -59,7 +59,7 @@ def gumbel_argmax(scores: Tensor, seeds: Tensor, positions: Tensor, draw: int = 
     best = values.new_full((num_rows,), -torch.inf).scatter_reduce_(0, row, values.amax(1), "amax")
     winners = tokens.masked_fill(values < best[row][:, None], vocab_size).amin(1)
     picks = torch.full((num_rows,), vocab_size, device=device).scatter_reduce_(0, row, winners, "amin")
-    return picks.masked_fill(picks == vocab_size, 0)  # a row without any token, as argmax has it
+    return picks.masked_fill(picks == vocab_size, 0)  # a row without any token gives 0, as argmax does
 
 
 def gumbel_noise(seeds: Tensor, positions: Tensor, draw: int, vocab_size: int) -> Tensor:
@@ -107,8 +107,8 @@ def _noise_of(key: Tensor, other: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _first_arrivals(key: Tensor, other: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
-    """When something of a group arrives first, float32 [num_rows, n], and which member of it that is."""
-    bits = _hash(groups, other, key)  # the keys change places: other numbers than those of the tokens
+    """Time of the first arrival in every group, float32 [num_rows, n], and the member that arrives."""
+    bits = _hash(groups, other, key)  # keys swapped, for other numbers than those of the tokens
     return -reproducible_log(_uniform(bits)) * (1 / GROUP), bits & (GROUP - 1)
 
 
@@ -132,7 +132,7 @@ def _first_token(groups: Tensor) -> Tensor:
 
 
 def _rank(values: Tensor) -> Tensor:
-    """Values in the order of `argmax`: NaN above everything, as inf; inf below it, as the largest finite number."""
+    """Maps values to floats that compare as argmax does: NaN becomes inf, and inf the largest finite number."""
     return torch.where(values.isnan(), torch.inf, values.clamp(max=torch.finfo(values.dtype).max))
 
 

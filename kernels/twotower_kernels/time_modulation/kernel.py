@@ -14,28 +14,28 @@ OP = "time_modulation"
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# What `norm_kernel` does, its argument ORDER.
+# Values of `norm_kernel`'s argument ORDER.
 NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE = "norm", "modulate, norm", "norm, modulate"
 
-# Without it a product and a sum become one operation, rounded once: PyTorch rounds both.
+# PyTorch rounds a product and a sum each; fused, they would be rounded once.
 LAUNCH = {"enable_fp_fusion": False}
 
 
 @triton.jit
 def rounded(x, DTYPE: tl.constexpr):
-    """float32 values as they are after a result of `DTYPE` was stored."""
+    """Rounds float32 values as storing them in `DTYPE` would."""
     return x.to(DTYPE).to(tl.float32)
 
 
 @triton.jit
 def load_wide(row, channel, WIDTH: tl.constexpr):
-    """One row as float32, zeros behind."""
+    """Loads one row as float32, zeros beyond its end."""
     return tl.load(row + channel, mask=channel < WIDTH, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def unit_rms(x, eps, WIDTH: tl.constexpr):
-    """`x / sqrt(mean(x^2) + eps)` of a row of `WIDTH` float32 numbers with zeros behind."""
+    """Computes `x / sqrt(mean(x^2) + eps)` for a row of `WIDTH` float32 numbers, zeros beyond its end."""
     return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
 
 
@@ -59,11 +59,11 @@ def norm_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     channel = tl.arange(0, BLOCK)
-    # Everything is asked for before the sum over the row, at which all threads wait.
+    # All loads come before the sum over the row, at which all threads wait.
     y = load_wide(x + row * x_stride, channel, HIDDEN)
     w = load_wide(weight, channel, HIDDEN)
     if ORDER != "norm":
-        # Divided before it is widened: a division of int64 numbers is a long subroutine.
+        # Divided as int32: a division of int64 numbers is a long subroutine.
         request = (tl.program_id(0) // num_tokens).to(tl.int64)
         added = load_wide(shift + request * shift_stride, channel, HIDDEN)
         factor = load_wide(scale_plus_one + request * scale_stride, channel, HIDDEN)
@@ -121,13 +121,13 @@ def gated_group_norm_kernel(
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """[..., width] as [num_rows, width], channels contiguous; copied only where strides allow no such view."""
+    """Views [..., width] as [num_rows, width], channels contiguous; copies only where strides allow no such view."""
     rows = x.reshape(-1, x.shape[-1])
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
 def request_rows(modulation: Tensor) -> tuple[Tensor, int]:
-    """[num_reqs or 1, hidden], channels contiguous, and the step from one request's row to the next."""
+    """Rows [num_reqs or 1, hidden], channels contiguous, and the stride from one request's row to the next."""
     rows = as_rows(modulation)
     return rows, rows.stride(0) if len(rows) > 1 else 0
 
@@ -142,7 +142,7 @@ def launch_norm(
     dtype: torch.dtype,
     order: str,
 ) -> Tensor:
-    """The norms of op.py, by `order`. Arguments as there; the plain norm takes `dtype` of `x` and no modulation."""
+    """Launches the norm of op.py that `order` names; the plain norm takes the dtype of `x` and no modulation."""
     rows, modulated_dtype, shift_stride, scale_stride = as_rows(x), dtype, 0, 0
     if shift is not None and scale_plus_one is not None:
         modulated_dtype = torch.promote_types(x.dtype if order == MODULATE_THEN_NORM else dtype, shift.dtype)
@@ -172,7 +172,7 @@ def launch_norm(
 
 @on_its_device
 def launch_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """`gated_residual` of op.py."""
+    """Launches `gated_residual` of op.py."""
     residual_rows, x_rows, (gate_rows, gate_stride) = as_rows(residual), as_rows(x), request_rows(gate)
     product_dtype = torch.promote_types(gate.dtype, x.dtype)
     out = torch.empty(x.shape, dtype=torch.promote_types(residual.dtype, product_dtype), device=x.device)
@@ -197,7 +197,7 @@ def launch_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 @on_its_device
 def launch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
-    """`gated_group_norm` of op.py."""
+    """Launches `gated_group_norm` of op.py."""
     scanned_rows, gate_rows = as_rows(scanned), as_rows(gate)
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     width = gate.shape[-1] // num_groups

@@ -11,8 +11,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide, in the dtype of `x`.
 
     Args:
-        x: [..., hidden], any strides; the kernel copies it where its rows have no common step or its channels do not
-            lie side by side. So it is for every activation below.
+        x: [..., hidden], any strides; the kernel copies it where its rows have no common stride or its channels are not
+            contiguous. This holds for every activation below.
         weight: [hidden].
         eps: added to the mean square.
 
@@ -98,7 +98,7 @@ def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
 
 
 def gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
-    """What enters the output projection of a Mamba-2 layer: `rms_norm(scanned * silu(gate))` per group of channels.
+    """Input of a Mamba-2 layer's output projection: `rms_norm(scanned * silu(gate))` per group of channels.
 
     Args:
         scanned: [..., channels], the scan's output; rounded to the dtype of `gate` first, as published.
@@ -140,7 +140,7 @@ def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tensor:
-    # The product is new and at least as wide as the shift: the sum may take its place.
+    # In place: the product is a new tensor, at least as wide as the shift.
     return (x * scale_plus_one[:, None]).add_(shift[:, None])
 
 
@@ -149,7 +149,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def _in_triton(x: Tensor, *others: Tensor) -> bool:
-    # The kernels add up in float32.
+    # The kernels sum in float32.
     return use_triton(x, *others) and x.dtype != torch.float64
 
 
@@ -168,7 +168,7 @@ def _check_modulation(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> None:
 
 
 def _check_request_rows(x: Tensor, modulation: Tensor, name: str) -> None:
-    """A row per request, or one for all."""
+    """Refuses a modulation that has neither a row per request nor one for all."""
     num_reqs, _, hidden = x.shape
     num_rows, width = modulation.shape
     if width != hidden or num_rows not in (1, num_reqs):

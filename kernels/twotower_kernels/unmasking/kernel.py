@@ -17,7 +17,8 @@ from twotower_kernels.unmasking.types import PickNoise, Unmasked
 _INT_MAX = tl.constexpr(2**31 - 1)
 _LOG2_E = tl.constexpr(math.log2(math.e))
 
-# Values that change from step to step: kernels of their own for 1 and for multiples of 16 would be compiled in serving.
+# Arguments that change from step to step. Triton would compile a kernel of its own, while serving, when one of them is
+# 1 or a multiple of 16.
 _RUNTIME = (
     "num_rows",
     "num_token_ids",
@@ -66,7 +67,7 @@ def unmask_kernel(
     POSITIONS: tl.constexpr,
     SPLITS: tl.constexpr,
 ):
-    """One split of one row; the first programs stand for requests, so that those without rows are settled too."""
+    """Reads one split of one row; the first programs stand for requests, so that those without rows are settled too."""
     program = tl.program_id(0)
     has_row = program >= num_reqs
     number = tl.maximum(program - num_reqs, 0) // num_splits
@@ -112,7 +113,7 @@ def unmask_kernel(
         at = request.to(tl.int64) * block_size + offset
         is_open = inside if masked is None else tl.load(masked + at, mask=inside, other=0) != 0
         num_others = tl.sum(is_open.to(tl.int32), axis=0) * num_splits
-        # All threads have stored their parts before one of them releases all that this program wrote to the GPU.
+        # All threads must have stored their parts before one of them publishes what this program wrote.
         tl.debug_barrier()
         if tl.atomic_add(counters + request, 1, sem="acq_rel", scope="gpu") == num_others:
             seen, pick = _put_together(parts, picks, part_size, at, is_open, num_splits, SPLITS)
@@ -151,8 +152,8 @@ def _of_split(
 ):
     """Best score of a split and its token, and the sum of exp(logits) in units of 2^unit.
 
-    The unit is at least the largest summand and a power of two, so that changing it is exact; infinite where a logit is
-    undefined or infinite, and then the sum is NaN.
+    2^unit is at least the largest summand, and changing the unit is exact, since it is an integer. The unit is infinite
+    where a logit is NaN or infinite; then the sum is NaN.
     """
     chunk_size: tl.constexpr = WIDTH * GROUP
     best = tl.full((), float("-inf"), tl.float32)
@@ -170,7 +171,7 @@ def _of_split(
     coming = _logits(row, first_chunk, last, offsets, vocab_size, WIDTH)
     for chunk in range(first_chunk, last):
         x = coming.to(tl.float32)
-        # On their way while this chunk is looked at.
+        # The next chunk is loaded while this one is looked at.
         coming = _logits(row, chunk + 1, last, offsets, vocab_size, WIDTH)
         start = chunk * chunk_size
         has_mask_token = (mask_token_id >= start) & (mask_token_id < start + chunk_size)
@@ -217,7 +218,7 @@ def _put_together(parts, picks, part_size, at, is_open, num_splits, SPLITS: tl.c
     split = tl.arange(0, SPLITS)[None, :]
     place = at[:, None] * num_splits + split
     present = is_open[:, None] & (split < num_splits)
-    # Other multiprocessors wrote these: the cache of this one may hold older values.
+    # Other multiprocessors wrote these, and this one's own cache may hold older values.
     best = tl.load(parts + place, mask=present, other=float("-inf"), cache_modifier=".cg")
     logit = tl.load(parts + part_size + place, mask=present, other=float("-inf"), cache_modifier=".cg")
     unit = tl.load(parts + 2 * part_size + place, mask=present, other=float("-inf"), cache_modifier=".cg")
@@ -228,13 +229,13 @@ def _put_together(parts, picks, part_size, at, is_open, num_splits, SPLITS: tl.c
     logit = tl.max(tl.where(token == pick[:, None], logit, float("-inf")), axis=1)
     highest = tl.max(unit, axis=1)
     share = tl.where(unit == float("-inf"), 0.0, tl.exp2(unit - highest[:, None]))
-    # Where no token is left or one is undefined, NaN.
+    # NaN where no token is left or a logit is NaN.
     return tl.exp2(tl.fma(logit, _LOG2_E, -highest)) / tl.sum(total * share, axis=1), pick
 
 
 @triton.jit
 def _num_commits(ranked, is_open, threshold, remaining_steps):
-    """How many positions the schedule commits."""
+    """Number of positions that the schedule commits."""
     num_open = tl.sum(is_open.to(tl.int32), axis=0)
     above = tl.sum((is_open & (ranked > threshold)).to(tl.int32), axis=0)
     floor = (num_open + remaining_steps - 1) // remaining_steps
@@ -243,7 +244,7 @@ def _num_commits(ranked, is_open, threshold, remaining_steps):
 
 @triton.jit
 def _num_ahead(ranked, is_open, offset):
-    """Open positions that are committed before each: more confident ones, and later ones as confident."""
+    """Number of open positions that rank before each: more confident ones, and later ones that are as confident."""
     own, others = ranked[:, None], ranked[None, :]
     later = offset[None, :] > offset[:, None]
     ahead = is_open[None, :] & ((others > own) | ((others == own) & later))
@@ -312,7 +313,7 @@ def _launch(
     num_token_ids: int | None,
     noise: PickNoise | None,
 ) -> None:
-    """Fills the first three."""
+    """Launches the kernel, which fills the first three arguments."""
     if logits.stride(-1) != 1:
         raise ValueError(f"logits have strides {logits.stride()}; the vocabulary must be contiguous")
     num_reqs, block_size = new_token_ids.shape
@@ -362,7 +363,7 @@ def _launch(
         num_splits,
         chunks_per_split,
         POSITIONS=triton.next_power_of_2(block_size),
-        # Of the most splits, so that there is one kernel for every number of rows.
+        # Room for the most splits there can be, so that one kernel serves any number of rows.
         SPLITS=triton.next_power_of_2(num_chunks),
         WIDTH=width,
         num_warps=chosen["num_warps"],
@@ -372,15 +373,15 @@ def _launch(
 
 
 def width_of(chosen: Settings, itemsize: int) -> int:
-    """Groups side by side: as many bytes on their way for every dtype."""
+    """Number of groups that are read at once: the same number of bytes for every dtype."""
     return chosen["WIDTH_BYTES"] // itemsize
 
 
 class _Counters:
-    """Counters of arrivals, 0 between launches: the last program of a request puts its own back, nothing clears them.
+    """Counters of programs that are done, 0 between launches: the last program of a request resets its own.
 
-    Launches that may run at the same time must not share any. Every stream has its own, and so has every launch that a
-    CUDA graph captured: a graph may be replayed beside eager launches of the stream that captured it.
+    Launches that may run at the same time must not share any counter. Every stream has its own, and so has every launch
+    that a CUDA graph captured: a graph may be replayed beside eager launches of the stream that captured it.
     """
 
     ROOM = 1 << 16
@@ -390,14 +391,14 @@ class _Counters:
         self._of_stream: dict[int, Tensor] = {}
 
     def of_stream(self, stream: int, num_reqs: int) -> Tensor:
-        """Those of a stream's eager launches."""
+        """Counters of a stream's eager launches."""
         if stream not in self._of_stream or len(self._of_stream[stream]) < num_reqs:
             # Cleared on the stream itself, before its first launch.
             self._of_stream[stream] = self._free.new_zeros(triton.next_power_of_2(num_reqs))
         return self._of_stream[stream]
 
     def of_graph(self, num_reqs: int) -> Tensor:
-        """Those of a captured launch, for as long as the graph may live."""
+        """Counters of a captured launch, which are its own for as long as the graph may live."""
         taken, self._free = self._free[:num_reqs], self._free[num_reqs:]
         return taken
 

@@ -76,7 +76,7 @@ def unmask(
     at = torch.arange(masked.numel(), device=masked.device) if positions is None else positions
     picks, probability = _picks(logits, at, masked.shape[1], mask_token_id, num_token_ids, noise)
     seen = confidence.flatten().index_copy(0, at, probability.to(confidence.dtype)).view_as(confidence)
-    # Without confidence a row commits by the schedule all the same.
+    # A row without confidence still commits as many positions as the schedule says.
     commits = choose_commits(seen.nan_to_num(nan=0.0), masked, confidence_threshold, remaining_steps)
     picked = token_ids.flatten().index_copy(0, at, picks).view_as(token_ids)
     return Unmasked(torch.where(commits, picked, token_ids), torch.where(commits, seen, confidence), commits)
@@ -85,7 +85,7 @@ def unmask(
 def pick_tokens(
     logits: Tensor, mask_token_id: int, num_token_ids: int | None = None, noise: PickNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The token each position would take, and how probable it is.
+    """Picks the token that each position would take, with its probability.
 
     Args:
         logits: float [num_positions, vocab], as `unmask`.
@@ -115,13 +115,13 @@ def _picks(
     wide = torch.promote_types(logits.dtype, torch.float32)
     logits = (logits if num_token_ids is None else logits[:, :num_token_ids]).to(wide)
     column = logits[:, mask_token_id : mask_token_id + 1]
-    # The column alone: a copy of all logits would cost more.
+    # Only the mask token's column is saved and restored: a copy of all logits would cost more.
     put_aside = column.clone()
     column.fill_(-torch.inf)
     if noise is None:
         picks = logits.argmax(dim=-1)
     else:
-        # Once the inverse, as the kernel has it: a quotient would round otherwise.
+        # Multiplied by the inverse, as the kernel does it: a quotient would be rounded differently.
         scale = 1.0 / torch.tensor(noise.temperature, dtype=wide)
         scores = logits * scale if noise.scores is None else noise.scores
         picks = noise.picks(scores, positions, block_size)
@@ -133,7 +133,7 @@ def _picks(
 def choose_commits(
     confidence: Tensor, masked: Tensor, confidence_threshold: float | Tensor, remaining_steps: int | Tensor
 ) -> Tensor:
-    """Which masked positions are fixed in this step; the rule is that of `unmask`.
+    """Chooses the masked positions that are committed in this step; see `unmask` for how many.
 
     Args:
         confidence: float [num_reqs, block_size]; read at masked positions only.

@@ -11,7 +11,7 @@ from twotower_kernels.noise import gumbel_argmax
 
 @dataclass(frozen=True)
 class PickNoise:
-    """What picks are sampled with: they are `argmax(logits / temperature + gumbel_noise)`.
+    """Noise that picks are sampled with: `argmax(logits / temperature + gumbel_noise)`.
 
     Attributes:
         temperature: above 0.
