@@ -19,7 +19,7 @@ MODES = ("greedy", "coupled", "one-hot", "one-hot, top-p 0.95")
 
 
 def cases(device: torch.device) -> list[Case]:
-    """All requests bring 16 drafts, most of which the target likes."""
+    """Batches whose requests bring 16 drafts each, most of them likely under the target."""
     if device.type == "cuda":
         sizes = [(num_reqs, REAL_SIZE.vocab_size, torch.bfloat16) for num_reqs in (8, 32, 64)]
     else:
@@ -79,7 +79,7 @@ class Batch:
         return accept(self.logits, self.drafts.flatten(), self.cumulative, NUM_DRAFTS, self.sampling, self.rule)
 
     def composition(self) -> Tensor:
-        """What one writes without kernels; noise from torch's generator, where ours comes from a counter."""
+        """Verifies as one would without kernels, with noise from torch's generator instead of a counter."""
         logits = self.logits.view(self.num_reqs, NUM_DRAFTS + 1, -1)
         if self.greedy:
             picks = logits.argmax(-1)
@@ -101,7 +101,7 @@ class Batch:
         return torch.where(offset < count, padded, torch.where(offset == count, picks, -1)).int()
 
     def stock_vllm(self) -> Any:
-        """vLLM's V1 rejection sampler, for drafts without probabilities."""
+        """Verifies with vLLM's V1 rejection sampler, for drafts without probabilities."""
         from vllm.platforms import current_platform
 
         if self.device.type == "cpu":  # as a CPU worker does, before the module with the kernels is imported
@@ -144,7 +144,7 @@ class Batch:
         return lambda: sampler(metadata, None, self.logits, sampling).sampled_token_ids
 
     def flashinfer(self) -> Any:
-        """Chain speculative sampling; it takes probabilities, of the drafts too."""
+        """Verifies with FlashInfer's chain speculative sampling, which takes probabilities, of the drafts too."""
         from flashinfer.sampling import chain_speculative_sampling
 
         if not hasattr(self, "_one_hot"):
@@ -153,7 +153,7 @@ class Batch:
         return chain_speculative_sampling(self._one_hot, self.drafts, self._probs())[0]
 
     def check(self) -> None:
-        """Greedy results agree with each other, sampled ones with the vectorised path on a CPU."""
+        """Checks that greedy results agree with each other, and sampled ones with the vectorised path on a CPU."""
         done = self.ours()
         if self.greedy:
             assert done.token_ids.equal(self.composition())

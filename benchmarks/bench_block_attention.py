@@ -23,7 +23,7 @@ Arguments = dict[str, Any]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """A block of the denoiser, and one token or a draft of the context tower, of contexts as they come."""
+    """Blocks of the denoiser, and single tokens or drafts of the context tower, on contexts of different lengths."""
     if device.type == "cpu":
         return [_case(device, *shape) for shape in ((1, 256, 16, False), (4, 256, 16, False), (4, 256, 1, True))]
     sizes = [(num_reqs, context) for num_reqs in (1, 8, 64) for context in (512, 8192)]
@@ -52,12 +52,12 @@ def _case(device: torch.device, num_reqs: int, context: int, queries: int, causa
 
 
 def context_lens(num_reqs: int, context: int) -> list[int]:
-    """From the full length down to half of it."""
+    """Context length of every request, from the full length down to half of it."""
     return [context - row * context // (2 * num_reqs) for row in range(num_reqs)]
 
 
 def inputs(device: torch.device, num_reqs: int, context: int, queries: int, causal: bool) -> Arguments:
-    """Scattered pages; queries and keys as parts of one projection."""
+    """Makes inputs with scattered pages; queries and keys are parts of one projection."""
     generator = torch.Generator(device).manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -90,7 +90,7 @@ def _wide(value: Any) -> Any:
 def padded_sdpa(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
-    """As it is written without a kernel: pages gathered, behind them the block's keys, padding masked."""
+    """Attends as one would without a kernel: pages gathered, the block's keys after them, padding masked."""
     num_reqs, page_size, max_query_len = len(batch.context_lens), batch.page_size, batch.max_query_len
     in_page = torch.arange(page_size, device=query.device)
     slots = (batch.block_table.long()[:, :, None] * page_size + in_page).flatten(1)
@@ -108,7 +108,7 @@ def padded_sdpa(
 
 
 def laid_out(arguments: Arguments) -> list[list[Tensor]]:
-    """Keys, and values, of every request with its own behind its context, [num_keys, kv_heads, head_dim]."""
+    """Keys and values of every request, its context's and then its own, each [num_keys, kv_heads, head_dim]."""
     batch: PagedBatch = arguments["batch"]
     queries, lens = batch.max_query_len, batch.context_lens.tolist()
     pages = batch.block_table.long()[:, :, None] * PAGE_SIZE
@@ -120,7 +120,7 @@ def laid_out(arguments: Arguments) -> list[list[Tensor]]:
 
 
 def on_views(arguments: Arguments) -> Callable[..., Tensor]:
-    """What the towers do on a CPU: SDPA per request on keys that lie ready. Laying them out is not timed."""
+    """Attends as the towers do on a CPU: SDPA per request on keys side by side. Laying them out is not timed."""
     batch: PagedBatch = arguments["batch"]
     queries, lens = batch.max_query_len, batch.context_lens.tolist()
     keys, values = ([one.transpose(0, 1)[None] for one in rows] for rows in laid_out(arguments))
@@ -132,7 +132,7 @@ def on_views(arguments: Arguments) -> Callable[..., Tensor]:
 
 
 def vllm_flash_attention(arguments: Arguments) -> dict[str, Callable[..., Tensor]]:
-    """Where vLLM is installed. It wants a pass's own keys in the cache; writing them there is not timed."""
+    """FlashAttention, where vLLM is installed; it reads the pass's keys from the cache, and writing them is not timed."""
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:

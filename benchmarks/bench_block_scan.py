@@ -19,12 +19,12 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, ScanWeights]
 States = tuple[Tensor | None, Tensor | None]
 
 DTYPE = torch.bfloat16
-# Two of its roundings per number: of the convolution, and of what a rival multiplies. In the mean over all numbers.
+# Two roundings per number, of the convolution and of a rival's factors; in the mean over all numbers.
 TOLERANCE = 2**-6
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Drafting a block, extending by what was accepted, one token, and prefill; of one layer."""
+    """One layer's drafts of a block, extensions by accepted tokens, single tokens, and prefills."""
     if device.type != "cuda":
         return [_scan(device, MID_SIZE, 1, num_tokens, state) for num_tokens, state in ((1, True), (16, False))] + [
             _replay(device, MID_SIZE, 1, 17)
@@ -96,7 +96,7 @@ def _case(
 
 
 def inputs(device: torch.device, config: TwoTowerConfig, num_reqs: int, num_tokens: int) -> Inputs:
-    """Parts of one projection, as a layer makes them, and states of slots in a pool."""
+    """Makes inputs as a layer does: parts of one projection, and states of slots in a pool."""
     generator = torch.Generator(device).manual_seed(0)
     channels, heads = config.d_conv_channels, config.mamba_num_heads
 
@@ -122,7 +122,7 @@ def inputs(device: torch.device, config: TwoTowerConfig, num_reqs: int, num_toke
 def composition(
     u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights, num_accepted: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The recurrence in float32, token by token, as the published code falls back to."""
+    """Runs the recurrence in float32, token by token, as the published code does without its kernels."""
     heads, head_dim, state_size = ssm_state.shape[1:]
     num_tokens, groups, history = u.shape[1], weights.num_groups, conv_state.shape[1]
     window = torch.cat([conv_state, u], dim=1)

@@ -1,8 +1,8 @@
-"""Every fixed setting of a grid beside the adaptive policy, on the bundled trio: python -m benchmarks.bench_drafting
+"""Fixed ways to draft beside the adaptive policy, on the bundled trio: python -m benchmarks.bench_drafting
 
-The verifier's greedy text for held-out prompts is fixed first, and every setting walks over it. What a round costs is
-taken from one table of medians, measured at batch 1 before the walks, so that settings are compared with each other and
-not with the noise of the machine. Then the winners run for real, in turn.
+The verifier's greedy text for held-out prompts is fixed first, and every setting walks over it. The cost of a round is
+read from one table of medians, measured at batch 1 before the walks, so that the noise of the machine is the same for
+all settings. Then the winners run for real, in turn.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ REPEATS = 15
 
 
 @dataclass(frozen=True)
-class Setting:
+class DraftSetting:
     """One fixed way to draft."""
 
     block_size: int
@@ -64,10 +64,10 @@ class Setting:
         return ThresholdPolicy(self.block_size, self.steps, self.gamma)
 
 
-def grid() -> Iterator[Setting]:
+def draft_settings() -> Iterator[DraftSetting]:
     for size, steps, gamma, first in itertools.product(BLOCK_SIZES, STEPS, GAMMAS, ("context", "denoiser")):
         if steps <= size and (steps > 1 or gamma == GAMMAS[0]):
-            yield Setting(size, steps, gamma, first)  # type: ignore[arg-type]
+            yield DraftSetting(size, steps, gamma, first)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class Costs:
 
     Attributes:
         verify, extend: by number of tokens.
-        block, step: by block size: what a block costs besides its steps, and each step.
+        block, step: by block size: cost of a block without its steps, and of each step.
     """
 
     verify: dict[int, float]
@@ -85,7 +85,7 @@ class Costs:
     step: dict[int, float]
 
     def round_ms(self, size: int, passes: int, num_drafts: int, num_new: int) -> tuple[float, float, float]:
-        """Extend, denoise and verify of a round that followed one which brought `num_new` tokens."""
+        """Time of a round (extend, denoise, verify) after one that brought `num_new` tokens."""
         denoise = self.block[size] + passes * self.step[size] if size else 0.0
         return on_line(self.extend, num_new) if size else 0.0, denoise, on_line(self.verify, 1 + num_drafts)
 
@@ -153,7 +153,7 @@ class Tally:
 
 
 def walk(trio: Trio, texts: list[VerifierText], policy: DraftPolicy, first: FirstToken, costs: Costs) -> Tally:
-    """All texts at once; steady policies do not mind."""
+    """Walks over all texts at once, which is the same to policies that do not adapt."""
     longest = max(len(text.token_ids) for text in texts)
     drafter = BlockDrafter(
         trio.towers,
@@ -181,7 +181,7 @@ def walk(trio: Trio, texts: list[VerifierText], policy: DraftPolicy, first: Firs
 
 
 def walk_adaptively(trio: Trio, texts: list[VerifierText], costs: Costs, policy: AdaptivePolicy) -> Tally:
-    """One text after the other, as served at batch 1; the policy is told the table's costs as if measured."""
+    """Walks over one text after the other, as served at batch 1; the policy is told the table's costs as measured."""
     drafter, tally = BlockDrafter(trio.towers, policy, num_slots=1), Tally()
     for row, text in enumerate(texts):
         end, gained = len(text.prompt) + 1, 1
@@ -194,14 +194,14 @@ def walk_adaptively(trio: Trio, texts: list[VerifierText], costs: Costs, policy:
             drafter.observe({row: accepted}, phases[2] / 1000)
             new = min(accepted + 1, len(left))
             tally.add(new, phases)
-            # What is skipped without drafts is read with the next block.
+            # Tokens of rounds without drafts are read with the next block.
             end, gained = end + new, new if block.block_size else gained + new
         drafter.release(row)
     return tally
 
 
 def run_for_real(trio: Trio, prompts: list[list[int]], drafters: dict[str, BlockDrafter | None]) -> dict[str, float]:
-    """Tokens per second of the loop, medians of three turns."""
+    """Tokens per second of the real loop, medians of three turns."""
     speeds: dict[str, list[float]] = {name: [] for name in drafters}
     for _ in range(3):
         for name, drafter in drafters.items():
@@ -230,9 +230,11 @@ def main(
         encoded = [list(ids) for ids in trio.tokenizer(chosen)["input_ids"]]
         texts = write_texts(trio.verifier, encoded, 128, 0.0, [2])
         costs = costs or measure_costs(trio, texts[0].token_ids)
-        tallies = {setting: walk(trio, texts, setting.policy(), setting.first_token, costs) for setting in grid()}
+        tallies = {
+            setting: walk(trio, texts, setting.policy(), setting.first_token, costs) for setting in draft_settings()
+        }
         ordered = sorted(tallies, key=lambda setting: -tallies[setting].rate)
-        best, published = ordered[0], tallies[Setting(16, 16, 0.8, "denoiser")]
+        best, published = ordered[0], tallies[DraftSetting(16, 16, 0.8, "denoiser")]
         adaptive = walk_adaptively(trio, texts, costs, AdaptivePolicy(BLOCK_SIZES))
         title = f"{category}, {len(texts)} prompts"
         table = Table("setting", "tokens per round", "ms per round", "tokens/ms", title=title)

@@ -1,4 +1,4 @@
-"""Routing, and the experts that tokens chose: kernels and CPU paths against the PyTorch that people write."""
+"""Routing, and the experts that tokens chose: kernels and CPU paths beside PyTorch as people write it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ AGREEMENT = 2e-2
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Kernels by the number of tokens that each is for; on a CPU the mid-size model."""
+    """Numbers of tokens that each kernel is made for; on a CPU the mid-size model."""
     if device.type == "cpu":
         return [_routing(MID_SIZE, 16, device), *(_experts(MID_SIZE, n, "product_few", device) for n in (1, 16, 64))]
     return [
@@ -35,7 +35,7 @@ def cases(device: torch.device) -> list[Case]:
 
 @cache
 def _weights(experts: int, width: int, hidden: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Both stacks of one layer in bfloat16, 2.4 GiB at real size: made once for all cases."""
+    """Makes both weight stacks of one layer in bfloat16, 2.4 GiB at real size, once for all cases."""
     generator = torch.Generator(device).manual_seed(0)
     made = [
         torch.empty(shape, dtype=torch.bfloat16, device=device).normal_(std=shape[-1] ** -0.5, generator=generator)
@@ -50,7 +50,7 @@ def _tokens(config: TwoTowerConfig, num_tokens: int, device: torch.device) -> Te
 
 
 def _router(config: TwoTowerConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Router [experts, hidden] and score correction [experts] in float32, as loaded."""
+    """Makes router [experts, hidden] and score correction [experts] in float32, as loaded."""
     generator = torch.Generator(device).manual_seed(2)
     experts, hidden = config.n_routed_experts, config.hidden_size
     router = torch.randn(experts, hidden, generator=generator, device=device) / hidden**0.5
@@ -58,7 +58,7 @@ def _router(config: TwoTowerConfig, device: torch.device) -> tuple[Tensor, Tenso
 
 
 def _choose(config: TwoTowerConfig, scores: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    """As the published router reads, for one group."""
+    """Chooses experts as the published router does, for one group."""
     ids = (scores + bias).topk(config.num_experts_per_tok, dim=-1).indices
     weights = scores.gather(1, ids)
     return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
@@ -69,7 +69,7 @@ def _options(config: TwoTowerConfig) -> tuple[int, int, int, bool, float]:
 
 
 def _agree(systems: dict[str, Callable[[], tuple[Tensor, Tensor]]], num_experts: int) -> Systems:
-    """The same systems, once they name the same experts with the same weights."""
+    """Checks that systems choose the same experts with the same weights, and returns them."""
     ours, *others = (
         torch.zeros(len(ids), num_experts, dtype=weights.dtype, device=ids.device).scatter_(1, ids, weights)
         for ids, weights in (system() for system in systems.values())
@@ -142,7 +142,7 @@ def _experts(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch
 
 
 def _expert_by_expert(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """As the published model reads: a loop over the experts that some token chose."""
+    """Computes experts as the published model does: in a loop over those that some token chose."""
     out = torch.zeros_like(x, dtype=weights.dtype)
     for expert in ids.unique().tolist():
         tokens, slots = (ids == expert).nonzero(as_tuple=True)
@@ -152,7 +152,7 @@ def _expert_by_expert(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights:
 
 
 def _grouped_mm(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
-    """PyTorch's grouped product, which does not wait for the device either."""
+    """Computes experts with PyTorch's grouped product, which does not wait for the device either."""
     ordered, order = ids.flatten().sort(stable=True)
     ends = torch.searchsorted(ordered, torch.arange(len(up), device=x.device), right=True, out_int32=True)
     hidden = F.grouped_mm(x[order // ids.shape[1]], up.transpose(1, 2), offs=ends).relu().square()
@@ -162,7 +162,7 @@ def _grouped_mm(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tenso
 
 
 def _vllm(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """vLLM's fused experts where a CUDA build of it is installed; it weighs in float32."""
+    """Fused experts of vLLM, where a CUDA build of it is installed; it weighs in float32."""
     try:
         from vllm.model_executor.layers.fused_moe.activation import MoEActivation
         from vllm.model_executor.layers.fused_moe.fused_moe import fused_experts

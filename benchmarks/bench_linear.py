@@ -12,7 +12,7 @@ from twotower_kernels.linear import linear
 
 
 def cases(device: torch.device) -> list[Case]:
-    """The output projection of a Mamba-2 layer; nothing on a GPU, where the op is `torch.nn.functional.linear`."""
+    """Output projections of a Mamba-2 layer; none on a GPU, where the op is `torch.nn.functional.linear`."""
     return [] if device.type == "cuda" else [_case(num_tokens) for num_tokens in (1, 16)]
 
 
@@ -23,7 +23,7 @@ def _case(num_tokens: int) -> Case:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(num_tokens, wide, generator=generator).bfloat16()
         weight = (torch.randn(narrow, wide, generator=generator) / wide**0.5).bfloat16()
-        # Both round float32 sums of their own order to bfloat16.
+        # Both round float32 sums to bfloat16, each summed in an order of its own.
         torch.testing.assert_close(linear(x, weight), F.linear(x, weight), rtol=2e-2, atol=2e-2)
         return {OURS: lambda: linear(x, weight), "torch composition": lambda: F.linear(x, weight)}
 

@@ -12,7 +12,7 @@ from twotower_kernels.noise import gumbel_argmax, gumbel_noise
 
 
 def cases(device: torch.device) -> list[Case]:
-    """Blocks of 16 positions: of 1 to 64 requests over the released model's vocabulary on a GPU, else of one."""
+    """Blocks of 16 positions over the released model's vocabulary: of 1 to 64 requests on a GPU, else of one."""
     if device.type == "cuda":
         return [_case(device, 16 * num_reqs, REAL_SIZE.vocab_size, torch.bfloat16) for num_reqs in (1, 8, 64)]
     return [_case(device, 16, MID_SIZE.vocab_size, torch.float32)]
@@ -33,7 +33,7 @@ def _case(device: torch.device, num_rows: int, vocab_size: int, dtype: torch.dty
             return weights.div_(torch.empty_like(weights).exponential_(generator=generator)).argmax(-1)
 
         assert torch.equal(gumbel_argmax(scores, seeds, positions, 1), composition())
-        # Of the last one only the distribution is the same: its numbers depend on the batch. vLLM samples so.
+        # The last one, which is how vLLM samples, agrees in distribution only: its numbers depend on the batch.
         return {
             OURS: lambda: gumbel_argmax(scores, seeds, positions, 1),
             "torch composition": composition,

@@ -28,7 +28,7 @@ Inputs = tuple[Any, ...]
 
 
 def cases(device: torch.device) -> list[Case]:
-    """A denoising step's norms and gates, for one request and for a batch."""
+    """Norms and gates of a denoising step, for one request and for a batch."""
     ops: list[tuple[str, Callable[..., Tensor], Callable[..., Tensor], Callable[..., Inputs]]] = [
         ("norm", rms_norm, torch_rms_norm, norm_inputs),
         ("norm", modulate_then_norm, torch_modulate_then_norm, modulation_inputs),
@@ -61,10 +61,10 @@ def _case(
             assert (function(*arguments).double() - expected).norm() < 2**-7 * expected.norm()
         return {name: lambda function=function: function(*arguments) for name, function in functions.items()}
 
-    # The narrow arguments: a row of weights, and the modulation's rows of every request.
+    # Bytes of the narrow arguments: a row of weights, and the modulation's rows of every request.
     rows = {rms_norm: 1, gated_residual: num_reqs, gated_group_norm: 1}.get(op, 1 + 2 * num_reqs)
     tokens = num_reqs * BLOCK_SIZE
-    # Read and written per channel: a float32 scan, a gate and the result; residual, branch and result; or x and result.
+    # Bytes per channel: a float32 scan, a gate and the result; residual, branch and result; or x and the result.
     per_channel = {gated_group_norm: 4 + 2 * DTYPE.itemsize, gated_residual: 3 * DTYPE.itemsize}.get(
         op, 2 * DTYPE.itemsize
     )
@@ -127,7 +127,7 @@ def torch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_gr
 
 
 def _libraries(op: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
-    """The same by other projects, where they are installed."""
+    """Rivals from other projects, where these are installed."""
     if op is rms_norm:
         return {"torch.nn.functional.rms_norm": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)}
     if op is not gated_group_norm:

@@ -18,7 +18,7 @@ def prompt() -> list[int]:
 
 
 def wait_for(device: torch.device) -> None:
-    """Until what was asked of a GPU is done."""
+    """Waits until a GPU has done its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -38,7 +38,7 @@ def copy_seconds(num_bytes: float, device: torch.device) -> float:
 
 
 def record_against_copy(benchmark: BenchmarkFixture, num_bytes: float, device: torch.device) -> None:
-    """The pass as a multiple of a copy of the weights it reads; below 1 it is faster than the copy."""
+    """Notes the pass's time as a multiple of a copy of the weights it reads; below 1 it is faster than the copy."""
     copy_s = copy_seconds(num_bytes, device)
     benchmark.extra_info |= {
         "weight_mbytes": round(num_bytes / 1e6, 1),

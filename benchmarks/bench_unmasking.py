@@ -67,7 +67,7 @@ class Step:
         self.logits = torch.empty(num_reqs * block_size, vocab_size, dtype=dtype, device=device)
         for row in self.logits:  # row by row: a float32 copy of all would not fit beside the rivals' own
             row.copy_(1.5 * torch.randn(vocab_size, generator=generator, device=device))
-        # One token of every row stands out more or less, so that confidences are of every size and nothing ties.
+        # One token of every row stands out, by different amounts, so that confidences differ widely and never tie.
         likely = torch.randint(4, vocab_size, (len(self.logits), 1), generator=generator, device=device)
         height = 12 + 6 * torch.rand(likely.shape, generator=generator, device=device)
         self.logits.scatter_(1, likely, height.to(dtype))
@@ -92,7 +92,7 @@ class Step:
         )
 
     def composition(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The published loop's lines, for a batch."""
+        """Unmasks with the lines of the published loop, for a batch."""
         picks, seen = self.token_ids.clone(), self.confidence.clone()
         picks.view(-1)[self.positions], seen.view(-1)[self.positions] = self.picks_composed()
         num_masked = self.masked.sum(-1)
@@ -107,7 +107,7 @@ class Step:
         return pick_tokens(self.logits, MASK, noise=self.noise)
 
     def picks_composed(self) -> tuple[Tensor, Tensor]:
-        """Noise from torch's generator, where ours comes from a counter."""
+        """Samples with noise from torch's generator; ours comes from a counter."""
         logits = self.logits.float().index_fill(1, torch.full((1,), MASK, device=self.logits.device), -torch.inf)
         probs = torch.softmax(logits, -1)
         if self.noise is None:
@@ -118,7 +118,7 @@ class Step:
         return picks, probs.gather(-1, picks[:, None])[:, 0]
 
     def check(self) -> None:
-        """Greedy results agree with the composition, sampled ones with the vectorised path on a CPU."""
+        """Checks that greedy results agree with the composition, and sampled ones with the vectorised path on a CPU."""
         few, rows = slice(0, 2), self.masked[:2].numel()
         logits, positions = self.logits[:rows].cpu(), self.positions[:rows].cpu()
         noise = None
@@ -135,7 +135,7 @@ class Step:
 
 
 def agree(actual: Iterable[Tensor], expected: Iterable[Tensor]) -> None:
-    """Raises unless they are the same; float32 sums of 131,072 summands may come in another order."""
+    """Raises unless results are the same, but for the order of float32 sums over 131,072 tokens."""
     for a, b in zip(actual, expected, strict=True):
         torch.testing.assert_close(a.cpu(), b.cpu(), atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""How kernels are timed on a GPU."""
+"""Timing of kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ class Timing(NamedTuple):
 
 
 class Clock(Protocol):
-    """What the runner and the tuner need of a clock; picklable, since calls run in another process."""
+    """Clock of the runner and the tuner; picklable, since calls run in another process."""
 
     def time(self, call: Callable[[], object]) -> Timing:
-        """How long a call takes on the device."""
+        """Measures how long a call takes on the device."""
         ...
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        """The same work as one graph; raises where the call cannot be captured."""
+        """Captures the call as one graph; raises where that is not possible."""
         ...
 
     def extra_bytes(self, call: Callable[[], object]) -> int:
-        """Memory that a call needs beyond its inputs, results included."""
+        """Measures the bytes of memory that a call needs beyond its inputs, results included."""
         ...
 
 
@@ -53,7 +53,7 @@ class CudaClock(NamedTuple):
         return Timing(*do_bench(call, warmup=self.warmup_ms, rep=self.measured_ms, quantiles=[0.5, 0.2, 0.8]))
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        # What a first call on a stream sets up (workspaces) must not happen inside the graph.
+        # The first call on a stream sets up workspaces, which must not happen inside the graph.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

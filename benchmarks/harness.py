@@ -1,4 +1,4 @@
-"""What kernel benchmarks share: a case is one shape, with our op and its rivals on the same inputs."""
+"""Cases of kernel benchmarks: each is one shape, with our op and its rivals on the same inputs."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Case:
 
     Attributes:
         op: folder of the op.
-        kernel: name in its table of settings, of the kernel that takes most of the time; empty where it has none.
+        kernel: the kernel that takes most of the time, by its name in the table of settings; empty where there is none.
         shape: as a reader wants to see it.
         bytes_moved: what has to be read and written, whoever does it.
         make: makes the inputs, proves that the systems agree on them, and gives the systems.
@@ -41,13 +41,13 @@ class Case:
 
 
 def benchmark_modules() -> dict[str, str]:
-    """The module `bench_<op>.py` of every op that has one, by op."""
+    """Finds the module `bench_<op>.py` of every op that has one, by op."""
     ops = sorted(file.parent.name for file in Path(twotower_kernels.__file__).parent.glob("*/op.py"))
     return {op: f"benchmarks.bench_{op}" for op in ops if Path(__file__).with_name(f"bench_{op}.py").exists()}
 
 
 def cases_of(module: str, device: str) -> list[Case]:
-    """The cases of a benchmark."""
+    """Makes the cases of a benchmark."""
     cases: list[Case] = import_module(module).cases(torch.device(device))
     return cases
 
@@ -60,7 +60,7 @@ def one_by_one(cases: Iterable[Case]) -> pytest.MarkDecorator:
 def side_by_side(benchmark: BenchmarkFixture, case: Case, rounds: int = 20) -> None:
     """Times ours with pytest-benchmark, and the rivals in the same rounds; ratios go into the result's extra info.
 
-    Rounds alternate, so that a noisy machine is noisy to all of them.
+    Systems take turns, so that the noise of the machine reaches all of them.
     """
     systems = case.make()
     seconds: dict[str, list[float]] = {name: [] for name in systems}

@@ -1,4 +1,4 @@
-"""Calls in a process that may die: a kernel that reads where it must not takes the device away from its process."""
+"""Calls in a process that may die: after a kernel's illegal access, its process can no longer use the device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class CallFailed(Exception):
 
 
 class Isolated:
-    """One process for many calls, so that what they cache stays; a new one once it can no longer be used."""
+    """One process for many calls, so that caches last; it is replaced once it can no longer be used."""
 
     def __init__(self) -> None:
         self._process: SpawnProcess | None = None
@@ -31,7 +31,7 @@ class Isolated:
         self.close()
 
     def call(self, function: Callable[..., Result], *args: object, seconds: float) -> Result:
-        """`function(*args)`, which have to be picklable, as has the result.
+        """Calls `function(*args)` in the process; function, arguments and result must be picklable.
 
         Raises:
             CallFailed: there is no result, or not within that time.
@@ -68,7 +68,7 @@ class Isolated:
             self._connection, theirs = spawn.Pipe()
             self._process = spawn.Process(target=_serve, args=(theirs,), daemon=True)
             self._process.start()
-            theirs.close()  # else the end of the process would not end the connection
+            theirs.close()  # otherwise the connection would stay open after the process has ended
         return self._process, self._connection
 
 
@@ -86,7 +86,7 @@ def _serve(connection: Connection) -> None:
 
 
 def in_one_line(error: BaseException) -> str:
-    """What went wrong, short enough for the cell of a table."""
+    """Describes an error, short enough for the cell of a table."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}"[:200] if lines else type(error).__name__
 

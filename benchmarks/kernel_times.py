@@ -32,14 +32,14 @@ from benchmarks.readme import README, markdown_table, write_section
 from twotower_spec.machine import machine_info
 
 SECTION = "measured"
-# One case with its compilations; longer than any, so that a kernel that hangs costs one case only.
+# Limit for one case with its compilations. None takes that long, and a kernel that hangs costs one case only.
 CASE_SECONDS = 150
 NO_GPU = "No CUDA device is here: kernels are timed on a GPU only. On a CPU: make bench ARGS=benchmarks/bench_<op>.py"
 
 
 @dataclass(frozen=True)
-class Figures:
-    """What was measured of one system on one case.
+class Measurement:
+    """Measurements of one system on one case.
 
     Attributes:
         call: called as a user would, None where it failed.
@@ -56,44 +56,44 @@ class Figures:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One case; `systems` is empty where the case as a whole failed, `failure` says why."""
+    """Outcome of one case; where it failed as a whole, `systems` is empty and `failure` says why."""
 
     op: str
     shape: str
     bytes_moved: int = 0
-    systems: dict[str, Figures] = field(default_factory=dict)
+    systems: dict[str, Measurement] = field(default_factory=dict)
     failure: str = ""
 
     @property
-    def ours(self) -> Figures:
-        """Figures of our op."""
-        return self.systems.get(OURS, Figures())
+    def ours(self) -> Measurement:
+        """Measurements of our op."""
+        return self.systems.get(OURS, Measurement())
 
     @property
-    def rivals(self) -> dict[str, Figures]:
-        """Figures of the others."""
-        return {name: figures for name, figures in self.systems.items() if name != OURS}
+    def rivals(self) -> dict[str, Measurement]:
+        """Measurements of the rivals, by name."""
+        return {name: measured for name, measured in self.systems.items() if name != OURS}
 
-    def gb_per_s(self, figures: Figures) -> float | None:
-        """Bytes that have to be moved, per second; from the graph where there is one."""
-        timing = figures.graph or figures.call
+    def gb_per_s(self, measured: Measurement) -> float | None:
+        """Gigabytes moved per second, of those that have to be; from the graph where there is one."""
+        timing = measured.graph or measured.call
         return self.bytes_moved / timing.median_ms / 1e6 if timing else None
 
 
-def measure(call: Callable[[], object], clock: Clock) -> Figures:
-    """One system; what cannot be measured is left out, with the reason."""
+def measure(call: Callable[[], object], clock: Clock) -> Measurement:
+    """Measures one system; what cannot be measured is left out, with the reason."""
     try:
         timing, extra_bytes = clock.time(call), clock.extra_bytes(call)
     except Exception as error:
-        return Figures(failure=in_one_line(error))
+        return Measurement(failure=in_one_line(error))
     try:
-        return Figures(timing, clock.time(clock.capture(call)), extra_bytes)
+        return Measurement(timing, clock.time(clock.capture(call)), extra_bytes)
     except Exception as error:
-        return Figures(timing, None, extra_bytes, f"no graph: {in_one_line(error)}")
+        return Measurement(timing, None, extra_bytes, f"no graph: {in_one_line(error)}")
 
 
-def measure_case(module: str, index: int, device: str, clock: Clock) -> dict[str, Figures]:
-    """All systems of one case."""
+def measure_case(module: str, index: int, device: str, clock: Clock) -> dict[str, Measurement]:
+    """Measures all systems of one case."""
     systems = cases_of(module, device)[index].make()
     return {name: measure(call, clock) for name, call in systems.items()}
 
@@ -101,7 +101,7 @@ def measure_case(module: str, index: int, device: str, clock: Clock) -> dict[str
 def measure_all(
     modules: dict[str, str], device: str, clock: Clock, isolated: Isolated, seconds: float
 ) -> Iterator[Outcome]:
-    """Every case of the benchmarks in `modules` (by op), as it is done; those after `seconds` are named as not run."""
+    """Measures every case of the benchmarks in `modules` (by op); those after `seconds` are reported as not run."""
     end = time.monotonic() + seconds
     for op, module in modules.items():
         try:
@@ -124,7 +124,7 @@ def measure_all(
 
 @cache
 def gpu_machine_info() -> dict[str, str | int | None]:
-    """`machine_info` with driver and versions of what the kernels are compiled with and compared with."""
+    """Extends `machine_info` by the driver and the versions of Triton and of the rivals."""
     driver = None
     if shutil.which("nvidia-smi"):
         command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -132,7 +132,7 @@ def gpu_machine_info() -> dict[str, str | int | None]:
         driver = done.stdout.strip().partition("\n")[0] or None
     versions = {name: _version(name) for name in ("triton", "vllm", "flashinfer-python", "mamba-ssm")}
     info = machine_info() | {"driver": driver, "cuda": torch.version.cuda, **versions}
-    # A copy of the tree without git, as a lent machine gets it, is told its commit.
+    # A copy of the tree without git, as on a lent machine, is told its commit.
     return info | {"commit": info["commit"] or os.environ.get("COMMIT")}
 
 
@@ -144,7 +144,7 @@ def _version(distribution: str) -> str | None:
 
 
 def speed_ups(outcome: Outcome) -> dict[str, dict[str, float]]:
-    """How many times the time of ours a rival takes, called and in a graph, where both were measured."""
+    """Speed-up of ours over a rival, called and in a graph, where both were measured."""
     ratios: dict[str, dict[str, float]] = {}
     for name, rival in outcome.rivals.items():
         pairs = {"call": (rival.call, outcome.ours.call), "graph": (rival.graph, outcome.ours.graph)}
@@ -155,19 +155,19 @@ def speed_ups(outcome: Outcome) -> dict[str, dict[str, float]]:
 def as_json(
     outcomes: list[Outcome], machine: dict[str, str | int | None], copied: float | None, command: str
 ) -> dict[str, object]:
-    """Everything that was measured."""
+    """Converts an outcome, everything that was measured, to a JSON object."""
     cases = []
     for outcome in outcomes:
         systems = {}
-        for name, figures in outcome.systems.items():
-            rate = outcome.gb_per_s(figures)
+        for name, measured in outcome.systems.items():
+            rate = outcome.gb_per_s(measured)
             systems[name] = {
-                "call": figures.call and figures.call._asdict(),
-                "graph": figures.graph and figures.graph._asdict(),
-                "extra_bytes": figures.extra_bytes,
+                "call": measured.call and measured.call._asdict(),
+                "graph": measured.graph and measured.graph._asdict(),
+                "extra_bytes": measured.extra_bytes,
                 "gb_per_s": rate,
                 "of_copy": rate / copied if rate and copied else None,
-                "failure": figures.failure,
+                "failure": measured.failure,
             }
         cases.append(asdict(outcome) | {"systems": systems, "speed_up_over": speed_ups(outcome)})
     return {"machine": machine, "command": command, "copy_gb_per_s": copied, "cases": cases}
@@ -177,7 +177,7 @@ HEADER = ("op", "shape", "MB", "µs", "in a graph, µs", "GB/s", "of copy", "tim
 
 
 def readme_row(outcome: Outcome, copied: float | None) -> list[str]:
-    """One case in one line."""
+    """Formats one case as a row of the table."""
     ours, rate = outcome.ours, outcome.gb_per_s(outcome.ours)
     megabytes = f"{outcome.bytes_moved / 1e6:.3g}" if outcome.bytes_moved else ""
     failure = outcome.failure or (ours.failure if ours.call is None else "")
@@ -185,7 +185,7 @@ def readme_row(outcome: Outcome, copied: float | None) -> list[str]:
         return [outcome.op, outcome.shape, megabytes, f"failed: {failure}", *[""] * (len(HEADER) - 4)]
     ratios = speed_ups(outcome)
     faster = [f"{name}: {_ratio(ratios[name], rival)}" for name, rival in outcome.rivals.items()]
-    extra = [_mebibytes(figures.extra_bytes) for figures in (ours, *outcome.rivals.values())]
+    extra = [_mebibytes(measured.extra_bytes) for measured in (ours, *outcome.rivals.values())]
     return [
         outcome.op,
         outcome.shape,
@@ -199,7 +199,7 @@ def readme_row(outcome: Outcome, copied: float | None) -> list[str]:
     ]
 
 
-def _ratio(ratios: dict[str, float], rival: Figures) -> str:
+def _ratio(ratios: dict[str, float], rival: Measurement) -> str:
     if "call" not in ratios:
         return f"failed ({rival.failure})"
     return f"{ratios['call']:.2f} ({ratios['graph']:.2f})" if "graph" in ratios else f"{ratios['call']:.2f} (no)"
@@ -216,7 +216,7 @@ def _mebibytes(num_bytes: int | None) -> str:
 def readme_section(
     outcomes: list[Outcome], machine: dict[str, str | int | None], copied: float | None, command: str
 ) -> str:
-    """The measured table with the hardware above it."""
+    """Formats the measured table, with the hardware above it."""
     versions = ", ".join(f"{name} {machine[name]}" for name in ("torch", "triton", "vllm") if machine.get(name))
     copy = f"a copy inside its memory moves {copied:.0f} GB/s" if copied else "the copy could not be measured"
     return "\n".join(
@@ -233,32 +233,32 @@ def readme_section(
 
 
 def console_table(outcomes: list[Outcome], copied: float | None) -> Table:
-    """Every system in a line of its own."""
+    """Makes a table for the terminal, with a line for every system."""
     table = Table(
         "op", "shape", "system", "µs (20 % to 80 %)", "in a graph, µs", "GB/s", "of copy", "extra MiB", "failure"
     )
     for outcome in outcomes:
         if not outcome.systems:
             table.add_row(outcome.op, outcome.shape, *[""] * 6, outcome.failure)
-        for name, figures in outcome.systems.items():
-            timing, rate = figures.call, outcome.gb_per_s(figures)
+        for name, measured in outcome.systems.items():
+            timing, rate = measured.call, outcome.gb_per_s(measured)
             spread = f" ({timing.low_ms * 1e3:.1f} to {timing.high_ms * 1e3:.1f})" if timing else ""
             table.add_row(
                 outcome.op,
                 outcome.shape,
                 name,
                 _microseconds(timing) + spread,
-                _microseconds(figures.graph),
+                _microseconds(measured.graph),
                 f"{rate:.0f}" if rate else "",
                 f"{rate / copied:.0%}" if rate and copied else "",
-                _mebibytes(figures.extra_bytes),
-                figures.failure,
+                _mebibytes(measured.extra_bytes),
+                measured.failure,
             )
     return table
 
 
 def chosen_modules(ops: list[str] | None) -> dict[str, str]:
-    """Benchmarks of the named ops, or of all."""
+    """Selects the benchmarks of the named ops, or of all."""
     modules = benchmark_modules()
     unknown = [op for op in ops or [] if op not in modules]
     if unknown:
@@ -290,7 +290,7 @@ def main(
         for outcome in measure_all(modules, "cuda", clock, isolated, seconds - (time.monotonic() - start)):
             outcomes.append(outcome)
             print(*(cell for cell in readme_row(outcome, copied) if cell), sep=" | ", flush=True)
-            # After every case: what is measured stays even if the lease ends.
+            # Written after every case, so that measurements last even if the machine is taken away.
             json_file.parent.mkdir(parents=True, exist_ok=True)
             figures = as_json(outcomes, machine, copied, command)
             json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Tables of kernels/README.md that commands write: python -m benchmarks.readme NAME < TABLE"""
+"""Writing of the tables of kernels/README.md: python -m benchmarks.readme NAME < TABLE"""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def write_section(name: str, text: str, path: Path = README) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; bars inside a cell are kept from ending it."""
+    """Formats a Markdown table; bars inside a cell are escaped."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Model-true shapes, shared by all benchmarks, and the bytes that a pass has to read."""
+"""Shapes of real models, shared by all benchmarks, and the bytes that a pass has to read."""
 
 from __future__ import annotations
 

@@ -31,18 +31,18 @@ from benchmarks.kernel_times import gpu_machine_info
 from twotower_kernels.compilation import OPS, Variant, compile_variant
 from twotower_kernels.tuning import Settings, Table, table_path, trying
 
-# The capability that is ranked for where there is no GPU.
+# Compute capability that candidates are ranked for where there is no GPU.
 CAPABILITY = 90
-# With half of a multiprocessor's warps there are loads enough in flight; more of them decide nothing.
+# With half of a multiprocessor's warps enough loads are in flight; more occupancy does not count.
 ENOUGH_OCCUPANCY = 0.5
 TRIAL_SECONDS = 120
-# Processes that compile and check side by side; each has the inputs of a case on the device.
+# Number of processes that compile and check side by side; each has the inputs of a case on the device.
 CHECKERS = 6
-# A candidate that is so much slower than the best over the cases so far is not measured on the others.
+# A candidate slower than the best by this factor, over the cases so far, is not measured on the others.
 HOPELESS = 1.3
-# Times that differ by less say nothing.
+# Relative difference of times below which they count as equal.
 NOISE = 0.01
-# How the description of a measured table begins.
+# First word of the description of a measured table.
 MEASURED = "measured"
 COMMA = ",\n"
 
@@ -50,13 +50,13 @@ Result = TypeVar("Result")
 
 
 def candidates_of(op: str) -> dict[str, list[Settings]]:
-    """What an op's kernels may be launched with, by kernel."""
+    """Settings that an op's kernels may be launched with, by kernel."""
     candidates: dict[str, list[Settings]] = import_module(f"twotower_kernels.{op}.variants").CANDIDATES
     return candidates
 
 
 def complaints(op: str) -> list[str]:
-    """What is wrong with an op's table: kernels without settings, unknown kernels, settings that are no candidates."""
+    """Faults of an op's table: kernels without settings, unknown kernels, settings that are no candidates."""
     candidates, chosen = candidates_of(op), present_table(op)["kernels"]
     wrong = [f"{op}: kernel {kernel} has no settings" for kernel in candidates if kernel not in chosen]
     wrong += [f"{op}: {kernel} is no kernel of CANDIDATES" for kernel in chosen if kernel not in candidates]
@@ -70,7 +70,7 @@ def complaints(op: str) -> list[str]:
 
 @dataclass(frozen=True)
 class Trial:
-    """One case under one candidate; picklable, since it runs in another process."""
+    """One case with one candidate's settings; picklable, since it runs in another process."""
 
     op: str
     kernel: str
@@ -80,21 +80,21 @@ class Trial:
     device: str
 
     def launch(self) -> Callable[[], object]:
-        """Our op on the case, called once."""
+        """Makes our op's call on the case, and calls it once."""
         call = made_systems(self.module, self.index, self.device)[OURS]
         call()
         return call
 
 
-# One case stays made, so that its candidates are timed on the same inputs.
+# The last case is cached, so that all candidates are timed on the same inputs.
 @lru_cache(maxsize=1)
 def made_systems(module: str, index: int, device: str) -> Systems:
-    """The systems of a case."""
+    """Makes the systems of a case."""
     return cases_of(module, device)[index].make()
 
 
 def agree(trial: Trial) -> bool:
-    """True; raises unless the systems of the case agree; the compiled kernels stay in Triton's cache."""
+    """Raises unless the systems of the case agree, and returns True; compiled kernels stay in Triton's cache."""
     with trying(trial.op, trial.kernel, trial.candidate):
         cases_of(trial.module, trial.device)[trial.index].make()
     if torch.cuda.is_initialized():
@@ -103,7 +103,7 @@ def agree(trial: Trial) -> bool:
 
 
 def median_ms(trial: Trial, clock: Clock) -> float:
-    """Time of the call, from a graph where it can be captured."""
+    """Measures the call, from a graph where it can be captured."""
     with trying(trial.op, trial.kernel, trial.candidate):
         call = trial.launch()
         with suppress(RuntimeError):
@@ -112,7 +112,7 @@ def median_ms(trial: Trial, clock: Clock) -> float:
 
 
 def launches(trial: Trial) -> bool:
-    """Whether the case launches the kernel at all: then settings that no kernel has are an error."""
+    """Whether the case launches the kernel at all: a setting that no kernel has is then an error."""
     trial.launch()
     with trying(trial.op, trial.kernel, {"no_such_setting": 1}):
         try:
@@ -124,7 +124,7 @@ def launches(trial: Trial) -> bool:
 
 @dataclass(frozen=True)
 class Tuner:
-    """Measures candidates.
+    """Tuner that measures candidates.
 
     Attributes:
         device: where the cases are.
@@ -141,7 +141,7 @@ class Tuner:
     end: float
 
     def best(self, op: str, kernel: str, module: str, present: Settings | None) -> tuple[Settings, int] | None:
-        """The candidate with the least geometric mean of times over the kernel's cases, and the number of cases.
+        """Finds the candidate with the least geometric mean of times over the kernel's cases; also the number of cases.
 
         None where no case launches the kernel, no candidate is right on all cases, or time was up before the end.
         Settings that are as good at present, within the noise, stay.
@@ -169,14 +169,14 @@ class Tuner:
         return candidates[least], len(indices)
 
     def _cases(self, op: str, kernel: str, module: str) -> list[int]:
-        """Indices of the cases that name the kernel; where none does, of those that launch it."""
+        """Finds the cases that name the kernel, by index; where none does, those that launch it."""
         cases = cases_of(module, self.device)
         named = [index for index, case in enumerate(cases) if case.kernel == kernel]
         every = [Trial(op, kernel, {}, module, index, self.device) for index in range(len(cases))]
         return named or [trial.index for trial in every if self._tried(self.timing, launches, trial)]
 
     def _right(self, trials: Mapping[int, Trial]) -> list[int]:
-        """Numbers of the trials in which the systems agree."""
+        """Finds the trials in which the systems agree, by number."""
         waiting, right = deque(trials), []
 
         def work(isolated: Isolated) -> None:
@@ -191,7 +191,7 @@ class Tuner:
         return sorted(right)
 
     def _tried(self, isolated: Isolated, function: Callable[..., Result], trial: Trial, *more: object) -> Result | None:
-        """What the function returns; None where it fails, or would begin too late."""
+        """Calls the function in a process; None where it fails, or would begin too late."""
         if time.monotonic() > self.end:
             return None
         try:
@@ -202,7 +202,7 @@ class Tuner:
 
 
 def variants_of(op: str, kernel: str) -> list[list[Variant]]:
-    """For every candidate, those variants of the op that depend on the kernel's settings."""
+    """Variants of the op that depend on the kernel's settings, for every candidate."""
     module, made = import_module(f"twotower_kernels.{op}.variants"), []
     for candidate in candidates_of(op)[kernel]:
         with trying(op, kernel, candidate):
@@ -217,7 +217,7 @@ def _specialised(variant: Variant) -> str:
 
 
 def ranked(op: str, kernel: str) -> Settings:
-    """The candidate that looks best compiled: no spills, then enough occupancy, then the larger block."""
+    """Chooses the candidate that compiles best: no spills, then enough occupancy, then the larger block."""
     best: tuple[tuple[float, ...], Settings] | None = None
     for candidate, variants in zip(candidates_of(op)[kernel], variants_of(op, kernel), strict=True):
         needs = [(variant, compile_variant(variant, CAPABILITY)) for variant in variants]
@@ -233,7 +233,7 @@ def ranked(op: str, kernel: str) -> Settings:
 
 
 def present_table(op: str) -> Table:
-    """The table as it is; empty where there is none."""
+    """Reads the table as it is; an empty one where there is none."""
     path = table_path(op)
     table: Table = json.loads(path.read_text()) if path.exists() else {"chosen_by": "", "kernels": {}}
     return table
@@ -247,7 +247,7 @@ def write_table(op: str, chosen_by: str, kernels: dict[str, Settings]) -> None:
 
 
 def rank(op: str, replace: bool) -> None:
-    """Writes an op's table without measuring: over one that fits only if `replace`, over a measured one never."""
+    """Writes an op's table without measuring; replaces one that fits only with `replace`, and a measured one never."""
     if present_table(op)["chosen_by"].startswith(MEASURED):
         print(f"{op}: its table was measured on a GPU and stays")
         return
