@@ -132,7 +132,7 @@ def on_views(arguments: Arguments) -> Callable[..., Tensor]:
 
 
 def vllm_flash_attention(arguments: Arguments) -> dict[str, Callable[..., Tensor]]:
-    """FlashAttention, where vLLM is installed; it reads the pass's keys from the cache, and writing them is not timed."""
+    """FlashAttention, where vLLM is installed; it reads the pass's keys from the cache; writing them is not timed."""
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func
     except ImportError:

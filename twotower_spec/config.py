@@ -186,7 +186,7 @@ class TwoTowerConfig:
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     def replace(self, **changes: Any) -> TwoTowerConfig:
-        """A copy with some fields changed, validated again."""
+        """Copies the configuration with some fields changed, and validates it again."""
         return replace(self, **changes)
 
     @property
@@ -232,7 +232,7 @@ class TwoTowerConfig:
 
 @dataclass(frozen=True)
 class DiffusionConfig:
-    """How a block is denoised. Defaults are those of the published `generate_mask_diffusion`.
+    """Schedule by which a block is denoised. Defaults are those of the published `generate_mask_diffusion`.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -381,7 +381,7 @@ def _check_geometry(config: TwoTowerConfig) -> None:
     positive += ["intermediate_size"] if MLP in pattern else []
     for name in positive:
         if getattr(config, name) < 1:
-            raise ConfigError(f"{name} {getattr(config, name)} is not allowed; this layer plan needs at least 1")
+            raise ConfigError(f"{name} {getattr(config, name)} is not allowed; this layer pattern needs at least 1")
     if not config.norm_eps > 0:
         raise ConfigError(f"norm_eps {config.norm_eps} is not allowed; it must be above 0")
     if ATTENTION in pattern:

@@ -1,4 +1,4 @@
-"""Packages that only some uses need, and that come with an extra of this one."""
+"""Optional packages, which come with an extra of this one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are there as a whole, or as they were before."""
+"""Writing of files as a whole: a failure leaves the file as it was before."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from twotower_spec.errors import ArgumentError
 
 
 def replace_file(path: Path, content: bytes) -> None:
-    """Another reader sees the old file or the new one, never a part.
+    """Replaces a file as a whole: readers see the old file or the new one, never a part.
 
     Raises:
         OSError: it cannot be written; the old one stays.

@@ -1,4 +1,4 @@
-"""What is in a checkpoint, what it would need in memory, and what is wrong with it; no weights are read."""
+"""Inspection of a checkpoint: its content, the memory it would need, and its problems; no weights are read."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class PartSummary:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes that loading and serving would take.
+    """Bytes of memory that loading and serving would take.
 
     Attributes:
         dtype: of the weights in memory.

@@ -1,4 +1,4 @@
-"""What a figure was measured on: hardware, versions, commit."""
+"""Description of the machine that a figure was measured on: hardware, versions, commit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def machine_info() -> dict[str, str | int | None]:
 
 
 def describe_machine() -> str:
-    """The same in one line."""
+    """Describes the machine in one line."""
     info = machine_info()
     hardware = f"{info['processor']}, {info['cores']} cores, {info['threads']} threads" + (
         f", {info['gpu']}" if info["gpu"] else ", no GPU"
@@ -35,7 +35,7 @@ def describe_machine() -> str:
 
 
 def commit() -> str | None:
-    """The commit of this code, with `-dirty` where files differ from it; None where it is not a git checkout."""
+    """Commit of this code, with `-dirty` where files differ from it; None outside a git checkout."""
     root = Path(__file__).parents[1]
     if not (root / ".git").exists():
         return None
@@ -48,7 +48,7 @@ def commit() -> str | None:
 
 
 def _processor() -> str:
-    """The model name that Linux knows, else what Python says."""
+    """Processor's model name as Linux gives it, or else as Python does."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

@@ -1,4 +1,4 @@
-"""Which tensor lives in which shard, and to which part of the model it belongs; reads headers only."""
+"""Index of a checkpoint: the shard and the part of the model that each tensor belongs to; reads headers only."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor is and what it looks like."""
+    """Place, shape and dtype of one stored tensor."""
 
     shard: Path
     dtype: torch.dtype
@@ -43,7 +43,7 @@ class StoredTensor:
 
 
 def part_of(name: str) -> str | None:
-    """`context`, `denoiser`, or None for a name that belongs to neither."""
+    """Names the part that a tensor belongs to: `context`, `denoiser`, or None for neither."""
     for part, prefixes in PARTS.items():
         if name.startswith(prefixes):
             return part
@@ -61,7 +61,7 @@ def resolve_checkpoint(
         files: patterns of those that are downloaded; by default safetensors, json and tokenizer files.
 
     Raises:
-        CheckpointError: neither a directory nor a hub id that can be had.
+        CheckpointError: it is neither a directory nor a hub id that can be downloaded.
     """
     directory = Path(name_or_path)
     if directory.is_dir():
@@ -117,7 +117,7 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
         return len(self._tensors)
 
     def _listed_shards(self) -> dict[str, str]:
-        """Tensor names to shard file names by the index file; empty for a single file."""
+        """Maps tensor names to shard file names, as the index file lists them; empty for a single file."""
         path = self.directory / INDEX_FILE
         if not path.is_file():
             if not (self.directory / SINGLE_FILE).is_file():

@@ -21,7 +21,7 @@ _WINDOW_BYTES = 128 << 20
 def compare_with_index(
     index: CheckpointIndex, expected: Mapping[str, Tensor], ignored: Iterable[str] = ()
 ) -> list[str]:
-    """What is missing, unexpected or misshaped, one line per tensor, and the index's own problems.
+    """Lists what is missing, unexpected or misshaped, a line per tensor, and the index's own problems.
 
     Args:
         index: the checkpoint.
@@ -75,12 +75,12 @@ def load_tensors(
 
 
 def stored_dtypes(index: CheckpointIndex, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """The dtype each tensor has on disk."""
+    """Dtype of each tensor on disk."""
     return {name: index[name].dtype for name in names}
 
 
 def _windows(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
-    """Names shard by shard, in groups of about `_WINDOW_BYTES`."""
+    """Groups names shard by shard, about `_WINDOW_BYTES` each."""
     by_shard: dict[Path, list[str]] = {}
     for name, stored in wanted.items():
         by_shard.setdefault(stored.shard, []).append(name)

@@ -1,4 +1,4 @@
-"""Writes the published layout; a file appears under its final name only when it is whole."""
+"""Saving in the published layout; a file appears under its final name only when it is whole."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def _file_names(count: int) -> list[str]:
 
 
 def _make_readable(draft: Path) -> None:
-    """Gives every file the permissions of a usual new file: safetensors makes its files private to the user."""
+    """Gives every file the permissions of any new file: safetensors makes its files private to the user."""
     usual = (draft / "config.json").stat().st_mode
     for path in draft.iterdir():
         path.chmod(usual)
@@ -105,7 +105,7 @@ def _make_readable(draft: Path) -> None:
 
 def _move_into_place(draft: Path, directory: Path) -> None:
     written = {path.name for path in draft.iterdir()}
-    # config.json and the index come last: without them nothing takes the directory for a checkpoint.
+    # config.json and the index come last: without them no reader takes the directory for a checkpoint.
     for name in sorted(written, key=lambda n: (n == "config.json", n == INDEX_FILE, n)):
         (draft / name).replace(directory / name)
     stale = [*directory.glob("model-*-of-*.safetensors"), directory / SINGLE_FILE, directory / INDEX_FILE]

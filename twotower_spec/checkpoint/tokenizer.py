@@ -1,4 +1,4 @@
-"""The tokenizer that lies beside a checkpoint's weights."""
+"""Loading of the tokenizer beside a checkpoint's weights."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_tokenizer(
         The tokenizer, or None if there is none.
 
     Raises:
-        CheckpointError: neither a directory nor a hub id that can be had.
+        CheckpointError: it is neither a directory nor a hub id that can be downloaded.
         ArgumentError: its files cannot be read.
     """
     files = (*TOKENIZER_FILES, "config.json", *(["*.py"] if trust_remote_code else []))

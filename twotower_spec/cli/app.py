@@ -1,4 +1,4 @@
-"""Puts the commands together, and turns the library's errors into one sentence and exit code 2."""
+"""The command line: all commands together, and the library's errors as one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from twotower_spec.cli.lm_eval import lm_eval
 from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
 
-# Entry points of functions that become commands; one named `bench.NAME` becomes `bench NAME`.
+# Group of entry points, each a function that becomes a command; `bench.NAME` becomes `bench NAME`.
 COMMANDS_GROUP = "twotower_spec.commands"
 BENCH_PREFIX = "bench."
 
 
 def build_app() -> typer.Typer:
-    """Our commands, and those of packages that stand above this one, which may take the place of ours.
+    """Builds the command line: our commands, and those of packages above this one, which may replace ours.
 
-    Only a run imports the latter, so that importing this package imports nothing above it.
+    Packages above are imported only when the command line runs, so that importing this one imports none of them.
     """
     app = typer.Typer(
         name="twotower-spec",
@@ -50,7 +50,7 @@ def build_app() -> typer.Typer:
 
 
 def bench_app(commands: Mapping[str, Callable[..., Any]]) -> typer.Typer:
-    """The group `bench`: measurements, all of packages that stand above this one."""
+    """Builds the group `bench`: measurements, all of them commands of packages above this one."""
     app = typer.Typer(help="Measure: speed, acceptance, and what they cost in quality.", no_args_is_help=True)
     for name, command in commands.items():
         app.command(name)(command)
@@ -60,14 +60,14 @@ def bench_app(commands: Mapping[str, Callable[..., Any]]) -> typer.Typer:
 
 
 def main() -> None:
-    """Entry point. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Runs the command line. Exit codes: 0 done, 2 bad input, 130 interrupted."""
     try:
         build_app()()
     except TwoTowerError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except SystemExit as end:
-        if end.code == 130:  # how typer ends after Ctrl-C, without a word
+        if end.code == 130:  # typer ends so after Ctrl-C, without a message
             print(
                 "interrupted; a run with --output or --json goes on where it stopped when started again",
                 file=sys.stderr,

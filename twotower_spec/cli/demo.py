@@ -24,7 +24,7 @@ def demo(
     max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.", min=1)] = 128,
 ) -> None:
     """Generate with the bundled TwoTower model in its four modes, on held-out prompts, and compare them."""
-    torch.set_num_threads(min(torch.get_num_threads(), 2))  # the matrices are small: more threads only wait
+    torch.set_num_threads(min(torch.get_num_threads(), 2))  # the matrices are small: more threads would only wait
     console = Console(highlight=False)
     texts: list[DemoText] = []
     shown = None

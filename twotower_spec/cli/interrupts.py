@@ -1,4 +1,4 @@
-"""Ctrl-C that cannot get lost."""
+"""Handling of Ctrl-C that never loses an interrupt."""
 
 from __future__ import annotations
 
@@ -30,6 +30,6 @@ class Interrupts:
         signal.default_int_handler(number, frame)
 
     def check(self) -> None:
-        """Raises KeyboardInterrupt if there was one."""
+        """Raises KeyboardInterrupt if an interrupt came."""
         if self._pressed:
             raise KeyboardInterrupt

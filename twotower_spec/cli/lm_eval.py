@@ -8,7 +8,7 @@ import typer
 
 from twotower_spec.evaluation.lm_eval_model import register
 
-# Everything behind the command's name is lm-eval's, --help included.
+# All arguments after the command's name go to lm-eval, --help included.
 SETTINGS = {"ignore_unknown_options": True, "allow_extra_args": True, "allow_interspersed_args": False}
 
 

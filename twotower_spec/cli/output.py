@@ -1,4 +1,4 @@
-"""A JSON-lines file that a bulk run can stop in and go on with."""
+"""JSON-lines output that a stopped bulk run can resume."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from twotower_spec.errors import ArgumentError
 class ResumableOutput:
     """Rows by prompt index, appended batch by batch and synced to disk, so that a kill loses no finished batch.
 
-    Every row carries the fingerprint of the run: a file is only gone on with by the run that began it.
+    Every row carries the fingerprint of the run, so that only the run that began a file can resume it.
     """
 
     def __init__(self, path: Path, run: str, overwrite: bool = False, option: str = "--output") -> None:
         """Opens or creates the file; a half-written last line is cut off.
 
-        With `overwrite` the present content goes when the first new rows are there, not before. `option` is what
-        messages call the file.
+        With `overwrite` the present content is replaced when the first new rows are written, not before. `option` is
+        what messages call the file.
 
         Raises:
             ArgumentError: it cannot be written, is in use, or belongs to a run with other prompts or settings.
@@ -34,7 +34,7 @@ class ResumableOutput:
         if path.exists() and not path.is_file():
             raise ArgumentError(f"output file {path} is not a regular file; give another")
         try:
-            # Unbuffered: after a failed write nothing is held back that closing would try to write again.
+            # Unbuffered, so that closing does not try to write again what a failed write left in a buffer.
             self._file = path.open("ab+", buffering=0)
         except OSError as error:
             raise ArgumentError(f"output file {path} cannot be written ({error.strerror}); give another") from error

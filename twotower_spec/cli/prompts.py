@@ -1,4 +1,4 @@
-"""Prompts for the command line: from arguments, text files and JSON lines, to token ids."""
+"""Prompts of the command line: read from arguments, text files and JSON lines, and encoded."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Prompt:
 
 
 def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | None) -> list[Prompt]:
-    """Prompts from exactly one of the three sources.
+    """Reads prompts from exactly one of the three sources.
 
     Args:
         texts: prompts as text.
@@ -57,7 +57,7 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
 
 
 def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase | None) -> list[Prompt]:
-    """The same prompts with token ids.
+    """Adds token ids to prompts that have only text.
 
     Raises:
         ArgumentError: a text without a tokenizer.

@@ -102,7 +102,7 @@ def evaluate(
         raise ArgumentError(f"the folder of --json {json_file} is not there; make it first")
     texts = _prompt_texts(prompt_file or [])
     if prompts:
-        # Evenly spread, so that every kind of held-out prompt is among them.
+        # Spread evenly over the file, so that every kind of held-out prompt is included.
         texts = {name: rows[:: max(1, len(rows) // prompts)][:prompts] for name, rows in texts.items()}
     files = TrioFiles(output or trio_directory(), verifier, default_device(device))
     table = Table("category", "temperature", "drafter", "K", "acceptance length", "95 % interval", "passes", "prompts")
@@ -120,7 +120,7 @@ def evaluate(
 
 
 def _prompt_texts(files: list[Path]) -> dict[str, list[str]]:
-    """Prompts by category: of the user's files, or the held-out ones."""
+    """Prompts by category: from the user's files, or else the held-out ones."""
     texts: dict[str, list[str]] = {}
     if not files:
         for row in itertools.chain.from_iterable(map(held_out_prompts, CATEGORIES)):

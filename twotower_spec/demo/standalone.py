@@ -18,10 +18,10 @@ CONFIDENCE_THRESHOLD = 0.8
 
 @dataclass(frozen=True)
 class DemoText:
-    """What one mode made of one prompt.
+    """Text that one mode wrote for one prompt.
 
     Attributes:
-        mode: name of the way to generate.
+        mode: name of the mode.
         prompt: what it continues.
         text: new text, up to the end of the document.
         num_tokens: new tokens, those after the end in a last block included.
@@ -40,7 +40,7 @@ class DemoText:
 
 
 def demo_prompts(per_category: int) -> list[HeldOutPrompt]:
-    """Some prompts of both generated categories, a different kind of held-out prompt each."""
+    """Chooses prompts of both generated categories, each a different kind of held-out prompt."""
     chosen: list[HeldOutPrompt] = []
     for category in ("maths", "python"):
         rows = held_out_prompts(category)

@@ -1,4 +1,4 @@
-"""Where the bundled trio and its held-out prompts lie."""
+"""Paths of the bundled trio and its held-out prompts."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Layer(nn.Module):
             self.mixer = DenseMLP(config.hidden_size, config.intermediate_size, dtype, device)
 
     def forward(self, x: Tensor, prefix: Prefix, modulation: Tensor | None) -> Tensor:
-        """One layer.
+        """Runs the layer.
 
         Args:
             x: residual stream, [num_reqs, num_tokens, hidden].
@@ -54,7 +54,7 @@ class Layer(nn.Module):
         return gated_residual(x, mixed, gate)
 
     def mix(self, h: Tensor, prefix: Prefix) -> Tensor:
-        """The mixer alone, [..., hidden] to [..., hidden]."""
+        """Runs the mixer alone, [..., hidden] to [..., hidden]."""
         mixer = self.mixer
         if isinstance(mixer, Mamba2):
             gate, u, delta = mixer.project(h)
@@ -89,7 +89,7 @@ class Backbone(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the tower is."""
+        """Device that the tower is on."""
         return self.embeddings.device
 
     def forward(
@@ -118,7 +118,7 @@ class Backbone(nn.Module):
         layers = list(self.layers)
         for i, layer in enumerate(layers[: self.num_mixing_layers]):
             x = layer(x, prefix, None if modulation is None else modulation[:, i])
-        # What follows the last mixing layer treats tokens one by one: only those asked for go on.
+        # After the last layer that mixes tokens, only those whose logits are wanted are computed.
         x = x.flatten(0, 1)
         if positions is not None:
             x = x[positions]

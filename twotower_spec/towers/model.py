@@ -37,7 +37,7 @@ class TwoTowers(nn.Module):
             config: geometry.
             dtype: dtype of the weights; decay rates, time steps and the router stay float32 at least.
             context_device: where the context tower is.
-            denoiser_device: where the denoiser tower is; None for the same place.
+            denoiser_device: where the denoiser tower is; None for the same device.
             denoiser_dtype: dtype of the denoiser's weights; None for the same. State is converted once per block.
             with_denoiser: False leaves the denoiser out, with its memory.
         """
@@ -95,10 +95,10 @@ class TwoTowers(nn.Module):
 
 
 def usable_device(device: torch.device | str) -> torch.device:
-    """A device of this machine.
+    """Looks a device of this machine up by its name.
 
     Raises:
-        ArgumentError: it is no device name, or not there.
+        ArgumentError: the name is unknown, or there is no such device.
     """
     try:
         wanted = torch.device(device)

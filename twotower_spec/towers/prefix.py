@@ -1,4 +1,4 @@
-"""What a tower asks of the tokens before its own: one scan and one attention call per layer."""
+"""Interface by which a tower reads the tokens before its own: one scan or one attention call per layer."""
 
 from typing import Protocol
 
@@ -8,7 +8,7 @@ from twotower_kernels.block_scan import ScanWeights
 
 
 class Prefix(Protocol):
-    """The context a pass runs on. It owns the state; the layers own the weights.
+    """Context that a pass runs on. It owns the state; the layers own the weights.
 
     Tensors of a pass are [num_reqs, num_tokens, width] when all requests bring the same number of tokens, and
     [1, num_tokens, width], request after request, when they do not.

@@ -1,4 +1,4 @@
-"""Measures a trio on held-out prompts: acceptance length of the towers and their rivals, with intervals."""
+"""Evaluation of a trio on held-out prompts: acceptance length of the towers and their rivals, with intervals."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ GAMMA, MOST_STEPS = 0.8, 16
 
 @dataclass(frozen=True)
 class EvaluationRow:
-    """One system on one category.
+    """Measurements of one system on one category.
 
     Attributes:
-        system: name and setting of the drafter.
+        system: name of the drafter, its settings included.
         category: of the prompts.
         temperature: of the verifier's text.
         num_tokens: drafts per verify step, K.
@@ -63,16 +63,16 @@ class EvaluationRow:
     by_position: list[float]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Converts the row to a JSON object."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class System:
-    """A drafter and its setting.
+    """Drafter with fixed settings, to be compared with others.
 
     Attributes:
-        name: printed.
+        name: as printed.
         num_tokens: K.
         make: a new drafter for a walk over texts.
     """
@@ -86,7 +86,7 @@ class Trio:
     """Verifier, towers and draft model of a folder, computed in float32."""
 
     def __init__(self, directory: Path, verifier: Path | None = None, device: torch.device | str = "cpu") -> None:
-        """Loads them; the draft model may be missing.
+        """Loads the models; the draft model may be missing.
 
         Raises:
             ArgumentError: there is no verifier, or no TwoTower checkpoint with a tokenizer, in the folder.
@@ -110,7 +110,7 @@ class Trio:
             self.draft = load_verifier(directory / "draft", where)
 
     def systems(self) -> Iterator[System]:
-        """The drafters that are compared."""
+        """Yields the drafters that are compared."""
         one_step = FixedPolicy(8, 1, num_tokens=7)
         gamma = ThresholdPolicy(16, MOST_STEPS, GAMMA, num_tokens=15)
         yield self._towers("TwoTower, 1 step, first token from context", one_step, "context")
@@ -139,13 +139,13 @@ class Trio:
 
 
 def _room(texts: Sequence[VerifierText]) -> tuple[int, int]:
-    """Rows and tokens that a context state for a walk over texts must hold, provisional drafts included."""
+    """Size of the context state for a walk over texts: rows, and tokens with provisional drafts included."""
     return len(texts), max(len(text.token_ids) for text in texts) + 16
 
 
 @dataclass(frozen=True)
 class TrioFiles:
-    """Where a trio is loaded from, in any process.
+    """Paths of a trio, from which any process can load it.
 
     Attributes:
         directory: folder of a finished training.
@@ -158,7 +158,7 @@ class TrioFiles:
     device: torch.device
 
     def load(self) -> Trio:
-        """The models."""
+        """Loads the models."""
         return Trio(self.directory, self.verifier, self.device)
 
 
@@ -169,12 +169,12 @@ def evaluate_side_by_side(
     num_processes: int,
     report: Callable[[EvaluationRow], None] = lambda row: None,
 ) -> dict[str, Any]:
-    """`evaluate`, categories side by side in processes that share the cores.
+    """Runs `evaluate` with the categories side by side, in processes that share the cores.
 
     Args:
         files: the models.
         prompts, max_new_tokens, report: as `evaluate`.
-        num_processes: at most so many.
+        num_processes: most processes at a time.
     """
     workers = min(num_processes, len(prompts))
     if workers == 1:

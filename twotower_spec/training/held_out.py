@@ -1,4 +1,4 @@
-"""Makes the held-out prompt files: three categories, none of it ever trained on."""
+"""Held-out prompt files in three categories, none of which was ever trained on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from twotower_spec.training.corpus.real_text import word_problem
 from twotower_spec.training.recipe import BUNDLED_RECIPES, Recipe, load_recipe
 from twotower_spec.training.sampling import FRESH_SEED
 
-# Drawn apart from every training document, whose seeds are those of recipes.
+# Differs from the seeds of recipes, with which training documents are drawn.
 SEED = 20_261_124
 MOST_DRAWS = 1000
 EXCERPT_LINES = 8
@@ -23,16 +23,16 @@ EXCERPT_CHARACTERS = (160, 400)
 
 
 def generated_prompts(domain: str, recipes: Sequence[Recipe]) -> Iterator[dict[str, Any]]:
-    """One prompt for every template of a domain: held-out templates, then trained ones, by values and by seed in turn.
+    """One prompt per template of a domain: held-out templates, then trained ones, by values and by seed in turn.
 
-    A draw that the training of one of the recipes happens to hold too is passed over.
+    A draw that also occurs in the training of one of the recipes is skipped.
     """
     trained: set[str] = set().union(*(trained_prompts(domain, recipe) for recipe in recipes))
     parts = itertools.cycle((HeldOut.VALUES, HeldOut.SEED))
     chosen = [(template, HeldOut.TEMPLATE) for template in held_out_templates(domain)]
     chosen += zip(training_templates(domain), parts, strict=False)
     for template, wanted in chosen:
-        # A template of few words may have no draw of trained values left that training did not make.
+        # Training may have made every draw of trained values that a template of few words has.
         for part in dict.fromkeys((wanted, HeldOut.VALUES)):
             draws = itertools.islice(held_out_draws(domain, template, part, SEED), MOST_DRAWS)
             prompt = next((draw.prompt for draw in draws if draw.prompt not in trained), None)
@@ -70,7 +70,7 @@ def standard_library_prompts(count: int) -> Iterator[dict[str, Any]]:
 
 
 def write_held_out_prompts(directory: Path, gsm8k_test: Path, real: int = 36) -> None:
-    """Writes maths.jsonl, python.jsonl and real.jsonl, apart from the training of every bundled recipe.
+    """Writes maths.jsonl, python.jsonl and real.jsonl, without anything that a bundled recipe trains on.
 
     Args:
         directory: where to.

@@ -1,4 +1,4 @@
-"""The training loop: a fixed number of steps, a log, and checkpoints from which it goes on bit for bit."""
+"""Training loop: a fixed number of steps, a log, and checkpoints from which it resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ DESCRIPTION = "run.json"
 
 @dataclass(frozen=True)
 class StepLoss:
-    """Loss of one step, and what else is worth logging.
+    """Loss of one step, with details for the log.
 
     Attributes:
         loss: scalar, differentiated.
@@ -51,7 +51,7 @@ class TrainingRun:
         name: shown and logged.
         directory: for log, checkpoint and loss curve.
         config: schedule.
-        fingerprint: what a checkpoint must have been made with to be taken up again.
+        fingerprint: identifies the run; a checkpoint with another one is not resumed.
     """
 
     def __init__(self, name: str, directory: Path, config: TrainingConfig, fingerprint: str) -> None:
@@ -86,7 +86,7 @@ class TrainingRun:
         draw_loss_curve(self.log_file, self.directory / "loss.png", self.name)
 
     def describe(self, sources: Mapping[str, float], seed: int, texts: Sequence[str]) -> None:
-        """Notes what the run is made from, where, and by which code, for the model card.
+        """Notes the run's inputs, machine and code for the model card.
 
         Args:
             sources: weight of every text source.
@@ -176,8 +176,8 @@ class TrainingRun:
 
 
 def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
-    """Losses of a log over tokens, as a PNG."""
-    from matplotlib.figure import Figure  # part of the extra "train" alone
+    """Draws the losses of a log over tokens, as a PNG."""
+    from matplotlib.figure import Figure  # only the extra "train" brings it
 
     entries = list(read_log(log_file))
     figure = Figure(figsize=(7, 4), layout="constrained")
@@ -191,7 +191,7 @@ def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
 
 
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
-    """The entries of a log, up to a line that a kill cut short; its steps are trained again."""
+    """Reads the entries of a log, up to a line that a kill cut short; the steps after it are trained again."""
     if path.is_file():
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
@@ -210,6 +210,6 @@ def _rounded(value: float) -> float:
 
 def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    # A worker of `train_all` leaves the terminal to its parent.
+    # Workers of `train_all` print nothing: the terminal is their parent's.
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     return Progress(*columns, *times, console=Console(stderr=True), disable=parent_process() is not None)

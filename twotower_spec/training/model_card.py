@@ -1,4 +1,4 @@
-"""Model cards: what a trained model is, what it was trained on, how well it does, and where it ends."""
+"""Model cards: what a trained model is, what it was trained on, how well it does, and its limits."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
 
 
 def _description(run: Path) -> dict[str, Any]:
-    """What a run noted of itself; empty if it was not part of this training."""
+    """Notes that a run left for its card; empty if it was not part of this training."""
     file = run / DESCRIPTION
     facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return facts

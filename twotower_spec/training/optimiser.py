@@ -15,10 +15,10 @@ HIDDEN_MATRIX = re.compile(r"\.([qkvo]|in|out|up|down|gate)_proj\.weight$")
 
 
 class Optimiser:
-    """Both optimisers, their schedule and gradient clipping.
+    """Muon and AdamW, their schedule and gradient clipping.
 
-    Weights are optimised under their published names: a fused or stacked parameter is several matrices to Muon. Each
-    is a leaf that shares memory with the parameter, and its gradient with the parameter's.
+    Weights are optimised under their published names, so that a fused or stacked parameter is several matrices to Muon.
+    Each is a leaf that shares memory with the parameter, as does its gradient with the parameter's.
 
     Args:
         module: its parameters get gradients.

@@ -1,6 +1,6 @@
-"""The two passes of training: a whole sequence at once through the context tower, all its blocks through the denoiser.
+"""The two passes of training: a whole sequence through the context tower, then all its blocks through the denoiser.
 
-Both are prefixes (see `towers.prefix`): the towers' own code runs in training, on other state.
+Both are prefixes (see `towers.prefix`), so that training runs the towers' own code on state of its own.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 
 @dataclass
 class SequencePass:
-    """A causal pass over whole sequences from an empty context; the context tower's prefix while it is trained.
+    """Causal pass over whole sequences from an empty context: the context tower's prefix in its training.
 
     Attributes:
         config: geometry of the tower.
@@ -37,7 +37,7 @@ class SequencePass:
 
 @dataclass
 class RecordingPass:
-    """The same pass, keeping what the blocks of the sequences start from.
+    """Sequence pass that keeps the states which the blocks of the sequences start from.
 
     Attributes:
         config: geometry of the tower.
@@ -68,7 +68,7 @@ class RecordingPass:
 
 
 class AllBlocksPass:
-    """The denoiser's prefix in training: every block but the first of every sequence, each on its own context.
+    """Prefix of the denoiser in training: every block but the first of every sequence, each on its own context.
 
     A pass has one row per block, [num_rows * (num_blocks - 1), block_size].
 
@@ -106,7 +106,7 @@ class AllBlocksPass:
 
     @staticmethod
     def _sequences(x: Tensor, rows: int) -> Tensor:
-        """[num_rows * blocks, block_size, ...] to [num_rows, blocks * block_size, ...]."""
+        """Reshapes [num_rows * blocks, block_size, ...] to [num_rows, blocks * block_size, ...]."""
         return x.reshape(rows, -1, *x.shape[2:])
 
 

@@ -1,4 +1,4 @@
-"""All stages of a recipe in order, independent ones side by side."""
+"""Pipeline of a recipe: all stages in order, independent ones side by side."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ STAGES: dict[str, Stage] = {
     "denoiser": stages.train_denoiser_stage,
     "draft": stages.train_draft_stage,
 }
-# Each wave needs only what the waves before it left.
+# Each wave needs only the results of the waves before it.
 WAVES = (("tokenizer",), ("verifier", "context"), ("distill",), ("denoiser", "draft"))
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a stage needs to be run anywhere, other processes included.
+    """Arguments of a training, with which any process can run a stage.
 
     Attributes:
         output: folder of the training.
@@ -53,12 +53,12 @@ class Job:
     device: str | None = None
 
     def workspace(self) -> Workspace:
-        """The folder, with its arguments checked."""
+        """Opens the folder of the training, with its arguments checked."""
         require_extra("train", "matplotlib")
         return Workspace(self.output, load_recipe(self.recipe), self.verifier, self.texts)
 
     def torch_device(self) -> torch.device:
-        """The device, checked."""
+        """Looks up the device that stages run on."""
         return default_device(self.device)
 
     def run(self, stage: str) -> Path:
@@ -77,7 +77,7 @@ class Job:
 
 
 def default_device(name: str | None) -> torch.device:
-    """The named device, else CUDA where there is one.
+    """Looks up the named device; without a name CUDA where there is one, else the CPU.
 
     Raises:
         ArgumentError: it is not there.
@@ -98,7 +98,7 @@ def stages_of(workspace: Workspace) -> list[str]:
 
 
 def train_all(job: Job, num_processes: int) -> list[Path]:
-    """Runs every stage of the recipe; a run that was stopped goes on.
+    """Runs every stage of the recipe; a stopped run is resumed.
 
     Args:
         job: what is trained.
@@ -119,7 +119,7 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
                 _watch(workspace, futures)
             except BaseException:
                 for process in multiprocessing.active_children():
-                    process.terminate()  # what it trained is in its checkpoint
+                    process.terminate()  # its checkpoint holds what it has trained so far
                 raise
             results.extend(future.result() for future in futures.values())
     return results
@@ -143,7 +143,7 @@ def _watch(workspace: Workspace, futures: dict[str, Future[Path]]) -> None:
 
 
 def _training(recipe: Recipe, stage: str) -> int | None:
-    """Steps of a stage, None for the tokenizer."""
+    """Number of steps of a stage, None for the tokenizer."""
     runs: dict[str, TrainingConfig | None] = {
         "verifier": recipe.verifier.training if recipe.verifier else None,
         "context": recipe.context,

@@ -10,7 +10,7 @@ from transformers.utils.logging import disable_progress_bar
 
 
 def sharing_cores(num_processes: int) -> ProcessPoolExecutor:
-    """A pool of fresh processes, each with its share of the threads that this one has.
+    """Opens a pool of fresh processes, each with its share of the threads that this one has.
 
     On two cores two processes of one thread do 15 to 25 % more than one process of two threads.
     """
@@ -23,6 +23,6 @@ def sharing_cores(num_processes: int) -> ProcessPoolExecutor:
 
 
 def _start(threads: int) -> None:
-    """No bars of transformers on the parent's terminal."""
+    """Keeps the progress bars of transformers off the parent's terminal."""
     torch.set_num_threads(threads)
     disable_progress_bar()

@@ -1,9 +1,9 @@
-"""How well drafts match a verifier: acceptance length on its own text, for the towers and their rivals.
+"""Acceptance length of drafts on a verifier's own text, for the towers and their rivals.
 
 The verifier's text is fixed first. A drafter then walks over it as in speculative decoding: at every verify step the
 drafts that agree with the text from the left are accepted, and the next token comes from the verifier. For greedy
 text this is what decoding does; for text sampled at a temperature it is decoding with coupled noise, whose expected
-acceptance is that of the exact one-hot rule.
+acceptance equals that of the exact one-hot rule.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class VerifierText:
 
     @property
     def token_ids(self) -> list[int]:
-        """Both."""
+        """Prompt and continuation together."""
         return self.prompt + self.text
 
 
@@ -56,7 +56,7 @@ class Drafter(Protocol):
 
 @dataclass(frozen=True)
 class Acceptance:
-    """Result of a walk.
+    """Result of a drafter's walk over texts.
 
     Attributes:
         tokens, verify_steps: per text; the first token of a text comes from the verifier's prefill and is not counted.
@@ -92,7 +92,7 @@ def write_texts(
     eos_token_ids: Sequence[int],
     batch_size: int = 32,
 ) -> list[VerifierText]:
-    """The verifier's continuations of prompts, greedy at temperature 0; prompt i has seed i."""
+    """Lets the verifier continue prompts, greedily at temperature 0; prompt i has seed i."""
     sampler = Sampler(temperature)
     texts: list[VerifierText] = []
     for start in range(0, len(prompts), batch_size):
@@ -139,13 +139,13 @@ def repeated_4gram_fraction(texts: Sequence[VerifierText]) -> float:
 
 
 class TowerDrafter:
-    """Drafts of both towers.
+    """Drafts blocks with both towers.
 
     Args:
         towers: the model.
         num_rows, longest: rows of the walk and tokens of the longest.
         policy: how a block is denoised.
-        first_token: which tower makes the first draft.
+        first_token: the tower that makes the first draft.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class TowerDrafter:
 
 
 class ContextTowerDrafter:
-    """Drafts of the context tower alone, one token after the other.
+    """Drafts with the context tower alone, one token after the other.
 
     Args:
         towers: the model.
@@ -199,7 +199,7 @@ class ContextTowerDrafter:
 
 
 class ModelDrafter:
-    """Drafts of an autoregressive draft model."""
+    """Drafts with an autoregressive draft model."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
@@ -231,7 +231,7 @@ class ModelDrafter:
 
 
 class NgramDrafter:
-    """What followed the last occurrence of the newest tokens: three of them, else two."""
+    """Drafts what followed the last occurrence of the newest three tokens, or else of the newest two."""
 
     def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
         """See `Drafter.draft`."""

@@ -1,4 +1,4 @@
-"""A recipe: everything that decides what a training run gives, read from one TOML file."""
+"""Recipes: everything that determines the result of a training, read from one TOML file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class CorpusConfig:
     Attributes:
         maths, python: generated documents per domain.
         arithmetic: documents of calculations.
-        gsm8k, standard_library: whether the real texts are among it.
+        gsm8k, standard_library: whether these real texts are included.
     """
 
     maths: int = 40000
@@ -51,7 +51,7 @@ class CorpusConfig:
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """Byte-level BPE.
+    """Byte-level BPE tokenizer.
 
     Attributes:
         vocab_size: special tokens and bytes included.
@@ -74,7 +74,7 @@ class LanguageModelConfig:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """One training run.
+    """Schedule of one training run.
 
     Attributes:
         steps: optimiser steps.
@@ -125,14 +125,14 @@ class LanguageModelRecipe:
 
 @dataclass(frozen=True)
 class MaskingConfig:
-    """What of a block is masked in training.
+    """Masking of blocks in training.
 
     Attributes:
         block_sizes: steps take them in turn.
-        all_masked: share of blocks of which nothing is given.
-        first_given: share of blocks of which the first token alone is given, as the context tower gives it.
-        position_decay: in those two, the weight of a position relative to the one before it; drafts are accepted from
-            the left.
+        all_masked: share of blocks that are masked as a whole.
+        first_given: share of blocks that are masked but for the first token, which in drafting the context tower gives.
+        position_decay: weight of a position relative to the one before it in those two kinds of blocks, since drafts
+            are accepted from the left.
     """
 
     block_sizes: tuple[int, ...] = (16,)
@@ -151,13 +151,13 @@ class MaskingConfig:
 
 @dataclass(frozen=True)
 class DenoiserRecipe:
-    """The denoiser's training; its geometry is the context tower's."""
+    """Training of the denoiser, whose geometry is the context tower's."""
 
     training: TrainingConfig
     masking: MaskingConfig = field(default_factory=MaskingConfig)
 
     def __post_init__(self) -> None:
-        """A sequence must hold a block that has context."""
+        """Checks that a sequence holds a block that has context."""
         length, block = self.training.sequence_length, max(self.masking.block_sizes)
         check(length >= 2 * block, "denoiser.training.sequence_length", length, f"give two blocks of {block} or more")
 
@@ -195,7 +195,7 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class DistillRecipe:
-    """What is sampled from the verifier, and how the context tower goes on with it."""
+    """Sampling from the verifier, and further training of the context tower on these samples."""
 
     sampling: SamplingConfig
     training: TrainingConfig
@@ -203,7 +203,7 @@ class DistillRecipe:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A whole trio.
+    """Recipe of a whole trio.
 
     Attributes:
         two_tower: geometry of both towers, fields of config.json; `vocab_size` comes from the tokenizer.
@@ -225,7 +225,7 @@ class Recipe:
     seed: int = 0
 
     def two_tower_config(self, **tokens: Any) -> TwoTowerConfig:
-        """The towers' configuration.
+        """Makes the towers' configuration.
 
         Args:
             tokens: `vocab_size` and the ids of special tokens.
@@ -266,7 +266,7 @@ def load_recipe(path: Path | None) -> Recipe:
 
 
 def _section(kind: type[Section], table: Any, where: str) -> Section:
-    """A dataclass from a table, its own sections included."""
+    """Makes a dataclass from a table, with the sections in it."""
     check(isinstance(table, dict), where, table, "give a table")
     hints = get_type_hints(kind)
     unknown = sorted(set(table) - set(hints))

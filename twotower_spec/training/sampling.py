@@ -1,4 +1,4 @@
-"""Text of the verifier's own, for distillation and for measuring: batched, with counter-based noise."""
+"""Sampling of the verifier's own text for distillation and measuring: batched, with counter-based noise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from twotower_spec.training.corpus import training_documents
 from twotower_spec.training.recipe import SamplingConfig
 from twotower_spec.training.workspace import Workspace
 
-# Beginnings come from draws that the corpus does not hold.
+# Beginnings are drawn with another seed than the corpus.
 FRESH_SEED = 1_000_003
-# Finished rows leave a batch when at most this share of it still runs; every leaving copies the cache.
+# Finished rows are removed when at most this share of a batch still runs; each removal copies the cache.
 MOST_RUNNING = 0.75
 
 
@@ -83,7 +83,7 @@ def continue_prompts(
 
 
 def sample_continuations(workspace: Workspace, model: PreTrainedModel, config: SamplingConfig) -> Iterator[list[int]]:
-    """Documents that begin with text of the corpus and go on as the verifier writes.
+    """Makes documents that begin with text of the corpus and are continued by the verifier.
 
     A share of them is greedy, the rest sampled at the configured temperature.
     """

@@ -33,9 +33,9 @@ from twotower_spec.training.workspace import VERIFIER_SAMPLES, Workspace
 
 # Tokenizer training sees at most this much of every source.
 TOKENIZER_CHARACTERS = 4_000_000
-# torch.compile builds its code for a CPU with one of these.
+# Compilers that torch.compile can use for a CPU.
 CPP_COMPILERS = ("g++", "clang++", "c++")
-# Every run draws its batches from a stream of its own.
+# Every run draws its batches with a seed of its own.
 SEEDS = {"verifier": 1, "context": 2, "context-distilled": 3, "denoiser": 4, "draft": 5}
 
 
@@ -64,7 +64,7 @@ def train_verifier_stage(workspace: Workspace, device: torch.device) -> Path:
 
 
 def train_draft_stage(workspace: Workspace, device: torch.device) -> Path:
-    """Trains the AR draft model, the rival of the towers, on what they are trained on."""
+    """Trains the AR draft model, the towers' rival, on the same text as the towers."""
     assert workspace.recipe.draft is not None
     return _train_language_model(workspace, "draft", workspace.recipe.draft, device)
 
@@ -88,7 +88,7 @@ def train_context_stage(workspace: Workspace, device: torch.device) -> Path:
 
 
 def distill_stage(workspace: Workspace, device: torch.device) -> Path:
-    """Samples text from the verifier and goes on with the context tower on it; the result is the frozen tower."""
+    """Trains the context tower further on text sampled from the verifier; the result is the frozen tower."""
     distill = workspace.recipe.distill
     assert distill is not None
     sample_verifier_stage(workspace, device)
@@ -125,7 +125,7 @@ def sample_verifier_stage(workspace: Workspace, device: torch.device) -> Path:
 
 
 def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal language model of transformers, from safetensors only.
+    """Loads a causal language model of transformers, from safetensors only.
 
     Raises:
         ArgumentError: it cannot be read.

@@ -17,7 +17,7 @@ from twotower_spec.errors import ArgumentError
 
 @dataclass(frozen=True)
 class TokenStream:
-    """Documents, end to end.
+    """Tokens of documents, one after the other.
 
     Attributes:
         tokens: uint32 [num_tokens].
@@ -53,7 +53,7 @@ class TokenStream:
             try:
                 draft.rename(directory)
             except OSError:
-                if not self.is_saved(directory):  # else another process was first, with the same content
+                if not self.is_saved(directory):  # otherwise another process was first, with the same content
                     raise
 
     @classmethod
@@ -76,7 +76,7 @@ class Mixture:
         weights: by name; need not sum to 1.
         sequence_length: inputs per row; a row holds one token more.
         batch_size: rows.
-        seed: with the step, all that a batch depends on.
+        seed: a batch depends on it and the step alone.
 
     Raises:
         ArgumentError: a stream is missing or shorter than one row.

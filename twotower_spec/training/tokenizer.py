@@ -13,7 +13,7 @@ MODEL_MAX_LENGTH = 2048
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A tokenizer that puts a beginning-of-sequence token before every prompt.
+    """Trains a tokenizer that puts a beginning-of-sequence token before every prompt.
 
     Args:
         texts: what the merges are learnt from.
@@ -44,6 +44,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
 
 
 def document_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    """Ids of whole documents: what the tokenizer makes of them, and the end-of-sequence token."""
+    """Token ids of whole documents, with the end-of-sequence token."""
     eos = tokenizer.eos_token_id
     return [[*ids, eos] for ids in tokenizer(texts)["input_ids"]]

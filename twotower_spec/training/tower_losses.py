@@ -1,4 +1,4 @@
-"""What the towers are trained on: next tokens for the context tower, masked blocks for the denoiser."""
+"""Losses of the towers: next tokens for the context tower, masked blocks for the denoiser."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ class MaskedBlocks:
 
 
 def mask_blocks(num_blocks: int, block_size: int, config: MaskingConfig, generator: torch.Generator) -> MaskedBlocks:
-    """Chooses what each block hides.
+    """Chooses the positions that each block masks.
 
-    A share of the blocks hides everything, a share everything but the first token, which drafting takes from the
-    context tower; the rest hides a uniform number of positions at random places.
+    A share of the blocks masks all positions, a share all but the first, which drafting takes from the context tower;
+    the rest mask a uniformly drawn number of random positions.
     """
     kind = torch.rand(num_blocks, generator=generator)
     count = torch.randint(1, block_size + 1, (num_blocks,), generator=generator)
@@ -98,7 +98,7 @@ class DenoiserLoss:
 
 @torch.no_grad()
 def record_context(towers: TwoTowers, tokens: Tensor, block_size: int) -> RecordingPass:
-    """The context tower's states at every block of sequences [rows, blocks * block_size]."""
+    """Records the context tower's states at every block of sequences [rows, blocks * block_size]."""
     recorded = RecordingPass(towers.config, block_size)
     towers.context(tokens, recorded, positions=torch.zeros(0, dtype=torch.long, device=tokens.device))
     return recorded
@@ -107,7 +107,7 @@ def record_context(towers: TwoTowers, tokens: Tensor, block_size: int) -> Record
 def masked_nll(towers: TwoTowers, recorded: RecordingPass, blocks: Tensor, masked: Tensor) -> Tensor:
     """Negative log-likelihoods [num_masked] of the masked tokens of blocks [num_blocks, block_size].
 
-    The mask token is no outcome, as in generation.
+    As in generation, the mask token has probability 0.
     """
     denoiser, mask_token_id = towers.denoiser, towers.config.mask_token_id
     modulation = denoiser.time_conditioning.for_block_size(blocks.shape[1])[masked.sum(1)]
@@ -146,6 +146,6 @@ class ExpertBalance:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Raises the corrections of experts that the last pass used less than their share, lowers the others'."""
+        """Raises the corrections of experts that the last pass used less than evenly, and lowers the others'."""
         for experts, counts in self.counts.items():
             experts.score_correction.add_((counts.float().mean() - counts).sign(), alpha=BALANCE_RATE)

@@ -1,4 +1,4 @@
-"""The folder of a training: where every stage finds its inputs and leaves its result."""
+"""Folder of a training, where every stage finds its inputs and leaves its result."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ VERIFIER_SAMPLES = "verifier"
 
 
 class Workspace:
-    """Recipe, folder, and the texts that are trained on.
+    """Folder of a training, with its recipe and texts.
 
     Args:
         directory: is created.
@@ -61,7 +61,7 @@ class Workspace:
         return self._verifier is not None
 
     def require(self, name: str, stage: str) -> Path:
-        """A finished stage's directory.
+        """Finds the directory of a finished stage.
 
         Raises:
             ArgumentError: the stage has not been run.
@@ -73,7 +73,7 @@ class Workspace:
 
     @property
     def context(self) -> Path:
-        """Directory of the context tower that the denoiser stands on."""
+        """Directory of the context tower that the denoiser is trained on."""
         return (
             self.require("context-distilled", "distill") if self.recipe.distill else self.require("context", "context")
         )
@@ -87,7 +87,7 @@ class Workspace:
         return tokenizer
 
     def vocab_size(self) -> int:
-        """Rows of the embedding tables: those of the user's verifier, else one per token."""
+        """Number of rows of the embedding tables: as in the user's verifier, or else one per token."""
         if self.brings_verifier:
             try:
                 config = AutoConfig.from_pretrained(self.verifier, local_files_only=True, trust_remote_code=False)
@@ -115,7 +115,7 @@ class Workspace:
         )
 
     def sample_counts(self) -> dict[str, int]:
-        """How many beginnings of each source the verifier continues."""
+        """Number of beginnings of each source that the verifier continues."""
         assert self.recipe.distill is not None
         counts = dict(self.recipe.distill.sampling.documents)
         if self.texts:
@@ -128,7 +128,7 @@ class Workspace:
         return counts
 
     def sources(self) -> list[str]:
-        """Names of the text sources, the verifier's samples not among them."""
+        """Names of the text sources, without the verifier's samples."""
         if self.texts:
             return ["text"]
         corpus = self.recipe.corpus
@@ -169,7 +169,7 @@ class Workspace:
         return TokenStream.load(place)
 
     def stream_directory(self, source: str) -> Path:
-        """Where the tokens of a source lie; named for what they are made from."""
+        """Directory of a source's tokens, named by a digest of what they are made from."""
         made_from: list[Any] = [self._tokenizer_digest(), self.recipe.seed, asdict(self.recipe.corpus), self._texts()]
         made_from += [version(), platform.python_version()]
         if source == VERIFIER_SAMPLES:
@@ -214,8 +214,8 @@ class Workspace:
         Args:
             name: of the run and its folder.
             training: its schedule.
-            inputs: whatever else decides the result; with the schedule and the texts, a run goes on only if they are
-                what it began with.
+            inputs: whatever else determines the result. A run is resumed only with the schedule, texts and inputs that
+                it began with.
         """
         texts = [self.stream_directory(source).name for source in self.mixture_weights(training)]
         made_from = [asdict(training), self.recipe.seed, texts, *inputs]

@@ -1,4 +1,4 @@
-"""One layer each, as arithmetic: no state, no order of layers."""
+"""Layers as arithmetic, one file each: no state, no order of layers."""
 
 from twotower_spec.towers.layers.attention import Attention
 from twotower_spec.towers.layers.mamba2 import Mamba2

@@ -1,4 +1,4 @@
-"""Grouped-query attention without positional encoding: the projections around it."""
+"""Projections around grouped-query attention without positional encoding."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ from twotower_spec.towers.layers.weights import matrix
 
 
 class Attention(nn.Module):
-    """Projections of one attention layer; which keys are seen is the caller's business.
+    """Projections of one attention layer; the caller decides which keys are seen.
 
     Source: modeling_nemotron_h.py, NemotronHAttention; scale 1 / sqrt(head_dim), no rotary embedding.
     """

@@ -13,7 +13,7 @@ from twotower_spec.towers.layers.weights import matrix, parameter, taps_first
 
 
 class Mamba2(nn.Module):
-    """Everything of one Mamba-2 layer but the recurrence, whose state the caller holds.
+    """Mamba-2 layer without the recurrence, whose state the caller holds.
 
     Source: modeling_nemotron_h.py, NemotronHMamba2Mixer and MambaRMSNormGated (gate before norm, norm per group).
     """
@@ -34,7 +34,7 @@ class Mamba2(nn.Module):
 
     @property
     def scan_weights(self) -> ScanWeights:
-        """The parameters that the scan reads."""
+        """Parameters that the scan reads."""
         return ScanWeights(
             conv_weight=self.conv_weight[:, 0],
             conv_bias=self.conv_bias,

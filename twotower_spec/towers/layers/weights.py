@@ -1,4 +1,4 @@
-"""How weights are held: parameters without gradients, and views of them under the published tensor names."""
+"""Storage of weights: parameters without gradients, and views of them under the published tensor names."""
 
 from collections.abc import Iterable, Iterator
 
