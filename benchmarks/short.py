@@ -28,10 +28,7 @@ TABLES = frozenset(
     {
         "Speed and latency",
         "What drafts gain",
-        "Time of a round",
         "Best at each concurrency",
-        "Pareto front",
-        "Highest load within the bound",
         "Throughput and goodput",
         "Speed and fidelity",
         "Predicted and measured speed",
@@ -77,7 +74,7 @@ def main() -> None:
         _run(command)
     files = [path for name in (*STEPS, "profile") for path in sorted(FOLDER.glob(f"{name}.json*")) if path != OPS]
     report = write_report(files, FOLDER)
-    parts = []
+    parts = [f"Written on {time.strftime('%Y-%m-%d')}."]
     for section in report.sections:
         tables = tuple(table for table in section.tables if table.title in TABLES)
         parts.append("\n".join(section_lines(replace(section, tables=tables), level=3)))
