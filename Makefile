@@ -45,7 +45,7 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 test: setup ## run the tests; choose some with ARGS='-k acceptance' or ARGS='-m "not slow"'
-	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup ## formatting, ruff, mypy --strict
 	$(PY) -m ruff format --check .

@@ -10,8 +10,11 @@ if shutil.which("nvidia-smi") is None:
     interpret_kernels()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips tests marked `gpu` where there is no CUDA device."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips tests marked `gpu` where there is no CUDA device; files with slow tests come first where several run."""
+    if hasattr(config, "workerinput"):  # so that the quick ones fill up the end, and all workers finish together
+        slow = {item.path for item in items if item.get_closest_marker("slow")}
+        items.sort(key=lambda item: item.path not in slow)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return

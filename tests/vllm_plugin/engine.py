@@ -7,20 +7,18 @@ are kept for the test run, so that several tests can look at one engine.
 from __future__ import annotations
 
 import json
-import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.vllm_plugin.fork_server import ForkServer, serve_forks
-from twotower_bench.engines import engine_environment as quiet_environment
+from tests.vllm_plugin.fork_server import run_forked
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
-ROOT = Path(__file__).resolve().parents[2]
-ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512}
+# Far more blocks than all of them can fill, and far fewer than a GiB holds, which would be zeroed for every engine.
+ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512, "num_gpu_blocks_override": 400}
 # Prompts are read in pieces, blocks run out, and requests end at max_model_len.
 TIGHT = {"max_model_len": 192, "max_num_seqs": 6, "max_num_batched_tokens": 64, "num_gpu_blocks_override": 20}
 
@@ -39,7 +37,7 @@ def run_engine(
     scenarios: Sequence[str],
     speculative_config: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
-    timeout_s: float = 400,
+    timeout_s: int = 400,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Results of scenarios by name, from a fresh engine on the bundled verifier."""
@@ -49,29 +47,20 @@ def run_engine(
     )
     key = order + json.dumps(dict(environment or {}), sort_keys=True)
     if key not in _results:
-        _results[key] = _run(order, {**engine_environment(), **(environment or {})}, timeout_s)
+        _results[key] = _run(order, environment, timeout_s)
     return _results[key]
 
 
-def engine_environment() -> dict[str, str]:
-    """As the demo has it, and all of the log."""
-    return {**os.environ, **quiet_environment(), "VLLM_LOGGING_LEVEL": "INFO"}
-
-
-def _run(order: str, environment: dict[str, str], timeout_s: float) -> dict[str, Any]:
+def _run(order: str, environment: Mapping[str, str] | None, timeout_s: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         log, output = Path(folder) / "log", Path(folder) / "results.json"
-        code = _fork_server().run([order, str(output)], environment, log, timeout_s)
+        arguments = [order, str(output)]
+        code = run_forked("tests.vllm_plugin.engine:write_results", arguments, log, environment, timeout_s)
         said = log.read_text()
         assert code == 0, f"the engine ended with {code}\n{said[-6000:]}"
         results: dict[str, Any] = json.loads(output.read_text())
         results["log"] = said
         return results
-
-
-@cache
-def _fork_server() -> ForkServer:
-    return ForkServer("tests.vllm_plugin.engine", ROOT, engine_environment())
 
 
 @dataclass
@@ -184,7 +173,3 @@ def write_results(order: str, output: str) -> None:
     results = {name: getattr(scenarios, name)(engine) for name in given["scenarios"]}
     Path(output).write_text(json.dumps(results))
     engine.core.engine_core.shutdown()
-
-
-if __name__ == "__main__":
-    serve_forks(write_results, imported_first=("vllm.v1.worker.gpu_model_runner", "tests.vllm_plugin.scenarios"))

@@ -13,57 +13,86 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
+from twotower_bench.engines import engine_environment as quiet_environment
 
-class ForkServer:
-    """Our end; the other ends with this process."""
-
-    def __init__(self, module: str, folder: Path, environment: Mapping[str, str]) -> None:
-        """Starts a module that calls `serve_forks`."""
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-
-    def run(self, arguments: Sequence[str], environment: Mapping[str, str], log: Path, timeout_s: float) -> int:
-        """Exit code of a fork that has got the arguments, an environment of its own, and a file for what it says."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        print(json.dumps([arguments, dict(environment), str(log), timeout_s]), file=self._process.stdin, flush=True)
-        return int(self._process.stdout.readline())
+ROOT = Path(__file__).resolve().parents[2]
+IMPORTED_FIRST = ("vllm.v1.worker.gpu_model_runner", "tests.vllm_plugin.scenarios")
 
 
-def serve_forks(run: Callable[..., None], imported_first: Sequence[str]) -> None:
-    """Forks for every line of stdin, calls `run` there, and answers with the exit code."""
-    for module in imported_first:
+def engine_environment() -> dict[str, str]:
+    """As the demo has it, and all of the log; without a network, which a name that is no folder would be sought in."""
+    return {**os.environ, **quiet_environment(), "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
+
+
+def run_forked(
+    function: str,
+    arguments: Sequence[str],
+    log: Path,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: int = 400,
+) -> int:
+    """Exit code of a process that called a function.
+
+    Args:
+        function: as in `package.module:name`.
+        arguments: of the function.
+        log: file for what the process says; its temporary files lie beside it.
+        environment: variables beside those of all engines.
+        timeout_s: after which it ends with an error.
+    """
+    server = _server()
+    assert server.stdin is not None and server.stdout is not None
+    order = [function, list(arguments), str(log), {**engine_environment(), **(environment or {})}, timeout_s]
+    print(json.dumps(order), file=server.stdin, flush=True)
+    return int(server.stdout.readline())
+
+
+@cache
+def _server() -> subprocess.Popen[str]:
+    """Ends with this process."""
+    return subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        cwd=ROOT,
+        env=engine_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def _serve() -> None:
+    for module in IMPORTED_FIRST:
         import_module(module)
     gc.freeze()  # forks share what is here, and their collector need not look at it
     for line in sys.stdin:
         child = os.fork()
         if child == 0:
-            arguments, environment, log, timeout_s = json.loads(line)
-            _become_a_process_of_its_own(environment, log)
-            faulthandler.dump_traceback_later(timeout_s, exit=True)
-            run(*arguments)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(0)  # to take the interpreter apart would cost as much as all of a fork's start
+            _run(*json.loads(line))
         _, status = os.waitpid(child, 0)
         sys.stdout.write(f"{os.waitstatus_to_exitcode(status)}\n")
         sys.stdout.flush()
 
 
-def _become_a_process_of_its_own(environment: Mapping[str, str], log: str) -> None:
+def _run(function: str, arguments: Sequence[str], log: str, environment: Mapping[str, str], timeout_s: int) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = str(Path(log).parent)
     nothing, output = os.open(os.devnull, os.O_RDONLY), os.open(log, os.O_WRONLY | os.O_CREAT)
     for source, target in ((nothing, 0), (output, 1), (output, 2)):
         os.dup2(source, target)
+    faulthandler.dump_traceback_later(timeout_s, exit=True)
+    module, _, name = function.partition(":")
+    getattr(import_module(module), name)(*arguments)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # to take the interpreter apart would cost as much as all of a fork's start
+
+
+if __name__ == "__main__":
+    _serve()

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.vllm_plugin.engine import ROOT, engine_environment
+from tests.vllm_plugin.fork_server import ROOT, engine_environment
 from twotower_spec.demo.trio import trio_path
 
 READY_WITHIN_S = 240

@@ -18,7 +18,7 @@ from threading import Thread
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOT
+from tests.vllm_plugin.fork_server import ROOT
 from twotower_spec.demo import held_out_prompts, trio_path
 from vllm_twotower.compat import has_per_request_metrics
 

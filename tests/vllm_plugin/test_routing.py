@@ -1,7 +1,7 @@
 """Every spelling of the speculative settings leads to the proposer, and what cannot work is refused in a sentence.
 
-vLLM's own `EngineArgs.create_engine_config` does the work, as in every way to start it; no engine is started. One fresh
-interpreter for all, since vLLM changes the process that imports it.
+vLLM's own `EngineArgs.create_engine_config` does the work, as in every way to start it; no engine is started. In
+processes of their own, since vLLM changes the one that it works in.
 """
 
 from __future__ import annotations
@@ -9,35 +9,32 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
-import sys
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOT, engine_environment
+from tests.vllm_plugin.fork_server import run_forked
 from twotower_spec.demo.trio import trio_path
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 PROPOSER = "vllm_twotower.TwoTowerProposer"
 
-SCRIPT = """
-import json, sys
-from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
-from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-def config_of(given):
+def config_of(given: dict[str, Any]) -> Any:
+    from vllm.engine.arg_utils import AsyncEngineArgs, EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
     if "cli" in given:
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-        arguments = AsyncEngineArgs.from_cli_args(parser.parse_args(given["cli"]))
-    else:
-        arguments = EngineArgs(**given)
-    return arguments.create_engine_config()
+        return AsyncEngineArgs.from_cli_args(parser.parse_args(given["cli"])).create_engine_config()
+    return EngineArgs(**given).create_engine_config()
 
-def outcome(given):
+
+def outcome(given: dict[str, Any]) -> dict[str, Any]:
     try:
         config = config_of(given)
     except Exception as error:
@@ -53,8 +50,9 @@ def outcome(given):
         "found": config.additional_config.get("twotower_found"),
     }
 
-print("RESULT " + json.dumps([outcome(given) for given in json.loads(sys.argv[1])]))
-"""
+
+def write_outcomes(given: str, output: str) -> None:
+    Path(output).write_text(json.dumps([outcome(one) for one in json.loads(given)]))
 
 
 def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
@@ -66,18 +64,12 @@ def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, 
         else {"model": str(trio_path("verifier")), **verifier, **one}
         for one in given
     ]
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(filled)],
-        cwd=ROOT,
-        env={**engine_environment(), **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-    assert lines, done.stdout + done.stderr
-    found: list[dict[str, Any]] = json.loads(lines[-1].removeprefix("RESULT "))
+    with tempfile.TemporaryDirectory() as folder:
+        log, output = Path(folder) / "log", Path(folder) / "outcomes.json"
+        arguments = [json.dumps(filled), str(output)]
+        code = run_forked("tests.vllm_plugin.test_routing:write_outcomes", arguments, log, environment)
+        assert code == 0, log.read_text()
+        found: list[dict[str, Any]] = json.loads(output.read_text())
     return found
 
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, ROOT, engine_environment, run_engine
+from tests.vllm_plugin.engine import ROOMY, run_engine
+from tests.vllm_plugin.fork_server import ROOT, engine_environment
 from tests.vllm_plugin.server import Server, serving
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
