@@ -1,3 +1,4 @@
+import ast
 import os
 import subprocess
 import sys
@@ -64,3 +65,12 @@ def test_folder_that_holds_a_package_is_not_a_package_itself(folder: str) -> Non
     """An `__init__.py` in kernels/ would hide the PyPI package `kernels`, which transformers imports."""
     assert (ROOT / folder).is_dir()
     assert not (ROOT / folder / "__init__.py").exists()
+
+
+def test_the_plugin_imports_nothing_of_the_benchmarks() -> None:
+    """A server loads the plugin alone. Its sources are read: importing all of it would import vLLM."""
+    for file in sorted((ROOT / "vllm_plugin" / "vllm_twotower").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert not any(name.startswith("twotower_bench") for name in names), file
