@@ -26,7 +26,7 @@ from twotower_bench.serving_bench.server import (
     serve_command,
     without_proxy,
 )
-from vllm_twotower import compat
+from twotower_bench.vllm_hooks import SERVING
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
@@ -119,7 +119,7 @@ def test_load_generator_that_has_changed_is_named(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]
-    assert last.startswith("twotower_spec.errors.TwoTowerError: vLLM") and f"main, needed for {compat.SERVING}" in last
+    assert last.startswith("twotower_spec.errors.TwoTowerError: vLLM") and f"main, needed for {SERVING.purpose}" in last
 
 
 @pytest.mark.parametrize(

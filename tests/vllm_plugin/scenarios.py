@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -465,10 +465,9 @@ def lack_a_hook() -> None:
     """Before the engine is made: as if this vLLM had no `GPUModelRunner.execute_model`."""
     from vllm_twotower import compat
 
-    hook = next(one for one in compat.HOOKS if one.name == "GPUModelRunner.execute_model")
     real = compat.missing_hooks
 
-    def missing_hooks(stage: str, *, cpu: bool = False) -> list[Any]:
-        return [*real(stage, cpu=cpu), *([hook] if stage == "worker" else [])]
+    def missing_hooks(hooks: Sequence[Any]) -> list[Any]:
+        return [*real(hooks), *(one for one in hooks if one.name == "GPUModelRunner.execute_model")]
 
     patch.object(compat, "missing_hooks", missing_hooks).start()

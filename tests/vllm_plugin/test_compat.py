@@ -6,26 +6,23 @@ import sys
 import tomllib
 import zipfile
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 from packaging.requirements import Requirement
 
-from vllm_twotower.check_wheel import WheelError, check, check_wheel, download, main
+from vllm_twotower.check_wheel import WheelError, all_hooks, check, check_wheel, download, main
 from vllm_twotower.compat import (
     CHECKED_VERSIONS,
-    HOOKS,
-    Hook,
-    Kind,
-    has_per_request_metrics,
     is_present,
     missing_hooks,
     rejection_sampler_runs_without_drafts,
     warning_text,
 )
+from vllm_twotower.hook_table import Hook, Kind, Need, hooks_of
 
+HOOKS = all_hooks()
 ROOT = Path(__file__).parents[2]
 WHEEL = "vllm-1.2.3-cp38-abi3-manylinux_2_28_x86_64.whl"
 
@@ -147,12 +144,12 @@ def file_of(hook: Hook) -> str:
 
 
 def fake_hook(kind: Kind, name: str, parameters: tuple[str, ...]) -> Hook:
-    return Hook("fake_module", name, kind, "the test", parameters)
+    return Hook("fake_module", name, kind, Need("the test", "routing"), parameters)
 
 
 def fresh_interpreter(code: str) -> str:
     """Runs code where nothing is imported yet: vLLM changes torch and the environment of whoever imports it."""
-    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin"))
+    path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin", "benchmarks"))
     result = subprocess.run(
         [sys.executable, "-P", "-c", code],
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -201,31 +198,37 @@ def test_missing_hooks_does_not_raise_where_vllm_is_broken(monkeypatch: pytest.M
         raise OSError(f"{name}: cannot open shared object file")
 
     monkeypatch.setattr("importlib.import_module", fail)
-    assert missing_hooks("routing") == [hook for hook in HOOKS if hook.stage == "routing"]
-    assert all(hook.cpu_only for hook in set(missing_hooks("worker", cpu=True)) - set(missing_hooks("worker")))
-    assert not has_per_request_metrics()
-    assert "vLLM (unknown version)" in warning_text(missing_hooks("routing"))
+    assert missing_hooks(HOOKS) == HOOKS
+    assert "vLLM (unknown version)" in warning_text(missing_hooks(hooks_of("routing")))
 
 
 def test_every_hook_belongs_to_one_stage_and_is_listed_once() -> None:
     assert len({(hook.module, hook.name, hook.kind) for hook in HOOKS}) == len(HOOKS)
-    assert {hook.stage for hook in HOOKS} == {"routing", "worker", "measuring", "load"}
+    of_the_plugin = hooks_of("routing") + hooks_of("v1", on_cpu=True)
+    assert {hook.need.stage for hook in set(HOOKS) - set(of_the_plugin)} == {"measuring"}
+    assert not any(hook.need.required for hook in set(HOOKS) - set(of_the_plugin))
+
+
+def test_a_few_more_hooks_are_touched_on_a_cpu() -> None:
+    more = set(hooks_of("v1", on_cpu=True)) - set(hooks_of("v1"))
+    assert more and all(hook.need.cpu_only for hook in more)
 
 
 def test_importing_compat_and_check_wheel_imports_neither_vllm_nor_torch() -> None:
     said = fresh_interpreter(
-        "import sys, vllm_twotower.compat, vllm_twotower.check_wheel; print({'vllm', 'torch'} & set(sys.modules))"
+        "import sys, vllm_twotower.compat, vllm_twotower.check_wheel as check_wheel; check_wheel.all_hooks(); "
+        "print({'vllm', 'torch'} & set(sys.modules))"
     )
     assert said == "set()"
 
 
 def test_installed_vllm_has_every_hook(sources: dict[str, str]) -> None:
     said = fresh_interpreter(
-        "from vllm_twotower.compat import *\n"
-        "missing = [hook for stage in Stage.__args__ for hook in missing_hooks(stage, cpu=True)]\n"
-        "print([hook.name for hook in missing], has_per_request_metrics(), rejection_sampler_runs_without_drafts())"
+        "from vllm_twotower.check_wheel import all_hooks\n"
+        "from vllm_twotower.compat import missing_hooks, rejection_sampler_runs_without_drafts\n"
+        "print([hook.name for hook in missing_hooks(all_hooks())], rejection_sampler_runs_without_drafts())"
     )
-    assert said == "[] True True"
+    assert said == "[] True"
 
 
 def test_wheel_of_the_installed_sources_has_every_hook(
@@ -312,7 +315,7 @@ def test_warning_is_one_line_with_version_hook_and_cost(monkeypatch: pytest.Monk
 
 
 def test_warning_about_optional_hooks_says_that_drafters_work() -> None:
-    assert "drafters work without that" in warning_text([replace(hook_named("EngineArgs.spec_model"), required=False)])
+    assert "drafters work without that" in warning_text([hook_named("EngineArgs.add_cli_args")])
 
 
 @pytest.mark.parametrize(

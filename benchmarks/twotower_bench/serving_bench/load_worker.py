@@ -6,6 +6,7 @@ import argparse
 import sys
 from multiprocessing.connection import Connection
 
+from twotower_bench.vllm_hooks import LOAD_GENERATOR_HOOKS
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower import compat
 
@@ -18,7 +19,7 @@ def serve_loads(connection: Connection) -> None:
     Raises:
         TwoTowerError: the load generator is not as we know it.
     """
-    if missing := compat.missing_hooks("load"):
+    if missing := compat.missing_hooks(LOAD_GENERATOR_HOOKS):
         raise TwoTowerError(compat.warning_text(missing))
     from vllm.benchmarks.serve import add_cli_args, main
 

@@ -12,6 +12,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import gpu_model_runner
 
 from vllm_twotower import compat
+from vllm_twotower.hook_table import hooks_of
 from vllm_twotower.v1 import cpu_repairs
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
 
@@ -27,10 +28,10 @@ def install() -> bool:
         Whether this vLLM has all that drafting needs; otherwise there is one warning, and nothing is changed.
     """
     on_cpu = current_platform.is_cpu()
-    missing = compat.missing_hooks("worker", cpu=on_cpu)
+    missing = compat.missing_hooks(hooks_of("v1", on_cpu=on_cpu))
     if missing:
         logger.warning("%s", compat.warning_text(missing))
-    if any(hook.required for hook in missing):
+    if any(hook.need.required for hook in missing):
         return False
     if on_cpu:
         cpu_repairs.install()

@@ -1,0 +1,173 @@
+"""Every place of vLLM that this plugin touches, as data.
+
+The table has two readers. `vllm_twotower.compat` asks the vLLM that is installed, by importing it, so that a version
+which has changed costs one warning instead of a server that dies at its first request. `vllm_twotower.check_wheel` asks
+the sources in a wheel that is not installed. Importing this module imports neither vLLM nor torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Literal
+
+# Where a hook acts: in every process that reads engine arguments or requests, in the workers of vLLM's model runner V1,
+# or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
+Stage = Literal["routing", "v1", "measuring"]
+
+
+class Kind(StrEnum):
+    """What a hook is, and so how its presence is checked."""
+
+    FUNCTION = "function"  # a function or method, with the parameters that we pass or that vLLM passes to ours
+    FIELD = "field"  # annotated or defined in the class body, or assigned on self in one of its methods
+    NAME = "name"  # bound in the module by whatever means, an import included; we replace it there
+    CHOICE = "choice"  # values that the Literal type of a field allows
+
+
+@dataclass(frozen=True)
+class Need:
+    """What some hooks are for.
+
+    Attributes:
+        purpose: what is lost without them, as a phrase that can follow "needed for".
+        stage: the part of the plugin that touches them.
+        required: whether drafting is impossible without them; otherwise their absence costs only the purpose.
+        cpu_only: whether they are touched on a CPU only.
+    """
+
+    purpose: str
+    stage: Stage
+    required: bool = True
+    cpu_only: bool = False
+
+
+@dataclass(frozen=True)
+class Hook:
+    """One place of vLLM that the plugin wraps, replaces, calls or reads.
+
+    Attributes:
+        module: full name of the module, `vllm.engine.arg_utils`.
+        name: name in it, with its class where it has one: `EngineArgs.create_speculative_config`.
+        kind: what it is.
+        need: what it is for.
+        parameters: for a function its leading parameters in order, without self, () if any will do; for a choice the
+            values that must be allowed.
+    """
+
+    module: str
+    name: str
+    kind: Kind
+    need: Need
+    parameters: tuple[str, ...] = ()
+
+
+def function(module: str, name: str, need: Need, parameters: str = "") -> Hook:
+    """A function or method with these leading parameters, separated by spaces."""
+    return Hook(module, name, Kind.FUNCTION, need, tuple(parameters.split()))
+
+
+def fields(module: str, owner: str, names: str, need: Need) -> tuple[Hook, ...]:
+    """One hook for each of the fields of a class, separated by spaces."""
+    return tuple(Hook(module, f"{owner}.{name}", Kind.FIELD, need) for name in names.split())
+
+
+ROUTING = Need("routing TwoTower checkpoints to the drafter", "routing")
+ALIAS = Need("the command-line option --speculative-model", "routing", required=False)
+MORE_PARAMETERS = Need("requests with min_p or logit_bias", "routing", required=False)
+LOADING = Need("loading the drafter", "v1")
+STEP = Need("giving the drafter the requests of a step", "v1")
+LAST_TOKENS = Need("drafting up to the last tokens of the longest allowed sequence", "v1", required=False)
+VERIFYING = Need("verifying drafts", "v1")
+CPU_SAMPLING = Need("correct sampling on a CPU", "v1", cpu_only=True)
+
+ARG_UTILS = "vllm.engine.arg_utils"
+SAMPLING_PARAMS = "vllm.sampling_params"
+SPECULATIVE = "vllm.config.speculative"
+RUNNER = "vllm.v1.worker.gpu_model_runner"
+INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
+REJECTION_SAMPLER = "vllm.v1.sample.rejection_sampler"
+SAMPLER = "vllm.v1.sample.sampler"
+SAMPLING_METADATA = "vllm.v1.sample.metadata"
+LOGITS_PROCESSORS = "vllm.v1.sample.logits_processor.state"
+OUTPUTS = "vllm.v1.outputs"
+CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
+DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
+
+HOOKS: tuple[Hook, ...] = (
+    function(
+        ARG_UTILS,
+        "EngineArgs.create_speculative_config",
+        ROUTING,
+        "target_model_config target_parallel_config",
+    ),
+    *fields(
+        ARG_UTILS, "EngineArgs", "speculative_config additional_config spec_model spec_method spec_tokens", ROUTING
+    ),
+    function(ARG_UTILS, "EngineArgs.add_cli_args", ALIAS, "parser"),
+    Hook(SPECULATIVE, "SpeculativeConfig.method", Kind.CHOICE, ROUTING, ("custom_class",)),
+    function(SAMPLING_PARAMS, "SamplingParams._validate_spec_decode", MORE_PARAMETERS, "speculative_config"),
+    function(CUSTOM_CLASS, "create_custom_proposer", LOADING, "vllm_config"),
+    Hook(RUNNER, "create_custom_proposer", Kind.NAME, LOADING),
+    function(RUNNER, "GPUModelRunner.execute_model", STEP, "scheduler_output"),
+    *fields(RUNNER, "GPUModelRunner", "vllm_config max_model_len requests input_batch", STEP),
+    *fields(RUNNER, "GPUModelRunner", "effective_drafter_max_model_len", LAST_TOKENS),
+    function(RUNNER, "GPUModelRunner._sample", VERIFYING, "logits spec_decode_metadata"),
+    Hook(RUNNER, "RejectionSampler", Kind.NAME, VERIFYING),
+    *fields(RUNNER, "GPUModelRunner", "rejection_sampler", VERIFYING),
+    *fields(INPUT_BATCH, "InputBatch", "req_ids num_reqs num_tokens_no_spec token_ids_cpu", STEP),
+    *fields(INPUT_BATCH, "CachedRequestState", "sampling_params", STEP),
+    function(
+        REJECTION_SAMPLER,
+        "RejectionSampler.forward",
+        VERIFYING,
+        "metadata draft_probs logits sampling_metadata",
+    ),
+    function(
+        REJECTION_SAMPLER,
+        "RejectionSampler.apply_logits_processors",
+        VERIFYING,
+        "logits sampling_metadata metadata",
+    ),
+    function(
+        REJECTION_SAMPLER,
+        "RejectionSampler._get_logprobs_tensors",
+        VERIFYING,
+        "max_num_logprobs metadata logits target_logits bonus_logits sampled_token_ids",
+    ),
+    function(REJECTION_SAMPLER, "RejectionSampler.parse_output", VERIFYING),
+    *fields(REJECTION_SAMPLER, "RejectionSampler", "sampler synthetic_mode is_processed_logprobs_mode", VERIFYING),
+    function(
+        REJECTION_SAMPLER,
+        "expand_batch_to_tokens",
+        CPU_SAMPLING,
+        "x cu_num_tokens num_tokens replace_from replace_to",
+    ),
+    function(
+        REJECTION_SAMPLER,
+        "apply_sampling_constraints",
+        CPU_SAMPLING,
+        "logits cu_num_draft_tokens sampling_metadata",
+    ),
+    function(SAMPLER, "Sampler.apply_logits_processors", VERIFYING, "logits sampling_metadata predict_bonus_token"),
+    *fields(
+        DRAFT_METADATA,
+        "SpecDecodeMetadata",
+        "draft_token_ids num_draft_tokens cu_num_draft_tokens target_logits_indices bonus_logits_indices",
+        VERIFYING,
+    ),
+    *fields(
+        SAMPLING_METADATA,
+        "SamplingMetadata",
+        "temperature top_k top_p all_greedy max_num_logprobs no_penalties bad_words_token_ids allowed_token_ids_mask "
+        "logitsprocs",
+        VERIFYING,
+    ),
+    *fields(LOGITS_PROCESSORS, "LogitsProcessors", "non_argmax_invariant", VERIFYING),
+    *fields(OUTPUTS, "SamplerOutput", "sampled_token_ids logprobs_tensors", VERIFYING),
+)
+
+
+def hooks_of(stage: Stage, *, on_cpu: bool = False) -> list[Hook]:
+    """Those that a stage touches, on a CPU a few more."""
+    return [hook for hook in HOOKS if hook.need.stage == stage and (on_cpu or not hook.need.cpu_only)]
