@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from twotower_bench.records import DecodingSteps, DraftSetting, ServingCell
-from twotower_bench.serving_figures import acceptance_of
 from twotower_bench.serving_profile import (
     AcceptanceLength,
     DraftingPhases,
@@ -20,6 +19,7 @@ from twotower_bench.serving_profile import (
     ServingProfile,
     VerifierStep,
 )
+from twotower_bench.summary import acceptance_of
 
 # A time of fewer steps says little.
 FEWEST_STEPS = 3

@@ -11,9 +11,8 @@ from typing import Any, Literal, get_args
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.pareto import pareto_front
 from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, ServingCell, System
-from twotower_bench.serving import cells_of
-from twotower_bench.serving_figures import latency_of
 from twotower_bench.serving_profile import check_positive
+from twotower_bench.summary import latency_of, repeats_of
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import (
@@ -207,7 +206,7 @@ def best_by_concurrency(
 
 
 def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
-    own = cells_of(cells, name, load)
+    own = repeats_of(cells, name, load)
     together, user = (median_and_spread([_rate(cell, Goal(goal)) for cell in own]) for goal in get_args(GoalName))
     return Point(own[0].system, load, together, user)
 
@@ -262,7 +261,9 @@ def _made(
 
 def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
     places = ((BASELINE, baseline.load), (candidate.system.name, candidate.load), (BASELINE_AGAIN, baseline.load))
-    return compare_same_repeats(*({cell.repeat: _rate(cell, goal) for cell in cells_of(cells, *one)} for one in places))
+    return compare_same_repeats(
+        *({cell.repeat: _rate(cell, goal) for cell in repeats_of(cells, *one)} for one in places)
+    )
 
 
 def _rate(cell: ServingCell, goal: Goal) -> float:

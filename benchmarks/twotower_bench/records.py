@@ -238,9 +238,34 @@ class ServingCell:
     drafting: Drafting | None = None
 
     @property
+    def place(self) -> Load:
+        """What systems are compared under."""
+        return self.load
+
+    @property
+    def temperature(self) -> float:
+        """Of the verifier."""
+        return self.load.temperature
+
+    @property
     def tokens_per_s(self) -> float:
         """Tokens of all requests together per second."""
         return sum(len(request.token_ids) for request in self.requests) / self.seconds
+
+    @property
+    def speed(self) -> float:
+        """What systems are compared by, more is better."""
+        return self.tokens_per_s
+
+    @property
+    def num_failed(self) -> int:
+        """Always 0: where a request fails the engine does, and there is no cell."""
+        return 0
+
+    @property
+    def answers(self) -> Mapping[str, tuple[int, ...] | None]:
+        """Texts by prompt."""
+        return {request.prompt_id: request.token_ids for request in self.requests}
 
 
 @dataclass(frozen=True)
@@ -370,6 +395,16 @@ class LoadPoint:
     num_drafts: int
     num_accepted_tokens: int
     texts: tuple[str | None, ...]
+
+    @property
+    def place(self) -> Traffic:
+        """What systems are compared under."""
+        return self.traffic
+
+    @property
+    def answers(self) -> Mapping[str, str | None]:
+        """Texts by prompt."""
+        return {str(i): text for i, text in enumerate(self.texts)}
 
     @property
     def num_completed(self) -> int:

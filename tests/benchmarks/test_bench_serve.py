@@ -26,10 +26,10 @@ from twotower_bench.cli.options import Models
 from twotower_bench.cli.serve import serve
 from twotower_bench.cli.serve_options import most_at_once, serve_arguments, traffics_of
 from twotower_bench.engine_flags import engine_flags
-from twotower_bench.load_points import load_figures
 from twotower_bench.records import LatencyBound, LoadPoint, System, Traffic, read_row
 from twotower_bench.serving_bench import ServePlan, Workload
 from twotower_bench.serving_bench.load_generator import as_point
+from twotower_bench.summary import summarise_points
 from twotower_spec.cli.app import bench_app
 from twotower_spec.errors import ArgumentError
 
@@ -95,7 +95,7 @@ def test_every_point_is_a_line_that_says_where_it_was_measured(run: Run) -> None
 
 @pytest.mark.slow
 def test_texts_are_those_of_no_speculation_in_fewer_steps(run: Run) -> None:
-    figures = load_figures([read_row(LoadPoint, row) for row in rows_of(run.file)])
+    figures = summarise_points([read_row(LoadPoint, row) for row in rows_of(run.file)])
     ours = [one for one in figures if one.system.name == "twotower"]
     assert len(ours) == 2
     for one in ours:
@@ -283,7 +283,7 @@ def result(**given: Any) -> dict[str, Any]:
 def test_failed_request_is_counted_and_named_under_the_tables() -> None:
     point = as_point(result(), WORKLOAD, NONE, Traffic(concurrency=4), repeat=0)
     assert point.texts == ("a", None, "c") and point.num_good == 1
-    assert failures(load_figures([point])) == ["no speculation failed 1 of 3 requests at concurrency 4."]
+    assert failures(summarise_points([point])) == ["no speculation failed 1 of 3 requests at concurrency 4."]
 
 
 @pytest.mark.parametrize("make", [throughput_table, latency_table])
@@ -300,6 +300,6 @@ def test_tables_fit_80_columns_without_cutting_a_word(make: Callable[..., Any]) 
         for system in (NONE, System("draft_model", "AR draft model"), System("none_again", "none again (A/A)"))
     ]
     console = Console(width=80, record=True, file=StringIO())
-    console.print(make(load_figures(points)))
+    console.print(make(summarise_points(points)))
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= 80

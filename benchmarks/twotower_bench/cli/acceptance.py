@@ -16,9 +16,8 @@ from twotower_bench.cli.serving_record import complete, serving_record
 from twotower_bench.cli.tables import acceptance_table, position_table, print_origin, print_remarks, speed_table
 from twotower_bench.engines import EnginePool
 from twotower_bench.records import Load
-from twotower_bench.serving import over_categories
-from twotower_bench.serving_figures import all_figures
 from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.summary import over_categories, summarise_cells
 from twotower_bench.systems import engine_spec
 from twotower_spec.evaluation import load_prompts
 
@@ -70,7 +69,7 @@ def acceptance(
         run = ServingRun(pool, texts, max_new_tokens, chat)
         cells = complete(record, run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
     console = Console(highlight=False)
-    figures = all_figures([*over_categories(cells), *cells])
+    figures = summarise_cells([*over_categories(cells), *cells])
     for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):
         console.print(table)
     print_remarks(console, len(texts), cells)

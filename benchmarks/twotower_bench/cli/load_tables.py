@@ -10,17 +10,17 @@ from rich.table import Table
 
 from twotower_bench.cli.record import Record
 from twotower_bench.cli.tables import print_origin
-from twotower_bench.load_points import GOOD_ENOUGH, LoadFigures, highest_within_bound
 from twotower_bench.records import LoadPoint
 from twotower_bench.serving_bench import ServePlan
+from twotower_bench.summary import GOOD_ENOUGH, ServerSummary, highest_within_bound
 
 THROUGHPUT = ("req/s", "good/s", "good", "tok/s", "speed-up", "verdict", "accept", "differ")
 LATENCIES = ("TTFT", "p99", "TPOT", "p99", "ITL", "p99", "E2EL", "p99")
-Cells = Callable[[LoadFigures], list[str]]
+Cells = Callable[[ServerSummary], list[str]]
 
 
 def print_load_tables(
-    console: Console, figures: Sequence[LoadFigures], plan: ServePlan, dataset: str, record: Record[LoadPoint]
+    console: Console, figures: Sequence[ServerSummary], plan: ServePlan, dataset: str, record: Record[LoadPoint]
 ) -> None:
     """Both tables, the loads that keep the bound, what was asked, and where it was measured."""
     console.print(throughput_table(figures))
@@ -37,19 +37,19 @@ def print_load_tables(
     print_origin(console, record)
 
 
-def throughput_table(figures: Sequence[LoadFigures]) -> Table:
+def throughput_table(figures: Sequence[ServerSummary]) -> Table:
     """Rates, the speed-up, and what became of drafts and texts."""
     table = _table("throughput", THROUGHPUT, figures, _throughput)
     table.caption = "speed-up: of tokens/s at a concurrency, of the median time to the end at a rate"
     return table
 
 
-def latency_table(figures: Sequence[LoadFigures]) -> Table:
+def latency_table(figures: Sequence[ServerSummary]) -> Table:
     """All four, in milliseconds."""
     return _table("latency in ms, median and 99th percentile", LATENCIES, figures, _latencies)
 
 
-def kept_loads(figures: Sequence[LoadFigures]) -> str:
+def kept_loads(figures: Sequence[ServerSummary]) -> str:
     """The highest loads that each system keeps the bound under, as a sentence."""
     titles = {one.system.name: one.system.title for one in figures}
     parts = []
@@ -59,7 +59,7 @@ def kept_loads(figures: Sequence[LoadFigures]) -> str:
     return f"Highest load with {GOOD_ENOUGH:.0%} of the requests within {figures[0].bound}: {'; '.join(parts)}."
 
 
-def failures(figures: Sequence[LoadFigures]) -> list[str]:
+def failures(figures: Sequence[ServerSummary]) -> list[str]:
     """A sentence for every system and load with requests that failed."""
     return [
         f"{one.system.title} failed {one.num_failed} of {one.num_requests * one.num_repeats} requests at {one.traffic}."
@@ -68,7 +68,7 @@ def failures(figures: Sequence[LoadFigures]) -> list[str]:
     ]
 
 
-def _table(title: str, headings: Sequence[str], figures: Sequence[LoadFigures], cells: Cells) -> Table:
+def _table(title: str, headings: Sequence[str], figures: Sequence[ServerSummary], cells: Cells) -> Table:
     # The box itself puts a space between columns; more would not fit.
     table = Table(title=title, title_justify="left", caption_justify="left", box=SIMPLE_HEAD, padding=0)
     table.add_column("", no_wrap=True)
@@ -82,7 +82,7 @@ def _table(title: str, headings: Sequence[str], figures: Sequence[LoadFigures], 
     return table
 
 
-def _throughput(one: LoadFigures) -> list[str]:
+def _throughput(one: ServerSummary) -> list[str]:
     return [
         f"{one.requests_per_s.value:.2f}",
         f"{one.goodput.value:.2f}",
@@ -95,7 +95,7 @@ def _throughput(one: LoadFigures) -> list[str]:
     ]
 
 
-def _latencies(one: LoadFigures) -> list[str]:
+def _latencies(one: ServerSummary) -> list[str]:
     times = (one.ttft, one.tpot, one.itl, one.e2el)
     return [_milliseconds(seconds) for time in times for seconds in (time.median, time.p99)]
 

@@ -216,7 +216,7 @@ def require_packages(report: Path | None) -> None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
         )
-    require_extra("bench", "scipy", *(("matplotlib", "jinja2") if report else ()))
+    require_extra("bench", "pandas", "scipy", *(("matplotlib", "jinja2") if report else ()))
 
 
 def write_report_of(report: Path | None, *files: Path | None) -> None:

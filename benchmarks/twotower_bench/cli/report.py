@@ -18,7 +18,7 @@ def report(
 
     A file is what a benchmark wrote with --json; several become one report.
     """
-    require_extra("bench", "matplotlib", "jinja2", "scipy")
+    require_extra("bench", "matplotlib", "jinja2", "pandas", "scipy")
     from twotower_bench.report import write_report  # matplotlib and jinja2
 
     written = write_report(files, output)

@@ -14,9 +14,9 @@ from twotower_bench.cli.load_tables import print_load_tables
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.measurements import progress_bar
 from twotower_bench.cli.record import Record
-from twotower_bench.load_points import load_figures
 from twotower_bench.records import LatencyBound, LoadPoint, System
 from twotower_bench.serving_bench import Endpoint, ServePlan, Slot, Workload, measure_endpoint, measure_servers
+from twotower_bench.summary import summarise_points
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
@@ -105,7 +105,7 @@ def serve(
     with record.opened(json_file, overwrite):
         if missing := [slot for slot in plan.slots() if slot.key not in record.found]:
             _measure(plan, endpoint, record, missing)
-    print_load_tables(Console(highlight=False), load_figures(chosen(record, plan)), plan, dataset, record)
+    print_load_tables(Console(highlight=False), summarise_points(chosen(record, plan)), plan, dataset, record)
     options.write_report_of(report, json_file)
 
 

@@ -11,11 +11,11 @@ from rich.table import Table
 
 from twotower_bench.cli.record import Record
 from twotower_bench.records import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
-from twotower_bench.serving_figures import Figures
+from twotower_bench.summary import CellSummary
 from twotower_spec.machine import commit, describe_machine
 
 
-def speed_table(figures: Sequence[Figures]) -> Table:
+def speed_table(figures: Sequence[CellSummary]) -> Table:
     """Tokens per second and latency, a section per load."""
     table = _table("tok/s", "speed-up", "verdict", "TTFT ms", "ITL ms", "differ")
     for row in _with_sections(table, figures):
@@ -33,7 +33,7 @@ def speed_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
-def acceptance_table(figures: Sequence[Figures]) -> Table:
+def acceptance_table(figures: Sequence[CellSummary]) -> Table:
     """What became of drafts and where a round's time goes, a section per load; systems without drafts left out."""
     table = _table("accept. length", "tok / step", "tok / NFE", "extend", "denoise", "host", "verify")
     drafted = [row for row in figures if row.acceptance.acceptance_length]
@@ -51,7 +51,7 @@ def acceptance_table(figures: Sequence[Figures]) -> Table:
     return table
 
 
-def position_table(figures: Sequence[Figures]) -> Table:
+def position_table(figures: Sequence[CellSummary]) -> Table:
     """Conditional acceptance by position, a section per load."""
     most = max((len(row.acceptance.by_position) for row in figures), default=0)
     table = _table(*(str(i + 1) for i in range(min(most, 8))))
@@ -91,7 +91,7 @@ def _table(*headings: str) -> Table:
     return table
 
 
-def _with_sections(table: Table, figures: Sequence[Figures]) -> Iterator[Figures]:
+def _with_sections(table: Table, figures: Sequence[CellSummary]) -> Iterator[CellSummary]:
     """The same rows; a section with the load as its heading before the first of each."""
     load = None
     for row in figures:

@@ -12,6 +12,7 @@ import torch
 from twotower_bench.engines import EnginePool
 from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
 from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.summary import acceptance_length
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 from twotower_spec.demo import demo_prompts, trio_path
 from twotower_spec.evaluation import Prompt
@@ -108,8 +109,8 @@ def rows_of(cells: Sequence[ServingCell], systems: Sequence[System]) -> list[Dem
 
 
 def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
-    steps = [
-        accepted + 1
+    kept = [
+        accepted
         for cell in found
         for one in cell.requests
         for drafted, accepted in zip(one.num_draft_tokens, one.num_accepted_tokens, strict=True)
@@ -119,10 +120,6 @@ def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
         system=found[0].system.name,
         batch_size=found[0].load.concurrency,
         tokens_per_s=statistics.median(cell.tokens_per_s for cell in found),
-        acceptance_length=statistics.fmean(steps) if steps else 1.0,
-        identical=all(_texts(cell) == _texts(expected) for cell in found),
+        acceptance_length=acceptance_length(sum(kept), len(kept)) or 1.0,
+        identical=all(cell.answers == expected.answers for cell in found),
     )
-
-
-def _texts(cell: ServingCell) -> list[tuple[int, ...]]:
-    return [request.token_ids for request in cell.requests]

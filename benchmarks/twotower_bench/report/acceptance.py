@@ -9,8 +9,7 @@ from twotower_bench.report.findings import finding
 from twotower_bench.report.reading import Measurements
 from twotower_bench.report.speed import drafts_table, outcomes_of, speed_table, speed_up_plots
 from twotower_bench.report.wording import as_json
-from twotower_bench.serving import over_categories
-from twotower_bench.serving_figures import all_figures
+from twotower_bench.summary import over_categories, summarise_cells
 
 
 def acceptance_section(measured: Measurements, name: str) -> Section:
@@ -22,7 +21,7 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     """
     cells = measured.serving_cells
     together = over_categories(cells)
-    figures = all_figures([*together, *cells])
+    figures = summarise_cells([*together, *cells])
     loads = {cell.load for cell in together or cells}
     rivals = [one.system for one in figures if one.system.name not in (BASELINE, BASELINE_AGAIN)]
     tables, plots = draft_parts(cells, figures)

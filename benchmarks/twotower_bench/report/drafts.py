@@ -17,14 +17,14 @@ from twotower_bench.report.positions import (
 )
 from twotower_bench.report.rounds import calibration_table, reliability_plot, round_plot, round_table
 from twotower_bench.report.wording import listed
-from twotower_bench.serving_figures import Figures
+from twotower_bench.summary import CellSummary
 
 
 def draft_parts(
     cells: Sequence[ServingCell],
-    figures: Sequence[Figures],
+    figures: Sequence[CellSummary],
     shown: Collection[str] | None = None,
-    in_bars: Sequence[Figures] | None = None,
+    in_bars: Sequence[CellSummary] | None = None,
 ) -> tuple[list[Table], list[Plot]]:
     """Tables and plots: acceptance by category and position, time of a round, confidences; those that there are.
 
@@ -51,13 +51,13 @@ def draft_parts(
     return tables, plots
 
 
-def as_measured(figures: Sequence[Figures], cells: Sequence[ServingCell]) -> list[Figures]:
+def as_measured(figures: Sequence[CellSummary], cells: Sequence[ServingCell]) -> list[CellSummary]:
     """Those of loads that cells have; figures over several loads, which would count all twice, are left out."""
     loads = {cell.load for cell in cells}
     return [one for one in figures if one.load in loads]
 
 
-def without_drafts_notes(cells: Sequence[ServingCell], figures: Sequence[Figures]) -> list[str]:
+def without_drafts_notes(cells: Sequence[ServingCell], figures: Sequence[CellSummary]) -> list[str]:
     """A sentence on rounds that had no drafts for reasons that nobody asked for; none where there were none."""
     counts = Counter[str]()
     for one in as_measured(figures, cells):

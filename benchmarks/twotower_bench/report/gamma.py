@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from twotower_bench.records import DraftSetting, Load
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Reference
 from twotower_bench.report.wording import place_of
-from twotower_bench.serving_figures import Figures
+from twotower_bench.summary import CellSummary
 
 MOST_LINES = 6
 MOST_PANELS = 6
@@ -60,7 +60,7 @@ def joined_in_words(families: Mapping[str, int]) -> str:
     return f"Settings that differ in gamma alone are joined.{more}"
 
 
-def gamma_plots(figures: Sequence[Figures]) -> list[Plot]:
+def gamma_plots(figures: Sequence[CellSummary]) -> list[Plot]:
     """Speed-up, acceptance length and tokens per denoiser pass over gamma; none where gamma does not vary.
 
     Args:
@@ -103,7 +103,7 @@ def gamma_plots(figures: Sequence[Figures]) -> list[Plot]:
     return [plot for plot in plots if plot.panels and all(panel.marks for panel in plot.panels)]
 
 
-def _points(figures: Sequence[Figures], load: Load) -> list[GammaPoint]:
+def _points(figures: Sequence[CellSummary], load: Load) -> list[GammaPoint]:
     """Of TwoTower's settings with a gamma under one load."""
     points = []
     for one in figures:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, replace
 from twotower_bench.records import ALL_CATEGORIES, ServingCell, System
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Row, RowGroup, Table
 from twotower_bench.report.wording import category_in_words, dodged, hues_of, interval, short_title
-from twotower_bench.serving import over_categories
-from twotower_bench.serving_figures import Acceptance, acceptance_of
+from twotower_bench.summary import Acceptance, acceptance_of, over_categories
 
 # Of a share that is shown, in one repeat, whose greedy texts are those of the next: with fewer it is noise.
 FEWEST_STEPS = 5

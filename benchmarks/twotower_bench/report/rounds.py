@@ -17,8 +17,7 @@ from twotower_bench.report.wording import (
     share,
     short_title,
 )
-from twotower_bench.serving import cells_of
-from twotower_bench.serving_figures import Figures, merged_calibration, plain_step_s
+from twotower_bench.summary import CellSummary, merged_calibration, plain_step_s, repeats_of
 from twotower_spec.drafting.metrics import CalibrationBin
 
 # Of the bars, with their hues.
@@ -26,7 +25,7 @@ LAYERS = (("extend", 1), ("denoise", 2), ("host", 4), ("verify", 3), ("step with
 MOST_BARS = 16
 
 
-def round_table(figures: Sequence[Figures]) -> Table:
+def round_table(figures: Sequence[CellSummary]) -> Table:
     """Phases of a round of the systems with a drafter that is timed."""
     timed = [one for one in figures if one.round_times]
     rows = []
@@ -43,7 +42,7 @@ def round_table(figures: Sequence[Figures]) -> Table:
     return Table("Time of a round", columns, groups_by_load(timed, rows), note)
 
 
-def round_plot(figures: Sequence[Figures], cells: Sequence[ServingCell]) -> Plot:
+def round_plot(figures: Sequence[CellSummary], cells: Sequence[ServingCell]) -> Plot:
     """The same as stacked bars, with a step without speculation beside each load; the first loads.
 
     Args:
@@ -68,7 +67,7 @@ def round_plot(figures: Sequence[Figures], cells: Sequence[ServingCell]) -> Plot
     )
 
 
-def calibration_table(figures: Sequence[Figures]) -> Table:
+def calibration_table(figures: Sequence[CellSummary]) -> Table:
     """How often drafts of a confidence are accepted, all loads together."""
     groups = []
     for title, bins in _by_system(figures).items():
@@ -90,7 +89,7 @@ def calibration_table(figures: Sequence[Figures]) -> Table:
     return Table("Confidence and acceptance", columns, tuple(groups), note)
 
 
-def reliability_plot(figures: Sequence[Figures]) -> Plot:
+def reliability_plot(figures: Sequence[CellSummary]) -> Plot:
     """The same as a diagram."""
     by_system = _by_system(figures)
     names = {one.system.title: one.system for one in figures}
@@ -119,17 +118,17 @@ def reliability_plot(figures: Sequence[Figures]) -> Plot:
 
 def _plain_cells(cells: Sequence[ServingCell], load: Load) -> list[ServingCell]:
     """Of no speculation under a load, or in its categories one by one, whose batches were full each for itself."""
-    return cells_of(cells, BASELINE, load) or [
+    return repeats_of(cells, BASELINE, load) or [
         cell for cell in cells if cell.system.name == BASELINE and replace(cell.load, category=ALL_CATEGORIES) == load
     ]
 
 
-def _phases(one: Figures) -> tuple[float, float, float, float]:
+def _phases(one: CellSummary) -> tuple[float, float, float, float]:
     assert one.round_times is not None
     return one.round_times.extend, one.round_times.denoise, one.round_times.host, one.round_times.verify
 
 
-def _by_system(figures: Sequence[Figures], most: int = 3) -> dict[str, list[CalibrationBin]]:
+def _by_system(figures: Sequence[CellSummary], most: int = 3) -> dict[str, list[CalibrationBin]]:
     """Bins that hold drafts by title of the system; more systems than `most` are taken together."""
     titles = list(dict.fromkeys(one.system.title for one in figures if one.calibration))
     parts = {title: [one.calibration for one in figures if one.system.title == title] for title in titles}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from twotower_bench.load_points import LoadFigures, highest_within_bound, load_figures
 from twotower_bench.records import BASELINE, BASELINE_AGAIN, Quantiles
 from twotower_bench.report.document import Axis, Line, Panel, Plot, Reference, Row, RowGroup, Section, Table
 from twotower_bench.report.findings import Outcome, finding
@@ -21,6 +20,7 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
+from twotower_bench.summary import ServerSummary, highest_within_bound, summarise_points
 
 # Whether the loop is closed, and what its load is.
 KINDS = ((True, "requests at once"), (False, "requests/s that come"))
@@ -33,7 +33,7 @@ def serve_section(measured: Measurements, name: str) -> Section:
         measured: with at least one.
         name: of the section.
     """
-    figures = load_figures(measured.load_points)
+    figures = summarise_points(measured.load_points)
     outcomes = [
         Outcome(one.system, str(one.traffic), one.speed_up, one.comparison)
         for one in figures
@@ -74,7 +74,7 @@ def serve_section(measured: Measurements, name: str) -> Section:
     )
 
 
-def _groups(figures: Sequence[LoadFigures], row: Callable[[LoadFigures], Row]) -> tuple[RowGroup, ...]:
+def _groups(figures: Sequence[ServerSummary], row: Callable[[ServerSummary], Row]) -> tuple[RowGroup, ...]:
     groups = []
     for traffic in dict.fromkeys(one.traffic for one in figures):
         own = [one for one in figures if one.traffic == traffic]
@@ -83,8 +83,8 @@ def _groups(figures: Sequence[LoadFigures], row: Callable[[LoadFigures], Row]) -
     return tuple(groups)
 
 
-def _speed_table(figures: Sequence[LoadFigures]) -> Table:
-    def row(one: LoadFigures) -> Row:
+def _speed_table(figures: Sequence[ServerSummary]) -> Table:
+    def row(one: ServerSummary) -> Row:
         is_baseline = one.system.name == BASELINE
         return Row(
             (
@@ -114,13 +114,13 @@ def _speed_table(figures: Sequence[LoadFigures]) -> Table:
     return Table("Throughput and goodput", columns, _groups(figures, row), note)
 
 
-def _within_bound(one: LoadFigures) -> str:
+def _within_bound(one: ServerSummary) -> str:
     middle, lowest = share(one.good_share), share(one.lowest_good_share)
     return f"{middle} (lowest {lowest})" if one.lowest_good_share < one.good_share and lowest != middle else middle
 
 
-def _latency_table(figures: Sequence[LoadFigures]) -> Table:
-    def row(one: LoadFigures) -> Row:
+def _latency_table(figures: Sequence[ServerSummary]) -> Table:
+    def row(one: ServerSummary) -> Row:
         return Row((one.system.title, *map(_quantiles, (one.ttft, one.tpot, one.itl, one.e2el))))
 
     columns = ("System", "TTFT ms", "TPOT ms", "ITL ms", "E2EL ms")
@@ -135,7 +135,7 @@ def _quantiles(one: Quantiles) -> str:
     return milliseconds(one.median, one.p99)
 
 
-def _highest_table(figures: Sequence[LoadFigures]) -> Table:
+def _highest_table(figures: Sequence[ServerSummary]) -> Table:
     rows = []
     for system in {one.system.name: one.system for one in figures}.values():
         highest = (highest_within_bound(figures, system.name, is_closed=is_closed) for is_closed, _ in KINDS)
@@ -149,13 +149,13 @@ def _highest_table(figures: Sequence[LoadFigures]) -> Table:
 
 
 def _plot(
-    figures: Sequence[LoadFigures],
+    figures: Sequence[ServerSummary],
     name: str,
     title: str,
     caption: str,
     reading: str,
     label: str,
-    value: Callable[[LoadFigures], float],
+    value: Callable[[ServerSummary], float],
 ) -> Plot:
     panels = [
         Panel("", _axis(own, kind_label), Axis(label), _lines(own, value))
@@ -165,7 +165,7 @@ def _plot(
     return Plot(name, title, caption, reading, tuple(panels))
 
 
-def _speed_up_plot(figures: Sequence[LoadFigures]) -> Plot:
+def _speed_up_plot(figures: Sequence[ServerSummary]) -> Plot:
     known = [one for one in figures if one.speed_up is not None and not one.system.name.startswith(BASELINE)]
     panels = [
         Panel(
@@ -187,18 +187,18 @@ def _speed_up_plot(figures: Sequence[LoadFigures]) -> Plot:
     )
 
 
-def _of_kind(figures: Sequence[LoadFigures], is_closed: bool) -> list[LoadFigures]:
+def _of_kind(figures: Sequence[ServerSummary], is_closed: bool) -> list[ServerSummary]:
     own = [one for one in figures if one.traffic.is_closed == is_closed]
     return sorted(own, key=lambda one: one.traffic.amount)
 
 
-def _axis(figures: Sequence[LoadFigures], label: str) -> Axis:
+def _axis(figures: Sequence[ServerSummary], label: str) -> Axis:
     amounts = tuple(sorted({one.traffic.amount for one in figures}))
     return Axis(label, ticks=amounts, is_logarithmic=len(amounts) > 1)
 
 
 def _lines(
-    figures: Sequence[LoadFigures], value: Callable[[LoadFigures], float], with_interval: bool = False
+    figures: Sequence[ServerSummary], value: Callable[[ServerSummary], float], with_interval: bool = False
 ) -> tuple[Line, ...]:
     shown = [one for one in figures if one.system.name != BASELINE_AGAIN]
     lines = []

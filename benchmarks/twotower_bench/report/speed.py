@@ -21,10 +21,10 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
-from twotower_bench.serving_figures import Figures
+from twotower_bench.summary import CellSummary
 
 
-def outcomes_of(figures: Sequence[Figures]) -> list[Outcome]:
+def outcomes_of(figures: Sequence[CellSummary]) -> list[Outcome]:
     """Of all systems that were compared with no speculation."""
     return [
         Outcome(one.system, place_of(one.load), one.speed_up, one.comparison)
@@ -33,7 +33,7 @@ def outcomes_of(figures: Sequence[Figures]) -> list[Outcome]:
     ]
 
 
-def speed_table(figures: Sequence[Figures]) -> Table:
+def speed_table(figures: Sequence[CellSummary]) -> Table:
     """Throughput, verdict and latency, loads apart."""
     rows = [
         Row(
@@ -59,7 +59,7 @@ def speed_table(figures: Sequence[Figures]) -> Table:
     return Table("Speed and latency", columns, groups_by_load(figures, rows, with_noise=True), note)
 
 
-def drafts_table(figures: Sequence[Figures]) -> Table:
+def drafts_table(figures: Sequence[CellSummary]) -> Table:
     """What drafts gain, loads apart; systems that drafted."""
     drafted = [one for one in figures if one.acceptance.acceptance_length]
     rows = [
@@ -85,7 +85,7 @@ def drafts_table(figures: Sequence[Figures]) -> Table:
     return Table("What drafts gain", columns, groups_by_load(drafted, rows), note)
 
 
-def speed_up_plots(figures: Sequence[Figures], systems: Sequence[System]) -> list[Plot]:
+def speed_up_plots(figures: Sequence[CellSummary], systems: Sequence[System]) -> list[Plot]:
     """Speed-up of some systems against concurrency, or by category where there is one concurrency alone.
 
     None where no speculation was not measured.
@@ -112,13 +112,13 @@ def speed_up_plots(figures: Sequence[Figures], systems: Sequence[System]) -> lis
     return [Plot("speed-up", "Speed-up against concurrency", caption, reading, panels)]
 
 
-def _kind(one: Figures) -> str:
+def _kind(one: CellSummary) -> str:
     """Its load without the concurrency, in words."""
     temperature = f", temperature {one.load.temperature:g}" if one.load.temperature else ""
     return category_in_words(one.load.category) + temperature
 
 
-def _panel_of_concurrencies(known: Sequence[Figures], hues: dict[str, int], title: str) -> Panel:
+def _panel_of_concurrencies(known: Sequence[CellSummary], hues: dict[str, int], title: str) -> Panel:
     xs = [float(one.load.concurrency) for one in known]
     noise = {x: one.comparison.noise_floor for x, one in zip(xs, known, strict=True) if one.comparison}
     marks = _noise([(x, floor) for x, floor in sorted(noise.items())])
@@ -130,7 +130,7 @@ def _panel_of_concurrencies(known: Sequence[Figures], hues: dict[str, int], titl
     return Panel(title, axis, Axis("speed-up"), tuple(marks))
 
 
-def _panel_of_kinds(known: Sequence[Figures], hues: dict[str, int]) -> Panel:
+def _panel_of_kinds(known: Sequence[CellSummary], hues: dict[str, int]) -> Panel:
     kinds = list(dict.fromkeys(map(_kind, known)))
     noise = {kinds.index(_kind(one)): one.comparison.noise_floor for one in known if one.comparison}
     marks = _noise([(place + half, floor) for place, floor in sorted(noise.items()) for half in (-0.45, 0.45)])
@@ -150,7 +150,7 @@ def _noise(floors: Sequence[tuple[float, float]]) -> list[Mark]:
     return [Band("A/A noise", xs, tuple(1 / floor for floor in high), high), reference]
 
 
-def _line(own: Sequence[Figures], hue: int, xs: Sequence[float], is_connected: bool) -> Line:
+def _line(own: Sequence[CellSummary], hue: int, xs: Sequence[float], is_connected: bool) -> Line:
     """Intervals only where all points have one."""
     ratios = [one.comparison.speed_up for one in own if one.comparison]
     ends = ratios if len(ratios) == len(own) else []

@@ -36,7 +36,7 @@ from twotower_bench.report.wording import (
     speed_up,
     spread,
 )
-from twotower_bench.serving_figures import Figures, all_figures
+from twotower_bench.summary import CellSummary, summarise_cells
 
 PARETO = "Pareto"
 # Of the Pareto plot: rivals have 3, the front 6.
@@ -62,7 +62,7 @@ class Sweep:
     """
 
     cells: Sequence[ServingCell]
-    figures: Sequence[Figures]
+    figures: Sequence[CellSummary]
     points: Sequence[Point]
     front: Sequence[Point]
     best: Sequence[Recommendation]
@@ -78,7 +78,7 @@ class Sweep:
             points += own
             front += front_of(own)
             best += best_by_concurrency(cells, temperature, category)
-        return cls(cells, all_figures(cells), points, front, best)
+        return cls(cells, summarise_cells(cells), points, front, best)
 
     @property
     def front_places(self) -> set[tuple[str, Load]]:
@@ -86,7 +86,7 @@ class Sweep:
         return {(point.system.name, point.load) for point in self.front}
 
     @property
-    def fastest(self) -> list[Figures]:
+    def fastest(self) -> list[CellSummary]:
         """TwoTower's best under each load."""
         own = sorted((one for one in self.figures if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
         return list({one.load: one for one in own}.values())

@@ -1,4 +1,4 @@
-"""Figures as a reader of the report sees them."""
+"""CellSummary as a reader of the report sees them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
 from twotower_bench.report.document import Row, RowGroup
-from twotower_bench.serving_figures import Figures
+from twotower_bench.summary import CellSummary
 from twotower_spec.evaluation.statistics import Comparison, Estimate
 
 GREY = 0
@@ -19,7 +19,7 @@ HUES = {BASELINE: GREY, BASELINE_AGAIN: GREY, "twotower": BLUE, "draft_model": 2
 
 
 class Compared(Protocol):
-    """Figures of a system beside no speculation."""
+    """CellSummary of a system beside no speculation."""
 
     @property
     def comparison(self) -> Comparison | None:
@@ -127,7 +127,9 @@ def dodged(index: int, count: int) -> float:
     return 0.5 * (index / (count - 1) - 0.5) if count > 1 else 0.0
 
 
-def groups_by_load(figures: Sequence[Figures], rows: Sequence[Row], with_noise: bool = False) -> tuple[RowGroup, ...]:
+def groups_by_load(
+    figures: Sequence[CellSummary], rows: Sequence[Row], with_noise: bool = False
+) -> tuple[RowGroup, ...]:
     """Rows under the loads that they are of.
 
     Args:

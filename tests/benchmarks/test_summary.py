@@ -1,4 +1,4 @@
-"""Figures of cells that were made by hand."""
+"""CellSummary of cells that were made by hand."""
 
 import json
 from dataclasses import asdict, replace
@@ -7,15 +7,15 @@ import pytest
 
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_bench.records import Drafting, DraftSetting, Load, ServedRequest, ServingCell, System, read_row
-from twotower_bench.serving import over_categories
-from twotower_bench.serving_figures import (
+from twotower_bench.summary import (
     acceptance_of,
-    all_figures,
-    figures,
     latency_of,
     merged_calibration,
     num_steps,
+    over_categories,
     plain_step_s,
+    summarise_cells,
+    summary_of_cells,
 )
 from twotower_spec.drafting.metrics import CalibrationBin
 
@@ -98,7 +98,7 @@ def test_speed_up_within_what_two_equal_runs_differ_by_is_no_difference() -> Non
         *repeats(replace(plain, system=OTHER), [0.97, 1.07, 0.88]),
         *repeats(replace(plain, system=System("fast", "fast")), [0.4, 0.5, 0.3]),
     ]
-    found = {one.system.name: one for one in all_figures(cells)}
+    found = {one.system.name: one for one in summarise_cells(cells)}
     assert {name: one.verdict for name, one in found.items()} == {
         "none": "-",
         "none_again": "no difference",
@@ -110,14 +110,14 @@ def test_speed_up_within_what_two_equal_runs_differ_by_is_no_difference() -> Non
 
 def test_rows_begin_with_no_speculation_and_end_with_two_tower_however_they_were_measured() -> None:
     systems = [System("twotower", "TwoTower"), OTHER, AGAIN, System("mine", "mine"), NONE]
-    found = all_figures([cell(system, 0, 1.0, request()) for system in systems])
+    found = summarise_cells([cell(system, 0, 1.0, request()) for system in systems])
     assert [one.system.name for one in found] == ["none", "none_again", "ngram", "mine", "twotower"]
 
 
 def test_two_repeats_have_a_ratio_and_no_verdict() -> None:
     plain = served_cell(NONE)
     cells = [*repeats(plain, [1, 1]), *repeats(replace(plain, system=OTHER), [0.5, 0.5])]
-    found = figures(cells, "ngram", plain.load)
+    found = summary_of_cells(cells, "ngram", plain.load)
     assert (found.speed_up, found.comparison, found.verdict) == (2.0, None, "too few repeats")
 
 
@@ -127,16 +127,16 @@ def test_prompts_with_another_text_in_any_repeat_are_counted_once() -> None:
         cell(OTHER, 0, 1.0, request("a"), request("b", (1, 2, 4))),
         cell(OTHER, 1, 1.0, request("a"), request("b", (1, 2))),
     ]
-    assert figures([*plain, *other], "ngram", plain[0].load).num_different == 1
-    assert figures([*plain, *other], "none", plain[0].load).num_different == 0
+    assert summary_of_cells([*plain, *other], "ngram", plain[0].load).num_different == 1
+    assert summary_of_cells([*plain, *other], "none", plain[0].load).num_different == 0
     drawn = [replace(one, load=Load("all", 1, 0.7)) for one in (*plain, *other)]
-    assert figures(drawn, "ngram", Load("all", 1, 0.7)).num_different is None
+    assert summary_of_cells(drawn, "ngram", Load("all", 1, 0.7)).num_different is None
 
 
 def test_tokens_per_nfe_are_of_steps_with_drafts() -> None:
     drafting = Drafting(3, 20, 2, 2, {"extend": 0.4, "denoise": 0.8, "host": 0.04})
     drafted = replace(cell(OTHER, 0, 1.0, request(drafted=(4, 4, 0), accepted=(4, 2, 0))), drafting=drafting)
-    found = figures([drafted], "ngram", drafted.load)
+    found = summary_of_cells([drafted], "ngram", drafted.load)
     assert found.tokens_per_nfe == pytest.approx(8 / 2)
     assert found.acceptance.acceptance_length is not None
     assert found.tokens_per_nfe == pytest.approx(found.acceptance.acceptance_length.value)
@@ -146,7 +146,7 @@ def test_times_of_a_round_add_up_to_its_wall_time() -> None:
     drafting = Drafting(4, 20, 4, 6, {"extend": 0.4, "denoise": 0.8, "host": 0.04}, {"limit": 2})
     drafted = replace(cell(OTHER, 0, 2.0, request(drafted=(4, 4), accepted=(4, 2))), drafting=drafting)
     again = replace(drafted, repeat=1, drafting=replace(drafting, without_drafts={"limit": 1, "policy": 3}))
-    found = figures([drafted, again], "ngram", drafted.load)
+    found = summary_of_cells([drafted, again], "ngram", drafted.load)
     times = found.round_times
     assert times is not None
     assert (times.extend, times.denoise, times.host, times.verify) == pytest.approx((0.1, 0.2, 0.01, 0.19))
@@ -165,7 +165,7 @@ def test_repeats_that_one_of_them_lacks_are_not_compared() -> None:
     other = repeats(replace(plain, system=OTHER), [0.5, 0.25, 0.5, 0.5])
     missing = [one for one in repeats(plain, [1, 8, 1, 1]) if one.repeat != 1]
     cells = [*missing, *repeats(replace(plain, system=AGAIN), [1, 1, 1, 1]), *other]
-    found = figures(cells, "ngram", plain.load)
+    found = summary_of_cells(cells, "ngram", plain.load)
     assert found.comparison is not None and found.comparison.num_rounds == 3
     assert found.speed_up == found.comparison.speed_up.value == pytest.approx(2.0)
 
