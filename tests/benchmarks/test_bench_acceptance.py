@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from twotower_bench.cli.serving_record import serving_record
+from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import Load, ServingCell, read_row
 from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.cli import main
@@ -216,6 +216,10 @@ def test_settings_of_a_sweep_draft_as_they_say(sweep: Run) -> None:
     assert one and two and one.denoiser_passes < two.denoiser_passes
 
 
+def file_of_cells() -> SystemsFile[ServingCell]:
+    return SystemsFile(["content"], "serving_cell", ServingCell, [])
+
+
 SURROUNDINGS = {"processor": "P", "gpu": None, "threads": 1, "torch": "2.13", "commit": "a"}
 
 
@@ -234,15 +238,15 @@ def test_a_file_goes_on_on_the_same_machine_alone(
 ) -> None:
     runs = []
     for found in (SURROUNDINGS, {**SURROUNDINGS, **change}):
-        monkeypatch.setattr("twotower_bench.cli.record.machine_info", lambda found=found: found)
-        runs.append(serving_record(["content"], []).file.run)
+        monkeypatch.setattr("twotower_bench.measurement_file.machine_info", lambda found=found: found)
+        runs.append(file_of_cells().run)
     assert (runs[0] == runs[1]) == goes_on
 
 
 def test_a_file_does_not_go_on_with_another_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = serving_record(["content"], []).file.run
-    monkeypatch.setattr("twotower_bench.cli.record.distributions", lambda name: [SimpleNamespace(version="0.99")])
-    assert serving_record(["content"], []).file.run != before
+    before = file_of_cells().run
+    monkeypatch.setattr("twotower_bench.measurement_file.distributions", lambda name: [SimpleNamespace(version="0.99")])
+    assert file_of_cells().run != before
 
 
 @pytest.mark.parametrize(

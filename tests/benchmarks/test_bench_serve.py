@@ -19,16 +19,15 @@ from rich.console import Console
 
 from tests.vllm_plugin.server import serving
 from twotower_bench.child_process import ChildError, ChildProcess
-from twotower_bench.cli.load_record import load_record
 from twotower_bench.cli.load_tables import failures, latency_table, throughput_table
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.options import Models
-from twotower_bench.cli.serve import serve
+from twotower_bench.cli.serve import points_file, serve
 from twotower_bench.cli.serve_options import most_at_once, serve_arguments, traffics_of
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.records import LatencyBound, LoadPoint, System, Traffic, read_row
-from twotower_bench.serving_bench import ServePlan, Workload
-from twotower_bench.serving_bench.load_generator import as_point
+from twotower_bench.servers import ServePlan, Workload
+from twotower_bench.servers.load_generator import as_point
 from twotower_bench.summary import summarise_points
 from twotower_spec.cli.app import bench_app
 from twotower_spec.errors import ArgumentError
@@ -221,7 +220,7 @@ def test_arguments_of_the_user_come_after_ours() -> None:
 
 
 def run_of(plan: ServePlan, server: object = "") -> str:
-    return load_record(plan, server).file.run
+    return points_file(plan, server).run
 
 
 def test_file_is_gone_on_with_for_more_loads_but_not_with_other_arguments_prompts_or_verifier() -> None:

@@ -17,8 +17,9 @@ import pytest
 
 from tests.benchmarks.test_bench_serve import CLOSED_PROXY, NONE, TWO_TOWER, WORKLOAD, plan, result
 from twotower_bench.records import System, Traffic
-from twotower_bench.serving_bench.load_generator import as_point, bench_arguments
-from twotower_bench.serving_bench.server import (
+from twotower_bench.schedule import key_of_slot
+from twotower_bench.servers.load_generator import as_point, bench_arguments
+from twotower_bench.servers.server import (
     HOST,
     Endpoint,
     VllmServer,
@@ -32,19 +33,21 @@ pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 
 def test_systems_side_by_side_take_turns_under_each_load_in_another_order() -> None:
-    slots = list(plan("together", num_repeats=4).slots())
+    slots = plan("together", num_repeats=4).slots()
     pairs = [slots[i : i + 2] for i in range(0, len(slots), 2)]
-    assert all(one.traffic == other.traffic and one.system != other.system for one, other in pairs)
-    assert [str(one.traffic) for one, _ in pairs[:4]] == [str(traffic) for traffic in plan("together").traffics]
-    assert 4 <= sum(one.system is NONE for one, _ in pairs) <= 12
+    assert all(one.place == other.place and one.subject != other.subject for one, other in pairs)
+    assert [str(one.place) for one, _ in pairs[:4]] == [str(traffic) for traffic in plan("together").traffics]
+    assert 4 <= sum(one.subject.system is NONE for one, _ in pairs) <= 12
 
 
 def test_systems_in_turn_keep_their_server_for_all_loads_of_a_repeat() -> None:
-    slots = list(plan("in-turn", num_repeats=8).slots())
+    slots = plan("in-turn", num_repeats=8).slots()
     parts = [slots[i : i + 4] for i in range(0, len(slots), 4)]
-    assert all(len({(slot.system.name, slot.repeat) for slot in part}) == 1 for part in parts)
-    assert Counter(slot.key for slot in slots) == Counter(slot.key for slot in plan("together", num_repeats=8).slots())
-    assert {part[0].system.name for part in parts[::2]} == {"none", "twotower"}
+    assert all(len({(slot.subject.engine, slot.repeat) for slot in part}) == 1 for part in parts)
+    assert Counter(key_of_slot(slot) for slot in slots) == Counter(
+        key_of_slot(slot) for slot in plan("together", num_repeats=8).slots()
+    )
+    assert {part[0].subject.engine for part in parts[::2]} == {"none", "twotower"}
 
 
 def test_warming_up_is_at_the_smallest_and_the_largest_closed_loop() -> None:
@@ -115,7 +118,7 @@ def test_hosts_that_need_no_proxy_stay_so(before: str, after: str, monkeypatch: 
 def test_load_generator_that_has_changed_is_named(tmp_path: Path) -> None:
     code = (
         "import vllm.benchmarks.serve as changed; del changed.main; "
-        "from twotower_bench.serving_bench.load_worker import serve_loads; serve_loads(None)"
+        "from twotower_bench.servers.load_worker import serve_loads; serve_loads(None)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     last = done.stderr.splitlines()[-1]

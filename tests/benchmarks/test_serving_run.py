@@ -10,8 +10,9 @@ import pytest
 
 from twotower_bench.child_process import ChildError
 from twotower_bench.engines import EnginePool, EngineSpec, Ready, Served, ServeOrder
+from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.records import Load, System
-from twotower_bench.serving_run import Candidate, ServingRun, in_order, shuffled
+from twotower_bench.schedule import Candidate, engine_of, in_order, key_of_slot, shuffled
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt
 
@@ -64,11 +65,11 @@ def pool_of(*names: str, together: bool = True) -> EnginePool:
 
 
 def test_the_order_is_another_one_under_every_load_and_in_every_repeat() -> None:
-    places = in_order([candidate(name) for name in "abcd"], [ONE, FOUR], 4)
-    orders = ["".join(place.candidate.system.name for place in places[i : i + 4]) for i in range(0, 32, 4)]
+    slots = in_order([candidate(name) for name in "abcd"], [ONE, FOUR], 4)
+    orders = ["".join(slot.subject.system.name for slot in slots[i : i + 4]) for i in range(0, 32, 4)]
     assert all(sorted(order) == list("abcd") for order in orders) and len(set(orders)) > 4
-    assert [place.load for place in places] == ([ONE] * 4 + [FOUR] * 4) * 4
-    assert len({place.key for place in places}) == 32
+    assert [slot.place for slot in slots] == ([ONE] * 4 + [FOUR] * 4) * 4
+    assert len({key_of_slot(slot) for slot in slots}) == 32
 
 
 def test_two_of_a_kind_are_not_always_side_by_side() -> None:
@@ -79,12 +80,12 @@ def test_two_of_a_kind_are_not_always_side_by_side() -> None:
 
 def test_engines_that_are_held_one_at_a_time_do_all_loads_of_a_repeat_at_once() -> None:
     candidates = [candidate("a"), candidate("b", "shared"), candidate("c", "shared")]
-    places = in_order(candidates, [ONE, FOUR], 3, together=False)
-    engines = [place.candidate.engine for place in places]
+    slots = in_order(candidates, [ONE, FOUR], 3, held=engine_of)
+    engines = [slot.subject.engine for slot in slots]
     assert [engines[i : i + 6].count("shared") for i in (0, 6, 12)] == [4, 4, 4]
     started = [name for name, _ in groupby(engines)]
     with pool_of("a", "shared", together=False) as pool:
-        list(ServingRun(pool, PROMPTS, 4).measure(places))
+        list(ServingRun(pool, PROMPTS, 4).measure(slots))
         # A repeat that begins with the engine that the one before ended with goes on with it.
         assert [engine.title for engine in ALL] == started and 3 < len(started) <= 6
         assert [engine.is_closed for engine in ALL] == [True] * (len(started) - 1) + [False]

@@ -12,11 +12,12 @@ from rich.console import Console
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import systems_of
-from twotower_bench.cli.serving_record import complete, serving_record
 from twotower_bench.cli.tables import acceptance_table, position_table, print_origin, print_remarks, speed_table
 from twotower_bench.engines import EnginePool
-from twotower_bench.records import Load
-from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.engines.measuring import ServingRun
+from twotower_bench.measurement_file import SystemsFile
+from twotower_bench.records import Load, ServingCell
+from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
 from twotower_bench.summary import over_categories, summarise_cells
 from twotower_bench.systems import engine_spec
 from twotower_spec.evaluation import load_prompts
@@ -62,12 +63,15 @@ def acceptance(
     options.check_at_once(max(at_once), by_category)
     loads = [Load(name, number, temperature) for number in at_once for name in by_category]
     json_file = options.measurements_file(json_file, report, "acceptance")
-    record = serving_record([models.identity, max_new_tokens, chat, [asdict(one) for one in texts]], systems)
+    content = [models.identity, max_new_tokens, chat, [asdict(one) for one in texts]]
+    record = SystemsFile(content, "serving_cell", ServingCell, systems)
     specs = {one.name: engine_spec(one, models.verifier, models.arguments) for one in systems}
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
     with ended_by_signals(), record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat)
-        cells = complete(record, run, in_order([Candidate(one, one.name) for one in systems], loads, repeat, together))
+        candidates = [Candidate(one, one.name) for one in systems]
+        slots = in_order(candidates, loads, repeat, None if together else engine_of)
+        cells = complete(record, slots, key_of_slot, run.measure)
     console = Console(highlight=False)
     figures = summarise_cells([*over_categories(cells), *cells])
     for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):

@@ -8,10 +8,10 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_bench.cli.record import Record
 from twotower_bench.cli.tables import print_origin
+from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.records import LoadPoint
-from twotower_bench.serving_bench import ServePlan
+from twotower_bench.servers import ServePlan
 from twotower_bench.summary import GOOD_ENOUGH, ServerSummary, highest_within_bound
 
 THROUGHPUT = ("req/s", "good/s", "good", "tok/s", "speed-up", "verdict", "accept", "differ")
@@ -20,7 +20,11 @@ Cells = Callable[[ServerSummary], list[str]]
 
 
 def print_load_tables(
-    console: Console, figures: Sequence[ServerSummary], plan: ServePlan, dataset: str, record: Record[LoadPoint]
+    console: Console,
+    figures: Sequence[ServerSummary],
+    plan: ServePlan,
+    dataset: str,
+    record: MeasurementFile[LoadPoint],
 ) -> None:
     """Both tables, the loads that keep the bound, what was asked, and where it was measured."""
     console.print(throughput_table(figures))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 import typer
 from transformers import AutoTokenizer
 
-from twotower_bench.cli.measurements import numbers
 from twotower_bench.systems import TRIO_ARGUMENTS
 from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
@@ -59,6 +58,7 @@ ReportFolder = Annotated[
     Path | None, typer.Option("--report", help="Folder for the report of it: HTML, PNG, Markdown, JSON.")
 ]
 
+Number = TypeVar("Number", int, float)
 Holding = Literal["auto", "together", "in-turn"]
 
 # Large models take their time to load, and a cell may have many prompts.
@@ -124,6 +124,18 @@ class Models:
 def same_model(model: str) -> str:
     """A name that a model has from whatever working directory: of a directory its whole path, else the hub id."""
     return str(Path(model).resolve()) if Path(model).is_dir() else model
+
+
+def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
+    """Numbers with commas between them.
+
+    Raises:
+        ArgumentError: it is no such list.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError as error:
+        raise ArgumentError(f"{option} {text!r} is not a list of numbers; give them with commas, like 4,8") from error
 
 
 def held_together(option: str, given: str) -> bool:

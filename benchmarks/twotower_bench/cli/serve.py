@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import asdict
+from functools import partial
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options, serve_options
-from twotower_bench.cli.load_record import chosen, load_record
 from twotower_bench.cli.load_tables import print_load_tables
 from twotower_bench.cli.measured_systems import systems_of
-from twotower_bench.cli.measurements import progress_bar
-from twotower_bench.cli.record import Record
+from twotower_bench.cli.options import same_model
+from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import LatencyBound, LoadPoint, System
-from twotower_bench.serving_bench import Endpoint, ServePlan, Slot, Workload, measure_endpoint, measure_servers
+from twotower_bench.schedule import complete, key_of_slot
+from twotower_bench.servers import Endpoint, ServePlan, Workload, measure_endpoint, measure_servers
 from twotower_bench.summary import summarise_points
-from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 
@@ -101,28 +102,23 @@ def serve(
         )
     json_file = options.measurements_file(json_file, report, "serve")
     server = endpoint.url if endpoint else [serve_args, verifier is None]
-    record = load_record(plan, server)
-    with record.opened(json_file, overwrite):
-        if missing := [slot for slot in plan.slots() if slot.key not in record.found]:
-            _measure(plan, endpoint, record, missing)
-    print_load_tables(Console(highlight=False), summarise_points(chosen(record, plan)), plan, dataset, record)
+    record = points_file(plan, server)
+    measure = partial(measure_endpoint, plan, endpoint) if endpoint else partial(measure_servers, plan)
+    with ended_by_signals(), record.opened(json_file, overwrite):
+        points = complete(record, plan.slots(), key_of_slot, measure)
+    names = [system.name for system in plan.systems]
+    points.sort(key=lambda point: names.index(point.system.name))  # for tables; they were measured in a drawn order
+    print_load_tables(Console(highlight=False), summarise_points(points), plan, dataset, record)
     options.write_report_of(report, json_file)
 
 
-def _measure(plan: ServePlan, endpoint: Endpoint | None, record: Record[LoadPoint], missing: list[Slot]) -> None:
-    total = len(plan.systems) * len(plan.traffics) * plan.num_repeats
-    with ended_by_signals(), progress_bar() as bar, Interrupts() as interrupts:
-        task = bar.add_task("loading", total=total, completed=total - len(missing))
+def points_file(plan: ServePlan, server: Any) -> SystemsFile[LoadPoint]:
+    """Makes the file of a run.
 
-        def keep(point: LoadPoint) -> None:
-            record.keep(point)
-            bar.advance(task)
-            interrupts.check()
-
-        def say(what: str) -> None:
-            bar.update(task, description=what)
-
-        if endpoint is None:
-            measure_servers(plan, missing, keep, say)
-        else:
-            measure_endpoint(plan, missing, endpoint, keep, say)
+    Args:
+        plan: more systems, loads or repeats go on with a file; another verifier or workload does not.
+        server: JSON of what the user said about servers; another does not, either. Not the arguments that servers get:
+            those of the trio grow with the largest load.
+    """
+    content = [same_model(plan.verifier), plan.mode, asdict(plan.workload), server]
+    return SystemsFile(content, "load_point", LoadPoint, plan.systems)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
-from twotower_bench.cli.measurements import numbers
+from twotower_bench.cli.options import numbers
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.records import Traffic
 from twotower_bench.systems import TRIO_ARGUMENTS

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,16 +15,17 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_bench.cli.measurements import MeasurementFile, fingerprint, numbers, progress_bar
+from twotower_bench.cli.options import numbers
+from twotower_bench.measurement_file import MeasurementFile
+from twotower_bench.schedule import Say, Slot, complete, in_order
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
-from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
 from twotower_spec.evaluation.lm_eval_model import Loaded, TaskScore, check_task, score_task
 from twotower_spec.evaluation.settings import Setting
-from twotower_spec.evaluation.standalone import Cell, Figures, in_order, measure, summarise, sweep, warm_up
+from twotower_spec.evaluation.standalone import Cell, Figures, measure, summarise, sweep, warm_up
 from twotower_spec.extras import require_extra
 from twotower_spec.generation.batch import parse_eos, parse_prompts
 from twotower_spec.machine import describe_machine
@@ -83,35 +85,41 @@ def standalone(
     rows = parse_prompts([list(tokenizer(prompt.text)["input_ids"]) for prompt in texts], config.vocab_size)
     eos = sorted(parse_eos(tokenizer.eos_token_id, config.vocab_size))
     content = [str(directory.resolve()), config.to_dict(), dtype, max_new_tokens, eos, rows]
-    record = Record(fingerprint(content), wanted_task)
-    with record.opened(json_file, overwrite):
-        cells = [cell for cell in in_order(settings, repeat) if cell not in record.cells]
-        unscored = [setting for setting in settings if wanted_task and setting not in record.scores]
-        if cells or unscored:
-            towers = TwoTowerModel.from_pretrained(
-                directory, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
-            )
-            with progress_bar() as bar, Interrupts() as interrupts:
-                total = len(settings) * repeat
-                done = bar.add_task("measuring", total=total, completed=total - len(cells))
-                warm: set[Setting] = set()
-                for setting, number in cells:
-                    bar.update(done, description=setting.label)
-                    if setting not in warm:
-                        warm_up(towers, setting, rows, max_new_tokens)
-                        warm.add(setting)
-                    record.add_cell(measure(towers, setting, number, rows, max_new_tokens, eos))
-                    bar.advance(done)
-                    interrupts.check()
-            # lm-eval has bars of its own.
-            for setting in unscored:
-                assert wanted_task is not None
+    file = MeasurementFile[Cell | Score](content, {"cell": Cell, "score": Score}, _key, ["lm-eval"])
+
+    @cache
+    def towers() -> TwoTowerModel:
+        return TwoTowerModel.from_pretrained(
+            directory, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
+        )
+
+    def measured(slots: Sequence[Slot[Setting, None]], say: Say) -> Generator[Cell]:
+        warm: set[Setting] = set()
+        for slot in slots:
+            say(slot.subject.label)
+            if slot.subject not in warm:
+                warm_up(towers(), slot.subject, rows, max_new_tokens)
+                warm.add(slot.subject)
+            yield measure(towers(), slot.subject, slot.repeat, rows, max_new_tokens, eos)
+
+    scores: dict[Setting, TaskScore] = {}
+    with file.opened(json_file, overwrite):
+        slots = in_order(settings, [None], repeat)
+        cells = complete(file, slots, lambda slot: (slot.subject, slot.repeat), measured)
+        for setting in settings if wanted_task else ():
+            assert wanted_task is not None
+            key = setting, json.dumps(wanted_task.to_json())
+            if key not in file.found:
+                # lm-eval has bars of its own.
                 print(f"{wanted_task.name}: {setting.label}", file=sys.stderr)
-                record.add_score(setting, wanted_task.score(Loaded(towers, tokenizer), setting, batch_size))
-    chosen = [record.cells[cell] for cell in in_order(settings, repeat)]
-    figures = {row.setting: row for row in summarise(chosen)}
+                score = wanted_task.score(Loaded(towers(), tokenizer), setting, batch_size)
+                file.keep(Score(setting, wanted_task.to_json(), score))
+            found = file.found[key]
+            assert isinstance(found, Score)
+            scores[setting] = found.score
+    figures = {row.setting: row for row in summarise(cell for cell in cells if isinstance(cell, Cell))}
     console = Console(highlight=False)
-    console.print(_table([figures[setting] for setting in settings], record.scores if wanted_task else {}))
+    console.print(_table([figures[setting] for setting in settings], scores))
     console.print(
         f"{len(rows)} prompts of {dataset}, up to {max_new_tokens} new tokens, batch 1, greedy, {repeat} repeats; "
         f"{describe_machine()}",
@@ -134,61 +142,23 @@ class WantedTask:
         return score_task(loaded, setting, self.name, *options, batch_size=batch_size)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON: equal for equal scores."""
+        """As JSON, equal where scores are comparable."""
         path = str(self.include_path.resolve()) if self.include_path else None
         return {**asdict(self), "include_path": path}
 
 
-class Record:
-    """What has been measured: in memory and, if there is a file, there since it was done.
+@dataclass(frozen=True)
+class Score:
+    """A setting on the wanted task, see `WantedTask.to_json`."""
 
-    Attributes:
-        cells: by setting and repeat.
-        scores: of the wanted task, by setting.
-    """
+    setting: Setting
+    task: Mapping[str, Any]
+    score: TaskScore
 
-    def __init__(self, run: str, task: WantedTask | None) -> None:
-        """Empty.
 
-        Args:
-            run: fingerprint of model, prompts and length. More settings, repeats or a task go on with a file.
-            task: whose scores count.
-        """
-        self.task = task
-        self.cells: dict[tuple[Setting, int], Cell] = {}
-        self.scores: dict[Setting, TaskScore] = {}
-        self._file = MeasurementFile(run, ["lm-eval"])
-
-    @contextmanager
-    def opened(self, path: Path | None, overwrite: bool) -> Iterator[None]:
-        """Reads what a file holds and adds to it while it is open.
-
-        Raises:
-            ArgumentError: it cannot be written, or belongs to a run with another model, prompts or length.
-        """
-        with self._file.opened(path, overwrite) as rows:
-            for row in rows:
-                self._read(row)
-            yield
-
-    def add_cell(self, cell: Cell) -> None:
-        """Keeps a cell."""
-        self.cells[cell.setting, cell.repeat] = cell
-        self._file.append("cell", cell.to_json())
-
-    def add_score(self, setting: Setting, score: TaskScore) -> None:
-        """Keeps a score of the wanted task."""
-        assert self.task is not None
-        self.scores[setting] = score
-        row = {"setting": asdict(setting), "task": self.task.to_json(), "score": asdict(score)}
-        self._file.append("score", row)
-
-    def _read(self, row: dict[str, Any]) -> None:
-        if row["kind"] == "cell":
-            cell = Cell.from_json(row)
-            self.cells[cell.setting, cell.repeat] = cell
-        elif self.task and row["task"] == self.task.to_json():
-            self.scores[Setting(**row["setting"])] = TaskScore(**row["score"])
+def _key(item: Cell | Score) -> Hashable:
+    """A file goes on with more settings, repeats or another task."""
+    return item.setting, item.repeat if isinstance(item, Cell) else json.dumps(item.task)
 
 
 def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:

@@ -15,11 +15,12 @@ from rich.table import Table
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import baselines
-from twotower_bench.cli.measurements import numbers
-from twotower_bench.cli.serving_record import complete, serving_record
+from twotower_bench.cli.options import numbers
 from twotower_bench.cli.tables import print_origin, print_remarks
 from twotower_bench.engines import EnginePool, EngineSpec
+from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.grid import draft_settings, knobs_of, system_of
+from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.profile_of_cells import serving_profile
 from twotower_bench.recommendation import (
     Goal,
@@ -31,8 +32,8 @@ from twotower_bench.recommendation import (
     recommend,
     sweep_points,
 )
-from twotower_bench.records import ALL_CATEGORIES, DraftSetting, Load
-from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.records import ALL_CATEGORIES, DraftSetting, Load, ServingCell
+from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
 from twotower_bench.systems import engine_spec
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
@@ -105,11 +106,12 @@ def sweep(
     if profile:
         check_writable(profile, option="--profile")
     content = ["sweep", models.identity, max_new_tokens, chat, [asdict(one) for one in texts]]
-    record = serving_record(content, [one.system for one in candidates])
+    record = SystemsFile(content, "serving_cell", ServingCell, [one.system for one in candidates])
     pool = EnginePool(specs, together, longest_silence_s=options.LONGEST_SILENCE_S)
     with ended_by_signals(), record.opened(json_file, overwrite), pool:
         run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
-        cells = complete(record, run, in_order(candidates, loads, repeat, together))
+        slots = in_order(candidates, loads, repeat, None if together else engine_of)
+        cells = complete(record, slots, key_of_slot, run.measure)
     console = Console(highlight=False)
     for heat in temperatures:
         if len(temperatures) > 1:
@@ -124,7 +126,7 @@ def sweep(
     print_remarks(console, len(texts), cells)
     print_origin(console, record)
     if profile:
-        where = record.file.where
+        where = record.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
         console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
     options.write_report_of(report, json_file, profile)

@@ -9,7 +9,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from twotower_bench.cli.record import Record
+from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.records import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_bench.summary import CellSummary
 from twotower_spec.machine import commit, describe_machine
@@ -76,11 +76,11 @@ def print_remarks(console: Console, num_prompts: int, cells: Sequence[ServingCel
             console.print(f"{where}: requests without drafts: {odd}", markup=False, soft_wrap=True)
 
 
-def print_origin(console: Console, record: Record[Any]) -> None:
+def print_origin(console: Console, record: MeasurementFile[Any]) -> None:
     """What was measured with, and how."""
-    vllm = next((f"vllm {v}" for n, v in record.file.where["versions"].items() if n.startswith("vllm") and v), "vllm ?")
+    vllm = next((f"vllm {v}" for n, v in record.where["versions"].items() if n.startswith("vllm") and v), "vllm ?")
     console.print(f"{describe_machine()}, {vllm}, commit {commit() or 'unknown'}", markup=False, soft_wrap=True)
-    console.print(record.file.where["command"], markup=False, soft_wrap=True)
+    console.print(record.where["command"], markup=False, soft_wrap=True)
 
 
 def _table(*headings: str) -> Table:

@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 from twotower_bench.engines import EnginePool
+from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
-from twotower_bench.serving_run import Candidate, ServingRun, in_order
+from twotower_bench.schedule import Candidate, engine_of, in_order
 from twotower_bench.summary import acceptance_length
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 from twotower_spec.demo import demo_prompts, trio_path
@@ -93,11 +94,12 @@ def measure(
     rows = []
     for batch_size in BATCH_SIZES:
         run = ServingRun(engines, sizes.prompts_of(batch_size), sizes.max_new_tokens)
-        places = in_order(candidates, [Load(ALL_CATEGORIES, batch_size)], sizes.repeats, engines.together)
-        measuring, cells = run.measure(places), []
-        for place in places:
-            say(f"pass {place.repeat + 1} of {sizes.repeats}, batch {batch_size}, {place.candidate.system.title}")
-            cells.append(next(measuring))
+        held = None if engines.together else engine_of
+        slots = in_order(candidates, [Load(ALL_CATEGORIES, batch_size)], sizes.repeats, held)
+        measured, cells = run.measure(slots), []
+        for slot in slots:
+            say(f"pass {slot.repeat + 1} of {sizes.repeats}, batch {batch_size}, {slot.subject.system.title}")
+            cells.append(next(measured))
         rows += rows_of(cells, systems)
     return rows
 

@@ -13,7 +13,7 @@ from typing import Any
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.engines import engine_environment
 from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic
-from twotower_bench.serving_bench.server import Endpoint, Server, without_proxy
+from twotower_bench.servers.server import Endpoint, Server, without_proxy
 
 LOOKS_EVERY_S = 1.0
 ERROR_CHARACTERS = 300
@@ -52,7 +52,7 @@ class LoadGenerator:
         rows = ({"prompt": prompt, "output_tokens": workload.max_new_tokens} for prompt in workload.prompts)
         self._dataset.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         self._connection, theirs = Pipe()
-        command = [sys.executable, "-P", "-m", "twotower_bench.serving_bench.load_worker", str(theirs.fileno())]
+        command = [sys.executable, "-P", "-m", "twotower_bench.servers.load_worker", str(theirs.fileno())]
         with theirs:
             environment = {**engine_environment(), **without_proxy()}
             self._process = ChildProcess("the load generator", command, folder, environment, [theirs.fileno()])

@@ -2,68 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from random import Random
-from typing import Any, TypeVar
+from collections.abc import Generator, Sequence
 
-from twotower_bench.engines import Asked, EnginePool, EngineProcess, ServeOrder
-from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
+from twotower_bench.engines.messages import Asked, ServeOrder
+from twotower_bench.engines.pool import EnginePool
+from twotower_bench.engines.process import EngineProcess
+from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell
+from twotower_bench.schedule import Candidate, Say, Slot
 from twotower_bench.systems import drafts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A system, and the engine that it is measured in.
-
-    Attributes:
-        system: how to speculate.
-        engine: its name in the pool.
-        knobs: of TwoTower, where the engine must be told how to draft; None where it was started so.
-    """
-
-    system: System
-    engine: str
-    knobs: Mapping[str, Any] | None = None
-
-
-@dataclass(frozen=True)
-class Place:
-    """What a cell is of."""
-
-    candidate: Candidate
-    load: Load
-    repeat: int
-
-    @property
-    def key(self) -> tuple[str, Load, int]:
-        """By which a cell is found again."""
-        return self.candidate.system.name, self.load, self.repeat
-
-
-def in_order(
-    candidates: Sequence[Candidate], loads: Sequence[Load], repeats: int, together: bool = True
-) -> list[Place]:
-    """All cells, in an order in which what changes slowly on the machine hits all candidates alike.
-
-    The order is another one under every load and in every repeat. Engines that are not held together do all loads of a
-    repeat at once.
-    """
-    places = []
-    for repeat in range(repeats):
-        if together:
-            for i, load in enumerate(loads):
-                places += [Place(one, load, repeat) for one in shuffled(candidates, repeat * len(loads) + i)]
-        else:
-            ours = shuffled(candidates, repeat)
-            engines = dict.fromkeys(one.engine for one in ours)
-            own = {name: [one for one in ours if one.engine == name] for name in engines}
-            places += [Place(one, load, repeat) for name in engines for load in loads for one in own[name]]
-    return places
 
 
 class ServingRun:
@@ -93,16 +41,23 @@ class ServingRun:
         self._drafting: dict[EngineProcess, Candidate] = {}
         self._warm: set[tuple[EngineProcess, str, Load]] = set()
 
-    def measure(self, places: Sequence[Place]) -> Iterator[ServingCell]:
-        """One cell after the other.
+    def measure(
+        self, slots: Sequence[Slot[Candidate, Load]], say: Say = lambda progress: None
+    ) -> Generator[ServingCell]:
+        """Measures one cell after the other.
+
+        Args:
+            slots: in order.
+            say: told what is measured next.
 
         Raises:
             ChildError: an engine has ended, or has not drafted though it should have.
             ArgumentError: no prompt of a load is short enough.
         """
-        self.pool.load(dict.fromkeys(place.candidate.engine for place in places))
-        for place in places:
-            candidate, load = place.candidate, place.load
+        self.pool.load(dict.fromkeys(slot.subject.engine for slot in slots))
+        for slot in slots:
+            candidate, load = slot.subject, slot.place
+            say(f"{candidate.system.title}, {load}")
             engine = self.pool.use(candidate.engine)
             if candidate.knobs is not None and self._drafting.get(engine) != candidate:
                 engine.draft_by(candidate.knobs)
@@ -115,7 +70,7 @@ class ServingRun:
             if drafts(candidate.system) and not (served.drafting and served.drafting.rounds):
                 raise engine.failure("has not drafted at all")
             yield ServingCell(
-                candidate.system, load, place.repeat, served.seconds, served.requests, served.steps, served.drafting
+                candidate.system, load, slot.repeat, served.seconds, served.requests, served.steps, served.drafting
             )
 
     def _order(self, engine: EngineProcess, load: Load) -> ServeOrder:
@@ -143,11 +98,3 @@ class ServingRun:
     def _warm_up(self, order: ServeOrder) -> ServeOrder:
         most = None if self._num_warm_up is None else self._num_warm_up * order.concurrency
         return ServeOrder(order.prompts[:most], order.concurrency, order.max_new_tokens, order.temperature)
-
-
-def shuffled(sequence: Sequence[T], turn: int) -> list[T]:
-    """The same in an order that the number of the turn decides.
-
-    Not only turned round: what is measured twice to see the noise would stand side by side nearly always.
-    """
-    return Random(turn).sample(sequence, len(sequence))
