@@ -18,7 +18,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
-    # Only here, so that a run without such tests does not wait for torch.
+    # Imported here, so that a run without such tests does not wait for torch.
     import torch
 
     if not torch.cuda.is_available():

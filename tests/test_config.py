@@ -1,4 +1,4 @@
-"""Reading, refusing and writing configurations; from real config.json files wherever a file can say it."""
+"""Reading, refusing and writing of configurations, with real config.json files wherever possible."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Signals on which what is open is closed."""
+"""Signals on which a command closes everything it has opened."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def isolated() -> Iterator[Isolated]:
 
 @pytest.fixture(scope="module")
 def outcomes(isolated: Isolated) -> dict[str, Outcome]:
-    """Of the toy and of a real op, by shape."""
+    """Outcomes of the toy and of a real op, by shape."""
     modules = {"toy": "tests.benchmarks.toy", "noise": benchmark_modules()["noise"]}
     found = list(measure_all(modules, "cpu", FakeClock(), isolated, 300))
     assert len(found) >= 7

@@ -32,7 +32,7 @@ def cells(speeds: dict[tuple[str, int], float], jitter: tuple[float, ...] = JITT
 
 
 def placed(cell: ServingCell, system: System, concurrency: int) -> ServingCell:
-    """Of another system; users at once share its speed."""
+    """Places another system; users at once share its speed."""
     requests = tuple(
         replace(one, seconds=one.first_token_s + (one.seconds - one.first_token_s) * concurrency)
         for one in cell.requests

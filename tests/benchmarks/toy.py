@@ -1,4 +1,4 @@
-"""An op that does not exist, with cases that go well or wrong, and a clock without a device."""
+"""Made-up op with cases that succeed or fail, and a clock without a device."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ COMPOSITION = "torch composition"
 
 
 class FakeClock:
-    """Takes the number that a call returns for its time in milliseconds; negative ones cannot be captured."""
+    """Clock that takes the number a call returns for its time in milliseconds; negative ones cannot be captured."""
 
     def time(self, call: Callable[[], object]) -> Timing:
         result = call()

@@ -1,4 +1,4 @@
-"""Copies of the golden checkpoints to break, and what is in the files of a checkpoint."""
+"""Copies of the golden checkpoints to break, and the content of checkpoint files."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def file_bytes(directory: Path) -> dict[str, bytes]:
 
 
 def change_shard(shard: Path, **changes: Tensor | None) -> None:
-    """Writes a shard anew with some tensors replaced, added, or (None) left out; `__` in a name stands for a dot."""
+    """Rewrites a shard with some tensors replaced, added, or left out (None); `__` in a name stands for a dot."""
     tensors: dict[str, Any] = dict(load_file(shard))
     tensors |= {name.replace("__", "."): tensor for name, tensor in changes.items()}
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, shard)

@@ -1,4 +1,4 @@
-"""What is wrong with a checkpoint is said before anything is loaded, in one error."""
+"""Faults of a checkpoint are reported before anything is loaded, all in one error."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What is loaded from checkpoints that are whole."""
+"""Loading of intact checkpoints."""
 
 import pickle
 from pathlib import Path
@@ -99,7 +99,7 @@ def test_context_alone_cannot_be_saved_and_leaves_no_directory(tmp_path: Path) -
 
 
 class _LeavesAMark:
-    """A pickle of it creates a file when it is read."""
+    """Object whose pickle creates a file when it is loaded."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

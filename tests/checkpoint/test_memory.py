@@ -1,4 +1,4 @@
-"""How much memory loading takes, measured by the system in a fresh process."""
+"""Peak memory of loading, measured by the system in a fresh process."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ print((kib("VmHWM") - before) * 1024 / sum(p.nbytes for p in model.parameters())
 
 @pytest.fixture(scope="module")
 def large_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One file of about 300 MB, which is several of the loader's windows; no tensor is larger than a tenth of it."""
+    """Checkpoint in one file of about 300 MB, several of the loader's windows; each tensor is at most a tenth of it."""
     directory = tmp_path_factory.mktemp("large")
     config = tiny_config(hybrid_override_pattern="M*-", hidden_size=1024, vocab_size=8191, intermediate_size=8000)
     TwoTowerModel.from_config(config).save_pretrained(directory)

@@ -1,4 +1,4 @@
-"""What saving leaves behind, whole or interrupted. A full disk and a kill are made by limiting the size of files."""
+"""Files that saving leaves, finished or interrupted. A limit on file sizes stands for a full disk and for a kill."""
 
 import os
 import resource
@@ -23,7 +23,7 @@ from twotower_spec.checkpoint.saving import DEFAULT_SHARD_BYTES
 
 @contextmanager
 def files_no_larger_than(num_bytes: int) -> Iterator[None]:
-    """Writing further fails as it does on a full disk, also for root."""
+    """Limits file sizes, so that writing more fails as on a full disk, also for root."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
     try:
@@ -135,7 +135,7 @@ def test_directory_that_cannot_be_made_is_refused() -> None:
 
 @pytest.fixture
 def mounted(tmp_path: Path) -> Iterator[Callable[[int], Path]]:
-    """Mounts a real file system of so many bytes."""
+    """Mounts a real file system of the given size."""
     place = tmp_path / "small"
     place.mkdir()
 
@@ -206,7 +206,7 @@ def test_write_that_fails_leaves_an_existing_checkpoint_as_it_was(name: str, tmp
 def test_kill_in_the_middle_of_a_shard_leaves_what_was_there_as_it_was(existing: bool, tmp_path: Path) -> None:
     directory = copy_checkpoint("T1", tmp_path) if existing else tmp_path / "new"
     before = file_bytes(directory)
-    # The system kills a process that writes past its limit: here in the second shard, when the first is whole.
+    # The system kills a process that writes beyond its limit: here in the second shard, after the first is complete.
     code = """
 import resource, signal, sys
 from twotower_spec import TwoTowerModel

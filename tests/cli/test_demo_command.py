@@ -24,7 +24,7 @@ def test_the_standalone_demo_generates_held_out_prompts_in_all_modes_and_compare
 def test_where_vllm_is_not_installed_the_demo_says_so_and_runs_standalone(
     command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "vllm", None)  # Python's own way to make a package absent
+    monkeypatch.setitem(sys.modules, "vllm", None)  # Python then treats the package as not installed
     code, out, _ = command("demo", "--prompts", 1, "--max-new-tokens", 8)
     assert code == 0
     assert out.startswith("vLLM is not installed") and out.count("vLLM") == 1

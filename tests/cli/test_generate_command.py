@@ -22,7 +22,7 @@ MODES = {"generate_ar": "ar", "generate_mock_ar": "mock-ar", "generate_mask_diff
 
 
 class Run:
-    """What one call of the command did."""
+    """Outcome of one call of the command."""
 
     def __init__(self, code: int, out: str, err: str) -> None:
         self.code, self.out, self.err = code, out, err

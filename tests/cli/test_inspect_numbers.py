@@ -1,4 +1,4 @@
-"""The memory that `inspect` announces, against the formulas of the configuration; and all that it refuses."""
+"""Memory that `inspect` estimates, against the formulas of the configuration; and arguments that it refuses."""
 
 import json
 from pathlib import Path

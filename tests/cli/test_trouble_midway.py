@@ -1,4 +1,4 @@
-"""What a user meets when files, disks or patience give out: one sentence, no traceback, nothing lost."""
+"""Trouble with files and disks, and interrupts: a user sees one sentence, no traceback, and loses nothing."""
 
 import json
 import resource
@@ -63,7 +63,7 @@ def test_directory_as_output_is_refused(command: Command, tmp_path: Path) -> Non
 
 def test_interrupt_says_how_to_go_on_and_the_next_start_adds_the_others(command: Command, tmp_path: Path) -> None:
     file, whole = tmp_path / "out.jsonl", tmp_path / "whole.jsonl"
-    # Long enough to be interrupted: the rows so far are counted while it runs.
+    # Long enough to be interrupted: the test counts the rows while it runs.
     args = [*map(str, BASE[:-1]), "200", *prompts(20), "--output"]
     installed = Path(sys.executable).with_name("twotower-spec")
     process = subprocess.Popen([installed, *args, str(file)], stderr=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""The bundled trio is what its cards say, and good enough to show something."""
+"""The bundled trio matches its model cards, and is good enough for a demonstration."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_all_models_share_one_tokenizer_with_single_digits() -> None:
 
 
 def test_the_verifier_solves_held_out_word_problems() -> None:
-    """Not a claim of the trio, but what makes its text worth preserving: most calculations it writes are right."""
+    """Most calculations that it writes are right: its text is worth preserving."""
     text = " ".join(trio().tokenizer.decode(t.text, skip_special_tokens=True) for t in greedy_texts("maths"))
     calculations = re.findall(r"(\d+ [-+*] \d+) = (\d+)", text)
     right = sum(eval(expression) == int(result) for expression, result in calculations)

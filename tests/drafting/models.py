@@ -45,7 +45,7 @@ def tiny_target(vocab_size: int = 61, seed: int = 0) -> PreTrainedModel:
 
 
 def greedy_texts(model: PreTrainedModel, prompts: list[list[int]], max_new_tokens: int, eos: int | None = None) -> list:
-    """What `generate` of transformers writes, prompt by prompt."""
+    """Texts that `generate` of transformers writes, prompt by prompt."""
     texts = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
@@ -76,7 +76,7 @@ def target_probs(model: PreTrainedModel, prompt: list[int], sampler: Sampler, le
 
 @dataclass(frozen=True)
 class Outcome:
-    """A draft that may come out, with its probability and the distributions that it was drawn from."""
+    """Possible draft, with its probability and the distributions that it was drawn from."""
 
     tokens: tuple[int, ...]
     probability: float
@@ -105,7 +105,7 @@ def tiny_drafting_model(vocab_size: int = 5) -> TwoTowerModel:
 def draft_outcomes(
     model: TwoTowerModel, prompt: list[int], size: int, rule: CommitRule, sampler: Sampler, first_from_context: bool
 ) -> Iterator[Outcome]:
-    """Every draft of a real denoiser under a commit rule, by walking over all picks of all steps."""
+    """Enumerates every draft of a real denoiser under a commit rule: all picks of all steps."""
     with torch.inference_mode():
         yield from _draft_outcomes(model, prompt, size, rule, sampler, first_from_context)
 

@@ -176,7 +176,7 @@ def test_ids_that_the_target_does_not_have_are_never_drafted() -> None:
     for first_token in ("context", "denoiser"):
         block = make(FixedPolicy(16, 4), first_token=first_token, num_token_ids=30).draft({"a": row})
         assert max(block.row(0)) < 30
-    assert max(alone(row, FixedPolicy(16, 4))) >= 30  # or the test would show nothing
+    assert max(alone(row, FixedPolicy(16, 4))) >= 30  # otherwise the test would show nothing
 
 
 def test_drafting_leaves_torchs_generators_alone() -> None:

@@ -29,13 +29,13 @@ GREEDY = Sampler()
 ONE_STEP, TWO_STEPS, PUBLISHED = FixedSteps(1, 0.5), FixedSteps(2, 0.5), PublishedSchedule(0.4, 3)
 RULE_NAMES = {ONE_STEP: "one step", TWO_STEPS: "two steps", PUBLISHED: "published schedule"}
 
-# How drafts are made: block size, commit rule, sampler, first token from the context tower.
+# Ways to draft: block size, commit rule, sampler, and whether the context tower makes the first token.
 MULTI_STEP_SAMPLES = [(2, TWO_STEPS, SAMPLER, False), (3, TWO_STEPS, SAMPLER, True), (3, PUBLISHED, SAMPLER, False)]
 ONE_STEP_SAMPLES = [(size, ONE_STEP, SAMPLER, first) for size in (2, 3, 4) for first in (False, True)]
 MOST_PROBABLE = [(size, rule, GREEDY, first) for size in (2, 4) for rule in RULE_NAMES for first in (False, True)]
 Making = tuple[int, CommitRule, Sampler, bool]
 Text = tuple[int, ...]
-# A text that a round may bring, and how probable it is.
+# Texts that a round may bring, with their probabilities.
 Results = Iterator[tuple[Text, float]]
 
 
@@ -59,7 +59,7 @@ def continuation(probs: dict[Text, Tensor], text: Text, length: int) -> Tensor:
 
 
 def text_distribution(results: Results, probs: dict[Text, Tensor], length: int) -> Tensor:
-    """Distribution of the first `length` tokens, where the target goes on after what a round brought."""
+    """Distribution of the first `length` tokens: what a round brought, continued by the target."""
     by_text: dict[Text, float] = defaultdict(float)
     for text, probability in results:
         by_text[text] += probability
@@ -167,7 +167,7 @@ def test_filters_belong_to_the_target_before_any_rule(rule: RejectingRule, filte
 
 @pytest.mark.parametrize("rule", [ProbabilityRatioRule(), BlockRule()], ids=lambda rule: rule.name)
 def test_choosing_drafts_by_their_confidence_is_refused_by_ratio_rules(rule: RejectingRule) -> None:
-    """An adaptive policy verifies a draft or not by the draft itself: what is verified is no sample of q any more."""
+    """An adaptive policy decides by a draft whether to verify it, so that verified drafts are no samples of q."""
     drafter = BlockDrafter(tiny_drafting_model(VOCAB), AdaptivePolicy([4], most_steps=1), sampler=SAMPLER)
     block = drafter.draft({0: PROMPT})
     while not block.num_draft_tokens[0]:

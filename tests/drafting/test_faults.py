@@ -1,4 +1,4 @@
-"""What a drafter does when a state is damaged or a pass breaks off, and what it allocates when."""
+"""Behaviour of a drafter when a state is damaged or a pass fails, and when it allocates."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def drafts(block: DraftBlock) -> dict[object, list[int]]:
 
 
 def grown(rows: dict[str, list[int]], round_index: int) -> dict[str, list[int]]:
-    """Unequal numbers of new tokens."""
+    """Extends rows by unequal numbers of tokens."""
     return {
         name: row + random_ids(1 + (round_index + i) % 4, seed=round_index)
         for i, (name, row) in enumerate(rows.items())
@@ -77,7 +77,7 @@ def test_samples_of_the_others_keep_their_distributions() -> None:
 
 
 class Fault(Exception):
-    """Injected."""
+    """Error that a test injects."""
 
 
 @pytest.mark.parametrize("tower", [ContextTower, DenoiserTower])
@@ -176,7 +176,7 @@ def test_requests_that_grow_side_by_side_are_read_in_place(monkeypatch: pytest.M
 def test_warming_up_for_kernels_makes_passes_of_every_kind_that_fits(
     num_tokens: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The passes of a GPU on a CPU; only whether kernels run is pretended, and only to the drafter."""
+    """The passes of a GPU on a CPU: the drafter alone is told that kernels run."""
     monkeypatch.setattr("twotower_spec.drafting.drafter.use_triton", lambda *tensors: True)
     drafter, seen = make(num_tokens=num_tokens), []
     extend = drafter.state.extend

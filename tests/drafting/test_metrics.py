@@ -31,7 +31,7 @@ def test_figures_are_those_counted_by_hand() -> None:
 def test_calibration_counts_drafts_that_were_decided_on() -> None:
     bins = counted().report().calibration
     by_low = {round(b.low, 1): b for b in bins}
-    assert sum(b.num_drafts for b in bins) == 6  # behind a rejection nothing is decided
+    assert sum(b.num_drafts for b in bins) == 6  # no position after a rejection is decided
     assert by_low[0.9].num_drafts == 3 and by_low[0.9].acceptance_rate == 1.0
     assert by_low[0.9].mean_confidence == pytest.approx((0.95 + 0.9 + 0.95) / 3)
     assert by_low[0.5].acceptance_rate == by_low[0.1].acceptance_rate == 0.0

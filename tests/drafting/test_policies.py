@@ -56,11 +56,11 @@ def test_policies_refuse_what_cannot_be(make: object, message: str) -> None:
 
 
 class World:
-    """A made-up server: what a block size brings and costs, for an adaptive policy to find out.
+    """Simulated server whose gains and costs by block size an adaptive policy has to find out.
 
     Args:
-        acceptance: chance that a draft is accepted after the others, by block size.
-        step_s, verify_s: seconds of a denoiser pass, and of a verified token; a verification costs 10 ms besides.
+        acceptance: chance that a draft is accepted once all before it are, by block size.
+        step_s, verify_s: seconds of a denoiser pass, and of a verified token; each verification costs another 10 ms.
     """
 
     def __init__(self, acceptance: dict[int, float], step_s: float = 0.005, verify_s: float = 0.0) -> None:
@@ -191,11 +191,11 @@ def test_an_adaptive_policy_is_the_same_for_the_same_seed() -> None:
 
 
 class Server:
-    """A made-up server whose passes cost a fixed time, and more where tokens exceed what it computes at once.
+    """Simulated server whose passes cost a fixed time, and more where tokens exceed what it computes at once.
 
     Args:
-        acceptance: chance that a draft is accepted after the others.
-        free_tokens: tokens of a pass that cost nothing; each beyond costs a twentieth of a pass.
+        acceptance: chance that a draft is accepted once all before it are.
+        free_tokens: tokens of a pass that cost nothing; each further one costs a twentieth of a pass.
     """
 
     def __init__(self, acceptance: float = 0.85, free_tokens: int = 64) -> None:
@@ -242,7 +242,7 @@ def test_under_load_drafting_steps_down_to_nothing_and_comes_back() -> None:
 
 
 def test_reading_long_prompts_for_short_texts_is_charged_to_drafting() -> None:
-    """Prompts of 2000 tokens take 0.2 s to read, texts have 16: what is drafted then brings 3 tokens a round."""
+    """Prompts of 2000 tokens take 0.2 s to read and texts have 16 tokens; a round of drafts brings 3 of them."""
     policy, drafted = AdaptivePolicy([4]), []
     left, backlog = 0, 0
     for _ in range(4000):
@@ -284,7 +284,7 @@ def test_a_policy_gives_up_where_nobody_ever_gets_drafts() -> None:
 def test_a_block_size_that_was_slow_at_the_start_is_tried_again() -> None:
     policy, world = AdaptivePolicy([4, 8]), World({4: 0.8, 8: 0.9})
     usual = world.step_s
-    for _ in range(12):  # whatever else the machine does, it does it while 8 has its first rounds
+    for _ in range(12):  # something else keeps the machine busy during the first rounds of block size 8
         world.step_s = 0.04 if policy._loads[1].num_rounds[4] >= 4 else usual
         world.round(policy)
     world.step_s = usual

@@ -1,4 +1,4 @@
-"""The loop: the target's text to the token, whatever is drafted and whoever else is in the batch."""
+"""The loop writes exactly the target's text, whatever is drafted and whatever else is in the batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def drafter(policy: DraftPolicy | None = None, **options: object) -> BlockDrafte
 
 
 def perfect(monkeypatch: pytest.MonkeyPatch, num_tokens: int, texts: list[list[int]]) -> BlockDrafter:
-    """A drafter whose blocks are overwritten with the target's own next tokens."""
+    """Drafter whose blocks are overwritten with the target's own next tokens."""
     block_drafter = drafter(FixedPolicy(max(num_tokens, 2), 1, num_tokens=num_tokens))
     whole = [[*prompt, *text] for prompt, text in zip(PROMPTS, texts, strict=True)]
     make = block_drafter.draft
@@ -132,7 +132,7 @@ def test_an_end_token_inside_a_block_ends_the_row_there(monkeypatch: pytest.Monk
 
 
 class Letters:
-    """A tokenizer of one character per id, for stop strings."""
+    """Tokenizer of one character per id, for stop strings."""
 
     def decode(self, ids: list[int]) -> str:
         return "".join(chr(65 + token) for token in ids)
@@ -205,7 +205,7 @@ def with_random_weights(config: PretrainedConfig) -> PreTrainedModel:
 
 
 def alibi_target() -> PreTrainedModel:
-    """Counts positions itself, by the place in the cache."""
+    """Target that counts positions itself, by the place in the cache."""
     return with_random_weights(MptConfig(vocab_size=61, d_model=32, n_heads=4, n_layers=2, expansion_ratio=2))
 
 

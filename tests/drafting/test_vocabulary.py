@@ -37,7 +37,7 @@ def test_other_tokens_are_refused_by_the_first_id_that_differs() -> None:
 
 def test_special_tokens_are_compared_by_what_they_are() -> None:
     theirs = tokenizer()
-    theirs.eos_token = theirs.pad_token  # ends its own texts otherwise; all ids mean the same
+    theirs.eos_token = theirs.pad_token  # ends its own texts with another id; all ids mean the same
     assert shared_token_ids(tokenizer(), theirs, 300, 300) == 300
     theirs = tokenizer()
     theirs.add_special_tokens({"additional_special_tokens": ["<tool>"]})

@@ -102,7 +102,7 @@ def test_a_seed_gives_the_same_prompts_always_and_another_seed_gives_others() ->
     def ids(seed: int) -> list[str]:
         return [prompt.prompt_id for prompt in load_prompts("gsm8k", limit=5, seed=seed)]
 
-    # Written down, so that a benchmark of today can be repeated with a later version.
+    # Fixed here, so that a benchmark can be repeated with a later version.
     assert ids(0) == ["gsm8k/213", "gsm8k/962", "gsm8k/963", "gsm8k/864", "gsm8k/257"]
     assert ids(0) != ids(1)
 
@@ -204,7 +204,7 @@ def test_a_hub_dataset_without_its_package_is_refused_with_the_remedy(monkeypatc
 
 
 class FakeHub(ModuleType):
-    """Stands for package `datasets`, which has no dataset to read without network."""
+    """Stand-in for the package `datasets`, which can read no dataset without network."""
 
     def __init__(self) -> None:
         super().__init__("datasets")

@@ -30,7 +30,7 @@ needs_lm_eval = pytest.mark.skipif(
 
 
 class WithoutHarness(TwoTowerTasks):
-    """What lm-eval's base class adds, as far as it is used."""
+    """Stand-in for the parts of lm-eval's base class that are used."""
 
     rank = 0
 
@@ -53,7 +53,7 @@ def loaded() -> Loaded:
 
 
 def reference(towers: TwoTowerModel, context: list[int], continuation: list[int]) -> Likelihood:
-    """One continuation in one pass over everything, in float64."""
+    """Scores one continuation in one pass over all tokens, in float64."""
     tokens = [*context, *continuation]
     state = ContextState(towers.config, 1, len(tokens), towers.dtype)
     logits = state.extend(towers.context, {0: tokens[:-1]}, logits="all").logits

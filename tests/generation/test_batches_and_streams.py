@@ -1,4 +1,4 @@
-"""What a caller may rely on in batches, streams, samples, callbacks and refusals."""
+"""Guarantees to callers about batches, streams, samples, callbacks and refusals."""
 
 import subprocess
 import sys

@@ -20,7 +20,7 @@ GEOMETRIES: dict[str, dict[str, Any]] = {
     "no Mamba": {"hybrid_override_pattern": "*E-"},
     "dense MLP alone between": {"hybrid_override_pattern": "M-*-"},
 }
-# Without Mamba nothing tells masked positions apart: rounding would decide which of them is committed first.
+# Without Mamba all masked positions look the same, and rounding would decide which is committed first.
 ORDERED = {name: changes for name, changes in GEOMETRIES.items() if name != "no Mamba"}
 every_geometry = pytest.mark.parametrize("changes", GEOMETRIES.values(), ids=GEOMETRIES.keys())
 both_precisions = pytest.mark.parametrize("dtype", ["float64", "float32"])

@@ -1,4 +1,4 @@
-"""What must hold for any batch, any split and any order (hypothesis; float64, so that bounds are tight)."""
+"""Properties that hold for any batch, any split and any order (hypothesis; float64, so that bounds are tight)."""
 
 from itertools import pairwise
 from typing import Any

@@ -13,7 +13,7 @@ SAMPLING = [{}, {"temperature": 0.9}, {"temperature": 0.7, "top_k": 9}, {"temper
 
 
 def twin() -> TwoTowerModel:
-    """A model whose denoiser is its context tower without time conditioning: its drafts are often right."""
+    """Model whose denoiser is its context tower without time conditioning, so that its drafts are often right."""
     model = TwoTowerModel.from_config(tiny_model(hybrid_override_pattern="MEM-").config, dtype="float64", seed=4)
     model.denoiser.load_state_dict(model.context.state_dict(), strict=False)
     with torch.no_grad():

@@ -23,7 +23,7 @@ def cumulative(counts: list[int]) -> Tensor:
 
 
 def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> SamplingTensors:
-    """Greedy and sampled requests mixed, every filter on somewhere and off somewhere."""
+    """Mixes greedy and sampled requests; every filter is on for some and off for others."""
     temperature = torch.tensor([0.0, 0.7, 1.3, 0.2])[torch.arange(num_reqs) % 4]
     values: dict[str, Tensor | None] = {
         "temperature": temperature,
@@ -39,7 +39,7 @@ def sampling_for(num_reqs: int, seed: int = 0, **given: Tensor | None) -> Sampli
 
 
 def likely_drafts(logits: Tensor, counts: list[int], sampling: SamplingTensors, rule: AcceptanceRule) -> Tensor:
-    """Drafts of which many are accepted: each the token taken there, every fourth another one."""
+    """Drafts of which many are accepted: the tokens that the target takes there, but for every fourth."""
     plain = accept(logits, torch.zeros(0, dtype=torch.int64), [0] * len(logits), _row_by_row(sampling, counts), rule)
     keep = (torch.arange(len(logits)) % 4 != 3) * plain.token_ids[:, 0]
     ends = (torch.tensor(counts) + 1).cumsum(0) - 1
@@ -47,7 +47,7 @@ def likely_drafts(logits: Tensor, counts: list[int], sampling: SamplingTensors, 
 
 
 def _row_by_row(sampling: SamplingTensors, counts: list[int]) -> SamplingTensors:
-    """Every row a request of its own."""
+    """Makes every row a request of its own."""
     request = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts) + 1)
     offset = torch.cat([torch.arange(count + 1) for count in counts])
     fields = {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p", "min_p")}

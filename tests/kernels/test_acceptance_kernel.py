@@ -133,7 +133,7 @@ def test_undefined_logits_of_a_request_with_filters_do_not_reach_the_others(
 
 @pytest.mark.parametrize("rule", ["one-hot", "coupled"])
 def test_rows_may_be_cut_out_of_wider_ones(device: torch.device, rule: AcceptanceRule) -> None:
-    """A padded vocabulary: what lies beyond the row is never looked at."""
+    """The vocabulary is padded, and logits beyond the row are never read."""
     counts = [2, 1]
     padded = torch.full((10, VOCAB + 6), torch.nan)
     padded[::2, :VOCAB] = random_logits(5)
@@ -144,7 +144,7 @@ def test_rows_may_be_cut_out_of_wider_ones(device: torch.device, rule: Acceptanc
 
 
 def test_undefined_logits_of_a_filtered_row_are_found_wherever_they_stand(device: torch.device) -> None:
-    """In blocks of 32: in the first one, in the last one, and where the probability of a draft depends on it."""
+    """With blocks of 32 tokens: in the first, in the last, and where the probability of a draft depends on it."""
     given = {"top_k": None, "top_p": None, "min_p": torch.full((2,), 0.5)}
     sampling = sampling_for(2, temperature=torch.ones(2), **given)
     with small_tiles({"FILTER_BLOCK": 32}):

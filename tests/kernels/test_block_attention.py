@@ -1,4 +1,4 @@
-"""Attention in PyTorch: against softmax written out, and requests whose keys lie apart against each alone."""
+"""Attention in PyTorch: against softmax written out, and ragged requests against each of them alone."""
 
 import pytest
 import torch

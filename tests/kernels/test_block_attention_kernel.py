@@ -48,7 +48,7 @@ def inputs(
     group: int = 3,
     head_dim: int = 10,
 ) -> Inputs:
-    """Pages out of order, NaN wherever no context is, queries and keys as parts of one projection."""
+    """Makes inputs: pages out of order, NaN wherever no context is, queries and keys as parts of one projection."""
     generator = torch.Generator().manual_seed(sum(contexts) + 7 * sum(queries))
 
     def randn(*shape: int) -> Tensor:
@@ -57,7 +57,7 @@ def inputs(
     counts = [-(-length // PAGE_SIZE) for length in contexts]
     num_pages = sum(counts) + 3
     order = torch.randperm(num_pages, generator=generator).tolist()
-    # Layer 1 of a cache of two, as the towers pass it. What a request does not own is NaN, the table's padding too.
+    # Layer 1 of a cache of two, as the towers pass it. Slots that no request owns are NaN, the padding page too.
     caches = torch.full((2, 2, num_pages * PAGE_SIZE, kv_heads, head_dim), torch.nan, dtype=dtype, device=device)
     table = torch.full((len(contexts), max(1, *counts) + 1), order[-1])
     for row, (length, count) in enumerate(zip(contexts, counts, strict=True)):
@@ -74,7 +74,7 @@ def inputs(
 
 
 def run(given: Inputs) -> Tensor:
-    """The kernel's result; what the launcher allocates and no program writes is NaN."""
+    """Runs the kernel; whatever the launcher allocates and no program writes is NaN."""
     torch.use_deterministic_algorithms(True)
     try:
         assert given.query.new_empty(3).isnan().all()
@@ -98,7 +98,7 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
 
 @pytest.fixture
 def small_tiles() -> Iterator[None]:
-    """Several tiles and parts already at tiny shapes."""
+    """Makes tiles so small that tiny shapes have several tiles and parts."""
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": 16, "num_warps": 4, "num_stages": 2}
     with ExitStack() as stack:
         for name in ("attend", "attend_few_rows", "attend_float32"):
@@ -187,7 +187,7 @@ def test_scores_that_are_large_or_minus_infinite_are_weighed_as_by_softmax(part:
     given = inputs([40, 40], [3, 3], device)
     given.query.abs_()
     given.key_cache.mul_(1e4)
-    for page in given.batch.block_table[0, :5].tolist():  # a whole part of the first request counts nothing
+    for page in given.batch.block_table[0, :5].tolist():  # a whole part of the first request has weight 0
         given.key_cache[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = -torch.inf
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": part, "num_warps": 4, "num_stages": 2}
     with trying("block_attention", "attend_float32", tiles):
@@ -282,7 +282,7 @@ def new_state(model: TwoTowerModel) -> ContextState:
 
 
 def interleaved(model: TwoTowerModel, rows: dict[str, list[int]] = ROWS) -> ContextState:
-    """A state whose requests took pages in turns; read with PyTorch or kernel, as is switched on."""
+    """State whose requests took pages in turns; read by PyTorch or by the kernel, whichever is on."""
     state = new_state(model)
     for start in range(0, 13, 3):
         state.extend(model.context, {n: r[start : start + 3] for n, r in rows.items() if r[start : start + 3]})

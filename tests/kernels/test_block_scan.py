@@ -174,7 +174,7 @@ def test_extreme_decays_equal_the_recurrence_over_several_chunks(shift: float) -
 
 
 def test_small_decays_after_huge_ones_keep_their_precision() -> None:
-    # In float32 a running sum of 10 000 has steps of 1e-3: its differences would lose the small decays that follow.
+    # A running sum of 10 000 in float32 has steps of 1e-3, in which the small decays that follow would be lost.
     u, delta, conv, ssm, weights = inputs(1, 64, dtype=torch.float32)
     delta[:, :40], delta[:, 40:] = 300.0, -5.0
     expected = block_scan_reference(u.double(), delta.double(), conv.double(), ssm.double(), weights)

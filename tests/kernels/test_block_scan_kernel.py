@@ -31,7 +31,7 @@ def inputs(
     dtype: torch.dtype = torch.float32,
     sizes: tuple[int, int, int, int] = (4, 5, 2, 7),
 ) -> Inputs:
-    """As the towers pass them: u and delta are parts of one projection, the states parts of a pool of slots.
+    """Makes inputs as the towers pass them: u and delta are parts of one projection, states of a pool of slots.
 
     Args:
         sizes: heads, head_dim, groups, state_size.

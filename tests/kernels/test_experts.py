@@ -34,7 +34,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def by_id(chosen: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """Ids and weights of a token in the order of ids."""
+    """Sorts ids and weights of every token by id."""
     ids, weights = (t.cpu() for t in chosen)
     order = ids.argsort(-1)
     return ids.gather(-1, order), weights.gather(-1, order)
@@ -58,7 +58,7 @@ def distinct_ids(num_tokens: int, top_k: int, seed: int = 4) -> Tensor:
 
 
 def launched(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
-    """The kernels' result with small tiles, whatever the table says for these sizes."""
+    """Runs the kernels with small tiles instead of those in the table."""
     kind = kernel.kind_of_product(len(x), ids.shape[1], len(up), x.dtype)
     weighing = {"BLOCK_HIDDEN": 16, "num_warps": 1}
     with (
@@ -166,7 +166,7 @@ def test_of_equal_scores_the_routing_kernel_takes_the_lower_ids(
 def test_routing_kernel_names_distinct_experts_for_any_scores(
     device: torch.device, num_groups: int, top_groups: int
 ) -> None:
-    # What the experts do with such a token is lost, but they must stay within their weights, and other tokens unharmed.
+    # The result for such a token is undefined, but no expert may read beyond its weights or change other tokens.
     scores, bias = randn(7, 12).sigmoid(), randn(12, seed=1) * 0.3
     options = (5, num_groups, top_groups, True, 2.5)
     expected_ids, expected_weights = by_id(route_reference(scores, bias, *options))
@@ -201,7 +201,7 @@ def test_routing_kernel_reads_scores_of_any_strides(device: torch.device) -> Non
 def test_router_kernels_route_tokens_by_the_rule(
     device: torch.device, num_tokens: int, dtype: torch.dtype, part: int
 ) -> None:
-    # As the towers hold them: tokens are rows of something wider, the router is float32.
+    # As in the towers: tokens are rows of a wider tensor, and the router is float32.
     x = randn(num_tokens, 3, HIDDEN).to(dtype)[:, 1]
     router, bias = randn(18, HIDDEN, seed=1).float() / 4, randn(18, seed=2).float() * 0.3
     options = (4, 3, 2, True, 1.7)
@@ -281,7 +281,7 @@ def test_an_expert_of_all_tokens_fills_several_blocks(device: torch.device, chos
 
 @pytest.mark.parametrize("num_tokens", [1, 17])
 def test_expert_kernels_round_where_the_pytorch_path_rounds(device: torch.device, num_tokens: int) -> None:
-    # Small integers: every product is exact, so that only the rounding points decide. Sums up to 35 have squares of
+    # Small integers: every product is exact, and only the places of rounding matter. Sums up to 35 have squares of
     # more than bfloat16's 8 bits.
     x = (randn(num_tokens, HIDDEN).abs() < 0.5).bfloat16().to(device)
     up = (randn(EXPERTS, WIDTH, HIDDEN, seed=1).abs() < 0.5).bfloat16().to(device)
@@ -302,7 +302,7 @@ def test_expert_kernels_take_weights_and_tokens_of_any_strides(device: torch.dev
         x.contiguous(), up.contiguous(), down.contiguous(), ids, weights.contiguous(), shared.contiguous()
     )
     actual = launched(x, up, down, ids.t().contiguous().t(), weights, shared)
-    # Another order of a matrix's elements may mean another order of additions.
+    # Another memory layout of a matrix may change the order of additions.
     torch.testing.assert_close(actual, expected, atol=FLOAT32_OP, rtol=FLOAT32_OP)
 
 

@@ -28,7 +28,7 @@ def test_every_number_of_tokens_gives_the_same_product(
 
 @pytest.mark.parametrize("num_tokens", [1, 3])
 def test_autocast_may_mix_the_dtypes(num_tokens: int) -> None:
-    """A frozen float32 tower in training: activations come in bfloat16, weights are held in float32."""
+    """So it is with a frozen float32 tower in training: activations are bfloat16 and weights float32."""
     x, weight = torch.ones(num_tokens, 8, dtype=torch.bfloat16), torch.ones(5, 8)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(linear(x, weight), torch.full((num_tokens, 5), 8.0, dtype=torch.bfloat16))

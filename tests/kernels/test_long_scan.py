@@ -1,4 +1,4 @@
-"""Which scan runs long prefills: faulty candidates are refused, and the choice is logged."""
+"""Choice of the scan for long prefills: faulty candidates are refused, and the choice is logged."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ HEAD_DIM, STATE = 3, 5
 
 @pytest.fixture(autouse=True)
 def _no_candidates(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[None]:
-    """Nothing is registered, nothing chosen, and what a test registers and chooses is forgotten."""
+    """Starts without candidates or choices, and forgets those of a test."""
     monkeypatch.setattr(room, "_loaders", {})
     monkeypatch.setattr(room, "_chosen", {})
     with caplog.at_level(logging.INFO, logger="twotower_kernels"):
@@ -180,7 +180,7 @@ def test_mamba_ssm_is_asked_before_what_others_register(monkeypatch: pytest.Monk
 def strict_varlen(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, chunk_size: int, *, out: Tensor, **given: Any
 ) -> Tensor:
-    """Reads the layout as vLLM's kernels do: states pass from chunk to chunk of one request, and nowhere else."""
+    """Reads the layout as vLLM's kernels do: states pass only from chunk to chunk of one request."""
     bounds, owners = given["cu_chunk_seqlens"].tolist(), given["seq_idx"].tolist()
     assert given["cu_seqlens"].tolist() == [bounds[0], *(bounds[last + 1] for last in given["last_chunk_indices"])]
     after: list[Tensor] = []

@@ -33,7 +33,7 @@ def test_the_logarithm_is_that_of_float64_within_two_units_in_the_last_place() -
 
 
 def test_uniform_noise_is_strictly_between_0_and_1(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The extreme hashes are too rare to be met by chance: they are put in their place."""
+    """The extreme hashes are too rare to occur by chance, so they are injected."""
     for bits in (-1, 0):  # all ones, all zeros
         monkeypatch.setattr(op, "_finalise", lambda h, bits=bits: torch.zeros_like(h) + bits if h.dim() > 1 else h)
         uniform = op.uniform_noise(torch.tensor([3]), torch.tensor([4]), 0, 5)
@@ -83,7 +83,7 @@ def test_every_counter_changes_the_noise(seed: int, position: int, draw: int) ->
 
 @pytest.mark.parametrize("tokens", [slice(0, 64), slice(0, 2048, 64), slice(1000, 2000)])
 def test_noise_is_gumbel_distributed_and_so_are_the_maxima_of_groups(tokens: slice) -> None:
-    """N and bound fixed beforehand: 2000 rows, p > 1e-4; side by side, of one group, across groups."""
+    """N and bound fixed beforehand: 2000 rows, p > 1e-4; for neighbouring tokens, in a group and across groups."""
     rows = torch.arange(2000)
     noise = gumbel_noise(rows, rows * 3, 0, 2048)[:, tokens].double()
     assert stats.kstest(noise.flatten().numpy(), "gumbel_r").pvalue > 1e-4

@@ -66,7 +66,7 @@ def test_routing_in_float32_chooses_as_the_rule_does(num_groups: int) -> None:
 
 
 def test_negative_corrected_scores_lose_to_the_zeros_of_closed_groups() -> None:
-    # Published rule: scores of groups that are out become 0, which beats a negative corrected score.
+    # As published, scores in groups that are not kept become 0, which is above a negative corrected score.
     scores = torch.tensor([[0.9, 0.1, 0.2, 0.3]]).double()
     bias = torch.tensor([0.0, -0.5, -0.5, -0.5]).double()
     ids, weights = route(scores, bias, 2, 2, 1, False, 1.0)
@@ -173,7 +173,7 @@ def test_of_equal_confidences_the_later_position_goes_first() -> None:
 
 
 def test_confidence_at_open_positions_alone_counts() -> None:
-    # What stands at committed positions is left over from earlier steps: it must not count, not even as NaN.
+    # Confidences at committed positions are left over from earlier steps and must not count, not even as NaN.
     confidence, masked = torch.tensor([[torch.nan, 0.2, 1.0, 0.3]]), torch.tensor([[False, True, False, True]])
     assert choose_commits(confidence, masked, 0.9, 9).tolist() == [[False, False, False, True]]
 

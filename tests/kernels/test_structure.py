@@ -1,4 +1,4 @@
-"""Sentences on how the kernels' files stand to each other, checked on their syntax trees."""
+"""Structure of the kernels' files, checked on their syntax trees."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -27,7 +27,7 @@ def is_kernel(function: ast.FunctionDef) -> bool:
 
 
 def launchers(tree: ast.Module) -> list[ast.FunctionDef]:
-    """Functions with a launch in them: `kernel[grid](...)`."""
+    """Functions that launch a kernel: `kernel[grid](...)`."""
     kernels = {function.name for function in functions(tree) if is_kernel(function)}
     return [
         function
@@ -54,7 +54,7 @@ def test_every_function_that_launches_a_kernel_makes_the_tensors_device_current(
 
 
 def imports(module: str) -> set[str]:
-    """Modules of the kernels that one imports, inside its functions too."""
+    """Modules of the kernels that a module imports, inside its functions too."""
     found: set[str] = set()
     for node in ast.walk(TREES[module]):
         if isinstance(node, ast.ImportFrom) and node.module:

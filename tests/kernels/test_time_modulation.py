@@ -70,7 +70,7 @@ def group_case(num_reqs: int, num_tokens: int, width: int, dtype: torch.dtype) -
 
 @pytest.fixture
 def in_triton(device: torch.device) -> Op:
-    """Calls an op that takes its kernels, wherever they run."""
+    """Calls an op and makes it take its kernels, on any device."""
 
     def run(function: Op, *arguments: Any) -> Tensor:
         moved = [on_device(a, device) if isinstance(a, Tensor) else a for a in arguments]
@@ -82,13 +82,13 @@ def in_triton(device: torch.device) -> Op:
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
-    """With its strides, which a plain `to` gives up."""
+    """Copies a tensor to the device with its strides, which a plain `to` would change."""
     storage = x.as_strided((x.untyped_storage().nbytes() // x.itemsize,), (1,), 0)
     return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
 
 
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal to a few units in float32; of bfloat16 numbers a few may be neighbours, where that decides the rounding."""
+    """Equal to a few units of float32; where these decide the rounding to bfloat16, a few results may be neighbours."""
     assert actual.shape == expected.shape and actual.dtype == expected.dtype
     assert actual.is_contiguous()
     if expected.dtype == FLOAT32:

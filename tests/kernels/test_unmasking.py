@@ -20,13 +20,13 @@ from twotower_kernels.unmasking.reference import (
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
-    # The interpreter computes with NumPy, which speaks up about infinities.
+    # The interpreter computes with NumPy, which warns about infinities.
     pytest.mark.filterwarnings("ignore:(invalid value|overflow|All-NaN slice) encountered:RuntimeWarning"),
 ]
 
 VOCAB, MASK = 37, 3
 NEGATIVE, POSITIVE, NAN = -torch.inf, torch.inf, torch.nan
-# Open positions of three rows: some, none, one.
+# Masked positions of three rows: some, none, one.
 RAGGED = [[1, 0, 1, 1, 0], [0, 0, 0, 0, 0], [0, 1, 0, 0, 0]]
 
 Step = dict[str, Any]
@@ -37,7 +37,7 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def step_of(masked: list[list[int]], dtype: torch.dtype = torch.float32, vocab: int = VOCAB, **changes: Any) -> Step:
-    """Arguments of `unmask` for blocks with these open positions."""
+    """Arguments of `unmask` for blocks with these masked positions."""
     is_masked = torch.tensor(masked).bool()
     positions = is_masked.flatten().nonzero()[:, 0]
     logits = (3 * randn(len(positions), vocab)).to(dtype)
@@ -57,7 +57,7 @@ def step_of(masked: list[list[int]], dtype: torch.dtype = torch.float32, vocab: 
 
 
 def noise_for(num_reqs: int, **changes: Any) -> PickNoise:
-    """Odd seeds and positions."""
+    """Noise with odd seeds and positions."""
     seeds = torch.tensor([-(2**63), 7, 2**62 + 3, 11, 12])[:num_reqs]
     return replace(PickNoise(0.7, seeds, torch.arange(num_reqs) * 2**31, 2), **changes)
 
@@ -86,7 +86,7 @@ Path = Callable[[Step], Unmasked]
 
 @pytest.fixture(params=["PyTorch", "kernel"])
 def run(request: pytest.FixtureRequest, device: torch.device) -> Path:
-    """Both ways to do a step."""
+    """Does a step by PyTorch and by the kernel."""
     if request.param == "kernel":
         return lambda step: run_kernel(device, step)
     return lambda step: unmask(**step)
@@ -94,7 +94,7 @@ def run(request: pytest.FixtureRequest, device: torch.device) -> Path:
 
 @pytest.fixture
 def small_splits() -> Iterator[None]:
-    """Rows of a few thousand tokens fall into splits of several chunks, the last one not whole."""
+    """Makes splits so small that rows of a few thousand tokens have several, the last one not full."""
     small = settings("unmasking", "unmask") | {"WIDTH_BYTES": 256, "TARGET_PROGRAMS": 4}
     with trying("unmasking", "unmask", small):
         yield
@@ -190,7 +190,7 @@ def test_almost_everything_excluded_still_gives_certainty(run: Path) -> None:
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_rows_may_be_cut_out_of_wider_ones(run: Path, sampled: bool) -> None:
-    """A padded vocabulary: what lies beyond the row is never looked at."""
+    """The vocabulary is padded, and logits beyond the row are never read."""
     step = step_of(RAGGED, noise=noise_for(3) if sampled else None)
     padded = torch.full((8, VOCAB + 6), NAN)
     padded[::2, :VOCAB] = step["logits"]
@@ -268,7 +268,7 @@ Picker = Callable[..., tuple[Tensor, Tensor]]
 
 @pytest.fixture(params=["PyTorch", "kernel"])
 def pick(request: pytest.FixtureRequest, device: torch.device) -> Picker:
-    """Both ways to pick."""
+    """Picks by PyTorch and by the kernel."""
     if request.param == "PyTorch":
         return pick_tokens
 

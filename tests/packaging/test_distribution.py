@@ -27,7 +27,7 @@ for name in sys.argv[1:]:
 
 
 def build(source: Path, out: Path, *options: str) -> None:
-    """Builds with what is installed here: no network and no second setuptools."""
+    """Builds with the packages that are installed: no network and no second setuptools."""
     result = subprocess.run(
         [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options, str(source)],
         capture_output=True,
@@ -39,7 +39,7 @@ def build(source: Path, out: Path, *options: str) -> None:
 
 @pytest.fixture(scope="module")
 def source_tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what a build reads. setuptools writes into the tree it builds, and would reuse what lies there."""
+    """Copies the files that a build reads: setuptools writes into the tree it builds, and would reuse what is there."""
     copy = tmp_path_factory.mktemp("source") / "tree"
     copy.mkdir()
     for file in ("pyproject.toml", "README.md", "LICENSE"):

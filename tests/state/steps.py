@@ -1,4 +1,4 @@
-"""What tests of the pool do again and again."""
+"""Steps that many tests of the pool take."""
 
 import torch
 from torch import Tensor

@@ -231,7 +231,7 @@ def test_eviction_spares_the_requests_of_the_call(model: TwoTowerModel) -> None:
     state = new_state(model, num_slots=2)
     logits_after(model, state, "a", random_ids(4))
     logits_after(model, state, "b", random_ids(4))
-    state.extend(model.context, {"c": [5], "a": [6]})  # "a" is the older one, and needed
+    state.extend(model.context, {"c": [5], "a": [6]})  # "a" is the oldest, but needed
     assert "a" in state and "b" not in state
 
 

@@ -1,4 +1,4 @@
-"""What is remembered of a row, and how rows are compared with it."""
+"""Token histories, and their comparison with rows."""
 
 import numpy as np
 import pytest

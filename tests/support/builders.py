@@ -44,7 +44,7 @@ def _cached_model(dtype: str, seed: int, changes: tuple[tuple[str, Any], ...]) -
 
 
 def tiny_model(dtype: str = "float64", seed: int = 0, **changes: Any) -> TwoTowerModel:
-    """A model with random weights, made once per geometry; float64, so that comparisons can be tight."""
+    """Model with random weights, made once per geometry; float64, so that comparisons can be tight."""
     return _cached_model(dtype, seed, tuple(sorted(changes.items())))
 
 
@@ -56,5 +56,5 @@ def random_ids(length: int, seed: int = 0, vocab_size: int = 61) -> list[int]:
 
 
 def padding_mask(key_lens: Tensor, num_keys: int) -> Tensor:
-    """One mask for all queries of a row, which sees its first keys: bool [num_reqs, 1, num_keys]."""
+    """Mask by which all queries of a row see its first keys: bool [num_reqs, 1, num_keys]."""
     return (torch.arange(num_keys) < key_lens[:, None])[:, None]

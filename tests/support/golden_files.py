@@ -1,4 +1,4 @@
-"""The golden fixtures: tiny checkpoints, and what the published code computes on them (tests/golden/README.md)."""
+"""Golden fixtures: tiny checkpoints and the results of the published code on them (tests/golden/README.md)."""
 
 from __future__ import annotations
 

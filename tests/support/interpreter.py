@@ -8,7 +8,7 @@ import numpy as np
 
 
 def interpret_kernels() -> None:
-    """Makes `@triton.jit` functions that are defined from now on run in the interpreter; other processes do not.
+    """Makes `@triton.jit` functions that are defined from now on run in the interpreter, in this process only.
 
     Triton's own library functions are defined when it is imported, so this must come first.
     """
@@ -20,13 +20,13 @@ def interpret_kernels() -> None:
         import triton.language
     finally:
         del os.environ["TRITON_INTERPRET"]
-    triton.knobs.propagate_env = False  # else the next line would set the variable again
+    triton.knobs.propagate_env = False  # otherwise the next line would set the variable again
     triton.knobs.runtime.interpret = True
     _compute_bfloat16_as_devices_do()
 
 
 def _compute_bfloat16_as_devices_do() -> None:
-    """Triton 3.9's interpreter cuts 16 bits off where a device rounds, and multiplies bfloat16 as integers."""
+    """Mends bfloat16 in Triton 3.9's interpreter, which truncates where a device rounds, and multiplies as integers."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -1,4 +1,4 @@
-"""The three ways to generate one row, on top of the plain towers: the published loops, written out."""
+"""Three modes of generation for one row on the plain towers: the published loops, written out."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Memory = dict[int, list[Tensor]]
 
 @dataclass(frozen=True)
 class Noise:
-    """Sampling at a temperature with the noise of a seed."""
+    """Sampler at a temperature, with the noise of a seed."""
 
     temperature: float
     seed: int
@@ -34,7 +34,7 @@ def pick(logits: Tensor, noise: Noise | None, position: int, draw: int = 0) -> i
 
 @dataclass
 class PlainBlocks:
-    """Tokens of a row, and per block what `BlockTrace` records."""
+    """Tokens of a row, with the content of `BlockTrace` for every block."""
 
     token_ids: list[int] = field(default_factory=list)
     xt: list[list[list[int]]] = field(default_factory=list)

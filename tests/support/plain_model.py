@@ -22,7 +22,7 @@ def rms(x: Tensor, eps: float) -> Tensor:
 
 
 class PlainTower:
-    """One tower. `layers` keep what the Mamba layers and the attention layers remember after `run`."""
+    """One tower. After `run`, `layers` hold the states of the Mamba layers, and the keys and values of attention."""
 
     def __init__(self, model: TwoTowerModel, part: str) -> None:
         self.config: TwoTowerConfig = model.config

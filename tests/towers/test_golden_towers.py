@@ -51,7 +51,7 @@ def test_context_logits_are_those_of_the_published_code(
 
 
 class Recorder:
-    """Keeps what goes into and out of every mixer."""
+    """Records inputs and outputs of every mixer."""
 
     def __init__(self, tower: Backbone, monkeypatch: pytest.MonkeyPatch) -> None:
         self.mixer_in: dict[int, Tensor] = {}

@@ -1,4 +1,4 @@
-"""The corpus: right, deterministic, and apart from what is held out."""
+"""The corpus is right and deterministic, and holds nothing of the held-out prompts."""
 
 import ast
 import keyword
@@ -108,7 +108,7 @@ def test_other_words_are_usable_names_and_leave_out_what_is_held_out() -> None:
 
 @pytest.mark.parametrize("domain", DOMAINS)
 def test_a_prompt_has_the_tokens_that_it_has_in_its_document(domain: str) -> None:
-    """The seam of a document lies between two tokens: a prompt's last token is one that training saw there."""
+    """Prompt and completion meet between two tokens, so that training saw the prompt's last token there."""
     texts = [document.text for document in training_documents(domain, 300, seed=1)]
     tokenizer = train_tokenizer(texts, vocab_size=800)
     for document in training_documents(domain, 300, seed=0):

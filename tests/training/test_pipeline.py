@@ -49,7 +49,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_loss_of_every_stage_falls(finished: Path, run: str) -> None:
     entries = list(read_log(finished / "runs" / run / "log.jsonl"))
     assert [entry["step"] for entry in entries] == list(range(10, entries[-1]["step"] + 1, 10))
-    # The distilled tower begins where the context tower ended, and is trained for 20 steps: too few to see it fall.
+    # The distilled tower starts from the context tower; in its 20 steps of training the loss does not fall visibly.
     if run != "context-distilled":
         assert entries[0]["loss"] - entries[-1]["loss"] > 0.1
     assert (finished / "runs" / run / "loss.png").read_bytes().startswith(b"\x89PNG")
@@ -167,7 +167,7 @@ def test_a_stage_whose_input_is_missing_names_the_stage_to_run(tmp_path: Path) -
 
 
 def foreign_verifier(folder: Path) -> Path:
-    """A verifier with a vocabulary of its own and no mask token, as a user may bring it."""
+    """Verifier with a vocabulary of its own and no mask token, as a user may bring it."""
     tokenizer = train_tokenizer(["to be or not to be", "that is the question"], vocab_size=290)
     stripped = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>", bos_token="<bos>"

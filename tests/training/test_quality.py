@@ -1,4 +1,4 @@
-"""The acceptance walk, and its drafters against the plain loops they stand for."""
+"""The acceptance walk, and its drafters against plain loops."""
 
 import pytest
 import torch
@@ -27,7 +27,7 @@ TEXTS = [VerifierText(random_ids(n, n), random_ids(m, n + m)) for n, m in ((5, 3
 
 
 class Oracle:
-    """Knows the texts and gets every `wrong`-th token wrong."""
+    """Drafter that knows the texts, and gets every `wrong`-th token wrong."""
 
     num_denoiser_passes = 0
 

@@ -1,4 +1,4 @@
-"""Recipes are refused by the name of the field."""
+"""Recipes are refused with the name of the wrong field."""
 
 from pathlib import Path
 

@@ -74,7 +74,7 @@ class Request:
 
 
 class Engine:
-    """What scenarios use of vLLM."""
+    """Parts of vLLM that scenarios use."""
 
     def __init__(self, llm: Any) -> None:
         self.llm = llm
@@ -83,7 +83,7 @@ class Engine:
 
     @cached_property
     def runner(self) -> Any:
-        """The model runner, in this very process."""
+        """Model runner of this process."""
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
@@ -108,7 +108,7 @@ class Engine:
         return [[list(one.token_ids) for one in row.outputs] for row in self.outputs(prompts, **params)]
 
     def outputs(self, prompts: Sequence[Any], **params: Any) -> list[Any]:
-        """vLLM's own results."""
+        """Results as vLLM gives them."""
         found: list[Any] = self.llm.generate(list(prompts), self.params(**params), use_tqdm=False)
         return found
 
@@ -128,7 +128,7 @@ class Engine:
         """Every output of every step, with the index of its request."""
         self._run += 1
         prefix = f"run{self._run}-"
-        # The tokens a request has got decide when another comes or goes: steps count differently with drafts.
+        # Requests come and go by the number of tokens another has, because drafts change the number of steps.
         step = 0
         waiting = dict(enumerate(requests))
         while waiting or self.core.has_unfinished_requests():

@@ -1,4 +1,4 @@
-"""What a test asks the workers of a tensor-parallel engine; vLLM mixes it into its worker class."""
+"""Questions of tests to the workers of a tensor-parallel engine; vLLM mixes them into its worker class."""
 
 from __future__ import annotations
 

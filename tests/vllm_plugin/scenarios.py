@@ -1,6 +1,6 @@
-"""What requests do in a serving engine; each returns what must be the same with and without drafts.
+"""Scenarios of requests in a serving engine; each returns what must be the same with and without drafts.
 
-Names are those that the tests ask `run_engine` for.
+Tests ask `run_engine` for them by name.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def joining_and_leaving(engine: Engine) -> Any:
 
 
 def abort(engine: Engine) -> Any:
-    """Some requests are aborted; what the others get."""
+    """Aborts some requests; returns what the others get."""
     requests = [
         Request(prompt, engine.params(max_tokens=400 if i % 3 == 1 else 40), aborted_at=3 if i % 3 == 1 else None)
         for i, prompt in enumerate(engine.prompts(8))
@@ -69,7 +69,7 @@ def stops(engine: Engine) -> Any:
 
 
 def min_tokens(engine: Engine) -> Any:
-    """No end before so many tokens, although the text would be over."""
+    """Texts that would end before the smallest length that is asked for."""
     common = engine.generate(engine.prompts(1), max_tokens=30)[0][0][10]
     found = engine.generate(engine.prompts(6), max_tokens=60, min_tokens=25, stop_token_ids=[common])
     assert all(len(row[0]) >= 25 for row in found)
@@ -83,7 +83,7 @@ def logprobs(engine: Engine) -> Any:
 
 
 def penalties(engine: Engine) -> Any:
-    """Each of the three, alone and together, and one request with them beside others without."""
+    """Penalties one by one and together, and one request with them beside others without."""
     prompts = engine.prompts(4)
     found = [
         engine.generate(prompts, repetition_penalty=1.2),
@@ -204,10 +204,10 @@ def seeded_samples(engine: Engine) -> Any:
 
 
 def facts(engine: Engine) -> dict[str, float]:
-    """Counters of the drafter, to be looked at after the other scenarios."""
+    """Counters of the drafter, read after the other scenarios."""
     from twotower_spec.drafting import AdaptivePolicy
 
-    # Requests that end with the same step are forgotten with the next one: there has to be one.
+    # Requests that ended together are forgotten in the next step, so there has to be one.
     engine.generate(engine.prompts(1), max_tokens=4)
     stats = engine.runner.drafter.stats
     drafter = engine.drafter
@@ -255,7 +255,7 @@ def many_samples(engine: Engine) -> Any:
 
 
 def exact_probabilities(engine: Engine) -> Any:
-    """What the verifier's logits say of the first token, and of the second after the most probable first one."""
+    """Exact probabilities of the first token, and of the second after the most probable first one."""
     first_logits = _next_logits(engine, engine.llm.get_tokenizer().encode(UNCERTAIN))
     usual = max(first_logits, key=lambda token: first_logits[token])
     second_logits = _next_logits(engine, [*engine.llm.get_tokenizer().encode(UNCERTAIN), usual])
@@ -324,7 +324,7 @@ def faults(engine: Engine) -> Any:
 
 @contextmanager
 def _raising(owner: Any, name: str, error: Exception, every: int = 2) -> Iterator[None]:
-    """Every other call of a method raises, after the real one has done its work."""
+    """Makes every other call of a method raise, after the real one has done its work."""
     calls = itertools.count()
     real = getattr(owner, name)
 
@@ -340,7 +340,7 @@ def _raising(owner: Any, name: str, error: Exception, every: int = 2) -> Iterato
 
 @contextmanager
 def _damaged_state(engine: Engine) -> Iterator[None]:
-    """The Mamba states become NaN once, in the middle of the run."""
+    """Sets the Mamba states to NaN once, in the middle of the run."""
     drafter, calls = engine.drafter, itertools.count()
     real = type(drafter).draft
 
@@ -355,14 +355,14 @@ def _damaged_state(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def _full_pool(engine: Engine) -> Iterator[None]:
-    """Room for one request."""
+    """Leaves room for one request in the pool."""
     with patch.object(engine.drafter, "num_slots", 1):
         yield
 
 
 @contextmanager
 def _another_history(engine: Engine) -> Iterator[None]:
-    """What the drafter remembers of its requests is not what vLLM has."""
+    """Changes the drafter's token histories, so that they differ from vLLM's."""
     drafter, calls = engine.drafter, itertools.count()
     real = type(drafter).draft
 
@@ -379,7 +379,7 @@ def _another_history(engine: Engine) -> Iterator[None]:
 
 @contextmanager
 def _failing_sampler(engine: Engine) -> Iterator[None]:
-    """Our sampler raises: vLLM's own takes over."""
+    """Makes our sampler raise, so that vLLM's own takes over."""
     from vllm_twotower.v1 import sampler
 
     with patch.object(sampler, "accept", side_effect=RuntimeError("injected")):

@@ -26,7 +26,7 @@ HOOKS = all_hooks()
 ROOT = Path(__file__).parents[2]
 WHEEL = "vllm-1.2.3-cp38-abi3-manylinux_2_28_x86_64.whl"
 
-# One class with everything a hook can be; the same text is run for `is_present` and parsed for `check`.
+# A class with every kind of hook; the same text is run for `is_present` and parsed for `check`.
 SOURCE = """
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -80,7 +80,7 @@ HELD = [
     (Kind.CHOICE, "Owner.method", ("a", "c")),
 ]
 
-# With what `check` says about them.
+# Each with the message of `check`.
 LACKING = [
     (Kind.FUNCTION, "function", ("second", "first"), "takes (first, second, third)"),
     (Kind.FUNCTION, "function", ("first", "second", "third", "fourth"), "takes (first, second, third)"),

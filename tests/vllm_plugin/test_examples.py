@@ -1,4 +1,4 @@
-"""The scripts that a newcomer runs first, run as a newcomer runs them."""
+"""Examples, run as a newcomer runs them."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def drafted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
 
 
 class StandIn(BaseHTTPRequestHandler):
-    """As much of `vllm serve` as a client sees of it."""
+    """Stand-in for `vllm serve`: the part that a client sees."""
 
     ANSWERS = (
         ("/v1/models", "application/json", '{"object": "list", "data": [{"id": "stand-in", "object": "model"}]}'),
@@ -184,6 +184,6 @@ def test_the_ray_script_writes_the_same_texts_to_a_file(drafted: tuple[str, list
         {"name": i, "prompt": prompt, "text": text, "num_tokens": int(MAX_TOKENS)}
         for i, (prompt, text) in enumerate(zip(PROMPTS, drafted[1], strict=True))
     ]
-    # vLLM's figures come with its end, and Ray forwards them only if it is quick enough.
+    # vLLM prints its figures when it ends, and Ray forwards them only if it is fast enough.
     assert "Loaded custom proposer class 'vllm_twotower.TwoTowerProposer'" in out
     assert f"{len(PROMPTS)} results in {results}" in out

@@ -1,4 +1,4 @@
-"""What happens with a vLLM that lacks a hook, or does less than the newest."""
+"""Fallbacks with a vLLM that lacks a hook, or does less than the newest."""
 
 from importlib.util import find_spec
 

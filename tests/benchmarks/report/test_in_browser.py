@@ -116,7 +116,7 @@ def seen(request: pytest.FixtureRequest, browser: Any, page_file: Path) -> Seen:
 
 
 def luminance(colour: str) -> float:
-    """Of `rgb(...)`; source: WCAG 2.1, relative luminance."""
+    """Luminance of `rgb(...)`; source: WCAG 2.1, relative luminance."""
     channels = [int(part) / 255 for part in colour.removeprefix("rgb(").removesuffix(")").split(",")]
     linear = [one / 12.92 if one <= 0.04045 else ((one + 0.055) / 1.055) ** 2.4 for one in channels]
     return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]

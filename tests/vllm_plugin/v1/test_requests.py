@@ -1,4 +1,4 @@
-"""Whose row is whose, and how much it can still use."""
+"""Assignment of rows to requests, and the drafts that each can still use."""
 
 from types import SimpleNamespace
 
@@ -37,7 +37,7 @@ def test_a_request_is_not_drafted_beyond_its_end() -> None:
     request.sampling_params.max_tokens = None
     assert usable_drafts(runner, "a", 50, 16) == 16
     request.sampling_params.min_tokens = 9
-    assert usable_drafts(runner, "a", 50, 16) == 2  # the token after them is the last one that may not end the text
+    assert usable_drafts(runner, "a", 50, 16) == 2  # the token after them is the last one before the text may end
     request.sampling_params.min_tokens = 6
     assert usable_drafts(runner, "a", 50, 16) == 16
 
