@@ -18,7 +18,10 @@ def test_findings_and_the_place_of_the_page_are_printed(tmp_path: Path) -> None:
     file = write_rows(tmp_path / "serve.jsonl", "load_point", load_points())
     result = CliRunner().invoke(app, [str(file), "--output", str(tmp_path / "out")], catch_exceptions=False)
     assert result.exit_code == 0
-    assert "Servers under load: TwoTower pays under 3 of 3 loads: at best 1.67×" in result.stdout
+    assert (
+        "Servers under load: At 1 request at a time, 8 at once and 2 requests/s TwoTower is 1.67 times as fast"
+        in result.stdout
+    )
     assert result.stdout.splitlines()[-1] == str(tmp_path / "out" / "report.html")
     assert (tmp_path / "out" / "report.html").read_text().startswith("<!DOCTYPE html>")
 

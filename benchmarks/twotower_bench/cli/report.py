@@ -14,7 +14,7 @@ def report(
     files: Annotated[list[Path], typer.Argument(help="JSON lines of benchmarks, or serving profiles of plan.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
 ) -> None:
-    """Write what benchmarks measured as report.html, which needs no other file, and as Markdown, JSON and PNG.
+    """Write what benchmarks measured as report.html, which needs no other file, and as report.json for programs.
 
     A file is what a benchmark wrote with --json; several become one report.
     """

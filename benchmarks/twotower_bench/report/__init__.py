@@ -1,4 +1,4 @@
-"""Reports on what benchmarks measured: one HTML file, and the same as Markdown, JSON and PNG."""
+"""Reports on what benchmarks measured: one HTML page, and the same figures as JSON."""
 
 from twotower_bench.report.document import Report
 from twotower_bench.report.writing import report_of, write_report

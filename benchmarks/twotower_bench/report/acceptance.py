@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from twotower_bench.records import BASELINE, BASELINE_AGAIN
+from twotower_bench.report.columns import place_and_noise, table
 from twotower_bench.report.document import Section
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding
+from twotower_bench.report.findings import finding, remarks
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import drafts_table, outcomes_of, speed_table, speed_up_plots
-from twotower_bench.report.wording import as_json
+from twotower_bench.report.speed import columns, outcomes_of, speed_up_plot
+from twotower_bench.report.wording import is_rival, place_of
 from twotower_bench.summary import over_categories, summarise_cells
+
+SPEED = columns("System", "Tokens/s", "Speed-up", "Verdict", "TTFT ms", "ITL ms", "Different texts")
+GAINS = columns("System", "Acceptance length", "Tokens / step", "Tokens / NFE", "Drafts", "Steps with drafts")
 
 
 def acceptance_section(measured: Measurements, name: str) -> Section:
-    """Of its serving cells; all categories together come first, and the finding is about them.
+    """A section of serving cells; all categories together come first, and the finding is about them.
 
     Args:
         measured: with at least one.
@@ -23,21 +26,27 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     together = over_categories(cells)
     figures = summarise_cells([*together, *cells])
     loads = {cell.load for cell in together or cells}
-    rivals = [one.system for one in figures if one.system.name not in (BASELINE, BASELINE_AGAIN)]
+    outcomes = outcomes_of([one for one in figures if one.load in loads])
+    drafted = [one for one in figures if one.acceptance.acceptance_length]
+    shown = [one.system for one in figures if one.system.is_two_tower or is_rival(one.system)]
     tables, plots = draft_parts(cells, figures)
-    gains = [drafts_table(figures)] if any(one.acceptance.num_drafted_steps for one in figures) else []
-    repeats = sorted({one.num_repeats for one in figures})
+    repeats = " or ".join(map(str, sorted({one.num_repeats for one in figures})))
     return Section(
         name,
         "Acceptance and speed in vLLM",
-        finding(outcomes_of([one for one in figures if one.load in loads])),
-        tuple(measured.origins),
-        (speed_table(figures), *gains, *tables),
-        (*speed_up_plots(figures, rivals), *plots),
-        (
-            f"{' or '.join(map(str, repeats))} repeats, systems in turn. No speculation runs twice: what its two runs "
-            f"differ by is the A/A noise.",
+        finding(outcomes),
+        [
+            *remarks(outcomes),
+            f"{repeats} repeats, systems in turn. No speculation runs twice: what its two runs differ by is the A/A "
+            f"noise.",
             *without_drafts_notes(cells, figures),
-        ),
-        [as_json(one) for one in figures],
+        ],
+        [
+            table("Speed and latency", figures, SPEED, place_and_noise(figures)),
+            table("What drafts gain", drafted, GAINS, place_of),
+            *tables,
+        ],
+        [speed_up_plot(figures, shown), *plots],
+        figures,
+        measured.origins,
     )

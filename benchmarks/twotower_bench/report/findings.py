@@ -1,18 +1,18 @@
-"""The sentence that answers whether TwoTower pays."""
+"""Whether TwoTower pays: one sentence that answers, and what to know beside it."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from twotower_bench.records import BASELINE, BASELINE_AGAIN, System
-from twotower_bench.report.wording import listed, short_title, times
-from twotower_spec.evaluation.statistics import Comparison
+from twotower_bench.records import BASELINE_AGAIN, System
+from twotower_bench.report.columns import times
+from twotower_bench.report.wording import is_rival, listed, short_title
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison
 
-UNKNOWN = "too few repeats for a verdict"
-# Verdicts after "it is".
-TALLY = {"slower": "slower", "no difference": "no different", UNKNOWN: "without a verdict"}
+AT_ONCE = " at once"
+# Places that a clause names one by one.
+MOST_PLACES = 4
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Outcome:
     """A system in one place beside no speculation there.
 
     Attributes:
-        system: which.
-        place: load or traffic, in words.
+        system: the one that is compared.
+        place: a load in words that follow "at".
         speed_up: over no speculation.
         comparison: the same with interval and noise; None with too few repeats.
     """
@@ -33,84 +33,94 @@ class Outcome:
 
     @property
     def verdict(self) -> str:
-        """In a few words."""
-        return self.comparison.verdict if self.comparison else UNKNOWN
+        """The comparison in a word or two; "" without one."""
+        return self.comparison.verdict if self.comparison else ""
+
+
+def at_once(concurrency: int, kind: str = "") -> str:
+    """A number of requests as a place, with the kind of prompts in brackets if it is given."""
+    place = "1 request at a time" if concurrency == 1 else f"{concurrency}{AT_ONCE}"
+    return f"{place} ({kind})" if kind else place
 
 
 def finding(outcomes: Sequence[Outcome]) -> str:
-    """The best of TwoTower, how often it gains, and its best rival.
-
-    The best is one that is faster beyond the noise, if there is any. The best of several settings is called so: chosen
-    from the runs that its figures are of, it looks better than it is.
+    """How fast TwoTower is where it is faster, slower or no different: of its settings, the best in each place.
 
     Args:
         outcomes: of all systems in all places.
     """
-    own = [one for one in outcomes if one.system.is_two_tower]
-    if not own:
+    best = _best_by_place(outcomes)
+    if not best:
         return "TwoTower was not compared with no speculation here."
-    by_place = [max((one for one in own if one.place == place), key=_rank) for place in dict.fromkeys(_places(own))]
-    best = max(by_place, key=_rank)
-    ratio = f"{_ratio(best, len({one.system.name for one in own}))}{_noise(outcomes, best)} for {best.place}."
-    if len(by_place) == 1:
-        return f"{_beginning(best)}: {ratio}{_rival(outcomes, best)}"
-    verdicts = Counter(one.verdict for one in by_place)
-    others = [f"{TALLY[verdict]} under {count}" for verdict, count in verdicts.items() if verdict != best.verdict]
-    rest = f" It is {listed(others)}." if others else ""
-    return (
-        f"{_beginning(best)} under {verdicts[best.verdict]} of {len(by_place)} loads: at best {ratio}{rest}"
-        f"{_rival(outcomes, best)}"
-    )
+    clauses = [
+        _clause([one for one in best if one.verdict == verdict], len(best), is_first=not number)
+        for number, verdict in enumerate(dict.fromkeys(one.verdict for one in best))
+    ]
+    text = "; ".join(clauses)
+    return f"{text[0].upper()}{text[1:]}."
 
 
-def _places(outcomes: Sequence[Outcome]) -> list[str]:
-    return [one.place for one in outcomes]
+def remarks(outcomes: Sequence[Outcome]) -> list[str]:
+    """The best outcome with its doubts, and the best rival in the same place; empty where nothing was compared."""
+    if not (places := _best_by_place(outcomes)):
+        return []
+    best = max(places, key=_rank)
+    there = [one for one in outcomes if one.place == best.place]
+    title = short_title(best.system)
+    text = f"Best: {times(best.speed_up)} at {best.place}" + ("" if title == "TwoTower" else f" with {title}")
+    if best.comparison:
+        ratio, noise = best.comparison.speed_up, best.comparison.noise_floor
+        text += f" ({best.comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, A/A noise {noise:.2f}×)"
+    elif again := [one for one in there if one.system.name == BASELINE_AGAIN]:
+        text += f"; no speculation run again gives {times(again[0].speed_up)} there"
+    num_settings = len({one.system.name for one in outcomes if one.system.is_two_tower})
+    if num_settings > 1:
+        text += f"; it is the best of {num_settings} settings, so measure it anew to confirm"
+    sentences = [f"{text}."]
+    if rival := max((one for one in there if is_rival(one.system)), key=lambda one: one.speed_up, default=None):
+        verdict = f" ({rival.verdict})" if rival.verdict else ""
+        sentences.append(f"The best rival there is {rival.system.title} with {times(rival.speed_up)}{verdict}.")
+    return sentences
+
+
+def _best_by_place(outcomes: Sequence[Outcome]) -> list[Outcome]:
+    """TwoTower's best in each place, in order."""
+    own = [one for one in outcomes if one.system.is_two_tower]
+    places = dict.fromkeys(one.place for one in own)
+    return [max((one for one in own if one.place == place), key=_rank) for place in places]
 
 
 def _rank(outcome: Outcome) -> tuple[bool, float]:
+    """Larger for the better: what is faster beyond the noise comes before all that is not."""
     return outcome.verdict == "faster", outcome.speed_up
 
 
-def _beginning(best: Outcome) -> str:
-    if best.verdict == "faster":
-        return "TwoTower pays"
-    if best.verdict == UNKNOWN:
-        return "Whether TwoTower pays is open"
-    if best.verdict == "no difference":
-        return "TwoTower gains nothing that can be told from noise"
-    return "TwoTower does not pay"
-
-
-def _ratio(outcome: Outcome, num_settings: int) -> str:
-    chosen = f"; best of {num_settings} settings; measure it anew to confirm" if num_settings > 1 else ""
-    title = short_title(outcome.system)
-    setting = "" if title == "TwoTower" else f" with {title}"
-    if outcome.comparison is None:
-        return f"{times(outcome.speed_up)} the speed of no speculation{setting} ({UNKNOWN}{chosen})"
-    found = outcome.comparison
+def _clause(outcomes: Sequence[Outcome], num_places: int, *, is_first: bool) -> str:
+    """Places that have one verdict in common."""
+    where, ratios = _places([one.place for one in outcomes], num_places), _ratios([one.speed_up for one in outcomes])
+    who, verdict = "TwoTower" if is_first else "it", outcomes[0].verdict
+    if verdict == "faster":
+        return f"{where} {who} is {ratios} times as fast as no speculation"
+    if verdict == "slower":
+        return f"{where} {who} is slower, {ratios} times as fast as no speculation"
+    if verdict == "no difference":
+        between = " between TwoTower and no speculation" if is_first else ""
+        return f"{where} there is no difference{between} beyond noise"
     return (
-        f"{times(found.speed_up.value)} the speed of no speculation{setting} ({found.interval_name} "
-        f"{found.speed_up.low:.2f} to {found.speed_up.high:.2f}, A/A noise {found.noise_floor:.2f}×: "
-        f"{found.verdict}{chosen})"
+        f"{where} {who} was {ratios} times as fast as no speculation, which takes {FEWEST_ROUNDS} repeats and an A/A "
+        f"run to tell from noise"
     )
 
 
-def _noise(outcomes: Sequence[Outcome], best: Outcome) -> str:
-    """What no speculation gives against itself, where no verdict says so; "" where it does, or nobody knows."""
-    again = [one for one in outcomes if one.place == best.place and one.system.name == BASELINE_AGAIN]
-    if best.comparison or not again:
-        return ""
-    return f", where no speculation run again gives {times(again[0].speed_up)},"
+def _places(places: Sequence[str], num_places: int) -> str:
+    if len(places) > MOST_PLACES:
+        return f"under {len(places)} of {num_places} loads"
+    # "4, 8 and 16 at once": the words are said once.
+    pairs = zip(places, [*places[1:], ""], strict=True)
+    return f"at {listed([one.removesuffix(AT_ONCE) if after.endswith(AT_ONCE) else one for one, after in pairs])}"
 
 
-def _rival(outcomes: Sequence[Outcome], best: Outcome) -> str:
-    """A sentence on the best of the others in the same place; "" without any."""
-    rivals = [
-        one
-        for one in outcomes
-        if one.place == best.place and not one.system.is_two_tower and one.system.name not in (BASELINE, BASELINE_AGAIN)
-    ]
-    if not rivals:
-        return ""
-    rival = max(rivals, key=lambda one: one.speed_up)
-    return f" The best rival there is {rival.system.title} with {times(rival.speed_up)} ({rival.verdict})."
+def _ratios(values: Sequence[float]) -> str:
+    """One number, or the lowest and the highest; with one decimal where one is 2 or more."""
+    digits = 1 if max(values) >= 2 else 2
+    return " to ".join(dict.fromkeys(f"{one:.{digits}f}" for one in (min(values), max(values))))

@@ -2,122 +2,98 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 
-from twotower_bench.records import DraftSetting, Load
-from twotower_bench.report.document import Axis, Line, Panel, Plot, Reference
+from matplotlib.axes import Axes
+
+from twotower_bench.records import DraftSetting
+from twotower_bench.report.document import Plot
+from twotower_bench.report.plots import Point, draw_level, line_panels
 from twotower_bench.report.wording import place_of
 from twotower_bench.summary import CellSummary
 
 MOST_LINES = 6
 MOST_PANELS = 6
-GAMMAS = Axis("confidence threshold gamma")
 
 
-@dataclass(frozen=True)
-class GammaPoint:
-    """A measured setting.
+def gamma_panels(points: Sequence[Point], families: Mapping[str, int], label: str, level: str = "") -> list[Axes]:
+    """Lines of some families over gamma.
 
-    Attributes:
-        family: what settings that differ in gamma alone have in common, in words.
-        gamma: its own.
-        speed: beside others.
-        values: more of it, by name; those that are known.
+    Args:
+        points: values by gamma, lines called as their families.
+        families: see `fastest_families`.
+        label: of the y axis.
+        level: what has the value 1; "" for nothing to compare with.
     """
 
-    family: str
-    gamma: float
-    speed: float
-    values: Mapping[str, float]
+    def decorate(axes: Axes) -> None:
+        if level:
+            draw_level(axes, level)
+
+    chosen = sorted((one for one in points if one.line in families), key=lambda one: one.x)
+    return line_panels(chosen, families, "confidence threshold gamma", label, (), decorate)
 
 
-def families_of(points: Sequence[GammaPoint]) -> dict[str, int]:
-    """Families with more than one gamma, the fastest, at most `MOST_LINES`, with their hues."""
-    gammas: dict[str, set[float]] = {}
-    for point in points:
-        gammas.setdefault(point.family, set()).add(point.gamma)
+def fastest_families(speeds: Sequence[Point]) -> dict[str, int]:
+    """Hues of the ways to draft with more than one gamma, the fastest first, at most `MOST_LINES`."""
+    gammas = {name: {one.x for one in speeds if one.line == name} for name in dict.fromkeys(one.line for one in speeds)}
     several = [name for name, own in gammas.items() if len(own) > 1]
-    fastest = {name: max(point.speed for point in points if point.family == name) for name in several}
-    ranked = sorted(several, key=lambda name: -fastest[name])[:MOST_LINES]
-    return {name: hue for hue, name in enumerate(ranked, start=1)}
-
-
-def gamma_lines(points: Sequence[GammaPoint], families: Mapping[str, int], value: str) -> list[Line]:
-    """A value over gamma, a line for each family that has any."""
-    lines = []
-    for name, hue in families.items():
-        known = sorted((one.gamma, one.values[value]) for one in points if one.family == name and value in one.values)
-        if known:
-            xs, ys = zip(*known, strict=True)
-            lines.append(Line(name, hue, xs, ys))
-    return lines
+    ranked = sorted(several, key=lambda name: -max(one.y for one in speeds if one.line == name))
+    return {name: hue for hue, name in enumerate(ranked[:MOST_LINES], start=1)}
 
 
 def joined_in_words(families: Mapping[str, int]) -> str:
-    """What lines join, in a sentence or two of a caption."""
+    """What lines join, for a caption."""
     more = f" The {MOST_LINES} fastest ways to draft." if len(families) == MOST_LINES else ""
     return f"Settings that differ in gamma alone are joined.{more}"
 
 
 def gamma_plots(figures: Sequence[CellSummary]) -> list[Plot]:
-    """Speed-up, acceptance length and tokens per denoiser pass over gamma; none where gamma does not vary.
+    """Speed, acceptance length and tokens per denoiser pass over gamma; none where gamma does not vary.
 
     Args:
         figures: of a sweep.
     """
-    by_load = {load: _points(figures, load) for load in dict.fromkeys(one.load for one in figures)}
-    families = families_of([point for points in by_load.values() for point in points])
+
+    def points(
+        chosen: Sequence[CellSummary], value: Callable[[CellSummary], float | None], panel: Callable[[CellSummary], str]
+    ) -> list[Point]:
+        return [
+            Point(panel(one), _family(setting), setting.confidence_threshold, y)
+            for one in chosen
+            if (setting := one.system.setting) and setting.confidence_threshold and (y := value(one)) is not None
+        ]
+
+    is_compared = all(one.speed_up for one in figures)
+    speeds = points(figures, lambda one: one.speed_up if is_compared else one.tokens_per_s.value, place_of)
+    families = fastest_families(speeds)
     if not families:
         return []
-    speed_panels = [
-        Panel(place_of(load), GAMMAS, Axis("speed-up"), (Reference("no speculation", 1.0), *lines))
-        for load, points in list(by_load.items())[:MOST_PANELS]
-        if (lines := gamma_lines(points, families, "speed-up"))
-    ]
-    first, points = next(iter(by_load.items()))
-    drafts_panels = [
-        Panel(title, GAMMAS, Axis(label), tuple(gamma_lines(points, families, label)))
-        for title, label in (
-            ("acceptance length", "tokens per step with drafts"),
-            ("tokens per denoiser pass", "tokens per denoiser pass"),
-        )
-    ]
-    where, joined = place_of(first), joined_in_words(families)
-    plots = [
+    first = place_of(figures[0])
+    here = [one for one in figures if place_of(one) == first]
+    lengths = points(here, _acceptance_length, lambda _: "acceptance length")
+    passes = points(here, lambda one: one.tokens_per_nfe, lambda _: "tokens per denoiser pass")
+    joined = joined_in_words(families)
+    label, level = ("speed-up", "no speculation") if is_compared else ("tokens/s", "")
+    return [
         Plot(
             "gamma",
-            "Speed-up over gamma",
-            f"Medians of the repeats. {joined}",
-            "A line that is level says that gamma does not matter there.",
-            tuple(speed_panels),
+            "Speed over gamma",
+            f"Medians of the repeats. {joined} A line that is level says that gamma does not matter there.",
+            gamma_panels(speeds, families, label, level)[:MOST_PANELS],
         ),
         Plot(
             "gamma-drafts",
             "Drafts over gamma",
-            f"{where[0].upper()}{where[1:]}. {joined}",
-            "A higher gamma takes more denoiser passes; it pays where acceptance grows more than their time.",
-            tuple(drafts_panels),
+            f"At {first}. {joined} A higher gamma takes more denoiser passes; it pays where acceptance grows more than "
+            f"their time.",
+            [axes for values in (lengths, passes) for axes in gamma_panels(values, families, "tokens")],
         ),
     ]
-    return [plot for plot in plots if plot.panels and all(panel.marks for panel in plot.panels)]
 
 
-def _points(figures: Sequence[CellSummary], load: Load) -> list[GammaPoint]:
-    """Of TwoTower's settings with a gamma under one load."""
-    points = []
-    for one in figures:
-        setting, length = one.system.setting, one.acceptance.acceptance_length
-        if one.load == load and setting and setting.confidence_threshold is not None:
-            values = {
-                "speed-up": one.speed_up,
-                "tokens per step with drafts": length.value if length else None,
-                "tokens per denoiser pass": one.tokens_per_nfe,
-            }
-            known = {name: value for name, value in values.items() if value is not None}
-            speed = one.speed_up or one.tokens_per_s.value
-            points.append(GammaPoint(_family(setting), setting.confidence_threshold, speed, known))
-    return points
+def _acceptance_length(one: CellSummary) -> float | None:
+    return one.acceptance.acceptance_length.value if one.acceptance.acceptance_length else None
 
 
 def _family(setting: DraftSetting) -> str:

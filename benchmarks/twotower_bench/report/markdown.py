@@ -1,21 +1,11 @@
-"""A report as Markdown, with its plots as linked images."""
+"""A section as Markdown, for documents that quote its tables."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-from twotower_bench.report.document import Origin, Plot, Report, Section, Table
-
-
-def markdown_of(report: Report) -> str:
-    """The whole file."""
-    lines = [f"# {report.title}", "", f"Made from {', '.join(map(_text, report.sources))}."]
-    for section in report.sections:
-        lines += ["", *section_lines(section)]
-        for plot in section.plots:
-            lines += ["", *_plot(section, plot)]
-    return "\n".join(lines) + "\n"
+from twotower_bench.report.document import Origin, Section, Table
 
 
 def section_lines(section: Section, level: int = 2) -> Iterator[str]:
@@ -30,21 +20,20 @@ def section_lines(section: Section, level: int = 2) -> Iterator[str]:
 
 
 def _table(table: Table, level: int) -> Iterator[str]:
-    """Headings of groups become rows in bold."""
-    yield from (f"{'#' * level} {_text(table.title)}", "", _row(table.columns))
-    yield _row(["--:" if i and table.is_numeric(i) else "---" for i in range(len(table.columns))])
-    for group in table.groups:
-        if group.heading:
-            yield _row([f"**{_text(group.heading)}**", *[""] * (len(table.columns) - 1)], escape=False)
-        for row in group.rows:
-            first = row.cells[0] + (f" ({row.mark})" if row.mark else "")
-            yield _row([first, *row.cells[1:]])
+    """A table whose headings of groups become rows in bold."""
+    yield from (f"{'#' * level} {_text(table.title)}", "", _row(map(_text, table.columns)))
+    yield _row("--:" if place and table.is_numeric(name) else "---" for place, name in enumerate(table.columns))
+    for heading, rows in table.groups.items():
+        if heading:
+            yield _row([f"**{_text(heading)}**", *[""] * (len(table.columns) - 1)])
+        for row in rows:
+            yield _row(_text(row.get(name, "")) for name in table.columns)
     if table.note:
         yield from ("", _text(table.note))
 
 
-def _row(cells: tuple[str, ...] | list[str], escape: bool = True) -> str:
-    return f"| {' | '.join(map(_text, cells) if escape else cells)} |"
+def _row(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _origin(origin: Origin) -> str:
@@ -53,11 +42,6 @@ def _origin(origin: Origin) -> str:
     space = " " if len(fence) > 1 else ""
     facts = f"{origin.hardware}; {origin.versions}; commit {origin.commit or 'unknown'}"
     return f"{_text(facts)}; {fence}{space}{origin.command}{space}{fence}"
-
-
-def _plot(section: Section, plot: Plot) -> Iterator[str]:
-    yield from (f"### {_text(plot.title)}", "", f"![{_text(plot.title)}]({section.file_name(plot)}.png)", "")
-    yield f"{_text(plot.caption)} {_text(plot.reading)}"
 
 
 def _text(text: str) -> str:

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from twotower_bench.plan import CostModel, Prediction
-from twotower_bench.report.document import Row, RowGroup, Section, Table
+from twotower_bench.report.columns import Column, estimate, share, table, times
+from twotower_bench.report.document import Section
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.wording import share, signed_share, times
-from twotower_bench.serving_profile import ServingProfile, jsonable
+from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.errors import ArgumentError
+
+
+def _error(one: Prediction) -> float:
+    return one.speed_up.value / (one.measured_speed_up or 1.0) - 1
+
+
+COLUMNS: Mapping[str, Column] = {
+    "Setting": Column(lambda one: one.setting.name),
+    "Measured speed-up": Column(
+        lambda one: times(one.measured_speed_up),
+        "tokens/s over those without drafting, prompts and the ends of texts included, where drafting gains less",
+    ),
+    "Predicted": Column(
+        lambda one: estimate(one.speed_up, unit="×"),
+        "acceptance length × plain step / round, from steps in which the batch was full and nobody read a prompt (95 % "
+        "interval)",
+    ),
+    "Error": Column(lambda one: share(_error(one), "+"), "predicted over measured, less one"),
+}
 
 
 def plan_section(measured: Measurements, name: str) -> Section:
@@ -30,9 +49,8 @@ def plan_section(measured: Measurements, name: str) -> Section:
             f"Predicted speed-ups differ from {len(compared)} measured ones by {share(statistics.median(errors))} in "
             f"the median and {share(max(errors))} at worst."
         )
-    tables = (_table(compared),) if compared else ()
-    rows = [jsonable(one) for one in compared]
-    return Section(name, "Prediction beside measurement", finding, tuple(measured.origins), tables, (), (), rows)
+    found = table("Predicted and measured speed", compared, COLUMNS, _heading)
+    return Section(name, "Prediction beside measurement", finding, [], [found], [], compared, measured.origins)
 
 
 def predictions_of_measured(profile: ServingProfile) -> list[Prediction]:
@@ -52,22 +70,6 @@ def predictions_of_measured(profile: ServingProfile) -> list[Prediction]:
     return sorted(found, key=lambda one: one.load)
 
 
-def _table(compared: Sequence[Prediction]) -> Table:
-    rows: dict[str, list[Row]] = {}
-    for one in compared:
-        temperature = f", temperature {one.temperature:g}" if one.temperature else ""
-        predicted = f"{times(one.speed_up.value)} ({times(one.speed_up.low)} to {times(one.speed_up.high)})"
-        rows.setdefault(f"{one.category}, batch of {one.batch_size}{temperature}", []).append(
-            Row((one.setting.name, times(one.measured_speed_up), predicted, signed_share(_error(one))))
-        )
-    groups = tuple(RowGroup(heading, tuple(own)) for heading, own in rows.items())
-    note = (
-        "Predicted: acceptance length × plain step / round, from steps in which the batch was full and nobody read a "
-        "prompt (95 % interval). Measured: tokens/s over those without drafting, prompts and the ends of texts "
-        "included, where drafting gains less. Error: predicted over measured, less one."
-    )
-    return Table("Predicted and measured speed", ("Setting", "Measured speed-up", "Predicted", "Error"), groups, note)
-
-
-def _error(one: Prediction) -> float:
-    return one.speed_up.value / (one.measured_speed_up or 1.0) - 1
+def _heading(one: Prediction) -> str:
+    temperature = f", temperature {one.temperature:g}" if one.temperature else ""
+    return f"{one.category}, batch of {one.batch_size}{temperature}"

@@ -1,231 +1,208 @@
-"""Plots drawn by matplotlib: one SVG a panel, whose colours are CSS variables, and one PNG a plot."""
+"""Plots by matplotlib: lines with intervals, stacked bars, the band of the A/A noise, and SVG for the page."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any
-from xml.etree import ElementTree
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple, cast
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
 
-from twotower_bench.report.document import Axis, Band, Bars, Line, Panel, Plot, Reference
-from twotower_bench.report.palette import DASHES, LIGHT, MARKERS, NUM_HUES, PLACEHOLDERS
+from twotower_bench.report.palette import DASHES, LIGHT, MARKERS, NUM_HUES
 
 # Inches. The SVG's own units are points: on a phone, 358 px wide, a panel is drawn 1.08 times as large.
-WIDTH, HEIGHT = 4.6, 3.1
-BAR_HEIGHT, BARS_MARGIN = 0.26, 0.75
-FONT_SIZE = 10.5
-PNG_DPI = 2 * 72
-COLUMNS_OF_PNG = 3
-MARKER_AREA = 36.0
-SVG = "{http://www.w3.org/2000/svg}"
-XLINK = "{http://www.w3.org/1999/xlink}href"
+WIDTH, HEIGHT = 4.6, 3.4
+BAR_HEIGHT, BARS_MARGIN = 0.26, 1.1
+# Of a legend's line, in characters; a marker takes as much room as some.
+LEGEND_CHARACTERS, MARKER_CHARACTERS = 60, 8
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10.5,
+    "axes.titlesize": 11,
+    "axes.titleweight": "bold",
+    "axes.titlelocation": "left",
+    "text.color": LIGHT["text"],
+    "axes.titlecolor": LIGHT["text"],
+    "axes.labelcolor": LIGHT["muted"],
+    "xtick.labelcolor": LIGHT["muted"],
+    "ytick.labelcolor": LIGHT["muted"],
+    "xtick.color": LIGHT["grid"],
+    "ytick.color": LIGHT["grid"],
+    "axes.edgecolor": LIGHT["grid"],
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": LIGHT["grid"],
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 6,
+    "errorbar.capsize": 2.5,
+    "legend.frameon": False,
+    "legend.fontsize": 10.2,
+    "legend.handlelength": 2.4,
+    "svg.fonttype": "none",
+}
 
 
-def svg_of(plot: Plot, index: int, name: str) -> str:
-    """One panel as an SVG element for HTML; it has no legend.
+class Point(NamedTuple):
+    """A point of a line.
+
+    Attributes:
+        panel, line: titles of its panel and of its line.
+        x, y: where.
+        ends: of an interval around `y`; None for none.
+    """
+
+    panel: str
+    line: str
+    x: float
+    y: float
+    ends: tuple[float, float] | None = None
+
+
+def new_axes(title: str, x: str, y: str, height: float = HEIGHT) -> Axes:
+    """Axes with labels, in a figure of their own."""
+    axes: Axes = Figure(figsize=(WIDTH, height), layout="constrained").subplots()
+    axes.set(title=title, xlabel=x, ylabel=y)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
+    return axes
+
+
+def line_panels(
+    points: Iterable[Point],
+    hues: Mapping[str, int],
+    x: str,
+    y: str,
+    unjoined: Collection[str] = (),
+    decorate: Callable[[Axes], None] = lambda _: None,
+) -> list[Axes]:
+    """Panels with their lines, all with the same range of heights.
 
     Args:
-        plot: whose panels have common scales where they have common axes.
-        index: of the panel.
-        name: unique in the page; of ids.
+        points: those of a line in order.
+        hues: by line; the others get what follows.
+        x, y: labels of the axes.
+        unjoined: lines whose points stand alone.
+        decorate: draws more on the axes of a panel.
     """
-    panel = plot.panels[index]
-    settings = {**_settings(PLACEHOLDERS), "svg.fonttype": "none", "svg.hashsalt": f"{name}-{index}"}
-    with matplotlib.rc_context(settings):
-        figure = Figure(figsize=(WIDTH, _height(panel)), layout="constrained")
-        _draw(figure.subplots(), panel, PLACEHOLDERS, _common_range(plot.panels))
-        text = io.StringIO()
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        figure.savefig(text, format="svg", metadata=nothing, transparent=True)
-    label = ": ".join(part for part in (plot.title, panel.title) if part)
-    return _for_html(text.getvalue(), f"{label}. {plot.caption}")
+    lines: dict[tuple[str, str], list[Point]] = {}
+    for one in points:
+        lines.setdefault((one.panel, one.line), []).append(one)
+    numbers = {**{name: place for place, name in enumerate(dict.fromkeys(name for _, name in lines), start=1)}, **hues}
+    panels = {title: new_axes(title, x, y) for title, _ in lines}
+    for (title, name), own in lines.items():
+        draw_line(panels[title], own, numbers[name], is_joined=name not in unjoined)
+    for axes in panels.values():
+        decorate(axes)
+    ends = [end for axes in panels.values() for end in axes.get_ylim()]
+    for axes in panels.values():
+        axes.set_ylim(min(ends), max(ends))
+    return list(panels.values())
 
 
-def png_of(plot: Plot) -> bytes:
-    """All panels with their legend, light."""
-    columns = min(len(plot.panels), COLUMNS_OF_PNG)
-    rows = -(-len(plot.panels) // columns)
-    height = max(map(_height, plot.panels))
-    with matplotlib.rc_context(_settings(LIGHT)):
-        figure = Figure(figsize=(WIDTH * columns, height * rows + 0.6), layout="constrained", facecolor=LIGHT["ground"])
-        places = figure.subplots(rows, columns, squeeze=False).flat
-        common = _common_range(plot.panels)
-        for axes, panel in zip(places, plot.panels, strict=False):
-            _draw(axes, panel, LIGHT, common)
-        for axes in list(places)[len(plot.panels) :]:
-            axes.set_axis_off()
-        handles = {label: handle for axes in figure.axes for handle, label in zip(*_legend(axes), strict=True)}
-        figure.suptitle(plot.title, x=0.01, ha="left", weight="bold")
-        figure.legend(
-            handles.values(), handles.keys(), loc="outside lower center", ncols=min(len(handles), 2 * columns)
-        )
-        content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=PNG_DPI, metadata={"Software": None})
-    return content.getvalue()
-
-
-def _settings(colours: Mapping[str, str]) -> dict[Any, Any]:
-    text, muted = colours["text"], colours["muted"]
-    return {
-        "font.size": FONT_SIZE,
-        "axes.titlesize": FONT_SIZE + 0.5,
-        "axes.titleweight": "bold",
-        "axes.titlelocation": "left",
-        "text.color": text,
-        "axes.titlecolor": text,
-        "axes.labelcolor": muted,
-        "xtick.labelcolor": muted,
-        "ytick.labelcolor": muted,
-        "xtick.color": colours["grid"],
-        "ytick.color": colours["grid"],
-        "axes.edgecolor": colours["grid"],
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.grid": True,
-        "axes.axisbelow": True,
-        "grid.color": colours["grid"],
-        "grid.linewidth": 0.8,
-        "lines.linewidth": 1.8,
-        "lines.markersize": MARKER_AREA**0.5,
-        "legend.frameon": False,
-        "figure.constrained_layout.w_pad": 0.03,
-        "figure.constrained_layout.h_pad": 0.04,
-    }
-
-
-def _height(panel: Panel) -> float:
-    return BARS_MARGIN + BAR_HEIGHT * len(panel.y.names) if panel.y.names else HEIGHT
-
-
-def _draw(axes: Axes, panel: Panel, colours: Mapping[str, str], common: tuple[float, float] | None) -> None:
-    axes.set(title=panel.title, xlabel=panel.x.label, ylabel=panel.y.label)
-    left: Sequence[float] = [0.0] * len(panel.y.names)
-    for mark in panel.marks:
-        if isinstance(mark, Line):
-            _draw_line(axes, mark, colours)
-        elif isinstance(mark, Bars):
-            colour = colours[f"hue-{mark.hue % NUM_HUES}"]
-            axes.barh(range(len(left)), mark.values, 0.66, left, color=colour, label=mark.label)
-            left = [start + value for start, value in zip(left, mark.values, strict=True)]
-        elif isinstance(mark, Band):
-            shade: dict[str, Any] = {"color": colours["hue-0"], "alpha": 0.22, "linewidth": 0}
-            axes.fill_between(mark.xs, mark.low, mark.high, label=mark.label, **shade)
-        else:
-            _draw_reference(axes, mark, colours["muted"])
-    _set_axis(axes, "x", panel.x, None)
-    _set_axis(axes, "y", panel.y, None if panel.y.names else common)
-    if panel.y.names:
-        axes.invert_yaxis()
-        axes.grid(visible=False, axis="y")
-
-
-def _draw_line(axes: Axes, line: Line, colours: Mapping[str, str]) -> None:
-    hue = line.hue % NUM_HUES
-    style: dict[str, Any] = {"color": colours[f"hue-{hue}"], "marker": MARKERS[hue], "label": line.label}
-    dashes = DASHES[hue] if line.is_connected else "none"
-    if line.weights:
-        axes.plot(line.xs, line.ys, linestyle=dashes, color=style["color"], linewidth=1.2)
-        axes.scatter(line.xs, line.ys, [max(12.0, 110 * weight) for weight in line.weights], **style)
-        return
-    errors = None
-    if line.low:
-        ends = zip(line.ys, line.low, line.high, strict=True)
+def draw_line(axes: Axes, points: Sequence[Point], hue: int, *, is_joined: bool = True) -> None:
+    """A line with its markers, and intervals where all points have one."""
+    hue, errors = hue % NUM_HUES, None
+    if all(one.ends for one in points):
         # An estimate may lie a rounding error outside its interval.
-        errors = list(zip(*((max(y - low, 0.0), max(high - y, 0.0)) for y, low, high in ends), strict=True))
-    axes.errorbar(line.xs, line.ys, errors, linestyle=dashes, elinewidth=1.3, capsize=2.5, **style)
+        pairs = [(one.y, *one.ends) for one in points if one.ends]
+        errors = [[max(y - low, 0.0) for y, low, _ in pairs], [max(high - y, 0.0) for y, _, high in pairs]]
+    xs, ys = [one.x for one in points], [one.y for one in points]
+    style: dict[str, Any] = {"color": LIGHT[f"hue-{hue}"], "marker": MARKERS[hue], "label": points[0].line}
+    axes.errorbar(xs, ys, errors, linestyle=DASHES[hue] if is_joined else "none", elinewidth=1.3, **style)
 
 
-def _draw_reference(axes: Axes, mark: Reference, colour: str) -> None:
-    style: dict[str, Any] = {
-        "color": colour,
-        "linewidth": 1.1,
-        "linestyle": (0, (2, 2)),
-        "label": mark.label,
-        "zorder": 1.5,
-    }
-    if mark.height is None:
-        axes.axline((0, 0), slope=1, **style)
-    else:
-        axes.axhline(mark.height, **style)
+def draw_level(axes: Axes, label: str) -> None:
+    """The speed that is compared with, 1."""
+    axes.axhline(1, color=LIGHT["muted"], linewidth=1.1, linestyle=(0, (2, 2)), zorder=1.5, label=label)
 
 
-def _set_axis(axes: Axes, name: str, axis: Axis, common: tuple[float, float] | None) -> None:
-    scale, place = getattr(axes, f"set_{name}scale"), getattr(axes, f"{name}axis")
-    if axis.is_logarithmic:
-        scale("log", base=2)
-        place.set_minor_locator(NullLocator())
-    if axis.names:
-        place.set_major_locator(FixedLocator(range(len(axis.names))))
-        place.set_major_formatter(FuncFormatter(lambda value, _: axis.names[round(value)]))
-        getattr(axes, f"set_{name}lim")(-0.5, len(axis.names) - 0.5)
-    elif axis.ticks:
-        place.set_major_locator(FixedLocator(list(axis.ticks)))
-        place.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    elif not axis.is_logarithmic:
-        place.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10], integer=_is_counted(axes, name)))
-    limits = axis.limits or common
-    if limits:
-        getattr(axes, f"set_{name}lim")(limits)
+def draw_noise(axes: Axes, floors: Mapping[float, float]) -> None:
+    """Speed 1, and the band in which nothing can be told from the noise of no speculation against itself.
+
+    Args:
+        axes: to draw on.
+        floors: noise floor by x; none where nothing was compared.
+    """
+    draw_level(axes, "no speculation")
+    style: dict[str, Any] = {"color": LIGHT["hue-0"], "alpha": 0.22, "linewidth": 0, "label": "noise (A/A)"}
+    xs, high = sorted(floors), [floors[x] for x in sorted(floors)]
+    if len(xs) == 1:
+        axes.axhspan(1 / high[0], high[0], **style)
+    elif xs:
+        axes.fill_between(xs, [1 / floor for floor in high], high, **style)
 
 
-def _is_counted(axes: Axes, name: str) -> bool:
-    """Whether all lines have whole numbers there."""
-    values = [value for line in axes.lines for value in getattr(line, f"get_{name}data")()]
-    return name == "x" and all(float(value).is_integer() for value in values)
+def draw_diagonal(axes: Axes, label: str) -> None:
+    """Points where both axes say the same."""
+    style: dict[str, Any] = {"color": LIGHT["muted"], "linewidth": 1.1, "linestyle": (0, (2, 2)), "zorder": 1.5}
+    axes.axline((0, 0), slope=1, label=label, **style)
 
 
-def _common_range(panels: Sequence[Panel]) -> tuple[float, float] | None:
-    """Of the y axes of several panels that show the same, so that heights can be compared; None for others."""
-    if len(panels) < 2 or len({panel.y for panel in panels}) > 1:
-        return None
-    marks = [mark for panel in panels for mark in panel.marks]
-    values = [value for mark in marks if isinstance(mark, Line) for value in (*mark.ys, *mark.low, *mark.high)]
-    values += [value for mark in marks if isinstance(mark, Band) for value in (*mark.low, *mark.high)]
-    values += [mark.height for mark in marks if isinstance(mark, Reference) and mark.height is not None]
-    if not values:
-        return None
-    margin = 0.06 * (max(values) - min(values)) or 0.1
-    return min(values) - margin, max(values) + margin
+def stacked_bars(names: Sequence[str], layers: Mapping[str, Sequence[float]], hues: Sequence[int], x: str) -> Axes:
+    """Horizontal bars, the first on top, of layers that add up.
+
+    Args:
+        names: of the bars.
+        layers: values by name of the layer, one for every bar.
+        hues: of the layers.
+        x: label of the lengths.
+    """
+    axes = new_axes("", x, "", BARS_MARGIN + BAR_HEIGHT * len(names))
+    left = [0.0] * len(names)
+    for (label, values), hue in zip(layers.items(), hues, strict=True):
+        axes.barh(range(len(names)), values, 0.66, left, color=LIGHT[f"hue-{hue}"], label=label)
+        left = [start + value for start, value in zip(left, values, strict=True)]
+    axes.yaxis.set_major_locator(FixedLocator(range(len(names))))
+    axes.yaxis.set_major_formatter(FixedFormatter(names))
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(visible=False, axis="y")
+    return axes
 
 
-def _legend(axes: Axes) -> tuple[list[Any], list[str]]:
+def set_loads(axes: Axes, loads: Iterable[float]) -> None:
+    """Writes each load at its place, on a scale on which every doubling is as wide."""
+    places = sorted(set(loads))
+    if len(places) > 1:
+        axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(FixedLocator(places))
+    axes.xaxis.set_major_formatter(FixedFormatter([f"{one:g}" for one in places]))
+    axes.xaxis.set_minor_locator(NullLocator())
+
+
+def set_names(axes: Axes, names: Sequence[str]) -> None:
+    """Writes names at 0, 1, ... of the x axis."""
+    axes.xaxis.set_major_locator(FixedLocator(range(len(names))))
+    axes.xaxis.set_major_formatter(FixedFormatter(names))
+    axes.set_xlim(-0.5, len(names) - 0.5)
+
+
+def svg_of(axes: Axes, name: str, label: str) -> str:
+    """An SVG element for HTML, with its legend below; its colours are the page's variables.
+
+    Args:
+        axes: of a panel.
+        name: unique in the page; ids of clip paths and markers are made from it.
+        label: for those who cannot see it.
+    """
+    figure, text = cast(Figure, axes.figure), io.StringIO()
     handles, labels = axes.get_legend_handles_labels()
-    return handles, labels
-
-
-def _for_html(text: str, label: str) -> str:
-    """An SVG file as an element: without its own size, fonts, ids nobody refers to and rules for the whole page."""
-    root = ElementTree.fromstring(text)
-    size = [float(value) for value in root.attrib["viewBox"].split()[2:]]
-    root.attrib.clear()
-    root.attrib.update({"viewBox": f"0 0 {size[0]:g} {size[1]:g}", "role": "img", "aria-label": label})
-    for parent in list(root.iter()):
-        for child in list(parent):
-            if child.tag in (f"{SVG}style", f"{SVG}metadata"):
-                parent.remove(child)
-    for element in root.iter():
-        if element.tag == f"{SVG}g":
-            element.attrib.pop("id", None)
-        if XLINK in element.attrib:
-            element.attrib["href"] = element.attrib.pop(XLINK)
-        if "style" in element.attrib:
-            element.attrib["style"] = _style(element.attrib["style"])
-        element.tag = element.tag.removeprefix(SVG)
-        element.text, element.tail = (element.text or "").strip() or None, None
-    out = ElementTree.tostring(root, encoding="unicode")
-    for name, colour in PLACEHOLDERS.items():
-        out = out.replace(colour, f"var(--{name})")
-    return out
-
-
-def _style(text: str) -> str:
-    """Of an element; the page chooses the font's family."""
-    text = re.sub(r"font: (?:(bold|\d+) )?([\d.]+px) [^;]*", r"font-weight: \1; font-size: \2", text)
-    text = re.sub(r"font-family: [^;]*;? ?", "", text)
-    return text.replace("font-weight: ;", "").strip()
+    with matplotlib.rc_context({**STYLE, "svg.hashsalt": name}):
+        if handles and not figure.legends:
+            columns = LEGEND_CHARACTERS // (max(map(len, labels)) + MARKER_CHARACTERS)
+            figure.legend(handles, labels, loc="outside lower left", ncols=min(max(columns, 1), len(labels)))
+        figure.savefig(text, format="svg", transparent=True)
+    svg = text.getvalue().partition("<svg")[2]
+    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>| xmlns(:\w+)?=\"[^\"]*\"", "", svg, flags=re.DOTALL)
+    # Names of groups, which every figure gives alike; ids that are referred to belong to other elements.
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    svg = re.sub(r' (?:width|height)="[\d.]+pt"', "", svg)
+    for variable, colour in LIGHT.items():
+        svg = svg.replace(colour, f"var(--{variable})")
+    return f'<svg role="img" aria-label="{escape(label)}"{svg}'

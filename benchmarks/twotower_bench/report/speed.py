@@ -1,165 +1,137 @@
-"""Speed and latency of systems in vLLM, beside no speculation and its noise."""
+"""Serving cells beside no speculation: their columns, their outcomes, and the picture that opens a section."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from matplotlib.axes import Axes
 
 from twotower_bench.records import BASELINE, System
-from twotower_bench.report.document import Axis, Band, Line, Mark, Panel, Plot, Reference, Row, Table
-from twotower_bench.report.findings import Outcome
-from twotower_bench.report.wording import (
-    category_in_words,
-    dodged,
-    groups_by_load,
-    hues_of,
-    interval,
-    intervals_of,
-    milliseconds,
-    num_of,
-    number,
-    place_of,
-    speed_up,
-    spread,
-)
+from twotower_bench.report.columns import COMPARED, Column, estimate, interval_names, milliseconds, number, share
+from twotower_bench.report.document import Plot
+from twotower_bench.report.findings import Outcome, at_once
+from twotower_bench.report.plots import Point, draw_noise, line_panels, set_loads, set_names
+from twotower_bench.report.wording import hues_of, kind_of
 from twotower_bench.summary import CellSummary
+
+PHASES = ("extend", "denoise", "host", "verify")
+
+
+def phases_of(one: CellSummary) -> dict[str, float]:
+    """Seconds of a round by phase; empty where TwoTower did not draft."""
+    return {name: getattr(one.round_times, name) for name in PHASES} if one.round_times else {}
+
+
+def _phase(name: str) -> Callable[[CellSummary], str]:
+    return lambda one: milliseconds(phases_of(one)[name])
+
+
+COLUMNS: Mapping[str, Column] = {
+    **COMPARED,
+    "TTFT ms": Column(
+        lambda one: milliseconds(one.latency.first_token, one.latency.first_token_p99),
+        "to the first token, median / 99th percentile",
+    ),
+    "ITL ms": Column(
+        lambda one: milliseconds(one.latency.gap, one.latency.gap_p99), "between outputs, median / 99th percentile"
+    ),
+    "Acceptance length": Column(
+        lambda one: estimate(one.acceptance.acceptance_length),
+        "accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; the last step of a "
+        "text counts as far as the text goes",
+    ),
+    "Tokens / step": Column(lambda one: estimate(one.acceptance.tokens_per_step), "steps without drafts count, too"),
+    "Tokens / NFE": Column(
+        lambda one: number(one.tokens_per_nfe),
+        "tokens of steps with drafts per denoiser pass, requests counted separately",
+    ),
+    "Drafts": Column(lambda one: number(one.acceptance.mean_draft_tokens, 1), "verified per step that had any"),
+    "Steps with drafts": Column(lambda one: f"{one.acceptance.num_drafted_steps} of {one.acceptance.num_steps}"),
+    "Extend ms": Column(_phase("extend"), "the context tower reads prompts and what was accepted"),
+    "Denoise ms": Column(_phase("denoise"), "the denoiser's passes"),
+    "Host ms": Column(_phase("host"), "the rest of drafting"),
+    "Verify ms": Column(_phase("verify"), "the verifier and all the rest of vLLM"),
+    "Drafting share": Column(lambda one: share(1 - phases_of(one)["verify"] / sum(phases_of(one).values()))),
+}
+
+
+def columns(*names: str) -> dict[str, Column]:
+    """Columns of serving cells, by name."""
+    return {name: COLUMNS[name] for name in names}
 
 
 def outcomes_of(figures: Sequence[CellSummary]) -> list[Outcome]:
-    """Of all systems that were compared with no speculation."""
+    """Outcomes of all systems that were compared with no speculation."""
+    kinds = {one.load: kind_of(one.load) for one in figures}
+    is_one_kind = len(set(kinds.values())) == 1
     return [
-        Outcome(one.system, place_of(one.load), one.speed_up, one.comparison)
+        Outcome(
+            one.system,
+            at_once(one.load.concurrency, "" if is_one_kind else kinds[one.load]),
+            one.speed_up,
+            one.comparison,
+        )
         for one in figures
         if one.speed_up is not None and one.system.name != BASELINE
     ]
 
 
-def speed_table(figures: Sequence[CellSummary]) -> Table:
-    """Throughput, verdict and latency, loads apart."""
-    rows = [
-        Row(
-            (
-                one.system.title,
-                spread(one.tokens_per_s),
-                "" if one.system.name == BASELINE else speed_up(one.speed_up, one.comparison),
-                "" if one.verdict == "-" else one.verdict,
-                milliseconds(one.latency.first_token, one.latency.first_token_p99),
-                milliseconds(one.latency.gap, one.latency.gap_p99),
-                "" if one.system.name == BASELINE else num_of(one.num_different, one.num_requests),
-            )
+def speed_up_plot(figures: Sequence[CellSummary], systems: Iterable[System]) -> Plot:
+    """Speed-up of some systems by concurrency, or by category where there is one concurrency alone."""
+    names = {one.name for one in systems}
+    known = [one for one in figures if one.system.name in names and one.speed_up is not None]
+    caption, kinds = speed_up_caption("Tokens/s", known), list(dict.fromkeys(kind_of(one.load) for one in known))
+    concurrencies = list(dict.fromkeys(one.load.concurrency for one in known))
+    if len(concurrencies) == 1:
+        title = f"{concurrencies[0]} at once"
+        panels = speed_up_panels(
+            known, lambda _: title, lambda one: kinds.index(kind_of(one.load)), lambda _: "", names=kinds
         )
-        for one in figures
-    ]
-    columns = ("System", "Tokens/s", "Speed-up", "Verdict", "TTFT ms", "ITL ms", "Different texts")
-    note = (
-        f"Tokens/s: median of the repeats (quartiles). Speed-up: over no speculation in the same repeat, the median"
-        f"{intervals_of(figures)}; “no difference” where it is within the noise of no speculation against itself. "
-        "TTFT: to the first token; ITL: between outputs; median / 99th percentile. Different texts: prompts whose text "
-        "is not that of no speculation."
+        return Plot("speed-up", "Speed-up by kind of prompts", caption, panels)
+    panels = speed_up_panels(
+        known, lambda one: kind_of(one.load), lambda one: one.load.concurrency, lambda _: "requests at once"
     )
-    return Table("Speed and latency", columns, groups_by_load(figures, rows, with_noise=True), note)
+    return Plot("speed-up", "Speed-up by load", caption, panels)
 
 
-def drafts_table(figures: Sequence[CellSummary]) -> Table:
-    """What drafts gain, loads apart; systems that drafted."""
-    drafted = [one for one in figures if one.acceptance.acceptance_length]
-    rows = [
-        Row(
-            (
-                one.system.title,
-                interval(one.acceptance.acceptance_length),
-                interval(one.acceptance.tokens_per_step),
-                number(one.tokens_per_nfe),
-                number(one.acceptance.mean_draft_tokens, 1),
-                num_of(one.acceptance.num_drafted_steps, one.acceptance.num_steps),
-            )
-        )
-        for one in drafted
-    ]
-    columns = ("System", "Acceptance length", "Tokens / step", "Tokens / NFE", "Drafts", "Steps with drafts")
-    note = (
-        "Acceptance length: accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts. "
-        "Tokens / step counts the steps without drafts, too. Tokens / NFE: of steps with drafts per denoiser pass, "
-        "requests counted separately. Drafts: verified per step that had any. The last step of a text counts as far as "
-        "the text goes."
-    )
-    return Table("What drafts gain", columns, groups_by_load(drafted, rows), note)
-
-
-def speed_up_plots(figures: Sequence[CellSummary], systems: Sequence[System]) -> list[Plot]:
-    """Speed-up of some systems against concurrency, or by category where there is one concurrency alone.
-
-    None where no speculation was not measured.
-    """
-    hues = hues_of(systems)
-    known = [one for one in figures if one.system.name in hues and one.speed_up is not None]
-    if not known:
-        return []
-    concurrencies = tuple(sorted({one.load.concurrency for one in known}))
-    reading = "Only what lies outside the grey band (A/A: no speculation against itself) can be told from noise."
+def speed_up_caption(what: str, known: Sequence[Any]) -> str:
+    """What was compared and how to read it."""
+    reading = "Only what lies outside the grey band, which is no speculation against itself, is beyond noise."
     if not any(one.comparison for one in known):
         reading = "With fewer than three repeats nothing here can be told from noise."
-    caption = (
-        f"Tokens per second over those of no speculation in the same repeat, the median of the repeats"
-        f"{intervals_of(known)}."
-    )
-    if len(concurrencies) == 1:
-        panel = _panel_of_kinds(known, hues)
-        return [Plot("speed-up", f"Speed-up at {concurrencies[0]} at once", caption, reading, (panel,))]
-    panels = tuple(
-        _panel_of_concurrencies([one for one in known if _kind(one) == kind], hues, kind)
-        for kind in dict.fromkeys(map(_kind, known))
-    )
-    return [Plot("speed-up", "Speed-up against concurrency", caption, reading, panels)]
+    return f"{what} over no speculation in the same repeat, the median of the repeats{interval_names(known)}. {reading}"
 
 
-def _kind(one: CellSummary) -> str:
-    """Its load without the concurrency, in words."""
-    temperature = f", temperature {one.load.temperature:g}" if one.load.temperature else ""
-    return category_in_words(one.load.category) + temperature
+def speed_up_panels(
+    known: Sequence[Any],
+    kind: Callable[[Any], str],
+    amount: Callable[[Any], float],
+    label: Callable[[str], str],
+    names: Sequence[str] = (),
+) -> list[Axes]:
+    """A panel for each kind of load, with the A/A band and a line for each system.
 
+    Args:
+        known: figures with a speed-up.
+        kind: title of a panel.
+        amount: a load within its kind.
+        label: of the x axis of a panel.
+        names: written at 0, 1, ... of the x axis instead of loads; lines are then left out.
+    """
 
-def _panel_of_concurrencies(known: Sequence[CellSummary], hues: dict[str, int], title: str) -> Panel:
-    xs = [float(one.load.concurrency) for one in known]
-    noise = {x: one.comparison.noise_floor for x, one in zip(xs, known, strict=True) if one.comparison}
-    marks = _noise([(x, floor) for x, floor in sorted(noise.items())])
-    for name, hue in hues.items():
-        own = sorted((one for one in known if one.system.name == name), key=lambda one: one.load.concurrency)
-        if own:
-            marks.append(_line(own, hue, [one.load.concurrency for one in own], is_connected=True))
-    axis = Axis("requests at once", ticks=tuple(sorted(set(xs))), is_logarithmic=True)
-    return Panel(title, axis, Axis("speed-up"), tuple(marks))
+    def decorate(axes: Axes) -> None:
+        own = [one for one in known if kind(one) == axes.get_title(loc="left")]
+        draw_noise(axes, {amount(one): one.comparison.noise_floor for one in own if one.comparison})
+        axes.set_xlabel(label(kind(own[0])))
+        set_names(axes, names) if names else set_loads(axes, map(amount, own))
 
+    def point(one: Any) -> Point:
+        ratio = one.comparison.speed_up if one.comparison else None
+        ends = (ratio.low, ratio.high) if ratio else None
+        return Point(kind(one), one.system.title, amount(one), ratio.value if ratio else one.speed_up, ends)
 
-def _panel_of_kinds(known: Sequence[CellSummary], hues: dict[str, int]) -> Panel:
-    kinds = list(dict.fromkeys(map(_kind, known)))
-    noise = {kinds.index(_kind(one)): one.comparison.noise_floor for one in known if one.comparison}
-    marks = _noise([(place + half, floor) for place, floor in sorted(noise.items()) for half in (-0.45, 0.45)])
-    for index, (name, hue) in enumerate(hues.items()):
-        own = [one for one in known if one.system.name == name]
-        places = [kinds.index(_kind(one)) + dodged(index, len(hues)) for one in own]
-        if own:
-            marks.append(_line(own, hue, places, is_connected=False))
-    return Panel("", Axis("", names=tuple(kinds)), Axis("speed-up"), tuple(marks))
-
-
-def _noise(floors: Sequence[tuple[float, float]]) -> list[Mark]:
-    reference = Reference("no speculation", 1.0)
-    if not floors:
-        return [reference]
-    xs, high = zip(*floors, strict=True)
-    return [Band("A/A noise", xs, tuple(1 / floor for floor in high), high), reference]
-
-
-def _line(own: Sequence[CellSummary], hue: int, xs: Sequence[float], is_connected: bool) -> Line:
-    """Intervals only where all points have one."""
-    ratios = [one.comparison.speed_up for one in own if one.comparison]
-    ends = ratios if len(ratios) == len(own) else []
-    return Line(
-        own[0].system.title,
-        hue,
-        tuple(xs),
-        tuple(one.value for one in ends) or tuple(one.speed_up or 0.0 for one in own),
-        tuple(one.low for one in ends),
-        tuple(one.high for one in ends),
-        is_connected,
-    )
+    kinds = list(dict.fromkeys(map(kind, known)))
+    ranked = sorted(known, key=lambda one: (kinds.index(kind(one)), amount(one)))
+    hues = hues_of(one.system for one in known)
+    return line_panels(map(point, ranked), hues, "", "speed-up", hues if names else (), decorate)

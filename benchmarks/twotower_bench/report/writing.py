@@ -1,19 +1,23 @@
-"""Measurements to a report, and a report to files."""
+"""Measurements to a report, and a report to its two files."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+from pydantic_core import to_jsonable_python
+
 from twotower_bench.report.acceptance import acceptance_section
 from twotower_bench.report.document import Report, Section
-from twotower_bench.report.html import html_of
-from twotower_bench.report.markdown import markdown_of
+from twotower_bench.report.palette import DARK, LIGHT
 from twotower_bench.report.plan import plan_section
-from twotower_bench.report.plots import png_of
+from twotower_bench.report.plots import STYLE, svg_of
 from twotower_bench.report.reading import Measurements, read_measurements
 from twotower_bench.report.serve import serve_section
 from twotower_bench.report.standalone import standalone_section
@@ -23,11 +27,19 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.files import replace_file
 
 TITLE = "TwoTower: speed and acceptance as measured"
-Builder = Callable[[Measurements, str], Section]
+VERDICTS = {"faster": "faster", "slower": "slower", "no difference": "same"}
+# By the name of the section, in the order of the report: which measurements it is for, and what makes it.
+SECTIONS: Mapping[str, tuple[Callable[[Measurements], bool], Callable[[Measurements, str], Section]]] = {
+    "acceptance": (lambda one: bool(one.serving_cells) and not is_sweep(one.serving_cells), acceptance_section),
+    "sweep": (lambda one: is_sweep(one.serving_cells), sweep_section),
+    "serve": (lambda one: bool(one.load_points), serve_section),
+    "standalone": (lambda one: bool(one.cells), standalone_section),
+    "plan": (lambda one: one.profile is not None, plan_section),
+}
 
 
 def write_report(files: Sequence[Path], directory: Path) -> Report:
-    """Writes report.html, report.md, report.json and a PNG for every plot.
+    """Writes report.html and report.json.
 
     Args:
         files: JSON lines of the benchmarks, or serving profiles.
@@ -42,49 +54,67 @@ def write_report(files: Sequence[Path], directory: Path) -> Report:
     report = report_of(files)
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        for name, content in contents_of(report):
-            replace_file(directory / name, content)
+        replace_file(directory / "report.json", json_of(report).encode())
+        replace_file(directory / "report.html", html_of(report).encode())
     except OSError as error:
         raise ArgumentError(f"report {directory} cannot be written ({error.strerror}); give another folder") from error
     return report
 
 
+@matplotlib.rc_context(STYLE)
 def report_of(files: Sequence[Path]) -> Report:
     """The report on what files hold; arguments and errors as `write_report`."""
     measured = read_measurements(files)
     sections: list[Section] = []
-    for name, (has_any, build) in BUILDERS.items():
-        fitting = [one for one in measured if has_any(one)]
-        for number, one in enumerate(fitting, start=1):
-            sections.append(build(one, name if number == 1 else f"{name}-{number}"))
+    for name, (fits, build) in SECTIONS.items():
+        for number, one in enumerate(filter(fits, measured), start=1):
+            section = build(one, name if number == 1 else f"{name}-{number}")
+            tables = [table for table in section.tables if table.rows]
+            plots = [plot for plot in section.plots if plot.panels]
+            sections.append(replace(section, tables=tables, plots=plots))
     if not sections:
         raise ArgumentError(
             f"{listed([str(path) for path in files])} have scores alone, which are shown beside cells; "
             f"give a file of a run that measured, too"
         )
-    return Report(TITLE, tuple(dict.fromkeys(one.source for one in measured)), tuple(sections))
+    return Report(TITLE, list(dict.fromkeys(one.source for one in measured)), sections)
 
 
-def contents_of(report: Report) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of all files; what others link to comes first."""
-    for section in report.sections:
-        for plot in section.plots:
-            yield f"{section.file_name(plot)}.png", png_of(plot)
-    yield "report.json", (json.dumps(json_of(report), indent=1, ensure_ascii=False) + "\n").encode()
-    yield "report.md", markdown_of(report).encode()
-    yield "report.html", html_of(report).encode()
+def html_of(report: Report) -> str:
+    """The whole page."""
+    environment = Environment(
+        loader=PackageLoader("twotower_bench.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    template = environment.get_template("template.html.j2")
+
+    def svg(name: str, label: str, index: int, axes: Any) -> Markup:
+        return Markup(svg_of(axes, f"{name}-{index}", label))  # labels were escaped as they were drawn
+
+    return template.render(report=report, light=LIGHT, dark=DARK, svg=svg, verdicts=VERDICTS)
 
 
-def json_of(report: Report) -> Mapping[str, Any]:
-    """Figures, tables and plots as JSON."""
-    return asdict(report)
+def json_of(report: Report) -> str:
+    """Findings, figures and tables; plots show the same figures."""
+    sections = [
+        {
+            "name": section.name,
+            "title": section.title,
+            "finding": section.finding,
+            "notes": section.notes,
+            "origins": section.origins,
+            "tables": section.tables,
+            "figures": [_with_verdict(one) for one in section.figures],
+        }
+        for section in report.sections
+    ]
+    content = to_jsonable_python({"title": report.title, "sources": report.sources, "sections": sections})
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 
 
-# By the name of the section, in the order of the report.
-BUILDERS: Mapping[str, tuple[Callable[[Measurements], bool], Builder]] = {
-    "acceptance": (lambda one: bool(one.serving_cells) and not is_sweep(one.serving_cells), acceptance_section),
-    "sweep": (lambda one: is_sweep(one.serving_cells), sweep_section),
-    "serve": (lambda one: bool(one.load_points), serve_section),
-    "standalone": (lambda one: bool(one.cells), standalone_section),
-    "plan": (lambda one: one.profile is not None, plan_section),
-}
+def _with_verdict(figures: Any) -> dict[str, Any]:
+    verdict = getattr(figures, "verdict", None)
+    return {**to_jsonable_python(figures), **({"verdict": verdict} if verdict else {})}
