@@ -42,8 +42,8 @@ class ChildProcess:
             environment: variables beside ours.
             pass_fds: files that stay open in it.
         """
-        self.title, self._log = title, folder / "log"
-        with self._log.open("wb") as output:
+        self.title, self.log = title, folder / "log"
+        with self.log.open("wb") as output:
             self._process = subprocess.Popen(
                 command,
                 env={**os.environ, **environment, "TMPDIR": str(folder)},
@@ -61,7 +61,7 @@ class ChildProcess:
 
     def failure(self, what: str) -> ChildError:
         """An error with the last lines of its log."""
-        lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
         last = "\n".join(f"  {line}" for line in lines[-NUM_LAST_LINES:]) or "  (nothing)"
         return ChildError(f"{self.title} {what}; the last it said was:\n{last}")
 

@@ -113,7 +113,7 @@ def _setting(
 
 
 def _smallest_block_for(num_tokens: int) -> int:
-    """Of `adaptive`, which tries powers of two."""
+    """Finds the smallest block that `adaptive`, which tries powers of two, needs for so many drafts."""
     size = SMALLEST_ADAPTIVE_BLOCK
     while size < num_tokens:
         size *= 2

@@ -70,7 +70,8 @@ class Point:
     """A system at one concurrency, over all repeats.
 
     Attributes:
-        system, load: which.
+        system: what was measured.
+        load: what it was asked.
         tokens_per_s: of all requests together.
         user_tokens_per_s: of one request, from its first token on; the median over requests.
     """
@@ -214,7 +215,7 @@ def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
 def _recommended(
     cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
 ) -> Recommendation:
-    """Of those points that reach the floor."""
+    """Chooses among the points that reach the floor."""
     ranked = sorted(reaching, key=lambda one: one.value(goal).value, reverse=True)
     baseline = next((one for one in ranked if one.system.name == BASELINE), None)
     best = next((one for one in ranked if one.system.name != BASELINE), None)

@@ -244,7 +244,7 @@ class ServingCell:
 
     @property
     def temperature(self) -> float:
-        """Of the verifier."""
+        """Temperature of the verifier."""
         return self.load.temperature
 
     @property

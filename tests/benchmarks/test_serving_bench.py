@@ -16,15 +16,15 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.test_bench_serve import CLOSED_PROXY, NONE, TWO_TOWER, WORKLOAD, plan, result
-from twotower_bench.records import System, Traffic
+from twotower_bench.records import Traffic
 from twotower_bench.schedule import key_of_slot
 from twotower_bench.servers.load_generator import as_point, bench_arguments
 from twotower_bench.servers.server import (
     HOST,
     Endpoint,
     VllmServer,
+    arguments_of,
     running_servers,
-    serve_command,
     without_proxy,
 )
 from twotower_bench.vllm_hooks import SERVING
@@ -55,16 +55,16 @@ def test_warming_up_is_at_the_smallest_and_the_largest_closed_loop() -> None:
 
 
 def test_servers_differ_in_their_speculation_alone() -> None:
-    plain, ours = (serve_command(system, "V", ["--seed", "3"]) for system in (NONE, TWO_TOWER))
+    plain, ours = (arguments_of(system, ["--seed", "3"]) for system in (NONE, TWO_TOWER))
     assert ours == [*plain, "--speculative-config", '{"model": "T"}']
 
 
 def test_on_a_gpu_a_server_loads_when_the_one_before_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
-    def start(self: VllmServer, system: System, *others: object) -> None:
-        self.name = system.name  # type: ignore[attr-defined]
-        events.append(f"start {system.name}")
+    def start(self: VllmServer, title: str, *others: object) -> None:
+        self.name = title  # type: ignore[attr-defined]
+        events.append(f"start {title}")
 
     monkeypatch.setattr(VllmServer, "__init__", start)
     for name in ("wait_until_ready", "ask_to_end", "close"):
@@ -72,8 +72,8 @@ def test_on_a_gpu_a_server_loads_when_the_one_before_is_ready(monkeypatch: pytes
     for has_gpu in (True, False):
         monkeypatch.setattr("torch.cuda.is_available", lambda answer=has_gpu: answer)
         with running_servers([NONE, TWO_TOWER], "V", []):
-            waited = ["wait_until_ready none"] if has_gpu else []
-            assert events == ["start none", *waited, "start twotower"]
+            waited = [f"wait_until_ready {NONE.title}"] if has_gpu else []
+            assert events == [f"start {NONE.title}", *waited, f"start {TWO_TOWER.title}"]
         events.clear()
 
 

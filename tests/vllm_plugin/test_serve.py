@@ -13,7 +13,8 @@ import pytest
 
 from tests.vllm_plugin.engine import ROOMY, run_engine
 from tests.vllm_plugin.fork_server import ROOT, engine_environment
-from tests.vllm_plugin.server import Server, serving
+from tests.vllm_plugin.server import serving
+from twotower_bench.servers import VllmServer
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 pytestmark = [
@@ -23,56 +24,68 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
     arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
-    with serving(tmp_path_factory.mktemp("serve") / "log", *arguments) as running:
+    with serving(tmp_path_factory.mktemp("serve"), *arguments) as running:
         yield running
 
 
 @pytest.fixture(scope="module")
-def client(server: Server) -> Any:
+def client(server: VllmServer) -> Any:
     from openai import OpenAI
 
-    return OpenAI(base_url=server.url + "/v1", api_key="none")
+    return OpenAI(base_url=server.endpoint.url + "/v1", api_key="none")
 
 
 def prompts() -> list[str]:
     return [held_out_prompts("maths")[0].prompt, held_out_prompts("python")[0].prompt]
 
 
-def test_greedy_text_is_that_of_an_engine_without_drafts(server: Server, client: Any) -> None:
+def test_greedy_text_is_that_of_an_engine_without_drafts(server: VllmServer, client: Any) -> None:
     expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"]
     found = client.completions.create(
-        model=server.model, prompt=prompts(), temperature=0, max_tokens=40, extra_body={"return_token_ids": True}
+        model=server.endpoint.model,
+        prompt=prompts(),
+        temperature=0,
+        max_tokens=40,
+        extra_body={"return_token_ids": True},
     )
     assert [choice.token_ids for choice in found.choices] == [row[0] for row in expected[:2]]
 
 
-def test_streamed_pieces_make_the_same_text(server: Server, client: Any) -> None:
-    given: dict[str, Any] = {"model": server.model, "prompt": prompts()[1], "temperature": 0, "max_tokens": 60}
+def test_streamed_pieces_make_the_same_text(server: VllmServer, client: Any) -> None:
+    given: dict[str, Any] = {"model": server.endpoint.model, "prompt": prompts()[1], "temperature": 0, "max_tokens": 60}
     whole = client.completions.create(**given).choices[0].text
     pieces = [part.choices[0].text for part in client.completions.create(**given, stream=True)]
     assert "".join(pieces) == whole
     assert len(pieces) < 60  # several tokens in one piece
 
 
-def test_sampled_requests_of_every_kind_are_answered(server: Server, client: Any) -> None:
+def test_sampled_requests_of_every_kind_are_answered(server: VllmServer, client: Any) -> None:
     for extra in ({"top_k": 20}, {"min_p": 0.1}, {"top_k": 5, "repetition_penalty": 1.1}):
         found = client.completions.create(
-            model=server.model, prompt=prompts()[0], temperature=0.7, n=2, max_tokens=16, top_p=0.9, extra_body=extra
+            model=server.endpoint.model,
+            prompt=prompts()[0],
+            temperature=0.7,
+            n=2,
+            max_tokens=16,
+            top_p=0.9,
+            extra_body=extra,
         )
         assert len(found.choices) == 2
     biased = client.completions.create(
-        model=server.model, prompt=prompts()[0], max_tokens=8, temperature=0, logit_bias={"300": 100}
+        model=server.endpoint.model, prompt=prompts()[0], max_tokens=8, temperature=0, logit_bias={"300": 100}
     )
     assert biased.choices[0].text
 
 
-def test_metrics_carry_the_drafter_next_to_vllm(server: Server, client: Any) -> None:
-    client.completions.create(model=server.model, prompt=prompts()[0], temperature=0, max_tokens=60)
-    lines = dict(line.rsplit(" ", 1) for line in server.get("/metrics").splitlines() if not line.startswith("#"))
+def test_metrics_carry_the_drafter_next_to_vllm(server: VllmServer, client: Any) -> None:
+    client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
+    lines = dict(
+        line.rsplit(" ", 1) for line in server.endpoint.get("/metrics").splitlines() if not line.startswith("#")
+    )
     values = {name.partition("{")[0]: float(value) for name, value in lines.items() if "twotower" in name}
     assert values["vllm:twotower_denoiser_passes_total"] > 0
     assert values["vllm:twotower_acceptance_length"] > 1.5
@@ -84,17 +97,17 @@ def test_metrics_carry_the_drafter_next_to_vllm(server: Server, client: Any) -> 
     assert accepted == values["vllm:twotower_accepted_tokens_total"] > 0
 
 
-def test_the_log_says_where_memory_went_and_how_drafting_goes(server: Server, client: Any) -> None:
+def test_the_log_says_where_memory_went_and_how_drafting_goes(server: VllmServer, client: Any) -> None:
     for _ in range(3):
-        client.completions.create(model=server.model, prompt=prompts()[1], temperature=0, max_tokens=80)
+        client.completions.create(model=server.endpoint.model, prompt=prompts()[1], temperature=0, max_tokens=80)
         time.sleep(0.6)
     log = server.log.read_text()
     assert "TwoTower metrics: Mean acceptance length:" in log
     assert "MiB" in next(line for line in log.splitlines() if "TwoTower: " in line and "float32" in line)
 
 
-def test_a_request_says_how_its_drafts_were_accepted(server: Server, client: Any) -> None:
-    found = client.completions.create(model=server.model, prompt=prompts()[0], temperature=0, max_tokens=60)
+def test_a_request_says_how_its_drafts_were_accepted(server: VllmServer, client: Any) -> None:
+    found = client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     said = found.model_dump()["metrics"]["speculative_decoding"]
     assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0
 

@@ -180,7 +180,7 @@ class Comparison:
         return "95 % interval" if self.num_rounds >= FEWEST_FOR_INTERVAL else "lowest to highest"
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, with the verdict and what the interval is."""
+        """Gives JSON with the verdict and what the interval is."""
         return {**asdict(self), "verdict": self.verdict, "interval_name": self.interval_name}
 
     def __str__(self) -> str:

@@ -82,7 +82,7 @@ class Models:
 
     @property
     def identity(self) -> list[Any]:
-        """As JSON: what must be the same for measurements to be compared."""
+        """What must be the same for measurements to be compared, as JSON."""
         # More requests at once go on with a file.
         return [
             same_model(self.verifier),

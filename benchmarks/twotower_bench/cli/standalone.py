@@ -142,7 +142,7 @@ class WantedTask:
         return score_task(loaded, setting, self.name, *options, batch_size=batch_size)
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON, equal where scores are comparable."""
+        """JSON that is equal where scores are comparable."""
         path = str(self.include_path.resolve()) if self.include_path else None
         return {**asdict(self), "include_path": path}
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from twotower_bench.records import DecodingSteps, Drafting, ServedRequest
 
@@ -20,26 +18,6 @@ class Ready:
 
     version: str
     max_model_len: int
-
-
-@dataclass(frozen=True)
-class TokenizeOrder:
-    """Read texts as the verifier does; the answer is a tuple of token ids per text.
-
-    Attributes:
-        texts: any number.
-        chat: whether each is what a user says, and gets the verifier's chat template.
-    """
-
-    texts: tuple[str, ...]
-    chat: bool = False
-
-
-@dataclass(frozen=True)
-class DraftOrder:
-    """Let TwoTower draft by these knobs from now on, as far as they concern its policy."""
-
-    knobs: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -76,14 +54,6 @@ class Served:
     requests: tuple[ServedRequest, ...]
     steps: tuple[DecodingSteps, ...] = ()
     drafting: Drafting | None = None
-
-
-@dataclass(frozen=True)
-class StreamOrder:
-    """Generate one prompt and send every step as it is made."""
-
-    prompt: str
-    max_new_tokens: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.engines.environment import engine_environment
-from twotower_bench.engines.messages import DraftOrder, Piece, Ready, Served, ServeOrder, StreamOrder, TokenizeOrder
+from twotower_bench.engines.messages import Piece, Ready, Served, ServeOrder
 
 LONGEST_SILENCE_S = 300.0
 
@@ -52,29 +52,33 @@ class EngineProcess:
         return self._ready
 
     def tokenize(self, texts: Sequence[str], chat: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Token ids of texts, see `TokenizeOrder`.
+        """Reads texts as the verifier does.
+
+        Args:
+            texts: any number.
+            chat: whether each is what a user says, and gets the verifier's chat template.
 
         Raises:
             ChildError: the engine has ended; so with all that follow.
         """
-        self._send(TokenizeOrder(tuple(texts), chat))
+        self._send(("tokenize", tuple(texts), chat))
         token_ids: tuple[tuple[int, ...], ...] = self._receive("while reading prompts")
         return token_ids
 
     def draft_by(self, knobs: Mapping[str, Any]) -> None:
-        """Changes how TwoTower drafts."""
-        self._send(DraftOrder(knobs))
+        """Lets TwoTower draft by these knobs from now on, as far as they concern its policy."""
+        self._send(("draft_by", dict(knobs)))
         self._receive("while changing how it drafts")
 
     def serve(self, order: ServeOrder) -> Served:
         """Generates for prompts."""
-        self._send(order)
+        self._send(("serve", order))
         served: Served = self._receive("while generating")
         return served
 
     def stream(self, prompt: str, max_new_tokens: int) -> Iterator[Piece]:
         """Generates one prompt; pieces come as they are made."""
-        self._send(StreamOrder(prompt, max_new_tokens))
+        self._send(("stream", prompt, max_new_tokens))
         is_last = False
         while not is_last:
             piece: Piece = self._receive("while streaming")

@@ -1,6 +1,7 @@
 """One engine in a process of its own: `python -m twotower_bench.engines.worker DESCRIPTOR`.
 
-The first message over the connection has the arguments of `LLM()`; then orders come until it is closed.
+The first message over the connection has the arguments of `LLM()`; then come names of methods of `Engine` with their
+arguments, until it is closed.
 """
 
 from __future__ import annotations
@@ -9,23 +10,14 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import count, pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
-from twotower_bench.engines.messages import (
-    Asked,
-    DraftOrder,
-    Piece,
-    Ready,
-    Served,
-    ServeOrder,
-    StreamOrder,
-    TokenizeOrder,
-)
+from twotower_bench.engines.messages import Asked, Piece, Ready, Served, ServeOrder
 from twotower_bench.engines.recording import StepRecorder
 from twotower_bench.records import ServedRequest
 from twotower_bench.vllm_hooks import RECORDING_HOOKS
@@ -74,19 +66,19 @@ class Engine:
             raise TwoTowerError(compat.warning_text(missing))
         return StepRecorder(self.llm.llm_engine.engine_core.engine_core.scheduler)
 
-    def tokenize(self, order: TokenizeOrder) -> tuple[tuple[int, ...], ...]:
-        """Token ids of texts."""
+    def tokenize(self, texts: Sequence[str], chat: bool) -> tuple[tuple[int, ...], ...]:
+        """Token ids of texts, each in the verifier's chat template where it is a chat."""
         tokenizer = self.llm.get_tokenizer()
-        if not order.chat:
-            return tuple(tuple(tokenizer.encode(text)) for text in order.texts)
-        chats = ([{"role": "user", "content": text}] for text in order.texts)
+        if not chat:
+            return tuple(tuple(tokenizer.encode(text)) for text in texts)
+        chats = ([{"role": "user", "content": text}] for text in texts)
         return tuple(
             tuple(tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)) for chat in chats
         )
 
-    def draft_by(self, order: DraftOrder) -> None:
+    def draft_by(self, knobs: Mapping[str, Any]) -> None:
         """Changes how TwoTower drafts."""
-        self.llm.collective_rpc(_change_policy, args=(dict(order.knobs),))
+        self.llm.collective_rpc(_change_policy, args=(knobs,))
 
     def serve(self, order: ServeOrder) -> Served:
         """Generates for all prompts, so many at once."""
@@ -107,10 +99,10 @@ class Engine:
         requests = tuple(self._request(request_id, flight) for request_id, flight in flights.items())
         return Served(round(seconds, 6), requests, self.recorder.decoding_steps(), self.recorder.drafting())
 
-    def stream(self, order: StreamOrder) -> Iterator[Piece]:
+    def stream(self, prompt: str, max_new_tokens: int) -> Iterator[Piece]:
         """One request, step by step: the last token of a step is the verifier's, those before it were drafted."""
         engine = self.llm.llm_engine
-        engine.add_request(self._next_id(), order.prompt, self._params(order.max_new_tokens))
+        engine.add_request(self._next_id(), prompt, self._params(max_new_tokens))
         token_ids: list[int] = []
         shown = 0
         while engine.has_unfinished_requests():
@@ -180,20 +172,12 @@ def serve(connection: Connection) -> None:
     connection.send(engine.ready)
     while True:
         try:
-            order = connection.recv()
+            method, *arguments = connection.recv()
         except EOFError:
             return
-        match order:
-            case TokenizeOrder():
-                connection.send(engine.tokenize(order))
-            case DraftOrder():
-                engine.draft_by(order)
-                connection.send(None)
-            case ServeOrder():
-                connection.send(engine.serve(order))
-            case StreamOrder():
-                for piece in engine.stream(order):
-                    connection.send(piece)
+        answer = getattr(engine, method)(*arguments)
+        for part in answer if isinstance(answer, Iterator) else (answer,):
+            connection.send(part)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ class Endpoint:
 
     @classmethod
     def of_running_server(cls, url: str, tokenizer: str | None = None) -> Endpoint:
-        """Of a server that others have started.
+        """Asks a server that others have started what it serves.
 
         Args:
             url: without a path.
@@ -69,9 +69,13 @@ class Endpoint:
     def is_ready(self) -> bool:
         """Whether it answers."""
         with suppress(OSError):
-            _get(f"{self.url}/health")
+            self.get("/health")
             return True
         return False
+
+    def get(self, path: str) -> str:
+        """Body of a page."""
+        return _get(self.url + path)
 
 
 class Server(Protocol):
@@ -98,21 +102,35 @@ class ForeignServer:
 class VllmServer:
     """Starts loading when it is made."""
 
-    def __init__(self, system: System, verifier: str, arguments: Sequence[str], port: int, folder: Path) -> None:
+    def __init__(
+        self,
+        title: str,
+        verifier: str,
+        arguments: Sequence[str],
+        port: int,
+        folder: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
         """Starts the process and returns at once.
 
         Args:
-            system: how it speculates.
+            title: what errors call it.
             verifier: directory or hub id.
-            arguments: of `vllm serve`, beside those.
+            arguments: of `vllm serve`.
             port: free.
             folder: for its output and temporary files, its own.
+            environment: variables beside those of all engines.
         """
         self.endpoint = Endpoint(f"http://{HOST}:{port}", verifier, verifier)
-        command = [*VLLM, *serve_command(system, verifier, arguments), "--host", HOST, "--port", str(port)]
+        command = [*VLLM, "serve", verifier, *arguments, "--host", HOST, "--port", str(port)]
         # Of an API server its engine is a process apart.
-        environment = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        self._process = ChildProcess(f"the server with {system.title}", command, folder, environment)
+        variables = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}
+        self._process = ChildProcess(f"the server with {title}", command, folder, variables)
+
+    @property
+    def log(self) -> Path:
+        """File of what it has said so far."""
+        return self._process.log
 
     def wait_until_ready(self) -> None:
         """Returns when the models are loaded.
@@ -140,13 +158,13 @@ class VllmServer:
         self._process.close()
 
 
-def serve_command(system: System, verifier: str, arguments: Sequence[str]) -> list[str]:
-    """Arguments of `vllm`, the same for all systems but for the speculation."""
+def arguments_of(system: System, arguments: Sequence[str]) -> list[str]:
+    """Arguments of `vllm serve`, the same for all systems but for the speculation."""
     # Prompts come again in every repeat; a server's do not. Whoever wants the cache says so in the arguments.
-    command = ["serve", verifier, "--no-enable-prefix-caching", *arguments]
+    words = ["--no-enable-prefix-caching", *arguments]
     if system.speculative_config:
-        command += ["--speculative-config", json.dumps(dict(system.speculative_config))]
-    return command
+        words += ["--speculative-config", json.dumps(dict(system.speculative_config))]
+    return words
 
 
 @contextmanager
@@ -157,7 +175,7 @@ def running_servers(
     with TemporaryDirectory(prefix="twotower-serve-") as folder, ExitStack() as stack:
         servers: dict[str, VllmServer] = {}
         try:
-            for number, (system, port) in enumerate(zip(systems, _free_ports(len(systems)), strict=True)):
+            for number, (system, port) in enumerate(zip(systems, free_ports(len(systems)), strict=True)):
                 # vLLM sizes its cache by the memory that is free, so on a GPU none loads beside another.
                 if servers and torch.cuda.is_available():
                     servers[systems[number - 1].name].wait_until_ready()
@@ -165,7 +183,9 @@ def running_servers(
                 own_folder = Path(folder) / str(number)
                 own_folder.mkdir()
                 with signals_held():
-                    servers[system.name] = VllmServer(system, verifier, arguments, port, own_folder)
+                    servers[system.name] = VllmServer(
+                        system.title, verifier, arguments_of(system, arguments), port, own_folder
+                    )
                     stack.callback(servers[system.name].close)
             yield servers
         finally:
@@ -174,8 +194,8 @@ def running_servers(
                 server.ask_to_end()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Different ones: all are held until the last is found."""
+def free_ports(count: int) -> list[int]:
+    """Finds different ports: all are held until the last is found."""
     with ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
