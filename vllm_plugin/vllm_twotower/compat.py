@@ -24,7 +24,7 @@ _MARK = "_twotower_hook"
 
 
 def missing_hooks(hooks: Sequence[Hook]) -> list[Hook]:
-    """Those that the installed vLLM lacks or has changed; never raises.
+    """Hooks that the installed vLLM lacks or has changed; never raises.
 
     A module that the process has not imported yet takes seconds.
     """

@@ -169,5 +169,5 @@ HOOKS: tuple[Hook, ...] = (
 
 
 def hooks_of(stage: Stage, *, on_cpu: bool = False) -> list[Hook]:
-    """Those that a stage touches, on a CPU a few more."""
+    """The hooks of a stage; on a CPU there are a few more."""
     return [hook for hook in HOOKS if hook.need.stage == stage and (on_cpu or not hook.need.cpu_only)]

@@ -1,4 +1,4 @@
-"""From knobs and vLLM's configuration to a drafter that is loaded, warm, and holds all the memory it will need."""
+"""Loads towers and drafter as knobs and vLLM's configuration say; all memory that they will need is taken here."""
 
 from __future__ import annotations
 
@@ -26,6 +26,32 @@ def load_drafter(
     Args:
         knobs, found: of the drafter.
         vllm_config: vLLM's.
+        device, dtype: as in `load_towers`.
+
+    Raises:
+        TwoTowerError: the checkpoint is refused.
+    """
+    num_requests, num_tokens = knobs.pool_size(vllm_config)
+    model = load_towers(knobs, device, dtype)
+    drafter = BlockDrafter(
+        model,
+        knobs.policy_for(int(vllm_config.speculative_config.num_speculative_tokens), found.block_size),
+        first_token=knobs.first_token,
+        num_slots=num_requests,
+        num_tokens=num_tokens,
+        token_budget=knobs.prefill_budget,
+        num_token_ids=found.num_token_ids,
+    )
+    drafter.warm_up()
+    logger.info("TwoTower: %s, %s; %s", knobs.model, str(model.dtype).removeprefix("torch."), drafter.memory())
+    return drafter
+
+
+def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -> TwoTowerModel:
+    """Loads both towers, whose long prompts are read by vLLM's own scan.
+
+    Args:
+        knobs: of the drafter.
         device: the verifier's; for towers that no knob places.
         dtype: of the verifier's weights; bfloat16 stands in for what the towers cannot compute in.
 
@@ -40,26 +66,13 @@ def load_drafter(
         dtype = TORCH_DTYPES[knobs.dtype]
     elif dtype not in (torch.float32, torch.bfloat16):
         dtype = torch.bfloat16
-    model = TwoTowerModel.from_pretrained(
+    return TwoTowerModel.from_pretrained(
         knobs.model,
         revision=knobs.revision,
         dtype=dtype,
         context_device=context_device,
         denoiser_device=knobs.denoiser_device or context_device,
     )
-    num_requests, num_tokens = knobs.pool_size(vllm_config)
-    drafter = BlockDrafter(
-        model,
-        knobs.policy_for(int(vllm_config.speculative_config.num_speculative_tokens), found.block_size),
-        first_token=knobs.first_token,
-        num_slots=num_requests,
-        num_tokens=num_tokens,
-        token_budget=knobs.prefill_budget,
-        num_token_ids=found.num_token_ids,
-    )
-    drafter.warm_up()
-    logger.info("TwoTower: %s, %s; %s", knobs.model, str(dtype).removeprefix("torch."), drafter.memory())
-    return drafter
 
 
 def _vllm_scan() -> LongScan:

@@ -87,7 +87,7 @@ class DrafterStats:
     """The numbers of one drafter; written by the worker."""
 
     def __init__(self, path: Path | None) -> None:
-        """Begins at 0; without a path, or one that can be written, nobody else can read them."""
+        """Begins at 0; without a path that can be written no other process can read the numbers."""
         self._values: Any = np.zeros(len(_PLACES))
         if path is not None:
             with contextlib.suppress(OSError):
@@ -154,9 +154,9 @@ def publish() -> None:
 
 
 def read_totals() -> Callable[[], NDArray[np.float64]]:
-    """A function that adds up the numbers of all drafters that this process has started, as `by_place` reads them.
+    """Makes a function that adds up the numbers of all drafters that this process has started, for `by_place`.
 
-    It costs microseconds: the files stay open.
+    A call of it costs microseconds: the files stay open.
     """
     files = _Collector.instance.files() if _Collector.instance else ()
     values = [np.memmap(path, dtype=np.float64, mode="r", shape=(len(_PLACES),)) for path in files]
@@ -183,7 +183,7 @@ class _Collector:
         self.bases: list[Path] = []
 
     def describe(self) -> list[Any]:
-        """Nothing is known before an engine runs."""
+        """Announces nothing to Prometheus: no number is known before an engine runs."""
         return []
 
     def collect(self) -> Iterator[Any]:
@@ -204,13 +204,13 @@ class _Collector:
             yield family
 
     def remove_files(self) -> None:
-        """At the end of the process."""
+        """Cleans up at the end of the process."""
         for base in self.bases:
             for path in (base, *base.parent.glob(f"{base.name}.*")):
                 path.unlink(missing_ok=True)
 
     def files(self) -> Iterator[Path]:
-        """Of all drafters."""
+        """Yields the files of all drafters."""
         for base in self.bases:
             # A file is empty for a moment when it is made.
             yield from (path for path in sorted(base.parent.glob(f"{base.name}.*")) if path.stat().st_size)
@@ -226,7 +226,7 @@ class _Collector:
 
 
 def log_line(now: DrafterStats, before: DrafterStats) -> str | None:
-    """What happened between two moments, in vLLM's manner; None if nothing did."""
+    """One line about what happened between two moments, in vLLM's manner; None if nothing did."""
 
     def grown(name: str, label: str = "") -> float:
         return now.get(name, label) - before.get(name, label)

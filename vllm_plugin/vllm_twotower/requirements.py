@@ -56,7 +56,8 @@ def check_requirements(
     """
     block_size = knobs.block_size or (found["block_size"] if found else _block_size_of_checkpoint(knobs))
     knobs.check_num_speculative_tokens(num_speculative_tokens or block_size, block_size)
-    _check_runner(model_config, parallel_config)
+    _check_runner()
+    _check_verifier(model_config, parallel_config)
     if found:
         return FoundAtStart(**found)
     inspection = inspect_checkpoint(knobs.model, revision=knobs.revision)
@@ -75,14 +76,17 @@ def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
     return block_size
 
 
-def _check_runner(model_config: Any, parallel_config: Any) -> None:
-    from vllm.platforms import current_platform
-
+def _check_runner() -> None:
     if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
         raise ArgumentError(
             "VLLM_USE_V2_MODEL_RUNNER=1 forces a model runner that takes no drafter from outside; unset it, vLLM then "
             "takes the V1 runner by itself"
         )
+
+
+def _check_verifier(model_config: Any, parallel_config: Any) -> None:
+    from vllm.platforms import current_platform
+
     if parallel_config.pipeline_parallel_size > 1:
         raise ArgumentError(
             f"pipeline_parallel_size {parallel_config.pipeline_parallel_size} is not supported with a TwoTower "

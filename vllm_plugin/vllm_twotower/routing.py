@@ -1,4 +1,4 @@
-"""From `--speculative-model T` to our proposer: vLLM's settings rewritten before vLLM checks them.
+"""Leads `--speculative-model T` to our proposer: vLLM's settings are rewritten before vLLM checks them.
 
 vLLM makes its engine out of a dictionary of speculative settings. Where that names a TwoTower checkpoint, it is turned
 into the spelling that vLLM has for drafters from outside (`custom_class`), and the knobs travel in `additional_config`.
@@ -25,7 +25,7 @@ logger = logging.getLogger("vllm.twotower")
 
 
 def install() -> None:
-    """Wraps vLLM's hooks, once per process; a missing one costs a warning and what it is needed for."""
+    """Wraps three functions of vLLM, once per process; a missing one costs a warning, and what it is needed for."""
     from vllm_twotower import compat, hook_table
 
     try:
@@ -97,7 +97,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     """
     given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
     for key, flag in (("method", "spec_method"), ("model", "spec_model"), ("num_speculative_tokens", "spec_tokens")):
-        value = getattr(engine_args, flag, None)
+        value = getattr(engine_args, flag)
         if value is not None and given.setdefault(key, value) != value:
             return  # named twice, differently: vLLM says so
     if not _is_ours(given):

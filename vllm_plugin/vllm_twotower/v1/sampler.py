@@ -27,13 +27,13 @@ class TwoTowerRejectionSampler(RejectionSampler):
     """
 
     _runner: Any = None
-    _rule: AcceptanceRule = "one-hot"
+    _acceptance_rule: AcceptanceRule = "one-hot"
     _batch: _RequestBatch | None = None
     num_failures = 0
 
-    def attach(self, runner: Any, rule: AcceptanceRule) -> None:
+    def attach(self, runner: Any, acceptance_rule: AcceptanceRule) -> None:
         """Tells whose requests are sampled; until then vLLM's own sampler works."""
-        self._runner, self._rule = runner, rule
+        self._runner, self._acceptance_rule = runner, acceptance_rule
 
     def forward(self, metadata: Any, draft_probs: Tensor | None, logits: Tensor, sampling_metadata: Any) -> Any:
         """See `RejectionSampler.forward`; `logits` are not modified."""
@@ -68,7 +68,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
             metadata.cu_num_draft_tokens,
             metadata.max_spec_len,
             sampling,
-            self._rule,
+            self._acceptance_rule,
         ).token_ids
         logprobs = None
         if sampling_metadata.max_num_logprobs is not None:
