@@ -93,7 +93,7 @@ class Prediction:
 
     @property
     def load(self) -> tuple[str, float, int]:
-        """What one way to draft is compared with others under."""
+        """Category, temperature and batch size: ways to draft are compared under the same."""
         return self.category, self.temperature, self.batch_size
 
 
@@ -102,7 +102,7 @@ Number = tuple[str, int, int]
 Numbers = Mapping[Number, float]
 VERIFIER, EXTEND, DENOISE, HOST = "a verifier step", "the context pass", "the denoiser pass", "the drafter's host work"
 LENGTH: Number = ("acceptance length", 0, 0)
-# What is wrong with the bound of a drafter's size is wrong with every pass.
+# One factor for all passes of a drafter that was not measured: their errors have one cause, the bound.
 SIZE_FACTOR: Number = ("times the bound", 0, 0)
 
 
@@ -126,14 +126,14 @@ class _Terms:
 class CostModel:
     """Predicts from step times of the verifier and of the drafter.
 
-    An interval adds up what each number's own interval does to the result while the others keep their values: the
-    logarithms of these changes, downwards and upwards apart, by root of sum of squares. That is right for numbers
-    whose errors know nothing of each other, and exact where one number alone is in doubt.
+    For an interval, each number in turn takes the ends of its own interval while the others keep their values. The
+    changes of the result's logarithm are added by root of sum of squares, those downwards and those upwards
+    separately. That assumes independent errors, and is exact where only one number is in doubt.
 
     Args:
         verifier_steps: by batch size and tokens per request; straight lines in between, nothing beyond.
         drafting: phases that were measured, or the drafter's size.
-        assumed_error: share of a number without an interval, which is taken to reach that far to both sides.
+        assumed_error: half the interval of a number that has none, as a share of it.
     """
 
     def __init__(
@@ -287,8 +287,8 @@ def length_of_first(num_drafts: int, acceptance: AcceptanceLength, length: float
     Args:
         num_drafts: at most those that were measured.
         acceptance: of all drafts.
-        length: for its value, which may be in doubt; the accepted drafts of whole blocks and the first of them are then
-            wrong by the same factor.
+        length: another acceptance length of all drafts than the measured one, as an end of its interval; what the first
+            drafts gain changes by the same factor.
 
     Raises:
         ArgumentError: `num_drafts` is outside what was measured.
@@ -304,9 +304,10 @@ def length_of_first(num_drafts: int, acceptance: AcceptanceLength, length: float
     length = whole if length is None else min(max(length, 1.0), 1.0 + most)
     if num_drafts == most or whole == 1:
         return min(length, 1.0 + num_drafts)
-    # Length and shares may come from two counts that differ by the ends of texts: only ratios of the latter count.
+    # The length and the shares may be counted differently at the ends of texts, so only ratios of shares are used.
     shares = acceptance.by_position or _even_shares(whole, most)
-    return min(1.0 + (length - 1) * sum(shares[:num_drafts]) / sum(shares), 1.0 + num_drafts)
+    of_first = sum(shares[:num_drafts]) / sum(shares) if any(shares) else 0.0
+    return min(1.0 + (length - 1) * of_first, 1.0 + num_drafts)
 
 
 def _even_shares(length: float, num_drafts: int) -> Sequence[float]:
@@ -366,7 +367,7 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
 
 
 def _why_not(one: Prediction) -> str:
-    """The largest reason."""
+    """Names the largest reason against drafting."""
     drafts, plain = one.setting.num_speculative_tokens, one.plain_ms
     if one.break_even_length >= 1 + drafts:
         return (

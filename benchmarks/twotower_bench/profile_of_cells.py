@@ -33,7 +33,7 @@ V = TypeVar("V")
 def serving_profile(
     cells: Sequence[ServingCell], source: str, machine: Mapping[str, Any], versions: Mapping[str, Any]
 ) -> ServingProfile:
-    """All that cells say about no speculation and about TwoTower with known settings; other systems are left out.
+    """Collects what cells say about no speculation and about TwoTower with known settings; other systems are left out.
 
     Intervals are the middle 95 % of the cells that a number comes from, which of a few cells is nearly their range and
     no 95 % interval: it covers less. Those of acceptance lengths are bootstrap intervals over prompts.
@@ -93,7 +93,7 @@ def _phases(batch_size: int, block_size: int, found: Sequence[DecodingSteps]) ->
 
 
 def _full_steps(cell: ServingCell) -> list[DecodingSteps]:
-    """Those in which the batch was full and everyone had all drafts."""
+    """Steps in which the batch was full and every request had all drafts."""
     num_tokens = 1 + _setting(cell).num_speculative_tokens if cell.system.setting else 1
     return [one for one in cell.steps if (one.num_reqs, one.num_tokens) == (_batch_size(cell), num_tokens)]
 
@@ -125,7 +125,7 @@ def _acceptance_length(
     requests = [
         one for cell in cells for one in cell.requests if category in (cell.load.category, one.category)
     ]  # fmt: skip
-    figures = acceptance_of(requests, beyond_end=True)  # whole rounds: their ends are no doing of the drafter
+    figures = acceptance_of(requests, beyond_end=True)  # whole rounds: a text's end is not the drafter's choice
     drafting = [cell.drafting for cell in cells if cell.drafting]
     if not figures.num_steps or not drafting:
         return None
@@ -163,7 +163,7 @@ def _batch_size(cell: ServingCell) -> int:
 
 
 def _batch_size_that_matters(cell: ServingCell) -> int | None:
-    """None where each block takes one pass, which the batch does not change; else its slowest request decides."""
+    """Batch size where the slowest request decides how many passes a block takes; None where it is always one."""
     setting = _setting(cell)
     return None if setting.steps_per_block == 1 and setting.policy == "fixed" else _batch_size(cell)
 

@@ -45,7 +45,7 @@ class Measured:
 
 
 class _NumberIsEnough:
-    """Marks a number that has no interval in JSON, if it need not."""
+    """Lets pydantic read a plain number where an object with value, low and high may stand."""
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Callable[[Any], Any]) -> Any:
         from pydantic_core import core_schema
@@ -165,7 +165,7 @@ class MeasuredCell:
     setting: DraftSetting | None
     tokens_per_s: MeasuredNumber
     temperature: float = 0.0
-    # Older files hold more about a cell.
+    # Older files have more fields here.
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "ignore"}
 
     def __post_init__(self) -> None:
@@ -195,7 +195,7 @@ class ServingProfile:
     acceptance_lengths: tuple[AcceptanceLength, ...] = ()
     measured_cells: tuple[MeasuredCell, ...] = ()
     format: int = FORMAT
-    # A field that is misspelt would be a number left out; entries inherit this.
+    # Entries inherit this: a misspelt field is refused instead of left out.
     __pydantic_config__: ClassVar[Mapping[str, Any]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:

@@ -236,3 +236,7 @@ def test_measured_profiles_are_predicted_as_before(
     assert found.value == pytest.approx(value, rel=1e-12)
     # The intervals had the noise of the draws and now neglect that errors of several numbers multiply.
     assert (found.low, found.high) == (pytest.approx(low, rel=0.02), pytest.approx(high, rel=0.02))
+
+
+def test_shorter_drafts_of_which_none_was_accepted_gain_one_token() -> None:
+    assert length_of_first(1, acceptance(1.2, most=3, by_position=(0.0, 0.0, 0.0))) == 1.0

@@ -153,7 +153,7 @@ def _lengths(given: ServingProfile, asked: Asked, category: str | None) -> list[
 def _predictions(
     model: CostModel, given: ServingProfile, lengths: Sequence[AcceptanceLength], asked: Asked, fewer_too: bool
 ) -> tuple[list[Prediction], list[ArgumentError]]:
-    """All that can be predicted, load by load, and why others cannot.
+    """Predicts what can be, load by load, and keeps the reasons why the rest cannot.
 
     Raises:
         ArgumentError: nothing can.

@@ -42,7 +42,7 @@ class TypedNumbers:
                 raise ArgumentError(f"--{name.replace('_', '-')} {value!r} {reason}; leave one of them out")
 
     def as_profile(self, asked: Asked, host_ms: float, derived_drafter: bool) -> ServingProfile:
-        """Joins them to a profile of the prompts that the acceptance length is of.
+        """Makes a profile of the typed numbers.
 
         Args:
             asked: tells which load and block a single number is about.
@@ -112,7 +112,7 @@ class TypedNumbers:
 
 
 def _numbers(option: str, text: str, form: str, *alone: tuple[str, Place]) -> dict[Place, Measured]:
-    """Numbers by place: `12.7` about the only one, or `1:12.7,8:19.0+-0.5` or `1x8:13.1`.
+    """Reads numbers by place: `1:12.7,8:19.0+-0.5` or `1x8:13.1`, or `12.7` where there is only one place.
 
     Args:
         option, text: as typed.
