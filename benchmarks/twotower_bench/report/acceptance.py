@@ -24,13 +24,13 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     """
     cells = measured.serving_cells
     together = over_categories(cells)
-    figures = summarise_cells([*together, *cells])
+    summaries = summarise_cells([*together, *cells])
     loads = {cell.load for cell in together or cells}
-    outcomes = outcomes_of([one for one in figures if one.load in loads])
-    drafted = [one for one in figures if one.acceptance.acceptance_length]
-    shown = [one.system for one in figures if one.system.is_two_tower or is_rival(one.system)]
-    tables, plots = draft_parts(cells, figures)
-    repeats = " or ".join(map(str, sorted({one.num_repeats for one in figures})))
+    outcomes = outcomes_of([one for one in summaries if one.load in loads])
+    drafted = [one for one in summaries if one.acceptance.acceptance_length]
+    shown = [one.system for one in summaries if one.system.is_two_tower or is_rival(one.system)]
+    tables, plots = draft_parts(cells, summaries)
+    repeats = " or ".join(map(str, sorted({one.num_repeats for one in summaries})))
     return Section(
         name,
         "Acceptance and speed in vLLM",
@@ -39,14 +39,14 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
             *remarks(outcomes),
             f"{repeats} repeats, systems in turn. No speculation runs twice: what its two runs differ by is the A/A "
             f"noise.",
-            *without_drafts_notes(cells, figures),
+            *without_drafts_notes(cells, summaries),
         ],
         [
-            table("Speed and latency", figures, SPEED, place_and_noise(figures)),
+            table("Speed and latency", summaries, SPEED, place_and_noise(summaries)),
             table("What drafts gain", drafted, GAINS, place_of),
             *tables,
         ],
-        [speed_up_plot(figures, shown), *plots],
-        figures,
+        [speed_up_plot(summaries, shown), *plots],
+        summaries,
         measured.origins,
     )

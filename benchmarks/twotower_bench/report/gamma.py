@@ -48,31 +48,30 @@ def joined_in_words(families: Mapping[str, int]) -> str:
     return f"Settings that differ in gamma alone are joined.{more}"
 
 
-def gamma_plots(figures: Sequence[CellSummary]) -> list[Plot]:
+def gamma_plots(summaries: Sequence[CellSummary]) -> list[Plot]:
     """Speed, acceptance length and tokens per denoiser pass over gamma; none where gamma does not vary.
 
     Args:
-        figures: of a sweep.
+        summaries: of a sweep.
     """
 
-    def points(
-        chosen: Sequence[CellSummary], value: Callable[[CellSummary], float | None], panel: Callable[[CellSummary], str]
-    ) -> list[Point]:
+    def points(panel: Callable[[CellSummary], str], value: Callable[[CellSummary], float | None]) -> list[Point]:
         return [
-            Point(panel(one), _family(setting), setting.confidence_threshold, y)
-            for one in chosen
-            if (setting := one.system.setting) and setting.confidence_threshold and (y := value(one)) is not None
+            Point(panel(one), _family(setting), gamma, y)
+            for one in summaries
+            if (setting := one.system.setting) and (gamma := setting.confidence_threshold) is not None
+            if (y := value(one)) is not None
         ]
 
-    is_compared = all(one.speed_up for one in figures)
-    speeds = points(figures, lambda one: one.speed_up if is_compared else one.tokens_per_s.value, place_of)
+    is_compared = all(one.speed_up for one in summaries)
+    speeds = points(place_of, lambda one: one.speed_up if is_compared else one.tokens_per_s.value)
     families = fastest_families(speeds)
     if not families:
         return []
-    first = place_of(figures[0])
-    here = [one for one in figures if place_of(one) == first]
-    lengths = points(here, _acceptance_length, lambda _: "acceptance length")
-    passes = points(here, lambda one: one.tokens_per_nfe, lambda _: "tokens per denoiser pass")
+    first = place_of(summaries[0])
+    summaries = [one for one in summaries if place_of(one) == first]
+    lengths = points(lambda _: "acceptance length", _acceptance_length)
+    passes = points(lambda _: "tokens per denoiser pass", lambda one: one.tokens_per_nfe)
     joined = joined_in_words(families)
     label, level = ("speed-up", "no speculation") if is_compared else ("tokens/s", "")
     return [

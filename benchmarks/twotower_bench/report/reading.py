@@ -1,12 +1,13 @@
-"""From files of measurements to the measurements, those of one run together."""
+"""Files of measurements as what was measured, that of one run together."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic_core import from_json
 
 from twotower_bench.records import LoadPoint, ServingCell, read_row
 from twotower_bench.report.document import Origin
@@ -15,6 +16,8 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.lm_eval_model import TaskScore
 from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import Cell
+
+REMEDY = "give a file that a benchmark wrote with --json, as it was written"
 
 
 @dataclass(frozen=True)
@@ -29,9 +32,31 @@ class Score:
 KINDS: Mapping[str, type[Any]] = {"serving_cell": ServingCell, "load_point": LoadPoint, "cell": Cell, "score": Score}
 
 
+@dataclass(frozen=True)
+class Where:
+    """Where a row was measured: its run, and the machine, versions and command in its own words."""
+
+    run: str
+    machine: Mapping[str, str | int | float | None]
+    command: str
+    versions: Mapping[str, str | None] | None = None
+
+    @property
+    def origin(self) -> Origin:
+        """The same as readers see it."""
+        machine, versions = self.machine, self.versions or {}
+        counts = (f"{machine[name]} {name}" for name in ("cores", "threads") if machine.get(name))
+        processor, gpu = machine.get("processor") or "unknown processor", machine.get("gpu") or "no GPU"
+        named = {**{name: machine.get(name) for name in ("python", "torch", "transformers")}, **versions}
+        texts = (f"{name} {value}" for name, value in named.items() if value and name != "commit")
+        commit = machine.get("commit") or versions.get("commit")
+        hardware = ", ".join([str(processor), *counts, str(gpu)])
+        return Origin(hardware, ", ".join(texts), str(commit) if commit else None, self.command)
+
+
 @dataclass
 class Measurements:
-    """Of one run in one file; most lists are empty.
+    """What one run in one file has measured; most lists are empty.
 
     Attributes:
         source: name of the file.
@@ -85,56 +110,36 @@ def _read(path: Path) -> list[Measurements]:
         )
     if _is_profile(text):
         profile = ServingProfile.load(path)
-        return [Measurements(path.name, [_origin_of_profile(profile)], profile=profile)]
+        where = Where("", profile.machine, profile.source, profile.versions)
+        return [Measurements(path.name, [where.origin], profile=profile)]
     runs: dict[str, Measurements] = {}
-    for number, line in _whole_lines(text):
-        try:
-            row = json.loads(line)
-            kind = KINDS.get(row["kind"])
-            if kind is None:
-                continue
-            measured = read_row(kind, row, f"{path}:{number}")
-            runs.setdefault(row["run"], Measurements(path.name)).add(measured, _origin_of_row(row))
-        except ArgumentError:
-            raise
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ArgumentError(
-                f"{path}:{number} is not a row that a benchmark wrote ({type(error).__name__}: {error}); give a file "
-                f"that was written with --json, as it was written"
-            ) from error
+    for place, row in _rows(path, text):
+        if kind := KINDS.get(str(row.get("kind"))):
+            measured, where = read_row(kind, row, place), read_row(Where, row, place)
+            runs.setdefault(where.run, Measurements(path.name)).add(measured, where.origin)
     if not runs:
         raise ArgumentError(f"{path} has no measurements; give a file with rows of kind {', '.join(KINDS)}")
     return list(runs.values())
 
 
-def _whole_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Lines that are not blank, with their numbers; a last one without an end is still being written."""
-    whole = text[: text.rfind("\n") + 1]
-    for number, line in enumerate(whole.splitlines(), start=1):
-        if line.strip():
-            yield number, line
+def _rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows with their file and line; a last one without an end is still being written, and left out."""
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
+        if not line.strip():
+            continue
+        place = f"{path}:{number}"
+        try:
+            row = from_json(line, allow_inf_nan=False)
+        except ValueError as error:
+            raise ArgumentError(f"{place} is not a row that a benchmark wrote ({error}); {REMEDY}") from error
+        if not isinstance(row, dict):
+            raise ArgumentError(f"{place} is not a row that a benchmark wrote (it is no object); {REMEDY}")
+        yield place, row
 
 
 def _is_profile(text: str) -> bool:
     try:
-        raw = json.loads(text)
+        raw = from_json(text)
     except ValueError:
         return False
     return isinstance(raw, dict) and "source" in raw and "kind" not in raw
-
-
-def _origin_of_row(row: Mapping[str, Any]) -> Origin:
-    return _origin(row["machine"], row.get("versions") or {}, row["command"])
-
-
-def _origin_of_profile(profile: ServingProfile) -> Origin:
-    return _origin(profile.machine, profile.versions, profile.source)
-
-
-def _origin(machine: Mapping[str, Any], versions: Mapping[str, Any], command: str) -> Origin:
-    """From a row's or profile's own words: this report may be made elsewhere."""
-    counts = (f"{machine[name]} {name}" for name in ("cores", "threads") if machine.get(name))
-    hardware = ", ".join([machine.get("processor") or "unknown processor", *counts, machine.get("gpu") or "no GPU"])
-    named = {**{name: machine.get(name) for name in ("python", "torch", "transformers")}, **versions}
-    text = ", ".join(f"{name} {value}" for name, value in named.items() if value and name != "commit")
-    return Origin(hardware, text, machine.get("commit") or versions.get("commit"), command)

@@ -64,14 +64,14 @@ def serve_section(measured: Measurements, name: str) -> Section:
         measured: with at least one.
         name: of the section.
     """
-    figures = summarise_points(measured.load_points)
+    summaries = summarise_points(measured.load_points)
     outcomes = [
         Outcome(one.system, _place(one), one.speed_up, one.comparison)
-        for one in figures
+        for one in summaries
         if one.speed_up is not None and one.system.name != BASELINE
     ]
-    known = [one for one in figures if one.speed_up is not None and not one.system.name.startswith(BASELINE)]
-    systems = {one.system.name: one for one in figures}.values()
+    known = [one for one in summaries if one.speed_up is not None and not one.system.name.startswith(BASELINE)]
+    systems = {one.system.name: one for one in summaries}.values()
     bound = (
         "The highest of the measured loads under which 90 % of the requests or more are within the bound in every "
         "repeat."
@@ -82,14 +82,14 @@ def serve_section(measured: Measurements, name: str) -> Section:
         finding(outcomes),
         [
             *remarks(outcomes),
-            f"Good requests: within {figures[0].bound}. At a given number of requests at once a faster server gives "
+            f"Good requests: within {summaries[0].bound}. At a given number of requests at once a faster server gives "
             f"more tokens/s; where requests come as they come, it has each done sooner, and that is its speed-up. "
             f"Nothing is compared where requests failed.",
         ],
         [
-            table("Highest load within the bound", list(systems), _highest(figures), note=bound),
-            table("Throughput and goodput", figures, SPEED, place_and_noise(figures)),
-            table("Latency", figures, LATENCY, place_and_noise(figures)),
+            table("Highest load within the bound", list(systems), _highest(summaries), note=bound),
+            table("Throughput and goodput", summaries, SPEED, place_and_noise(summaries)),
+            table("Latency", summaries, LATENCY, place_and_noise(summaries)),
         ],
         [
             Plot(
@@ -99,22 +99,22 @@ def serve_section(measured: Measurements, name: str) -> Section:
                 speed_up_panels(known, _loop, lambda one: one.traffic.amount, LOADS.__getitem__),
             ),
             _plot(
-                figures, "goodput", "Goodput", "good requests/s", lambda one: one.goodput.value,
+                summaries, "goodput", "Goodput", "good requests/s", lambda one: one.goodput.value,
                 "Requests within the bound per second, median of the repeats. A server that keeps up rises with its "
                 "load; where it bends, requests miss the bound.",
             ),
             _plot(
-                figures, "end", "Time to the end of a request", "seconds", lambda one: one.e2el.median,
+                summaries, "end", "Time to the end of a request", "seconds", lambda one: one.e2el.median,
                 "Median over requests, and of that over repeats. Lower is better; where a line turns up, requests wait "
                 "for each other.",
             ),
             _plot(
-                figures, "first", "Time to the first token", "seconds", lambda one: one.ttft.p99,
+                summaries, "first", "Time to the first token", "seconds", lambda one: one.ttft.p99,
                 "99th percentile over requests, median of the repeats. Lower is better; this is what the unluckiest "
                 "users see.",
             ),
         ],
-        figures,
+        summaries,
         measured.origins,
     )  # fmt: skip
 
@@ -127,9 +127,9 @@ def _loop(one: ServerSummary) -> str:
     return "closed loop" if one.traffic.is_closed else "open loop"
 
 
-def _highest(figures: Sequence[ServerSummary]) -> dict[str, Column]:
+def _highest(summaries: Sequence[ServerSummary]) -> dict[str, Column]:
     def column(*, is_closed: bool) -> Column:
-        return Column(lambda one: str(highest_within_bound(figures, one.system.name, is_closed=is_closed) or "none"))
+        return Column(lambda one: str(highest_within_bound(summaries, one.system.name, is_closed=is_closed) or "none"))
 
     return {
         "System": COMPARED["System"],
@@ -139,7 +139,7 @@ def _highest(figures: Sequence[ServerSummary]) -> dict[str, Column]:
 
 
 def _plot(
-    figures: Sequence[ServerSummary],
+    summaries: Sequence[ServerSummary],
     name: str,
     title: str,
     label: str,
@@ -151,9 +151,9 @@ def _plot(
         axes.set_xlabel(LOADS[loop])
         set_loads(axes, [one.traffic.amount for one in ranked if _loop(one) == loop])
 
-    shown = [one for one in figures if one.system.name != BASELINE_AGAIN]
+    shown = [one for one in summaries if one.system.name != BASELINE_AGAIN]
     ranked = sorted(shown, key=lambda one: (not one.traffic.is_closed, one.traffic.amount))
     points = [Point(_loop(one), one.system.title, one.traffic.amount, value(one)) for one in ranked]
     return Plot(
-        name, title, caption, line_panels(points, hues_of(one.system for one in figures), "", label, (), decorate)
+        name, title, caption, line_panels(points, hues_of(one.system for one in summaries), "", label, (), decorate)
     )

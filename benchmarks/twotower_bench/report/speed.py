@@ -61,9 +61,9 @@ def columns(*names: str) -> dict[str, Column]:
     return {name: COLUMNS[name] for name in names}
 
 
-def outcomes_of(figures: Sequence[CellSummary]) -> list[Outcome]:
+def outcomes_of(summaries: Sequence[CellSummary]) -> list[Outcome]:
     """Outcomes of all systems that were compared with no speculation."""
-    kinds = {one.load: kind_of(one.load) for one in figures}
+    kinds = {one.load: kind_of(one.load) for one in summaries}
     is_one_kind = len(set(kinds.values())) == 1
     return [
         Outcome(
@@ -72,15 +72,15 @@ def outcomes_of(figures: Sequence[CellSummary]) -> list[Outcome]:
             one.speed_up,
             one.comparison,
         )
-        for one in figures
+        for one in summaries
         if one.speed_up is not None and one.system.name != BASELINE
     ]
 
 
-def speed_up_plot(figures: Sequence[CellSummary], systems: Iterable[System]) -> Plot:
+def speed_up_plot(summaries: Sequence[CellSummary], systems: Iterable[System]) -> Plot:
     """Speed-up of some systems by concurrency, or by category where there is one concurrency alone."""
     names = {one.name for one in systems}
-    known = [one for one in figures if one.system.name in names and one.speed_up is not None]
+    known = [one for one in summaries if one.system.name in names and one.speed_up is not None]
     caption, kinds = speed_up_caption("Tokens/s", known), list(dict.fromkeys(kind_of(one.load) for one in known))
     concurrencies = list(dict.fromkeys(one.load.concurrency for one in known))
     if len(concurrencies) == 1:
@@ -113,7 +113,7 @@ def speed_up_panels(
     """A panel for each kind of load, with the A/A band and a line for each system.
 
     Args:
-        known: figures with a speed-up.
+        known: summaries with a speed-up.
         kind: title of a panel.
         amount: a load within its kind.
         label: of the x axis of a panel.

@@ -44,25 +44,25 @@ def standalone_section(measured: Measurements, name: str) -> Section:
     Raises:
         ArgumentError: AR was not measured in any repeat with others, and all is compared with it.
     """
-    figures = summarise(measured.cells)
-    if not figures:
+    summaries = summarise(measured.cells)
+    if not summaries:
         raise ArgumentError(f"{measured.source} has no cell of AR, which all is compared with; let its run finish")
-    front = [figures[i] for i in pareto_front([(one.speed_up, one.identical.value) for one in figures])]
+    front = [summaries[i] for i in pareto_front([(one.speed_up, one.identical.value) for one in summaries])]
     repeats = 1 + max(cell.repeat for cell in measured.cells)
     return Section(
         name,
         "The model alone",
-        _finding(figures),
+        _finding(summaries),
         [f"Greedy, one prompt at a time, {repeats} repeats. AR is the context tower's own text."],
-        [_table(figures, front, measured.scores)],
-        [_fidelity_plot(figures, front), *_gamma_plots(figures), _phase_plot(measured.cells, front)],
-        [*figures, *measured.scores],
+        [_table(summaries, front, measured.scores)],
+        [_fidelity_plot(summaries, front), *_gamma_plots(summaries), _phase_plot(measured.cells, front)],
+        [*summaries, *measured.scores],
         measured.origins,
     )
 
 
-def _finding(figures: Sequence[Figures]) -> str:
-    diffusion = [one for one in figures if one.setting.mode == DIFFUSION]
+def _finding(summaries: Sequence[Figures]) -> str:
+    diffusion = [one for one in summaries if one.setting.mode == DIFFUSION]
     if not diffusion:
         return "Mask diffusion was not measured."
     fastest = max(diffusion, key=lambda one: one.speed_up)
@@ -75,11 +75,11 @@ def _finding(figures: Sequence[Figures]) -> str:
         text += (
             f"; most faithful is {truest.setting.label}: {share(truest.identical.value)} at {times(truest.speed_up)}"
         )
-    own = next((one for one in figures if one.setting.mode == "self-speculative"), None)
+    own = next((one for one in summaries if one.setting.mode == "self-speculative"), None)
     return text + (f". Self-speculation reaches {times(own.speed_up)}." if own else ".")
 
 
-def _table(figures: Sequence[Figures], front: Sequence[Figures], scores: Sequence[Score]) -> Table:
+def _table(summaries: Sequence[Figures], front: Sequence[Figures], scores: Sequence[Score]) -> Table:
     def heading(one: Figures) -> str:
         return "Baselines" if one.setting in BASELINES else "Mask diffusion, fastest first"
 
@@ -89,7 +89,7 @@ def _table(figures: Sequence[Figures], front: Sequence[Figures], scores: Sequenc
         **COLUMNS,
         **{" ".join(task): _score(scores, task) for task in dict.fromkeys(map(_task, scores))},
     }
-    ranked = sorted(figures, key=lambda one: 0 if one.setting in BASELINES else 1 / one.speed_up)
+    ranked = sorted(summaries, key=lambda one: 0 if one.setting in BASELINES else 1 / one.speed_up)
     return table("Speed and fidelity", ranked, columns, heading)
 
 
@@ -108,14 +108,14 @@ def _score(scores: Sequence[Score], task: tuple[str, str]) -> Column:
     return Column(text)
 
 
-def _fidelity_plot(figures: Sequence[Figures], front: Sequence[Figures]) -> Plot:
+def _fidelity_plot(summaries: Sequence[Figures], front: Sequence[Figures]) -> Plot:
     def decorate(axes: Axes) -> None:
         axes.set_ylim(-0.03, 1.05)
 
-    modes = dict.fromkeys(one.setting.mode for one in figures)
+    modes = dict.fromkeys(one.setting.mode for one in summaries)
     points = [
         Point("", label, one.speed_up, one.identical.value)
-        for label, one in (*((FRONT, one) for one in front), *((one.setting.mode, one) for one in figures))
+        for label, one in (*((FRONT, one) for one in front), *((one.setting.mode, one) for one in summaries))
     ]
     caption = (
         "Every setting: speed over AR in the same repeat, and how often the text is AR's to the token. Up and to the "
@@ -125,10 +125,10 @@ def _fidelity_plot(figures: Sequence[Figures], front: Sequence[Figures]) -> Plot
     return Plot("fidelity", "Speed against fidelity", caption, panels)
 
 
-def _gamma_plots(figures: Sequence[Figures]) -> list[Plot]:
+def _gamma_plots(summaries: Sequence[Figures]) -> list[Plot]:
     """Speed and fidelity over gamma, none where gamma does not vary."""
     speeds, fidelities = [], []
-    for one in figures:
+    for one in summaries:
         how = one.setting
         if how.mode == DIFFUSION and how.confidence_threshold is not None:
             place = f"S={how.block_size} steps={how.steps_per_block}", how.confidence_threshold
@@ -154,7 +154,7 @@ def _phase_plot(cells: Sequence[Cell], front: Sequence[Figures]) -> Plot:
     shown = {setting: own for setting, own in list(by_setting.items())[:MOST_BARS] if own}
     layers = {
         phase: [
-            1e3 * sum(cell.phase_seconds[phase] for cell in own) / sum(cell.num_tokens for cell in own)
+            1e3 * sum(cell.phase_seconds.get(phase, 0.0) for cell in own) / sum(cell.num_tokens for cell in own)
             for own in shown.values()
         ]
         for phase in PHASES

@@ -41,14 +41,14 @@ class Sweep:
     """Figures and choices that the section shows.
 
     Attributes:
-        figures: of all systems under all loads.
+        summaries: of all systems under all loads.
         points: of every category and temperature.
         front: those that no other of the same category and temperature beats in both numbers.
         best: by category, temperature and concurrency, most tokens/s first beyond noise.
         recommendations: for both goals, where no speculation was measured to compare with.
     """
 
-    figures: Sequence[CellSummary]
+    summaries: Sequence[CellSummary]
     points: Sequence[recommendation.Point]
     front: Sequence[recommendation.Point]
     best: Sequence[Recommendation]
@@ -71,14 +71,14 @@ class Sweep:
     @property
     def fastest(self) -> list[CellSummary]:
         """TwoTower's best under each load."""
-        own = sorted((one for one in self.figures if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
+        own = sorted((one for one in self.summaries if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
         return list({one.load: one for one in own}.values())
 
     @property
     def chosen(self) -> list[System]:
         """What plots show: rivals, the best and TwoTower's fastest at each load, the front; a few at most."""
         ranked = [
-            *(one.system for one in self.figures if not one.system.is_two_tower),
+            *(one.system for one in self.summaries if not one.system.is_two_tower),
             *(one.point.system for one in self.best),
             *(one.system for one in self.fastest),
             *(point.system for point in reversed(self.front)),
@@ -96,9 +96,9 @@ def sweep_section(measured: Measurements, name: str) -> Section:
     """
     cells = measured.serving_cells
     sweep = Sweep.of(cells)
-    figures, outcomes = sweep.figures, outcomes_of(sweep.figures)
-    tables, plots = draft_parts(cells, figures, {system.name for system in sweep.chosen}, sweep.fastest)
-    num_settings = len({one.system.name for one in figures if one.system.is_two_tower})
+    summaries, outcomes = sweep.summaries, outcomes_of(sweep.summaries)
+    tables, plots = draft_parts(cells, summaries, {system.name for system in sweep.chosen}, sweep.fastest)
+    num_settings = len({one.system.name for one in summaries if one.system.is_two_tower})
     return Section(
         name,
         "Sweep over TwoTower's settings in vLLM",
@@ -108,7 +108,7 @@ def sweep_section(measured: Measurements, name: str) -> Section:
             *(one.sentence for one in sweep.recommendations),
             f"{num_settings} settings. The best of many is chosen from the same runs that its figures are of, so these "
             f"are a little too good; measure a choice anew.",
-            *without_drafts_notes(cells, figures),
+            *without_drafts_notes(cells, summaries),
         ],
         [
             table("Best at each concurrency", sweep.best, _best_columns(sweep)),
@@ -116,8 +116,8 @@ def sweep_section(measured: Measurements, name: str) -> Section:
             _settings_table(sweep),
             *tables,
         ],
-        [speed_up_plot(figures, sweep.chosen), _pareto_plot(sweep), *gamma_plots(figures), *plots],
-        figures,
+        [speed_up_plot(summaries, sweep.chosen), _pareto_plot(sweep), *gamma_plots(summaries), *plots],
+        summaries,
         measured.origins,
     )
 
@@ -133,7 +133,7 @@ POINT: Mapping[str, Column] = {
 
 
 def _best_columns(sweep: Sweep) -> dict[str, Column]:
-    by_place = {(one.system.name, one.load): one for one in sweep.figures}
+    by_place = {(one.system.name, one.load): one for one in sweep.summaries}
 
     def speed_up(best: Recommendation) -> str:
         return COMPARED["Speed-up"].text(by_place[best.point.system.name, best.point.load])
@@ -167,8 +167,8 @@ def _settings_table(sweep: Sweep) -> Table:
         "Of one user": Column(lambda one: users.get((one.system.name, one.load), ""), "after the first token"),
     }
     more = ("Speed-up", "Verdict", "Acceptance length", "Tokens / NFE", "TTFT ms", "ITL ms", "Different texts")
-    loads = list(dict.fromkeys(one.load for one in sweep.figures))
-    ranked = sorted(sweep.figures, key=lambda one: (loads.index(one.load), -one.tokens_per_s.value))
+    loads = list(dict.fromkeys(one.load for one in sweep.summaries))
+    ranked = sorted(sweep.summaries, key=lambda one: (loads.index(one.load), -one.tokens_per_s.value))
     return table("All settings", ranked, {**own, **columns(*more)}, place_and_noise(ranked), "Fastest first.")
 
 

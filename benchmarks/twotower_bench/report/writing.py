@@ -27,9 +27,10 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.files import replace_file
 
 TITLE = "TwoTower: speed and acceptance as measured"
+Builder = Callable[[Measurements, str], Section]
 VERDICTS = {"faster": "faster", "slower": "slower", "no difference": "same"}
 # By the name of the section, in the order of the report: which measurements it is for, and what makes it.
-SECTIONS: Mapping[str, tuple[Callable[[Measurements], bool], Callable[[Measurements, str], Section]]] = {
+SECTIONS: Mapping[str, tuple[Callable[[Measurements], bool], Builder]] = {
     "acceptance": (lambda one: bool(one.serving_cells) and not is_sweep(one.serving_cells), acceptance_section),
     "sweep": (lambda one: is_sweep(one.serving_cells), sweep_section),
     "serve": (lambda one: bool(one.load_points), serve_section),
@@ -68,7 +69,7 @@ def report_of(files: Sequence[Path]) -> Report:
     sections: list[Section] = []
     for name, (fits, build) in SECTIONS.items():
         for number, one in enumerate(filter(fits, measured), start=1):
-            section = build(one, name if number == 1 else f"{name}-{number}")
+            section = _built(build, one, name if number == 1 else f"{name}-{number}")
             tables = [table for table in section.tables if table.rows]
             plots = [plot for plot in section.plots if plot.panels]
             sections.append(replace(section, tables=tables, plots=plots))
@@ -78,6 +79,19 @@ def report_of(files: Sequence[Path]) -> Report:
             f"give a file of a run that measured, too"
         )
     return Report(TITLE, list(dict.fromkeys(one.source for one in measured)), sections)
+
+
+def _built(build: Builder, measured: Measurements, name: str) -> Section:
+    """A section; rows can be well formed and still hold what no run can measure, as a time of 0."""
+    try:
+        return build(measured, name)
+    except ArgumentError:
+        raise
+    except (ArithmeticError, ValueError) as error:
+        raise ArgumentError(
+            f"{measured.source} holds numbers that no run can have ({type(error).__name__}: {error}); give a file that "
+            f"a benchmark wrote with --json, as it was written"
+        ) from error
 
 
 def html_of(report: Report) -> str:

@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.benchmarks.report.builders import MACHINE, load_points, serving_cells, write_rows, write_standalone
+from twotower_bench.records import Quantiles
 from twotower_bench.report import write_report
 from twotower_bench.report.reading import read_measurements
 from twotower_spec.errors import ArgumentError
@@ -66,6 +68,37 @@ def test_file_without_known_rows_is_refused_in_one_sentence(tmp_path: Path, cont
     with pytest.raises(ArgumentError, match=reason) as refusal:
         read_measurements([file])
     assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("found", "replacement", "reason"),
+    [
+        ('"repeat": 0', '"repeat": "first"', "repeat: "),
+        ('"requests": [{', '"requests": [7, {', r"requests\.0: "),
+        ('"machine": {', '"machine": 7, "old": {', "machine: "),
+        ('"seconds": ', '"seconds": NaN, "old": ', "is not a row that a benchmark wrote"),
+        ('"title": "', '"title": "\\ud800', "is not a row that a benchmark wrote"),
+        ('"load"', '"lo\0ad"', "is not a row that a benchmark wrote"),
+        ('{"index": 0', '"index": 0', "is not a row that a benchmark wrote"),
+    ],
+)
+def test_damaged_row_is_refused_in_one_sentence_with_file_and_line(
+    tmp_path: Path, found: str, replacement: str, reason: str
+) -> None:
+    file = write_rows(tmp_path / "f.jsonl", "serving_cell", serving_cells(categories=("maths",)))
+    text = file.read_text()
+    assert found in text
+    file.write_text("\n" + text.replace(found, replacement, 1))
+    with pytest.raises(ArgumentError, match=rf"f\.jsonl:2 .*{reason}") as refusal:
+        read_measurements([file])
+    assert "\n" not in str(refusal.value)
+
+
+def test_numbers_that_no_run_can_have_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    points = [replace(point, e2el=Quantiles(0.0, 0.0)) for point in load_points()]
+    file = write_rows(tmp_path / "f.jsonl", "load_point", points)
+    with pytest.raises(ArgumentError, match=r"f\.jsonl holds numbers that no run can have \(ZeroDivisionError"):
+        write_report([file], tmp_path / "out")
 
 
 def test_unreadable_file_is_refused_before_anything_is_written(tmp_path: Path) -> None:
