@@ -12,13 +12,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from twotower_spec import TwoTowerModel
 from twotower_spec.demo import held_out_prompts, trio_path
-from twotower_spec.drafting import BlockDrafter, FixedPolicy, SpeculativeRun
+from twotower_spec.drafting import DraftingSession, FixedPolicy, SpeculativeRun
 
 prompt = sys.argv[1] if len(sys.argv) > 1 else held_out_prompts("maths")[30].prompt
 tokenizer = AutoTokenizer.from_pretrained(trio_path("verifier"))
 verifier = AutoModelForCausalLM.from_pretrained(trio_path("verifier"), dtype=torch.float32).eval()
 towers = TwoTowerModel.from_pretrained(trio_path("twotower"), dtype="float32", progress=False)
-drafter = BlockDrafter(towers, FixedPolicy(block_size=8, num_steps=1))
+drafter = DraftingSession(towers, FixedPolicy(block_size=8, num_steps=1))
 
 console = Console(highlight=False)
 console.print(Text(prompt, style="dim"), end="")
@@ -28,8 +28,8 @@ for step in run:
         if token != tokenizer.eos_token_id:
             console.print(Text(tokenizer.decode([token]), style="green" if i < step.num_accepted else "bold"), end="")
 
-report = run.metrics.report()
+summary = run.metrics.summary()
 console.print(
-    f"\n{report.acceptance_length:.2f} tokens per verifier pass, {report.tokens_per_denoiser_pass or 0:.2f} per "
-    f"denoiser pass; accepted drafts per round: {report.histogram}"
+    f"\n{summary.acceptance_length:.2f} tokens per verifier pass, {summary.tokens_per_denoiser_pass or 0:.2f} per "
+    f"denoiser pass; accepted drafts per round: {summary.histogram}"
 )

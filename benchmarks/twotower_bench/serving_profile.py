@@ -115,7 +115,7 @@ class AcceptanceLength:
         batch_size: that it holds for; None for all, as where blocks take one pass: fixed with one step.
         num_draft_tokens: verified per round on average; None for K.
         denoiser_passes: of the whole batch, per round on average; None for `steps_per_block`.
-        by_position: share of rounds that accepted the draft at each position, as in `DraftingReport`; may be empty.
+        by_position: share of rounds that accepted the draft at each position, as in `DraftingSummary`; may be empty.
 
     Raises:
         ArgumentError: a number is out of range, or they contradict each other.

@@ -278,7 +278,7 @@ def acceptance_of(requests: Sequence[ServedRequest], *, beyond_end: bool = False
     metrics = DraftingMetrics()
     for num_drafts, num_accepted in zip(drafted["drafted"].tolist(), drafted["accepted"].tolist(), strict=True):
         metrics.add_round(num_drafts, num_accepted, num_accepted + 1, [], 0, 0)
-    report = metrics.report()
+    report = metrics.summary()
     return Acceptance(
         acceptance_length=_gain_per_step(drafted) if len(drafted) else None,
         tokens_per_step=_gain_per_step(steps) if len(steps) else Estimate(1.0, 1.0, 1.0),

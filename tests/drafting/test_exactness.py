@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tests.drafting.models import Outcome, draft_outcomes, target_probs, tiny_drafting_model, tiny_target
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import RULES, AdaptivePolicy, BlockDrafter
+from twotower_spec.drafting import VERIFICATION_RULES, AdaptivePolicy, DraftingSession, DraftRequest, RoundResult
 from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.drafting.verification import BlockRule, GreedyRule, OneHotRule, ProbabilityRatioRule, RejectingRule
 from twotower_spec.generation.denoising import CommitRule, PublishedSchedule
@@ -89,11 +89,11 @@ def after_comparing(drafts: list[Outcome], probs: dict[Text, Tensor]) -> Results
         own = torch.tensor(list(itertools.product(range(VOCAB), repeat=width)))
         block, zeros = draft.block("private"), torch.zeros(len(own), dtype=torch.int64)
         together = replace(block, token_ids=block.token_ids.expand(len(own), -1))
-        verdict = GreedyRule().verify(torch.nn.functional.one_hot(own).double(), together, GREEDY, zeros, zeros)
+        outcome = GreedyRule().verify(torch.nn.functional.one_hot(own).double(), together, GREEDY, zeros, zeros)
         chances = torch.ones(1, dtype=torch.float64)
         for i in range(width):
             chances = (chances[:, None] * probs[draft.tokens[:i]]).flatten()
-        for chance, count, following in zip(chances.tolist(), verdict.num_accepted, verdict.next_tokens, strict=True):
+        for chance, count, following in zip(chances.tolist(), outcome.num_accepted, outcome.next_tokens, strict=True):
             yield (*draft.tokens[:count], following), draft.probability * chance
 
 
@@ -168,16 +168,17 @@ def test_filters_belong_to_the_target_before_any_rule(rule: RejectingRule, filte
 @pytest.mark.parametrize("rule", [ProbabilityRatioRule(), BlockRule()], ids=lambda rule: rule.name)
 def test_choosing_drafts_by_their_confidence_is_refused_by_ratio_rules(rule: RejectingRule) -> None:
     """An adaptive policy decides by a draft whether to verify it, so that verified drafts are no samples of q."""
-    drafter = BlockDrafter(tiny_drafting_model(VOCAB), AdaptivePolicy([4], most_steps=1), sampler=SAMPLER)
-    block = drafter.draft({0: PROMPT})
-    while not block.num_draft_tokens[0]:
-        drafter.observe({0: 0}, 0.01)
-        block = drafter.draft({0: PROMPT})
+    drafter = DraftingSession(tiny_drafting_model(VOCAB), AdaptivePolicy([4], most_steps=1), sampler=SAMPLER)
+    drafted = drafter.draft([DraftRequest(0, PROMPT)])
+    while not drafted.block.num_draft_tokens[0]:
+        drafter.observe(drafted, RoundResult([0], 0.01))
+        drafted = drafter.draft([DraftRequest(0, PROMPT)])
+    block = drafted.block
     assert block.probs is None
     for made in (drafter.provenance, block.provenance):
         with pytest.raises(ArgumentError, match="chose by their confidence"):
             rule.require_exact(made, SAMPLER)
-    RULES["one-hot"].require_exact(block.provenance, SAMPLER)
+    VERIFICATION_RULES["one-hot"].require_exact(block.provenance, SAMPLER)
 
 
 @pytest.mark.parametrize("rule", [OneHotRule(), ProbabilityRatioRule(), BlockRule()], ids=lambda rule: rule.name)
@@ -226,8 +227,8 @@ def test_block_rule_accepts_at_least_as_much_as_token_by_token() -> None:
 def test_ratio_rules_say_why_they_refuse_other_drafts(name: str) -> None:
     draft = outcomes(MOST_PROBABLE[0])[0]
     with pytest.raises(ArgumentError, match="no distribution was kept"):
-        RULES[name].require_exact(draft.block("none").provenance, SAMPLER)
+        VERIFICATION_RULES[name].require_exact(draft.block("none").provenance, SAMPLER)
     with pytest.raises(ArgumentError, match="the target's own noise"):
-        RULES[name].require_exact(draft.block("shared").provenance, SAMPLER)
+        VERIFICATION_RULES[name].require_exact(draft.block("shared").provenance, SAMPLER)
     with pytest.raises(ArgumentError, match=r"temperature 0, not 0\.8"):
-        RULES["greedy"].require_exact(draft.block("none").provenance, SAMPLER)
+        VERIFICATION_RULES["greedy"].require_exact(draft.block("none").provenance, SAMPLER)

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
+from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids, tiny_model
 from twotower_kernels.block_attention import op as attention_op
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import AdaptivePolicy, BlockDrafter, DraftBlock, FixedPolicy, ThresholdPolicy
+from twotower_spec.drafting import AdaptivePolicy, DraftBlock, DraftingSession, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.towers import ContextTower, DenoiserTower
 from twotower_spec.towers.backbone import Layer
 
 
-def make(policy: DraftPolicy | None = None, **options: object) -> BlockDrafter:
-    return BlockDrafter(tiny_model(), policy or FixedPolicy(8, 1, num_tokens=7), num_slots=4, **options)  # type: ignore[arg-type]
+def make(policy: DraftPolicy | None = None, **options: object) -> DraftingSession:
+    return DraftingSession(tiny_model(), policy or FixedPolicy(8, 1, num_tokens=7), num_slots=4, **options)  # type: ignore[arg-type]
 
 
 def drafts(block: DraftBlock) -> dict[object, list[int]]:
@@ -34,11 +35,11 @@ def grown(rows: dict[str, list[int]], round_index: int) -> dict[str, list[int]]:
     }
 
 
-def damage_ssm(drafter: BlockDrafter, request: str) -> None:
+def damage_ssm(drafter: DraftingSession, request: str) -> None:
     drafter.state.mamba.ssm[:, drafter.state.entry(request).slot] = torch.nan
 
 
-def damage_keys(drafter: BlockDrafter, request: str) -> None:
+def damage_keys(drafter: DraftingSession, request: str) -> None:
     first = drafter.state.entry(request).pages[0]
     for cache in (drafter.state.kv_cache.keys, drafter.state.kv_cache.values):
         cache.unflatten(1, (-1, drafter.state.kv_cache.page_size))[:, first] = torch.inf
@@ -48,7 +49,7 @@ def damage_keys(drafter: BlockDrafter, request: str) -> None:
 @pytest.mark.parametrize("damage", [damage_ssm, damage_keys])
 @pytest.mark.parametrize("broken", ["a", "b", "c"])
 def test_a_damaged_state_costs_only_its_own_request_a_round_of_drafts(
-    broken: str, damage: Callable[[BlockDrafter, str], None], policy: DraftPolicy
+    broken: str, damage: Callable[[DraftingSession, str], None], policy: DraftPolicy
 ) -> None:
     drafter, undisturbed = make(policy), make(policy)
     rows = {"a": random_ids(20), "b": random_ids(5, seed=1), "c": random_ids(33, seed=2)}
@@ -56,20 +57,20 @@ def test_a_damaged_state_costs_only_its_own_request_a_round_of_drafts(
         rows = grown(rows, round_index)
         if round_index == 1:
             damage(drafter, broken)
-        expected, actual = drafts(undisturbed.draft(rows)), drafts(drafter.draft(rows))
+        expected, actual = drafts(draft_rows(undisturbed, rows)), drafts(draft_rows(drafter, rows))
         if round_index == 1:
             expected[broken] = []
         assert actual == expected
-    assert drafter.counters.without_drafts["not finite"] == 1 and drafter.state.num_restarts == 1
+    assert drafter.without_drafts["not finite"] == 1 and drafter.state.num_restarts == 1
 
 
 def test_samples_of_the_others_keep_their_distributions() -> None:
     drafter, undisturbed = (make(FixedPolicy(8, 1), sampler=Sampler(0.9)) for _ in range(2))
     rows = {"a": random_ids(20), "b": random_ids(5, seed=1)}
-    drafter.draft(rows), undisturbed.draft(rows)
+    draft_rows(drafter, rows), draft_rows(undisturbed, rows)
     damage_ssm(drafter, "a")
     rows = grown(rows, 0)
-    actual, expected = drafter.draft(rows), undisturbed.draft(rows)
+    actual, expected = draft_rows(drafter, rows), draft_rows(undisturbed, rows)
     assert actual.num_draft_tokens == [0, 8] and actual.row(1) == expected.row(1)
     assert actual.probs is not None and expected.probs is not None
     assert not actual.probs[0].any()
@@ -86,7 +87,7 @@ def test_reset_after_a_pass_that_broke_off_gives_everything_back(
     tower: type, calls: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafter, rows = make(num_tokens=256), {"a": random_ids(20), "b": random_ids(5, seed=1)}
-    drafter.draft(rows)
+    draft_rows(drafter, rows)
     rows = {**grown(rows, 2), "new": random_ids(9, seed=3)}
     layers = set((drafter.towers.context if tower is ContextTower else drafter.towers.denoiser).layers)
     original, seen = Layer.forward, 0
@@ -101,27 +102,27 @@ def test_reset_after_a_pass_that_broke_off_gives_everything_back(
     with monkeypatch.context() as patch:
         patch.setattr(Layer, "forward", breaks)
         with pytest.raises(Fault):
-            drafter.draft(rows)
+            draft_rows(drafter, rows)
     drafter.reset()
     state = drafter.state
-    assert len(state) == 0 and state.kv_cache.num_free_pages == drafter.num_pages
-    assert drafts(drafter.draft(rows)) == drafts(make().draft(rows))
+    assert len(state) == 0 and state.kv_cache.num_free_pages == drafter.state.num_pages
+    assert drafts(draft_rows(drafter, rows)) == drafts(draft_rows(make(), rows))
     # Every slot and page can be used again.
     many = {name: random_ids(64, seed=i) for i, name in enumerate("wxyz")}
-    assert drafter.draft(many).num_draft_tokens == [7] * 4
+    assert draft_rows(drafter, many).num_draft_tokens == [7] * 4
 
 
 def test_warming_up_leaves_no_trace_and_allocates_for_all_rounds() -> None:
     policy = AdaptivePolicy(block_sizes=(4, 8), may_skip=False)
     drafter = make(policy)
     drafter.warm_up()
-    assert len(drafter.state) == 0 and not drafter.counters.without_drafts and drafter.state.num_evictions == 0
-    assert drafter.state.kv_cache.num_free_pages == drafter.num_pages
+    assert len(drafter.state) == 0 and not drafter.without_drafts and drafter.state.num_evictions == 0
+    assert drafter.state.kv_cache.num_free_pages == drafter.state.num_pages
     warm = drafter.memory()
     rows = {name: random_ids(30 * i + 1, seed=i) for i, name in enumerate("abcd")}
     fresh = make(AdaptivePolicy(block_sizes=(4, 8), may_skip=False))
     for round_index in range(6):
-        assert drafts(drafter.draft(rows)) == drafts(fresh.draft(rows))
+        assert drafts(draft_rows(drafter, rows)) == drafts(draft_rows(fresh, rows))
         rows = grown(rows, round_index)
     assert drafter.memory() == warm
     with pytest.raises(ArgumentError, match="4 requests are held"):
@@ -135,7 +136,7 @@ def test_memory_counts_every_tensor_once() -> None:
     weights = sum(tensor.nbytes for _, tensor in towers.checkpoint_tensors())
     assert memory.context_tower_bytes + memory.denoiser_tower_bytes == weights
     assert memory.state_bytes == drafter.state.nbytes + 4 * config.vocab_size * 8
-    keys = (drafter.num_pages * 16 + 4 * 8) * config.kv_bytes_per_token(torch.float64)
+    keys = (drafter.state.num_pages * 16 + 4 * 8) * config.kv_bytes_per_token(torch.float64)
     assert memory.workspace_bytes == keys + 9 * config.num_hidden_layers * 3 * config.hidden_size * 8
     assert str(memory).startswith("context tower 0.") and "workspace" in str(memory)
 
@@ -151,7 +152,7 @@ def test_rows_may_be_arrays_that_are_written_on() -> None:
         if round_index == 2:
             texts[0][40] = table[0, 40] = 9 if texts[0][40] != 9 else 10  # rewritten in place
         views = {request: table[request, : len(ids)] for request, ids in texts.items()}
-        assert drafts(drafter.draft(views)) == drafts(from_lists.draft(texts))
+        assert drafts(draft_rows(drafter, views)) == drafts(draft_rows(from_lists, texts))
     assert drafter.state.num_restarts == from_lists.state.num_restarts == 1
 
 
@@ -167,7 +168,7 @@ def test_requests_that_grow_side_by_side_are_read_in_place(monkeypatch: pytest.M
     monkeypatch.setattr("twotower_spec.state.extension.ragged_attention", look)
     for round_index in range(12):
         rows = grown(rows, round_index)
-        drafter.draft(rows)
+        draft_rows(drafter, rows)
     pool = drafter.state.kv_cache.keys.untyped_storage().data_ptr()
     assert seen and all(place == pool for places in seen for place in places)
 
@@ -177,7 +178,7 @@ def test_warming_up_for_kernels_makes_passes_of_every_kind_that_fits(
     num_tokens: int, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The passes of a GPU on a CPU: the drafter alone is told that kernels run."""
-    monkeypatch.setattr("twotower_spec.drafting.drafter.use_triton", lambda *tensors: True)
+    monkeypatch.setattr("twotower_spec.drafting.session.use_triton", lambda *tensors: True)
     drafter, seen = make(num_tokens=num_tokens), []
     extend = drafter.state.extend
     monkeypatch.setattr(
@@ -186,4 +187,4 @@ def test_warming_up_for_kernels_makes_passes_of_every_kind_that_fits(
     drafter.warm_up()
     assert [1] in seen and [17] in seen and max(map(max, seen)) == longest
     assert not len(drafter.state)
-    assert drafter.draft({"a": random_ids(5)}).num_draft_tokens == [7]
+    assert draft_rows(drafter, {"a": random_ids(5)}).num_draft_tokens == [7]

@@ -17,7 +17,7 @@ def counted() -> DraftingMetrics:
 
 
 def test_figures_are_those_counted_by_hand() -> None:
-    report = counted().report()
+    report = counted().summary()
     assert (report.num_rounds, report.num_tokens, report.acceptance_length) == (4, 8, 2.0)
     assert (report.num_draft_tokens, report.num_accepted_tokens) == (8, 4)
     assert report.acceptance_by_position == [2 / 4, 1 / 4, 1 / 4]
@@ -29,7 +29,7 @@ def test_figures_are_those_counted_by_hand() -> None:
 
 
 def test_calibration_counts_drafts_that_were_decided_on() -> None:
-    bins = counted().report().calibration
+    bins = counted().summary().calibration
     by_low = {round(b.low, 1): b for b in bins}
     assert sum(b.num_drafts for b in bins) == 6  # no position after a rejection is decided
     assert by_low[0.9].num_drafts == 3 and by_low[0.9].acceptance_rate == 1.0
@@ -38,10 +38,10 @@ def test_calibration_counts_drafts_that_were_decided_on() -> None:
 
 
 def test_nothing_is_counted_of_nothing() -> None:
-    report = DraftingMetrics().report()
+    report = DraftingMetrics().summary()
     assert report.acceptance_length == 1.0 and report.histogram == [] and report.tokens_per_denoiser_pass is None
 
 
 def test_a_report_is_json() -> None:
-    report = counted().report()
+    report = counted().summary()
     assert json.loads(json.dumps(report.to_json()))["histogram"] == report.histogram

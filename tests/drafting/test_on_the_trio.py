@@ -11,7 +11,7 @@ import pytest
 
 from tests.drafting.models import greedy_texts
 from twotower_spec.demo import held_out_prompts, trio_directory
-from twotower_spec.drafting import AdaptivePolicy, BlockDrafter, FixedPolicy, ThresholdPolicy, shared_token_ids
+from twotower_spec.drafting import AdaptivePolicy, DraftingSession, FixedPolicy, ThresholdPolicy, shared_token_ids
 from twotower_spec.drafting import speculative_loop as decode
 from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.generation.sampling import Sampler
@@ -40,18 +40,18 @@ def test_drafter_and_verifier_share_all_their_tokens() -> None:
 )
 def test_greedy_text_is_that_of_generate(policy: DraftPolicy) -> None:
     expected = greedy_texts(trio().verifier, prompts(), 64, eos=2)
-    drafter = BlockDrafter(trio().towers, policy, num_slots=len(prompts()))
+    drafter = DraftingSession(trio().towers, policy, num_slots=len(prompts()))
     result = decode(trio().verifier, drafter, prompts(), 64, eos_token_id=2)
     assert result.token_ids == expected
     if isinstance(policy, FixedPolicy):
-        assert result.report.acceptance_length > 2.5
+        assert result.summary.acceptance_length > 2.5
 
 
 def test_coupled_text_of_a_seed_is_the_same_with_and_without_drafts() -> None:
     sampler = Sampler(0.7, top_p=0.95)
     plain = decode(trio().verifier, None, prompts(), 48, sampler, "coupled", 2, seed=7)
     for noise in ("private", "shared"):
-        drafter = BlockDrafter(trio().towers, FixedPolicy(8, 1), sampler=sampler, noise=noise)  # type: ignore[arg-type]
+        drafter = DraftingSession(trio().towers, FixedPolicy(8, 1), sampler=sampler, noise=noise)  # type: ignore[arg-type]
         result = decode(trio().verifier, drafter, prompts(), 48, sampler, "coupled", 2, seed=7)
         assert result.token_ids == plain.token_ids
 

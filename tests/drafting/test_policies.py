@@ -5,9 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
+from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import AdaptivePolicy, BlockDrafter, DraftPlan, FixedPolicy, RoundOutcome, ThresholdPolicy
+from twotower_spec.drafting import (
+    AdaptivePolicy,
+    DraftingSession,
+    DraftPlan,
+    FixedPolicy,
+    RoundOutcome,
+    ThresholdPolicy,
+)
 from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.generation.denoising import DenoisingStep
 
@@ -28,13 +36,15 @@ def test_fixed_steps_commit_what_is_confident_and_everything_at_last() -> None:
 
 @pytest.mark.parametrize("num_steps", [1, 2, 5])
 def test_a_fixed_number_of_steps_is_not_exceeded(num_steps: int) -> None:
-    block = BlockDrafter(tiny_model(), FixedPolicy(16, num_steps)).draft({"a": random_ids(4), "b": random_ids(9)})
+    block = draft_rows(
+        DraftingSession(tiny_model(), FixedPolicy(16, num_steps)), {"a": random_ids(4), "b": random_ids(9)}
+    )
     assert max(block.num_denoiser_passes) == num_steps
 
 
 def test_the_threshold_policy_drafts_what_the_model_would_write() -> None:
     row = random_ids(12)
-    block = BlockDrafter(tiny_model(), ThresholdPolicy(8, 5, 0.3), first_token="denoiser").draft({"a": row})
+    block = draft_rows(DraftingSession(tiny_model(), ThresholdPolicy(8, 5, 0.3), first_token="denoiser"), {"a": row})
     written = tiny_model().generate_mask_diffusion([row], 8, block_size=8, steps_per_block=5, confidence_threshold=0.3)
     assert block.row(0) == written.token_ids[0]
     assert block.num_denoiser_passes == written.num_denoiser_passes
@@ -84,7 +94,7 @@ class World:
         confidence = torch.full((1, size), self.acceptance[size])
         masked, passes = torch.ones(1, size, dtype=torch.bool), 0
         while masked.any():
-            commits = plan.rule.commits(DenoisingStep(passes, [0], masked, confidence))
+            commits = plan.commit_rule.commits(DenoisingStep(passes, [0], masked, confidence))
             masked, passes = masked & ~commits, passes + 1
         count = policy.usable(plan, confidence, [passes])[0]
         right = torch.rand(count, generator=self.generator) < self.acceptance[size]
@@ -214,7 +224,7 @@ class Server:
             masked = torch.ones(num_reqs, plan.block_size, dtype=torch.bool)
             while masked.any():
                 step = DenoisingStep(passes, list(range(num_reqs)), masked, confidence)
-                masked, passes = masked & ~plan.rule.commits(step), passes + 1
+                masked, passes = masked & ~plan.commit_rule.commits(step), passes + 1
             counts = policy.usable(plan, confidence, [passes] * num_reqs)
             right = torch.rand(num_reqs, plan.block_size, generator=self.generator) < self.acceptance
             lengths = right.int().cumprod(1).sum(1).tolist()

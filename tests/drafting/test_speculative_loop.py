@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -21,8 +21,10 @@ from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import (
     AdaptivePolicy,
-    BlockDrafter,
+    DraftingSession,
+    DraftRequest,
     FixedPolicy,
+    Round,
     SpeculativeRun,
     ThresholdPolicy,
     speculative_loop,
@@ -34,24 +36,26 @@ PROMPTS = [random_ids(5), random_ids(9, seed=1), random_ids(2, seed=2), random_i
 SAMPLER = Sampler(0.8, top_k=20, min_p=0.01)
 
 
-def drafter(policy: DraftPolicy | None = None, **options: object) -> BlockDrafter:
-    return BlockDrafter(tiny_model(), policy or FixedPolicy(8, 1), **options)  # type: ignore[arg-type]
+def drafter(policy: DraftPolicy | None = None, **options: object) -> DraftingSession:
+    return DraftingSession(tiny_model(), policy or FixedPolicy(8, 1), **options)  # type: ignore[arg-type]
 
 
-def perfect(monkeypatch: pytest.MonkeyPatch, num_tokens: int, texts: list[list[int]]) -> BlockDrafter:
+def perfect(monkeypatch: pytest.MonkeyPatch, num_tokens: int, texts: list[list[int]]) -> DraftingSession:
     """Drafter whose blocks are overwritten with the target's own next tokens."""
     block_drafter = drafter(FixedPolicy(max(num_tokens, 2), 1, num_tokens=num_tokens))
     whole = [[*prompt, *text] for prompt, text in zip(PROMPTS, texts, strict=True)]
     make = block_drafter.draft
 
     @torch.inference_mode()
-    def draft(rows, most=None, seeds=None):  # type: ignore[no-untyped-def]
-        block = make(rows, most, seeds)
-        for i, row in enumerate(rows.values()):
-            source = next(text for text in whole if text[: len(row)] == list(row))
+    def draft(requests: Sequence[DraftRequest]) -> Round:
+        drafted = make(requests)
+        block = drafted.block
+        for i, one in enumerate(requests):
+            row = list(one.token_ids)
+            source = next(text for text in whole if text[: len(row)] == row)
             right = source[len(row) : len(row) + block.num_draft_tokens[i]]
             block.token_ids[i, : len(right)] = torch.tensor(right, dtype=torch.long)
-        return block
+        return drafted
 
     monkeypatch.setattr(block_drafter, "draft", draft)
     return block_drafter
@@ -75,22 +79,22 @@ def test_greedy_text_is_that_of_generate_when_drafts_are_right(
     expected = greedy_texts(tiny_target(), PROMPTS, 21)
     result = speculative_loop(tiny_target(), perfect(monkeypatch, num_tokens, expected), PROMPTS, 21)
     assert result.token_ids == expected
-    assert result.report.num_accepted_tokens == result.report.num_draft_tokens > 0
-    assert result.report.num_rounds == 4 * -(-20 // (num_tokens + 1))
-    assert sum(map(sum, result.accepted)) == result.report.num_accepted_tokens
+    assert result.summary.num_accepted_tokens == result.summary.num_draft_tokens > 0
+    assert result.summary.num_rounds == 4 * -(-20 // (num_tokens + 1))
+    assert sum(map(sum, result.accepted)) == result.summary.num_accepted_tokens
 
 
 @pytest.mark.parametrize("rule", ["greedy", "one-hot", "coupled"])
 def test_at_temperature_0_every_rule_gives_the_greedy_text(rule: str) -> None:
     expected = greedy_texts(tiny_target(), PROMPTS, 12)
-    assert speculative_loop(tiny_target(), drafter(), PROMPTS, 12, rule=rule).token_ids == expected
+    assert speculative_loop(tiny_target(), drafter(), PROMPTS, 12, verification_rule=rule).token_ids == expected
 
 
 def test_coupled_text_of_a_seed_is_always_the_same() -> None:
     seeds = [11, 12, 13, 14]
     plain = speculative_loop(tiny_target(), None, PROMPTS, 16, SAMPLER, "coupled", seed=seeds)
     assert plain.token_ids != greedy_texts(tiny_target(), PROMPTS, 16)
-    ways: list[BlockDrafter] = [
+    ways: list[DraftingSession] = [
         drafter(ThresholdPolicy(8, 8, 0.5)),
         drafter(ThresholdPolicy(8, 8, 0.9), first_token="denoiser"),
         drafter(FixedPolicy(4, 1)),
@@ -113,7 +117,7 @@ def test_sharing_the_targets_noise_is_accepted_more_often() -> None:
     for noise in ("private", "shared"):
         way = drafter(FixedPolicy(4, 1), sampler=flat, noise=noise, num_slots=40)
         result = speculative_loop(tiny_target(), way, prompts, 24, flat, "coupled", seed=0)
-        lengths[noise] = result.report.acceptance_length
+        lengths[noise] = result.summary.acceptance_length
     assert lengths["shared"] > lengths["private"]
 
 
@@ -235,7 +239,7 @@ def test_a_target_with_a_larger_or_smaller_table_works(vocab_size: int, rule: st
     if rule == "greedy":
         assert result.token_ids == greedy_texts(model, prompts, 30)
     beyond = any(token >= 61 for text in result.token_ids for token in text)
-    assert (way.counters.without_drafts["foreign token"] > 0) == beyond
+    assert (way.without_drafts["foreign token"] > 0) == beyond
 
 
 def test_refusals_come_before_anything_is_generated() -> None:
@@ -244,7 +248,7 @@ def test_refusals_come_before_anything_is_generated() -> None:
     with pytest.raises(ArgumentError, match="3 denoising steps"):
         speculative_loop(tiny_target(), drafter(FixedPolicy(8, 3), sampler=SAMPLER), [[5]], 4, SAMPLER, "p/q")
     with pytest.raises(ArgumentError, match="verification rule 'lucky'"):
-        speculative_loop(tiny_target(), None, [[5]], 4, rule="lucky")
+        speculative_loop(tiny_target(), None, [[5]], 4, verification_rule="lucky")
     with pytest.raises(ArgumentError, match="need a tokenizer"):
         speculative_loop(tiny_target(), None, [[5]], 4, stop_strings=["x"])
     with pytest.raises(ArgumentError, match="one string; give a list"):

@@ -17,7 +17,7 @@ from twotower_kernels.block_attention.reference import paged_attention_reference
 from twotower_kernels.tuning import trying
 from twotower_spec import TwoTowerModel
 from twotower_spec.state import ContextState
-from twotower_spec.state.block_context import BlockWorkspace, CopiedKeys
+from twotower_spec.state.block_context import CopiedKeys
 from twotower_spec.state.paged_keys import PagedKeys
 
 triton_kernel = pytest.importorskip("twotower_kernels.block_attention.kernel")
@@ -277,13 +277,15 @@ def on_kernel(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 ROWS = {"a": random_ids(13), "b": random_ids(2, seed=1), "c": random_ids(9, seed=2), "d": random_ids(1, seed=3)}
 
 
-def new_state(model: TwoTowerModel) -> ContextState:
-    return ContextState(model.config, 5, 60, model.dtype, page_size=PAGE_SIZE)
+def new_state(model: TwoTowerModel, denoiser_dtype: torch.dtype | None = None) -> ContextState:
+    return ContextState(model.config, 5, 60, model.dtype, page_size=PAGE_SIZE, denoiser_dtype=denoiser_dtype)
 
 
-def interleaved(model: TwoTowerModel, rows: dict[str, list[int]] = ROWS) -> ContextState:
+def interleaved(
+    model: TwoTowerModel, rows: dict[str, list[int]] = ROWS, denoiser_dtype: torch.dtype | None = None
+) -> ContextState:
     """State whose requests took pages in turns; read by PyTorch or by the kernel, whichever is on."""
-    state = new_state(model)
+    state = new_state(model, denoiser_dtype)
     for start in range(0, 13, 3):
         state.extend(model.context, {n: r[start : start + 3] for n, r in rows.items() if r[start : start + 3]})
     pages = state.entry("a").pages
@@ -349,13 +351,13 @@ def test_the_denoiser_reads_the_pool_in_place_and_takes_no_memory_for_keys(
     model: TwoTowerModel, on_kernel: Callable[[bool], None]
 ) -> None:
     on_kernel(True)
-    state, workspace = interleaved(model), BlockWorkspace(model.config, 200, model.dtype, torch.device("cpu"))
+    state = interleaved(model)
     before = state.kv_cache.keys.clone(), state.kv_cache.values.clone()
-    context = state.block_context(list("ab"), 3, workspace=workspace)
+    context = state.block_context(list("ab"), 3)
     assert isinstance(context.keys, PagedKeys) and context.keys.room is state.kv_cache
     with torch.inference_mode():
         model.denoiser.step(torch.full((2, 3), 3), context, torch.ones(2))
-    assert workspace.nbytes == 0
+    assert state.workspace_nbytes == 0
     assert torch.equal(state.kv_cache.keys, before[0]) and torch.equal(state.kv_cache.values, before[1])
 
 
@@ -364,10 +366,11 @@ def test_a_denoiser_of_another_dtype_reads_a_copy_of_the_pages(
 ) -> None:
     wide = tiny_model("float64", hybrid_override_pattern="M*E*M")
     on_kernel(False)
-    state, block, logits = interleaved(wide), torch.tensor([random_ids(3), random_ids(3, seed=1)]), []
+    state, logits = interleaved(wide, denoiser_dtype=torch.float32), []
+    block = torch.tensor([random_ids(3), random_ids(3, seed=1)])
     for kernel in (False, True):
         on_kernel(kernel)
-        context = state.block_context(["c", "a"], 3, dtype=torch.float32)
+        context = state.block_context(["c", "a"], 3)
         assert not kernel or (isinstance(context.keys, PagedKeys) and context.keys.room is not state.kv_cache)
         with torch.inference_mode():
             logits.append(model.denoiser.step(block, context, torch.ones(2)))

@@ -124,36 +124,6 @@ def test_accepting_more_than_the_pass_had_is_refused(model: TwoTowerModel) -> No
         result.accept({"a": 3})
 
 
-def test_mismatched_history_rebuilds_that_request_alone(model: TwoTowerModel) -> None:
-    state = new_state(model)
-    state.advance(model.context, {"a": random_ids(8), "b": random_ids(8, seed=1)})
-    slot = state.entry("b").slot
-    other = random_ids(9, seed=7)
-    logits = state.advance(model.context, {"a": other, "b": [*random_ids(8, seed=1), 5]})
-    assert state.entry("b").slot == slot and state.num_evictions == 0
-    assert_same(logits["a"], logits_after(model, new_state(model), "a", other))
-    assert_same(logits["b"], logits_after(model, new_state(model), "b", [*random_ids(8, seed=1), 5]))
-
-
-def test_token_budget_holds_and_every_call_makes_progress(model: TwoTowerModel) -> None:
-    state, row = new_state(model), random_ids(23)
-    computed = []
-    for _ in range(6):
-        logits = state.advance(model.context, {"a": row}, token_budget=5)
-        computed.append(state.num_computed_tokens("a"))
-        assert bool(logits) == (computed[-1] == 23 and len(computed) == 5)
-    assert computed == [5, 10, 15, 20, 23, 23]
-
-
-def test_requests_vanish_and_return_in_any_order(model: TwoTowerModel) -> None:
-    state = new_state(model, num_slots=2)
-    rows = {name: random_ids(12, seed=seed) for seed, name in enumerate("abc")}
-    for names, length in (("ab", 4), ("ca", 6), ("b", 7), ("cb", 9), ("ac", 12)):
-        logits = state.advance(model.context, {name: rows[name][:length] for name in names})
-        for name in names:
-            assert_same(logits[name], logits_after(model, new_state(model), name, rows[name][:length]))
-
-
 def test_denoiser_reads_the_pool_without_a_copy_of_the_mamba_state(model: TwoTowerModel) -> None:
     state = new_state(model)
     state.extend(model.context, {"a": random_ids(5), "b": random_ids(5)})
@@ -214,15 +184,6 @@ def test_rolling_back_a_released_request_is_refused(model: TwoTowerModel) -> Non
     state.claim("a")
     with pytest.raises(ArgumentError, match="since the snapshot"):
         state.roll_back(snapshot)
-
-
-def test_a_request_of_a_call_is_not_evicted_for_another_one_of_it(model: TwoTowerModel) -> None:
-    state = new_state(model, num_slots=3)
-    rows = {name: random_ids(8, seed=i) for i, name in enumerate("abc")}
-    state.advance(model.context, {"a": rows["a"]}, token_budget=20)
-    state.advance(model.context, {"old": random_ids(8, seed=9)}, token_budget=20)
-    state.advance(model.context, rows, token_budget=3)  # reads a part of b alone, and needs the slot of "old"
-    assert state.num_computed_tokens("a") == 8 and "old" not in state
 
 
 def test_a_long_prompt_does_not_pad_the_short_increments_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from tests.state.steps import assert_same, logits_after
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError, StateFullError, TwoTowerModel
 from twotower_spec.state import ContextState
+from twotower_spec.state.context_state import take_within_budget
 
 
 @pytest.fixture
@@ -244,43 +245,18 @@ def test_reading_for_a_block_counts_as_use(model: TwoTowerModel) -> None:
     assert "a" in state and "b" not in state
 
 
-def test_evicted_request_gets_the_logits_of_a_fresh_start(model: TwoTowerModel) -> None:
-    state, row = new_state(model, num_slots=1), random_ids(12)
-    state.advance(model.context, {"a": row[:8]})
-    state.advance(model.context, {"b": random_ids(30, seed=1)})
-    assert_same(state.advance(model.context, {"a": row})["a"], logits_after(model, new_state(model), "a", row))
-
-
-def test_budget_is_shared_by_requests_in_their_order(model: TwoTowerModel) -> None:
-    state, rows = new_state(model), {name: random_ids(7, seed=i) for i, name in enumerate("abc")}
-    seen: list[list[int]] = []
-    complete: list[list[str]] = []
-    while sum(map(state.num_computed_tokens, rows)) < 21:
-        complete.append(list(state.advance(model.context, rows, token_budget=8)))
-        seen.append([state.num_computed_tokens(name) for name in rows])
-    assert seen == [[7, 1, 0], [7, 7, 2], [7, 7, 7]]
-    assert complete == [["a"], ["b"], ["c"]]
-
-
-def test_row_that_lost_tokens_is_rebuilt(model: TwoTowerModel) -> None:
-    state, row = new_state(model), random_ids(9)
-    state.advance(model.context, {"a": row})
-    logits = state.advance(model.context, {"a": row[:6]})["a"]
-    assert state.num_computed_tokens("a") == 6
-    assert_same(logits, logits_after(model, new_state(model), "a", row[:6]))
-
-
-def test_row_without_new_tokens_costs_no_pass(model: TwoTowerModel) -> None:
-    state, row = new_state(model), random_ids(9)
-    state.advance(model.context, {"a": row})
-    before = pool(state)
-    assert state.advance(model.context, {"a": row}) == {}
-    assert all(torch.equal(x, y) for x, y in zip(before, pool(state), strict=True))
-
-
-def test_budget_below_one_is_refused(model: TwoTowerModel) -> None:
+def test_budget_below_one_is_refused() -> None:
     with pytest.raises(ArgumentError, match="token_budget 0"):
-        new_state(model).advance(model.context, {"a": [5]}, token_budget=0)
+        take_within_budget({"a": [5]}, 0)
+
+
+def test_free_slot_has_no_state_to_read(model: TwoTowerModel) -> None:
+    state = new_state(model)
+    state.extend(model.context, {"a": random_ids(4)})
+    slots = state.slots(["a"])
+    state.release("a")
+    with pytest.raises(ArgumentError, match="slot 0 is free"):
+        state.view(slots, 4)
 
 
 def test_unknown_request_has_no_state_to_read(model: TwoTowerModel) -> None:

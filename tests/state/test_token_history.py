@@ -3,22 +3,22 @@
 import numpy as np
 import pytest
 
-from twotower_spec.state.token_history import FIRST_CAPACITY, Row, TokenHistory, tokens_from
+from twotower_spec.state.token_history import FIRST_CAPACITY, TokenHistory, TokenSequence, tokens_from
 
 LENGTHS = [0, 1, FIRST_CAPACITY - 1, FIRST_CAPACITY, FIRST_CAPACITY + 1, 1000]
 
 
-def as_list(ids: list[int]) -> Row:
+def as_list(ids: list[int]) -> TokenSequence:
     return list(ids)
 
 
-def as_table_row(ids: list[int]) -> Row:
+def as_table_row(ids: list[int]) -> TokenSequence:
     table = np.full((3, 2000), -7, dtype=np.int32)
     table[1, : len(ids)] = ids
     return table[1, : len(ids)]
 
 
-def as_int64(ids: list[int]) -> Row:
+def as_int64(ids: list[int]) -> TokenSequence:
     return np.array(ids, dtype=np.int64)
 
 

@@ -87,10 +87,10 @@ class Engine:
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
-    def drafter(self) -> Any:
-        """The proposer's drafter; None without speculation."""
+    def session(self) -> Any:
+        """The proposer's drafting session; None without speculation."""
         proposer = getattr(self.runner, "drafter", None)
-        return getattr(proposer, "drafter", None)
+        return getattr(proposer, "session", None)
 
     def prompts(self, count: int) -> list[str]:
         """Held-out prompts, maths and Python in turn."""

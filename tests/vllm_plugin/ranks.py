@@ -21,7 +21,7 @@ class RankReport:
 
     def has_towers(self) -> bool:
         """Whether the TwoTower model is in this process."""
-        return self.model_runner.drafter.drafter is not None
+        return self.model_runner.drafter.session is not None
 
     def accepted_tokens(self) -> float:
         """Accepted drafts, as the proposer of this rank counts them."""

@@ -12,7 +12,7 @@ pytestmark = [
 ]
 
 
-def test_rows_are_found_by_content_where_the_runner_is_not_known() -> None:
+def test_nothing_is_drafted_where_the_runner_is_not_known() -> None:
     expected = run_engine(["plain_text", "joining_and_leaving"], None, **ROOMY)
     found = run_engine(["without_hooks"], two_tower(8, policy="fixed", block_size=8), **ROOMY)["without_hooks"]
     assert found == [expected["plain_text"], expected["joining_and_leaving"]]

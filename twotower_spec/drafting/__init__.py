@@ -1,17 +1,30 @@
 """Drafting with the denoiser tower, and verification that leaves the target's text as it is."""
 
-from twotower_spec.drafting.adaptive import AdaptivePolicy
+from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
-from twotower_spec.drafting.drafter import BlockDrafter
-from twotower_spec.drafting.metrics import DraftingMetrics, DraftingReport
-from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy, RoundOutcome, ThresholdPolicy
+from twotower_spec.drafting.metrics import DraftingMetrics, DraftingSummary
+from twotower_spec.drafting.policies import (
+    AdaptivePolicy,
+    DraftPlan,
+    DraftPolicy,
+    FixedPolicy,
+    RoundOutcome,
+    ThresholdPolicy,
+)
+from twotower_spec.drafting.round import DraftRequest, Round, RoundResult
+from twotower_spec.drafting.session import DraftingSession
 from twotower_spec.drafting.speculative_loop import (
     SpeculativeResult,
     SpeculativeRun,
     SpeculativeStep,
     speculative_loop,
 )
-from twotower_spec.drafting.verification import RULES, Verdict, VerificationRule, verification_rule
+from twotower_spec.drafting.verification import (
+    VERIFICATION_RULES,
+    VerificationOutcome,
+    VerificationRule,
+    find_verification_rule,
+)
 from twotower_spec.drafting.vocabulary import (
     TokenDifference,
     VocabularyComparison,
@@ -20,27 +33,31 @@ from twotower_spec.drafting.vocabulary import (
 )
 
 __all__ = [
-    "RULES",
+    "VERIFICATION_RULES",
     "AdaptivePolicy",
     "BlockDrafter",
     "DraftBlock",
     "DraftPlan",
     "DraftPolicy",
+    "DraftRequest",
     "DraftingMetrics",
-    "DraftingReport",
+    "DraftingSession",
+    "DraftingSummary",
     "FixedPolicy",
     "Provenance",
+    "Round",
     "RoundOutcome",
+    "RoundResult",
     "SpeculativeResult",
     "SpeculativeRun",
     "SpeculativeStep",
     "ThresholdPolicy",
     "TokenDifference",
-    "Verdict",
+    "VerificationOutcome",
     "VerificationRule",
     "VocabularyComparison",
     "compare_vocabularies",
+    "find_verification_rule",
     "shared_token_ids",
     "speculative_loop",
-    "verification_rule",
 ]

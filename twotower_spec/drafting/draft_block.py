@@ -72,6 +72,11 @@ class DraftBlock:
             provenance=Provenance(0, "none", False),
         )
 
+    def rows(self) -> list[list[int]]:
+        """Drafts of every request, as Python integers."""
+        token_ids: list[list[int]] = self.token_ids.tolist()
+        return [row[:count] for row, count in zip(token_ids, self.num_draft_tokens, strict=True)]
+
     def row(self, index: int) -> list[int]:
         """Drafts of one request."""
         tokens: list[int] = self.token_ids[index, : self.num_draft_tokens[index]].tolist()

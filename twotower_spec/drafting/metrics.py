@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-CALIBRATION_BINS = 10
-_EDGES = np.linspace(0, 1, CALIBRATION_BINS + 1)
+NUM_CALIBRATION_BINS = 10
+_EDGES = np.linspace(0, 1, NUM_CALIBRATION_BINS + 1)
 # Lower and upper bound of every bin.
-CONFIDENCE_BINS = tuple((round(float(low), 3), round(float(high), 3)) for low, high in pairwise(_EDGES))
+CALIBRATION_BINS = tuple((round(float(low), 3), round(float(high), 3)) for low, high in pairwise(_EDGES))
 
 
 def bins_of(confidence: NDArray[np.floating[Any]]) -> NDArray[np.intp]:
-    """Index in `CONFIDENCE_BINS` of each confidence."""
-    return np.clip(np.digitize(confidence, _EDGES) - 1, 0, CALIBRATION_BINS - 1)
+    """Index in `CALIBRATION_BINS` of each confidence."""
+    return np.clip(np.digitize(confidence, _EDGES) - 1, 0, NUM_CALIBRATION_BINS - 1)
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
-class DraftingReport:
+class DraftingSummary:
     """Figures of a run, over all its requests. A round is one verification of one request.
 
     Attributes:
@@ -84,7 +84,7 @@ class DraftingReport:
 
 @dataclass
 class DraftingMetrics:
-    """Counts rounds; `report` gives the figures."""
+    """Counts rounds; `summary` gives the figures."""
 
     num_tokens: int = 0
     num_denoiser_passes: int = 0
@@ -125,14 +125,14 @@ class DraftingMetrics:
         self._confidence.extend(confidence[:decided])
         self._agreed.extend(i < num_accepted for i in range(decided))
 
-    def report(self) -> DraftingReport:
+    def summary(self) -> DraftingSummary:
         """The figures so far."""
         drafted, accepted = np.array(self._drafted, dtype=int), np.array(self._accepted, dtype=int)
         positions = range(int(drafted.max(initial=0)))
         at = [int((accepted > i).sum()) for i in positions]
         asked = [int(((drafted > i) & (accepted >= i)).sum()) for i in positions]
         rounds = len(drafted)
-        return DraftingReport(
+        return DraftingSummary(
             num_tokens=self.num_tokens,
             num_rounds=rounds,
             num_draft_tokens=int(drafted.sum()),
@@ -156,7 +156,7 @@ class DraftingMetrics:
         confidence, agreed = np.array(self._confidence), np.array(self._agreed, dtype=bool)
         place = bins_of(confidence)
         bins = []
-        for i, (low, high) in enumerate(CONFIDENCE_BINS):
+        for i, (low, high) in enumerate(CALIBRATION_BINS):
             inside = place == i
             count = int(inside.sum())
             bins.append(

@@ -12,10 +12,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twotower_spec.config import check_integer
 from twotower_spec.drafting.draft_block import DraftBlock
-from twotower_spec.drafting.drafter import BlockDrafter
-from twotower_spec.drafting.metrics import DraftingMetrics, DraftingReport
+from twotower_spec.drafting.metrics import DraftingMetrics, DraftingSummary
+from twotower_spec.drafting.round import DraftRequest, Round, RoundResult
+from twotower_spec.drafting.session import DraftingSession
 from twotower_spec.drafting.stopping import FinishReason, StopConditions
-from twotower_spec.drafting.verification import verification_rule
+from twotower_spec.drafting.verification import VerificationOutcome, find_verification_rule
 from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.batch import Prompts, Seeds, TokenIds, parse_eos, parse_prompts, parse_seeds
@@ -49,7 +50,7 @@ class SpeculativeResult:
         token_ids: new token ids per row; an end token is kept, nothing follows it.
         accepted: per new token, whether it is an accepted draft.
         finish_reasons: per row.
-        report: figures of the drafting.
+        summary: figures of the drafting.
         total_s: wall-clock seconds, prefill included.
     """
 
@@ -57,7 +58,7 @@ class SpeculativeResult:
     token_ids: list[list[int]]
     accepted: list[list[bool]]
     finish_reasons: list[FinishReason | None]
-    report: DraftingReport
+    summary: DraftingSummary
     total_s: float
 
     @property
@@ -68,18 +69,18 @@ class SpeculativeResult:
 
 def speculative_loop(
     verifier: PreTrainedModel,
-    drafter: BlockDrafter | None,
+    drafter: DraftingSession | None,
     input_ids: Prompts,
     max_new_tokens: int = 128,
     sampler: Sampler | None = None,
-    rule: str | None = None,
+    verification_rule: str | None = None,
     eos_token_id: TokenIds = None,
     *,
     stop_strings: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
     seed: Seeds = None,
 ) -> SpeculativeResult:
-    """The target's text, faster: drafts are verified several at a time.
+    """Writes the target's text, faster: drafts are verified several at a time.
 
     Args:
         verifier: the target, any causal language model of transformers.
@@ -87,7 +88,7 @@ def speculative_loop(
         input_ids: prompts, int64 [num_reqs, num_tokens], or one list of ids per prompt (of any lengths).
         max_new_tokens: most new tokens per row.
         sampler: temperature and filters of the target; None for greedy.
-        rule: name of the verification rule; None for greedy at temperature 0 and one-hot above.
+        verification_rule: its name; None for greedy at temperature 0 and one-hot above.
         eos_token_id: an id or several ids that end a row; None to run to `max_new_tokens`.
         stop_strings: text that ends a row, with the token that completes it.
         tokenizer: the target's, for stop strings.
@@ -103,7 +104,7 @@ def speculative_loop(
         input_ids,
         max_new_tokens,
         sampler,
-        rule,
+        verification_rule,
         eos_token_id,
         stop_strings=stop_strings,
         tokenizer=tokenizer,
@@ -115,7 +116,7 @@ def speculative_loop(
         accepted[step.row].extend(i < step.num_accepted for i in range(len(step.token_ids)))
         reasons[step.row] = step.finish_reason
     total = time.perf_counter() - started
-    return SpeculativeResult(run.prompts, run.token_ids, accepted, reasons, run.metrics.report(), total)
+    return SpeculativeResult(run.prompts, run.token_ids, accepted, reasons, run.metrics.summary(), total)
 
 
 class SpeculativeRun:
@@ -132,11 +133,11 @@ class SpeculativeRun:
     def __init__(
         self,
         verifier: PreTrainedModel,
-        drafter: BlockDrafter | None,
+        drafter: DraftingSession | None,
         input_ids: Prompts,
         max_new_tokens: int = 128,
         sampler: Sampler | None = None,
-        rule: str | None = None,
+        verification_rule: str | None = None,
         eos_token_id: TokenIds = None,
         *,
         stop_strings: Sequence[str] = (),
@@ -152,9 +153,9 @@ class SpeculativeRun:
             )
         self.verifier, self.drafter = verifier, drafter
         self.sampler = sampler or Sampler()
-        self.rule = verification_rule(rule, self.sampler)
+        self.verification_rule = find_verification_rule(verification_rule, self.sampler)
         if drafter is not None:
-            self.rule.require_exact(drafter.provenance, self.sampler)
+            self.verification_rule.require_exact(drafter.provenance, self.sampler)
         self.prompts = parse_prompts(input_ids, vocab_size)
         self.stop = StopConditions(max_new_tokens, parse_eos(eos_token_id, vocab_size), stop_strings, tokenizer)
         self.seeds = parse_seeds(seed, len(self.prompts))
@@ -187,32 +188,26 @@ class SpeculativeRun:
         target = Verifier(self.verifier, self.prompts)
         active = list(range(len(self.prompts)))
         while active:
-            # The first round reads the prompts, and has nothing to verify.
+            # The first pass reads the prompts, and has nothing to verify.
             first = target.num_passes == 0
-            draft = self._no_drafts(active) if first or self.drafter is None else self._draft(active)
-            drafts = [draft.row(i) for i in range(len(active))]
+            drafted = None if first else self._draft(active)
+            block = drafted.block if drafted else DraftBlock.empty(tuple(map(self._request, active)))
+            drafts = block.rows()
             newest = [(self.token_ids[row] or self.prompts[row])[-1] for row in active]
-            tokens = [[token, *drafted] for token, drafted in zip(newest, drafts, strict=True)]
+            tokens = [[token, *row_drafts] for token, row_drafts in zip(newest, drafts, strict=True)]
             started = time.perf_counter()
-            logits = target.read(tokens)[:, : draft.token_ids.shape[1] + 1]
-            positions = [len(self.prompts[row]) + len(self.token_ids[row]) for row in active]
-            verdict = self.rule.verify(
-                logits,
-                draft,
-                self.sampler,
-                torch.tensor([self.seeds[row] for row in active], device=logits.device),
-                torch.tensor(positions, device=logits.device),
-            )
+            outcome = self._verify(target, active, tokens, block)
             verify_s = time.perf_counter() - started
             steps = []
-            for i, row in enumerate(active):
-                accepted = verdict.num_accepted[i]
-                new, reason = self.stop.cut(self.token_ids[row], [*drafts[i][:accepted], verdict.next_tokens[i]])
+            for row, row_drafts, accepted, following in zip(
+                active, drafts, outcome.num_accepted, outcome.next_tokens, strict=True
+            ):
+                new, reason = self.stop.cut(self.token_ids[row], [*row_drafts[:accepted], following])
                 self.token_ids[row].extend(new)
                 steps.append(SpeculativeStep(row, new, min(accepted, len(new)), reason))
-            target.keep([1 + accepted for accepted in verdict.num_accepted], tokens)
             if not first:
-                self._count(active, draft, verdict.num_accepted, steps, verify_s)
+                self._count(drafted, block, outcome.num_accepted, steps, verify_s)
+            target.keep([1 + accepted for accepted in outcome.num_accepted], tokens)
             going_on = [i for i, step in enumerate(steps) if step.finish_reason is None]
             for step in steps:
                 if step.finish_reason and self.drafter is not None:
@@ -222,36 +217,54 @@ class SpeculativeRun:
             active = [active[i] for i in going_on]
             yield from steps
 
-    def _no_drafts(self, active: list[int]) -> DraftBlock:
-        return DraftBlock.empty(tuple(self._request(row) for row in active))
+    def _draft(self, active: list[int]) -> Round | None:
+        if self.drafter is None:
+            return None
+        return self.drafter.draft(
+            [
+                DraftRequest(
+                    self._request(row),
+                    [*self.prompts[row], *self.token_ids[row]],
+                    # The round brings a token of the target's in any case.
+                    max_draft_tokens=self.stop.max_new_tokens - len(self.token_ids[row]) - 1,
+                    seed=self.seeds[row],
+                )
+                for row in active
+            ]
+        )
 
-    def _draft(self, active: list[int]) -> DraftBlock:
-        assert self.drafter is not None
-        rows = {self._request(row): [*self.prompts[row], *self.token_ids[row]] for row in active}
-        # The round brings a token of the target's in any case.
-        most = {self._request(row): self.stop.max_new_tokens - len(self.token_ids[row]) - 1 for row in active}
-        return self.drafter.draft(rows, most, {self._request(row): self.seeds[row] for row in active})
+    def _verify(
+        self, target: Verifier, active: list[int], tokens: list[list[int]], block: DraftBlock
+    ) -> VerificationOutcome:
+        logits = target.read(tokens)[:, : block.token_ids.shape[1] + 1]
+        positions = [len(self.prompts[row]) + len(self.token_ids[row]) for row in active]
+        return self.verification_rule.verify(
+            logits,
+            block,
+            self.sampler,
+            torch.tensor([self.seeds[row] for row in active], device=logits.device),
+            torch.tensor(positions, device=logits.device),
+        )
 
     def _count(
         self,
-        active: list[int],
-        draft: DraftBlock,
+        drafted: Round | None,
+        block: DraftBlock,
         num_accepted: list[int],
         steps: list[SpeculativeStep],
         verify_s: float,
     ) -> None:
         self.metrics.verify_s += verify_s
-        if self.drafter is not None:
-            accepted = {self._request(row): count for row, count in zip(active, num_accepted, strict=True)}
-            self.drafter.observe(accepted, verify_s)
-            self.metrics.extend_s += self.drafter.last_times.extend_s
-            self.metrics.denoise_s += self.drafter.last_times.denoise_s
+        if self.drafter is not None and drafted is not None:
+            self.drafter.observe(drafted, RoundResult(num_accepted, verify_s))
+            self.metrics.extend_s += drafted.times.extend_s
+            self.metrics.denoise_s += drafted.times.denoise_s
         for i, step in enumerate(steps):
             self.metrics.add_round(
-                num_draft_tokens=draft.num_draft_tokens[i],
+                num_draft_tokens=block.num_draft_tokens[i],
                 num_accepted=num_accepted[i],
                 num_tokens=len(step.token_ids),
-                confidence=draft.confidence[i].tolist(),
-                num_denoiser_passes=draft.num_denoiser_passes[i],
-                num_context_passes=draft.num_context_passes[i],
+                confidence=block.confidence[i].tolist(),
+                num_denoiser_passes=block.num_denoiser_passes[i],
+                num_context_passes=block.num_context_passes[i],
             )

@@ -23,8 +23,8 @@ from twotower_spec.generation.sampling import Sampler
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """Outcome of one verification, per request.
+class VerificationOutcome:
+    """What one verification decided, per request.
 
     Attributes:
         num_accepted: drafts kept, from the left.
@@ -52,7 +52,9 @@ class VerificationRule(Protocol):
         """
         ...
 
-    def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
+    def verify(
+        self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor
+    ) -> VerificationOutcome:
         """Decides over one round.
 
         Args:
@@ -74,7 +76,9 @@ class _ComparingRule:
     def require_exact(self, made: Provenance, sampler: Sampler) -> None:
         """See `VerificationRule.require_exact`; every draft will do."""
 
-    def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
+    def verify(
+        self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor
+    ) -> VerificationOutcome:
         """See `VerificationRule.verify`."""
         return _accept(logits, draft, sampler, seeds, positions, "coupled")
 
@@ -105,7 +109,7 @@ class CoupledRule(_ComparingRule):
 
 def _accept(
     logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor, rule: AcceptanceRule
-) -> Verdict:
+) -> VerificationOutcome:
     """`VerificationRule.verify` by the kernel. Rows bring equally many drafts; those that are -1 are not accepted."""
     num_reqs, width, vocab = logits.shape
     sampling = sampler.sampling(seeds, positions, logits.dtype)
@@ -114,7 +118,7 @@ def _accept(
     done = accept(logits.reshape(-1, vocab), drafts, counts, width - 1, sampling, rule)
     num_accepted = done.num_accepted.long()
     next_tokens = done.token_ids.gather(1, num_accepted[:, None])[:, 0]
-    return Verdict(num_accepted.tolist(), next_tokens.tolist())
+    return VerificationOutcome(num_accepted.tolist(), next_tokens.tolist())
 
 
 class RejectingRule(ABC):
@@ -142,12 +146,14 @@ class RejectingRule(ABC):
     def next_token_probs(self, target: Tensor, draft: DraftBlock, num_accepted: Tensor) -> Tensor:
         """Distribution [num_reqs, vocab] of the token after `num_accepted` int64 [num_reqs] drafts."""
 
-    def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
+    def verify(
+        self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor
+    ) -> VerificationOutcome:
         """See `VerificationRule.verify`."""
         target = sampler.probs(logits)
         if not any(draft.num_draft_tokens):
             tokens = gumbel_argmax(target[:, 0].log(), seeds, positions, NEXT_TOKEN_DRAW)
-            return Verdict(draft.num_draft_tokens, tokens.tolist())
+            return VerificationOutcome(draft.num_draft_tokens, tokens.tolist())
         self.require_exact(draft.provenance, sampler)
         lengths = self.length_probs(target.double(), draft)
         uniform = uniform_noise(seeds, positions, ACCEPT_DRAW, 1).double()
@@ -157,14 +163,14 @@ class RejectingRule(ABC):
         num_accepted = torch.minimum((lengths.cumsum(dim=1) <= uniform).sum(dim=1), longest)
         following = self.next_token_probs(target, draft, num_accepted)
         tokens = gumbel_argmax(following.log(), seeds, positions + num_accepted, NEXT_TOKEN_DRAW)
-        return Verdict(num_accepted.tolist(), tokens.tolist())
+        return VerificationOutcome(num_accepted.tolist(), tokens.tolist())
 
 
 class OneHotRule(RejectingRule):
     """Accepts a draft with the target's probability of it; else takes another token, as the target would.
 
     It is the p/q rule for a draft distribution that has all on the draft itself, hence exact for every draft that was
-    made without the rule's own noise, in any number of steps. The probabilities are its specification; verdicts are
+    made without the rule's own noise, in any number of steps. The probabilities are its specification; outcomes are
     drawn by the kernel.
     """
 
@@ -173,7 +179,9 @@ class OneHotRule(RejectingRule):
     def require_exact(self, made: Provenance, sampler: Sampler) -> None:
         """See `VerificationRule.require_exact`; every draft will do."""
 
-    def verify(self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor) -> Verdict:
+    def verify(
+        self, logits: Tensor, draft: DraftBlock, sampler: Sampler, seeds: Tensor, positions: Tensor
+    ) -> VerificationOutcome:
         """See `VerificationRule.verify`."""
         return _accept(logits, draft, sampler, seeds, positions, "one-hot")
 
@@ -326,18 +334,18 @@ def _normalised(probs: Tensor, otherwise: Tensor) -> Tensor:
     return torch.where(total > 0, probs / total, otherwise)
 
 
-RULES: dict[str, VerificationRule] = {
+VERIFICATION_RULES: dict[str, VerificationRule] = {
     rule.name: rule for rule in (GreedyRule(), OneHotRule(), CoupledRule(), ProbabilityRatioRule(), BlockRule())
 }
 
 
-def verification_rule(name: str | None, sampler: Sampler) -> VerificationRule:
-    """A rule by name; None for greedy at temperature 0 and one-hot above.
+def find_verification_rule(name: str | None, sampler: Sampler) -> VerificationRule:
+    """Finds a rule by name; None for greedy at temperature 0 and one-hot above.
 
     Raises:
         ArgumentError: the name is unknown.
     """
     name = name or ("greedy" if sampler.greedy else "one-hot")
-    if name not in RULES:
-        raise ArgumentError(f"verification rule {name!r} is not there; give one of {', '.join(RULES)}")
-    return RULES[name]
+    if name not in VERIFICATION_RULES:
+        raise ArgumentError(f"verification rule {name!r} is not there; give one of {', '.join(VERIFICATION_RULES)}")
+    return VERIFICATION_RULES[name]

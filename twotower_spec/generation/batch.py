@@ -11,7 +11,8 @@ from torch import Tensor
 
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult, PhaseTimes
+from twotower_spec.generation.phase_times import PhaseTimes
+from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
 from twotower_spec.state import BlockContext, ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
 from twotower_spec.towers.model import TwoTowers
@@ -67,9 +68,7 @@ class Batch:
         lengths = [len(prompt) + state_tokens for prompt in self.prompts]
         pages = -(-max(lengths) // DEFAULT_PAGE_SIZE)
         # Rows get equally many consecutive pages: reading them back is then a view of the cache.
-        self.state = ContextState(
-            self.config, len(self.prompts), pages * len(self.prompts), towers.dtype, towers.context.device
-        )
+        self.state = ContextState.for_towers(towers, len(self.prompts), pages * len(self.prompts))
         for row in range(len(self.prompts)):
             self.state.claim(row, num_tokens=max(lengths))
 
@@ -96,8 +95,7 @@ class Batch:
 
     def block_context(self, block_size: int) -> BlockContext:
         """Context state of the active rows, for the denoiser."""
-        denoiser = self.towers.denoiser
-        return self.state.block_context(self.active, block_size, denoiser.device, denoiser.dtype)
+        return self.state.block_context(self.active, block_size)
 
     def active_seeds(self, device: torch.device) -> Tensor:
         """Seeds int64 [num_active]."""

@@ -2,43 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-
-@dataclass
-class PhaseTimes:
-    """Wall-clock seconds by phase.
-
-    Attributes:
-        prefill_s: context tower over the prompts.
-        extend_s: context tower over committed tokens.
-        denoise_s: denoiser passes (mask diffusion and mock-AR), with the choice of tokens.
-    """
-
-    prefill_s: float = 0.0
-    extend_s: float = 0.0
-    denoise_s: float = 0.0
-
-    @property
-    def total_s(self) -> float:
-        """Sum of all phases."""
-        return self.prefill_s + self.extend_s + self.denoise_s
-
-    @contextmanager
-    def measure(self, phase: str, device: torch.device) -> Iterator[None]:
-        """Adds the time of the enclosed work on `device` to `phase` ("prefill", "extend" or "denoise")."""
-        start = time.perf_counter()
-        yield
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        name = f"{phase}_s"
-        setattr(self, name, getattr(self, name) + time.perf_counter() - start)
+from twotower_spec.generation.phase_times import PhaseTimes
 
 
 @dataclass(frozen=True)

@@ -2,5 +2,6 @@
 
 from twotower_spec.state.block_context import BlockContext
 from twotower_spec.state.context_state import ContextState, Extension
+from twotower_spec.state.source import ContextSource
 
-__all__ = ["BlockContext", "ContextState", "Extension"]
+__all__ = ["BlockContext", "ContextSource", "ContextState", "Extension"]

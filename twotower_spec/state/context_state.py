@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
@@ -16,8 +16,9 @@ from twotower_spec.state.block_context import BlockContext, BlockWorkspace, keys
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
-from twotower_spec.state.token_history import Row, TokenHistory, tokens_from
+from twotower_spec.state.token_history import TokenHistory, TokenSequence, tokens_from
 from twotower_spec.towers import ContextTower
+from twotower_spec.towers.model import TwoTowers
 
 RequestId = Hashable
 RequestT = TypeVar("RequestT", bound=Hashable)
@@ -98,7 +99,7 @@ class Extension:
 
 
 class ContextState:
-    """Context tower state of many requests, allocated once.
+    """Context tower state of many requests, allocated once; a `ContextSource`.
 
     Slots are claimed by request id. When slots or pages run out, the least recently used request that the call does
     not need is evicted; the evicted one simply starts over when it comes back.
@@ -113,6 +114,8 @@ class ContextState:
         device: torch.device | str = "cpu",
         page_size: int = DEFAULT_PAGE_SIZE,
         room_to_grow: bool = False,
+        denoiser_device: torch.device | None = None,
+        denoiser_dtype: torch.dtype | None = None,
     ) -> None:
         """Allocates the pool.
 
@@ -125,19 +128,40 @@ class ContextState:
             page_size: tokens per page.
             room_to_grow: every slot begins in a stretch of pages of its own, so that the pages of requests that grow
                 side by side stay consecutive; False fills the pool from the front.
+            denoiser_device: where the denoiser reads; None for the pool's device.
+            denoiser_dtype: what it reads in; None for the pool's dtype.
         """
         device = torch.device(device)
         self.config = config
+        self.num_slots, self.num_pages = num_slots, num_pages
+        self.denoiser_device, self.denoiser_dtype = denoiser_device or device, denoiser_dtype or dtype
         self.mamba = MambaState(config, num_slots, dtype, device)
         self.kv_cache = PagedKVCache(config, num_pages, page_size, dtype, device)
         self.num_evictions = 0
         self.num_restarts = 0
         self._entries: dict[RequestId, RequestEntry] = {}
+        self._in_slot: dict[int, RequestEntry] = {}
         self._free_slots = _all_slots(num_slots)
+        self._workspace: BlockWorkspace | None = None
         self._pages_per_slot = num_pages // num_slots if room_to_grow else 0
         self._clock = itertools.count(1)
         kinds = config.layer_kinds
         self._layer_slot = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+
+    @classmethod
+    def for_towers(cls, towers: TwoTowers, num_slots: int, num_pages: int, room_to_grow: bool = False) -> ContextState:
+        """Allocates a pool where the context tower is, which the denoiser, if there is one, reads where it is."""
+        reader = towers.denoiser if towers.has_denoiser else towers.context
+        return cls(
+            towers.config,
+            num_slots,
+            num_pages,
+            towers.dtype,
+            towers.context.device,
+            room_to_grow=room_to_grow,
+            denoiser_device=reader.device,
+            denoiser_dtype=reader.dtype,
+        )
 
     def __contains__(self, request_id: RequestId) -> bool:
         return request_id in self._entries
@@ -156,6 +180,11 @@ class ContextState:
         tensors = (self.mamba.conv, self.mamba.ssm, self.kv_cache.keys, self.kv_cache.values)
         return sum(t.nbytes for t in tensors)
 
+    @property
+    def workspace_nbytes(self) -> int:
+        """Bytes that views take on the denoiser's side, where they cannot read the pool in place."""
+        return self._workspace.nbytes if self._workspace else 0
+
     def entry(self, request_id: RequestId) -> RequestEntry:
         """Bookkeeping of a request that is held.
 
@@ -170,6 +199,18 @@ class ContextState:
         """Tokens whose state is held for a request, 0 if it is not held."""
         entry = self._entries.get(request_id)
         return len(entry.history) if entry else 0
+
+    def slots(self, request_ids: Iterable[RequestId]) -> Tensor:
+        """Slots of requests that are held, int64 [num_reqs] on the host; they stay until a request is released."""
+        return torch.tensor([self.entry(request_id).slot for request_id in request_ids], dtype=torch.int64)
+
+    def num_pages_of(self, request_id: RequestId) -> int:
+        """Pages that a request holds."""
+        return len(self.entry(request_id).pages)
+
+    def pages_for(self, num_tokens: int) -> int:
+        """Pages that a request of `num_tokens` tokens needs."""
+        return self.kv_cache.pages_for(num_tokens)
 
     def claim(self, request_id: RequestId, num_tokens: int = 0, keep: Sequence[RequestId] = ()) -> None:
         """Gives a request a slot with the empty state, and pages for `num_tokens` tokens.
@@ -188,7 +229,7 @@ class ContextState:
                 self._evict_one(keep, "slot")
             slot = self._free_slots.pop()
             self.mamba.reset(slot)
-            self._entries[request_id] = RequestEntry(slot)
+            self._entries[request_id] = self._in_slot[slot] = RequestEntry(slot)
         entry = self._entries[request_id]
         entry.last_used = next(self._clock)
         missing = self.kv_cache.pages_for(num_tokens) - len(entry.pages)
@@ -204,6 +245,7 @@ class ContextState:
         """Forgets a request; unknown ids are ignored."""
         entry = self._entries.pop(request_id, None)
         if entry is not None:
+            del self._in_slot[entry.slot]
             self._free_slots.append(entry.slot)
             self._free_slots.sort(reverse=True)
             self.kv_cache.release(entry.pages)
@@ -211,7 +253,8 @@ class ContextState:
     def reset(self) -> None:
         """Forgets all requests, also where a pass that broke off left the accounts half done."""
         self._entries.clear()
-        self._free_slots = _all_slots(self.mamba.conv.shape[1])
+        self._in_slot.clear()
+        self._free_slots = _all_slots(self.num_slots)
         self.kv_cache.reset()
 
     @torch.inference_mode()
@@ -327,51 +370,12 @@ class ContextState:
                     del left[request_id]
         return last
 
-    def advance(
-        self, tower: ContextTower, rows: Mapping[RequestT, Row], token_budget: int = DEFAULT_TOKEN_BUDGET
-    ) -> dict[RequestT, Tensor]:
-        """Brings every request up to its row of token ids, within one pass of at most `token_budget` tokens.
-
-        A request whose row does not continue what was computed for it is started over, alone.
-
-        Args:
-            tower: on the device of the pool.
-            rows: all token ids of each request so far.
-            token_budget: most tokens of this call; requests that do not fit go on with the next one.
-
-        Returns:
-            Logits [vocab] of the last token for every request that is complete now and had new tokens.
-
-        Raises:
-            StateFullError: the requests of this call do not fit together.
-        """
-        increments = {rid: row[self.continue_or_restart(rid, row) :] for rid, row in rows.items()}
-        return self.advance_by(tower, increments, token_budget)
-
-    def advance_by(
-        self,
-        tower: ContextTower,
-        increments: Mapping[RequestT, Row],
-        token_budget: int = DEFAULT_TOKEN_BUDGET,
-    ) -> dict[RequestT, Tensor]:
-        """`advance` by the new tokens of every request; one that brings none is only not evicted for the others."""
-        for request_id, tokens in increments.items():  # all before the pass, so that none gives way to another one
-            self.claim(request_id, self.num_computed_tokens(request_id) + len(tokens), keep=list(increments))
-        left = {request_id: tokens for request_id, tokens in increments.items() if len(tokens)}
-        chunk = take_within_budget(left, token_budget)
-        if not chunk:
-            return {}
-        result = self.extend(tower, chunk)
-        assert result.logits is not None
-        complete = {request_id for request_id, tokens in chunk.items() if len(tokens) == len(left[request_id])}
-        return {rid: row for rid, row in zip(chunk, result.logits, strict=True) if rid in complete}
-
-    def continue_or_restart(self, request_id: RequestId, row: Row) -> int:
-        """How many tokens of a row are computed. A request whose row does not continue them is started over."""
+    def continue_or_restart(self, request_id: RequestId, token_ids: TokenSequence) -> int:
+        """Counts the tokens whose state is held; a request whose tokens do not continue them is started over."""
         entry = self._entries.get(request_id)
         if entry is None:
             return 0
-        if not entry.history.begins(row):
+        if not entry.history.begins(token_ids):
             self.restart(request_id)
             return 0
         return len(entry.history)
@@ -382,48 +386,48 @@ class ContextState:
         self.num_restarts += 1
 
     @torch.inference_mode()
-    def block_context(
-        self,
-        request_ids: Sequence[RequestId],
-        block_size: int,
-        device: torch.device | None = None,
-        dtype: torch.dtype | None = None,
-        workspace: BlockWorkspace | None = None,
-    ) -> BlockContext:
-        """The read-only state of some requests for one block, moved to the denoiser's device in one go.
+    def view(self, slots: Tensor, block_size: int) -> BlockContext:
+        """See `ContextSource.view`.
 
-        Args:
-            request_ids: requests that are held.
-            block_size: tokens of the block.
-            device: the denoiser's device; None for the pool's.
-            dtype: the denoiser's dtype; None for the pool's.
-            workspace: on that device and of that dtype, with room for the blocks and for all pages of the requests; a
-                later call with the same one ends what this call gives. None for a new one.
+        Raises:
+            ArgumentError: a slot is free.
         """
-        entries = [self.entry(request_id) for request_id in request_ids]
+        chosen: list[int] = slots.tolist()
+        free = [slot for slot in chosen if slot not in self._in_slot]
+        if free:
+            raise ArgumentError(f"slot {free[0]} is free; claim it for a request first")
+        entries = [self._in_slot[slot] for slot in chosen]
         for entry in entries:
             entry.last_used = next(self._clock)
-        device, dtype = device or self.mamba.conv.device, dtype or self.mamba.conv.dtype
-        slots = self.mamba.index([entry.slot for entry in entries])
-        lens = [len(entry.history) for entry in entries]
-        page_lists = [entry.pages for entry in entries]
-        if workspace is None:
-            room = sum(self.kv_cache.pages_for(length) * self.kv_cache.page_size + block_size for length in lens)
-            workspace = BlockWorkspace(self.config, room, dtype, device)
+        index, lens = self.mamba.index(chosen), [len(entry.history) for entry in entries]
+        device, dtype = self.denoiser_device, self.denoiser_dtype
         return BlockContext(
             layer_slot=self._layer_slot,
-            conv=self.mamba.conv[:, slots].to(device, dtype),
-            ssm=self.mamba.ssm[:, slots].to(device, accumulation_dtype(dtype)),
-            keys=keys_for_block(self.kv_cache, page_lists, lens, block_size, workspace),
+            conv=self.mamba.conv[:, index].to(device, dtype),
+            ssm=self.mamba.ssm[:, index].to(device, accumulation_dtype(dtype)),
+            keys=keys_for_block(
+                self.kv_cache, [entry.pages for entry in entries], lens, block_size, self._room(block_size)
+            ),
             context_lens=lens,
         )
+
+    def block_context(self, request_ids: Sequence[RequestId], block_size: int) -> BlockContext:
+        """Gives `view` of requests that are held."""
+        return self.view(self.slots(request_ids), block_size)
+
+    def _room(self, block_size: int) -> BlockWorkspace:
+        """A workspace for blocks of all requests and the whole pool; it takes memory where it is written."""
+        num_tokens = self.num_pages * self.kv_cache.page_size + self.num_slots * block_size
+        if self._workspace is None or self._workspace.num_tokens < num_tokens:
+            self._workspace = BlockWorkspace(self.config, num_tokens, self.denoiser_dtype, self.denoiser_device)
+        return self._workspace
 
     def _evict_one(self, keep: Sequence[RequestId], what: str) -> None:
         candidates = [request_id for request_id in self._entries if request_id not in keep]
         if not candidates:
             raise StateFullError(
-                f"no {what} is left for {len(set(keep))} requests at once (slots {self.mamba.conv.shape[1]}, pages "
-                f"{self.kv_cache.keys.shape[1] // self.kv_cache.page_size} of {self.kv_cache.page_size} tokens); give "
+                f"no {what} is left for {len(set(keep))} requests at once (slots {self.num_slots}, pages "
+                f"{self.num_pages} of {self.kv_cache.page_size} tokens); give "
                 f"the state more, or pass fewer requests"
             )
         self.release(min(candidates, key=lambda request_id: self._entries[request_id].last_used))
@@ -435,7 +439,7 @@ def _all_slots(num_slots: int) -> list[int]:
     return list(range(num_slots - 1, -1, -1))
 
 
-def take_within_budget(increments: Mapping[RequestT, Row], token_budget: int) -> dict[RequestT, list[int]]:
+def take_within_budget(increments: Mapping[RequestT, TokenSequence], token_budget: int) -> dict[RequestT, list[int]]:
     """The first tokens of each request, in order, until the budget is used up.
 
     Raises:

@@ -7,12 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-Row = Sequence[int] | npt.NDArray[np.integer]
+# The token ids of a request, prompt included; an array is compared faster.
+TokenSequence = Sequence[int] | npt.NDArray[np.integer]
 FIRST_CAPACITY = 64
 
 
 class TokenHistory:
-    """A list of token ids that compares itself with long rows at the speed of memory."""
+    """A list of token ids that compares itself with long sequences at the speed of memory."""
 
     def __init__(self) -> None:
         self._ids = np.empty(FIRST_CAPACITY, dtype=np.int32)
@@ -35,13 +36,13 @@ class TokenHistory:
         """Forgets all but the first `length` tokens."""
         self._length = min(self._length, length)
 
-    def begins(self, row: Row) -> bool:
-        """Whether a row begins with all of these tokens."""
-        if len(row) < self._length:
+    def begins(self, token_ids: TokenSequence) -> bool:
+        """Whether a sequence begins with all of these tokens."""
+        if len(token_ids) < self._length:
             return False
-        if isinstance(row, np.ndarray):
-            return bool((self._ids[: self._length] == row[: self._length]).all())
-        return self.tolist() == list(row[: self._length])
+        if isinstance(token_ids, np.ndarray):
+            return bool((self._ids[: self._length] == token_ids[: self._length]).all())
+        return self.tolist() == list(token_ids[: self._length])
 
     def tolist(self) -> list[int]:
         """The ids as Python integers."""
@@ -49,14 +50,14 @@ class TokenHistory:
         return ids
 
 
-def tokens_from(row: Row, start: int) -> list[int]:
-    """The ids of a row from index `start` on, as Python integers."""
-    rest = row[start:]
+def tokens_from(token_ids: TokenSequence, start: int) -> list[int]:
+    """The ids from index `start` on, as Python integers."""
+    rest = token_ids[start:]
     return rest.tolist() if isinstance(rest, np.ndarray) else list(rest)
 
 
-def all_below(row: Row, bound: int) -> bool:
-    """Whether all ids of a row are from 0 to `bound` - 1."""
-    if isinstance(row, np.ndarray):
-        return not len(row) or bool(row.min() >= 0 and row.max() < bound)
-    return all(0 <= token < bound for token in row)
+def all_below(token_ids: TokenSequence, bound: int) -> bool:
+    """Whether all ids are from 0 to `bound` - 1."""
+    if isinstance(token_ids, np.ndarray):
+        return not len(token_ids) or bool(token_ids.min() >= 0 and token_ids.max() < bound)
+    return all(0 <= token < bound for token in token_ids)

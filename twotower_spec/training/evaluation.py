@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
-from twotower_spec.drafting.drafter import FirstToken
+from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.training.processes import sharing_cores

@@ -15,8 +15,8 @@ from typing import Protocol
 import numpy as np
 from transformers import PreTrainedModel
 
-from twotower_spec.drafting import BlockDrafter, DraftPolicy
-from twotower_spec.drafting.drafter import FirstToken
+from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest
+from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.generation.self_speculative import agreeing
@@ -152,7 +152,7 @@ class TowerDrafter:
         self, towers: TwoTowers, num_rows: int, longest: int, policy: DraftPolicy, first_token: FirstToken
     ) -> None:
         pages = -(-longest // DEFAULT_PAGE_SIZE) * num_rows
-        self._drafter = BlockDrafter(
+        self._session = DraftingSession(
             towers,
             policy,
             first_token=first_token,
@@ -164,9 +164,9 @@ class TowerDrafter:
 
     def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
         """See `Drafter.draft`."""
-        block = self._drafter.draft(rows)
+        block = self._session.draft([DraftRequest(row, token_ids) for row, token_ids in rows.items()]).block
         self.num_denoiser_passes += sum(block.num_denoiser_passes)
-        return {row: block.row(i)[:num_tokens] for i, row in enumerate(rows)}
+        return {row: drafts[:num_tokens] for row, drafts in zip(rows, block.rows(), strict=True)}
 
 
 class ContextTowerDrafter:

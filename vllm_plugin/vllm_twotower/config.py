@@ -10,7 +10,8 @@ from typing import Any, Literal, get_args
 from twotower_kernels.acceptance import AcceptanceRule
 from twotower_spec.config import TORCH_DTYPES, DiffusionConfig, check_integer
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
-from twotower_spec.drafting.drafter import DEFAULT_NUM_TOKENS, FirstToken
+from twotower_spec.drafting.block_drafter import FirstToken
+from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS
 from twotower_spec.errors import ArgumentError
 from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
 

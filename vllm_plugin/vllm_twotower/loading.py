@@ -9,16 +9,16 @@ import torch
 
 from twotower_kernels.block_scan import LongScan, register_long_scan, varlen_scan
 from twotower_spec.config import TORCH_DTYPES
-from twotower_spec.drafting import BlockDrafter
+from twotower_spec.drafting import DraftingSession
 from twotower_spec.model import TwoTowerModel
 from vllm_twotower.config import DrafterKnobs, FoundAtStart
 
 logger = logging.getLogger("vllm.twotower.loading")
 
 
-def load_drafter(
+def load_session(
     knobs: DrafterKnobs, found: FoundAtStart, vllm_config: Any, device: torch.device, dtype: torch.dtype
-) -> BlockDrafter:
+) -> DraftingSession:
     """Loads both towers and allocates the state pool and all workspaces; one line in the log says how much went where.
 
     To be called before vLLM measures what is left for its own cache.
@@ -33,7 +33,7 @@ def load_drafter(
     """
     num_requests, num_tokens = knobs.pool_size(vllm_config)
     model = load_towers(knobs, device, dtype)
-    drafter = BlockDrafter(
+    session = DraftingSession(
         model,
         knobs.policy_for(int(vllm_config.speculative_config.num_speculative_tokens), found.block_size),
         first_token=knobs.first_token,
@@ -42,9 +42,9 @@ def load_drafter(
         token_budget=knobs.prefill_budget,
         num_token_ids=found.num_token_ids,
     )
-    drafter.warm_up()
-    logger.info("TwoTower: %s, %s; %s", knobs.model, str(model.dtype).removeprefix("torch."), drafter.memory())
-    return drafter
+    session.warm_up()
+    logger.info("TwoTower: %s, %s; %s", knobs.model, str(model.dtype).removeprefix("torch."), session.memory())
+    return session
 
 
 def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -> TwoTowerModel:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from twotower_spec.drafting.metrics import CONFIDENCE_BINS, bins_of
+from twotower_spec.drafting.metrics import CALIBRATION_BINS, bins_of
 
 STATS_FILE_VARIABLE = "TWOTOWER_STATS_FILE"
 
@@ -37,7 +37,7 @@ FALLBACKS = (
 )
 RESOURCES = ("requests", "tokens")
 # Lower bounds, as labels.
-CONFIDENCES = tuple(f"{low:.1f}" for low, _ in CONFIDENCE_BINS)
+CONFIDENCES = tuple(f"{low:.1f}" for low, _ in CALIBRATION_BINS)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower_bench.records import DecodingSteps, Drafting
-from twotower_spec.drafting.metrics import CONFIDENCE_BINS, CalibrationBin
+from twotower_spec.drafting.metrics import CALIBRATION_BINS, CalibrationBin
 from vllm_twotower.metrics import CONFIDENCES, FALLBACKS, PHASES, by_place, drafting_s, read_totals
 
 # Requests, and tokens that each reads.
@@ -79,7 +79,7 @@ class StepRecorder:
             seconds=_phases(grown),
             without_drafts={reason: int(n) for reason in FALLBACKS if (n := grown["fallbacks", reason])},
             calibration=tuple(
-                _calibration_bin(grown, label, *ends) for label, ends in zip(CONFIDENCES, CONFIDENCE_BINS, strict=True)
+                _calibration_bin(grown, label, *ends) for label, ends in zip(CONFIDENCES, CALIBRATION_BINS, strict=True)
             ),
         )
 

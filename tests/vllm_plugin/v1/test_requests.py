@@ -1,30 +1,8 @@
-"""Assignment of rows to requests, and the drafts that each can still use."""
+"""Drafts that a request can still use, and which requests are gone."""
 
 from types import SimpleNamespace
 
-import numpy as np
-
-from vllm_twotower.v1.requests import Row, RowsByContent, gone, usable_drafts
-
-
-def row(*tokens: int) -> Row:
-    return np.array(tokens, dtype=np.int32)
-
-
-def test_rows_are_found_by_content_however_they_are_ordered() -> None:
-    rows = RowsByContent()
-    first, second = rows.identify([row(1, 2, 3), row(4, 5)])
-    assert first != second
-    assert rows.identify([row(4, 5, 6), row(1, 2, 3, 9, 9)]) == [second, first]
-    (third,) = rows.identify([row(4, 7)])
-    assert third not in (first, second)
-
-
-def test_two_rows_with_one_history_are_two_requests() -> None:
-    rows = RowsByContent()
-    ids = rows.identify([row(1, 2), row(1, 2)])
-    assert len(set(ids)) == 2
-    assert sorted(rows.identify([row(1, 2, 3), row(1, 2, 4)])) == sorted(ids)
+from vllm_twotower.v1.requests import gone, usable_drafts
 
 
 def test_a_request_is_not_drafted_beyond_its_end() -> None:

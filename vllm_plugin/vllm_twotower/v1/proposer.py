@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -15,15 +14,15 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from twotower_kernels.acceptance import warm_up
-from twotower_spec.drafting import BlockDrafter, DraftBlock, DraftPolicy
+from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower.config import DrafterKnobs
 from vllm_twotower.faults import FaultHandler
-from vllm_twotower.loading import load_drafter
+from vllm_twotower.loading import load_session
 from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line, stats_path
 from vllm_twotower.requirements import configuration_of
 from vllm_twotower.v1 import hooks
-from vllm_twotower.v1.requests import RowsByContent, gone, usable_drafts
+from vllm_twotower.v1.requests import gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
 
 logger = init_logger("vllm.twotower.proposer")
@@ -54,8 +53,7 @@ class TwoTowerProposer:
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.knobs, self._found = configuration_of(vllm_config)
         self._vllm_config = vllm_config
-        self.max_model_len = int(vllm_config.model_config.max_model_len)
-        self.drafter: BlockDrafter | None = None
+        self.session: DraftingSession | None = None
         self.stats = DrafterStats(None)
         self._vocab_size = int(vllm_config.model_config.get_vocab_size())
         parallel = vllm_config.parallel_config
@@ -63,10 +61,10 @@ class TwoTowerProposer:
         self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
         self._pads = self.knobs.pads_drafts(vllm_config)
         self._runner: Any = None
-        self._rows_by_content = RowsByContent()
-        self._scheduled: Mapping[str, Sequence[int]] = {}
+        self._scheduled: Mapping[Any, Sequence[int]] = {}
         self._round_end = time.perf_counter()
-        self._block: DraftBlock | None = None
+        self._drafting_s = 0.0
+        self._round: Round | None = None
         self._policies: dict[DrafterKnobs, DraftPolicy] = {}
         self._faults = FaultHandler()
         self._sampler_failures = 0
@@ -95,7 +93,7 @@ class TwoTowerProposer:
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
         try:
-            self.drafter = load_drafter(self.knobs, self._found, self._vllm_config, parameter.device, parameter.dtype)
+            self.session = load_session(self.knobs, self._found, self._vllm_config, parameter.device, parameter.dtype)
         except TwoTowerError:
             raise
         except Exception as error:
@@ -115,15 +113,15 @@ class TwoTowerProposer:
         """
         knobs = DrafterKnobs.parse({**asdict(self.knobs), **changes})
         knobs.check_num_speculative_tokens(self.num_speculative_tokens, self._found.block_size)
-        if self.drafter is None:
+        if self.session is None:
             return
         if knobs not in self._policies:
             self._policies[knobs] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
-        self.drafter.policy = self._policies[knobs]
-        self.drafter.first_token = knobs.first_token
-        self.drafter.reset()
-        self.drafter.warm_up()
-        self._block = None
+        self.session.policy = self._policies[knobs]
+        self.session.drafter.first_token = knobs.first_token
+        self.session.reset()
+        self.session.warm_up()
+        self._round = None
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step; never raises."""
@@ -155,117 +153,114 @@ class TwoTowerProposer:
         """
         num_reqs = len(sampled_token_ids)
         self._count_sampler_failures()
-        if self.drafter is None:
+        if self.session is None or self._runner is None:
             self.stats.add("fallbacks", num_reqs, "not loaded")
             return [[] for _ in range(num_reqs)]
         start = time.perf_counter()
         try:
-            drafts = self._round(self.drafter, start, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
+            drafts = self._draft(self.session, start, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
         except Exception as error:
             self.stats.add("fallbacks", num_reqs, "error")
-            self._block = None
-            if not self._faults.recover(error, self.drafter.reset):
-                self.drafter = None
+            self._round = None
+            if not self._faults.recover(error, self.session.reset):
+                self.session = None
             drafts = [[] for _ in range(num_reqs)]
         self._round_end = time.perf_counter()
         return drafts
 
-    def _round(
+    def _draft(
         self,
-        drafter: BlockDrafter,
+        session: DraftingSession,
         start: float,
         sampled_token_ids: list[list[int]],
         num_tokens_no_spec: npt.NDArray[np.int32],
         token_ids_cpu: npt.NDArray[np.int32],
     ) -> list[list[int]]:
-        lengths: list[int] = num_tokens_no_spec[: len(sampled_token_ids)].tolist()
-        rows = [token_ids_cpu[i, :length] for i, length in enumerate(lengths)]
-        request_ids = self._identify(drafter, rows)
-        self._observe(drafter, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
+        for request_id in gone(session.request_ids, self._runner):
+            session.release(request_id)
+        request_ids: list[str] = self._runner.input_batch.req_ids[: len(sampled_token_ids)]
+        self._observe(session, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
         self.stats.add("rounds", 1)
         if self._faults.skips_round():
-            self.stats.add("fallbacks", len(rows), "recovering")
-            return [[] for _ in rows]
-        limits = dict(zip(request_ids, map(self._limit, request_ids, lengths), strict=True))
-        reading = {rid for rid, sampled in zip(request_ids, sampled_token_ids, strict=True) if not sampled}
-        before = Counter(drafter.counters.without_drafts)
-        texts: dict[Hashable, Any] = dict(zip(request_ids, rows, strict=True))
-        self._block = block = drafter.draft(texts, most_tokens=limits, read_only=reading)
+            self.stats.add("fallbacks", len(request_ids), "recovering")
+            return [[] for _ in request_ids]
+        lengths: list[int] = num_tokens_no_spec[: len(request_ids)].tolist()
+        requests = [
+            DraftRequest(
+                request_id,
+                token_ids_cpu[row, :length],
+                usable_drafts(self._runner, request_id, length, self.num_speculative_tokens),
+                read_only=not sampled,
+            )
+            for row, (request_id, length, sampled) in enumerate(
+                zip(request_ids, lengths, sampled_token_ids, strict=True)
+            )
+        ]
+        self._round = session.draft(requests)
         self._faults.round_succeeded()
-        self._count(drafter, block, before, start)
-        drafts = [block.row(i) for i in range(len(rows))]
-        return padded(drafts, sampled_token_ids, list(limits.values())) if self._pads else drafts
+        self._count(session, self._round, start)
+        drafts = self._round.block.rows()
+        return padded(drafts, sampled_token_ids, requests) if self._pads else drafts
 
-    def _identify(self, drafter: BlockDrafter, rows: Sequence[npt.NDArray[np.int32]]) -> Sequence[Hashable]:
-        """Request of every row; forgets those that are gone."""
-        if self._runner is None:
-            return self._rows_by_content.identify(rows)
-        for request_id in gone(drafter.request_ids, self._runner):
-            drafter.release(request_id)
-        request_ids: list[str] = self._runner.input_batch.req_ids[: len(rows)]
-        return request_ids
-
-    def _limit(self, request_id: Hashable, length: int) -> int:
-        if self._runner is None:
-            return max(0, min(self.num_speculative_tokens, self.max_model_len - length - 1))
-        return usable_drafts(self._runner, str(request_id), length, self.num_speculative_tokens)
-
-    def _observe(self, drafter: BlockDrafter, start: float, sampled: Mapping[Hashable, Sequence[int]]) -> None:
-        """Tells the policy, and counts, what became of the drafts of the last round."""
-        block, self._block = self._block, None
-        if block is None:
+    def _observe(self, session: DraftingSession, start: float, sampled: Mapping[Hashable, Sequence[int]]) -> None:
+        """Tells the policy, and counts, what became of the last round's drafts."""
+        finished, self._round = self._round, None
+        if finished is None:
             return
-        accepted: dict[Hashable, int] = {}
-        verified: dict[Hashable, int] = {}
-        for request_id, drafted in zip(block.request_ids, block.num_draft_tokens, strict=True):
-            if sampled.get(request_id):
-                scheduled = self._scheduled.get(str(request_id)) if self._runner is not None else None
-                verified[request_id] = min(drafted, len(scheduled or ())) if self._runner is not None else drafted
-                accepted[request_id] = min(len(sampled[request_id]) - 1, verified[request_id])
-        if not accepted:
+        self._count_phases(finished)
+        block = finished.block
+        verified = [
+            min(drafted, len(self._scheduled.get(request_id) or ()))
+            for request_id, drafted in zip(block.request_ids, block.num_draft_tokens, strict=True)
+        ]
+        accepted = [
+            min(len(sampled[request_id]) - 1, asked) if sampled.get(request_id) else None
+            for request_id, asked in zip(block.request_ids, verified, strict=True)
+        ]
+        if all(count is None for count in accepted):
             return
         # Its requests are still here, so vLLM was busy with them all the time.
         verify_s = start - self._round_end
-        with_prompts = any(not tokens for tokens in sampled.values()) or any(rid not in accepted for rid in sampled)
-        drafter.observe(accepted, verify_s, verified, with_prompts)
+        ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
+        with_prompts = not ran.issuperset(sampled)
+        session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts))
         self.stats.add("verify_seconds", verify_s)
-        self._calibrate(block, accepted, verified)
-        for request_id, count in verified.items():
-            if count:
+        self._calibrate(block.confidence.double().numpy(), accepted, verified)
+        for count, asked in zip(accepted, verified, strict=True):
+            if count is not None and asked:
                 self.stats.add("drafts", 1)
-                self.stats.add("draft_tokens", count)
-                self.stats.add("accepted_tokens", accepted[request_id])
+                self.stats.add("draft_tokens", asked)
+                self.stats.add("accepted_tokens", count)
                 share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
                 length = self.stats.get("acceptance_length")
-                self.stats.set("acceptance_length", length + share * (accepted[request_id] + 1 - length))
+                self.stats.set("acceptance_length", length + share * (count + 1 - length))
 
-    def _calibrate(self, block: DraftBlock, accepted: Mapping[Hashable, int], verified: Mapping[Hashable, int]) -> None:
+    def _calibrate(
+        self, confidence: npt.NDArray[np.float64], accepted: Sequence[int | None], verified: Sequence[int]
+    ) -> None:
         """Counts drafts up to the first that was rejected, by their confidence."""
-        kept = np.array([accepted.get(request_id, 0) for request_id in block.request_ids])[:, None]
-        asked = np.array([verified.get(request_id, 0) for request_id in block.request_ids])[:, None]
-        position = np.arange(block.confidence.shape[1])
+        kept = np.array([count or 0 for count in accepted])[:, None]
+        asked = np.array([0 if count is None else n for count, n in zip(accepted, verified, strict=True)])[:, None]
+        position = np.arange(confidence.shape[1])
         decided = position < np.minimum(kept + 1, asked)
-        self.stats.add_decided(block.confidence.double().numpy()[decided], (position < kept)[decided])
+        self.stats.add_decided(confidence[decided], (position < kept)[decided])
 
     def _count_sampler_failures(self) -> None:
         failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)
         self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
         self._sampler_failures = failures
 
-    def _count(self, drafter: BlockDrafter, block: DraftBlock, before: Counter[str], start: float) -> None:
-        stats, times = self.stats, drafter.last_times
+    def _count(self, session: DraftingSession, drafted: Round, start: float) -> None:
+        stats, block = self.stats, drafted.block
         stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
         stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
-        stats.add("context_tokens", drafter.num_context_tokens)
-        stats.add("drafting_seconds", times.extend_s, "extend")
-        stats.add("drafting_seconds", times.denoise_s, "denoise")
-        host = time.perf_counter() - start - times.extend_s - times.denoise_s
-        stats.add("drafting_seconds", max(0.0, host), "host")
-        for reason, count in (drafter.counters.without_drafts - before).items():
+        stats.add("context_tokens", drafted.num_context_tokens)
+        for reason, count in drafted.without_drafts.items():
             stats.add("fallbacks", count, reason)
-        held = drafter.request_ids
+        held = session.request_ids
         stats.set("pool_used", len(held), "requests")
-        stats.set("pool_used", sum(map(drafter.state.num_computed_tokens, held)), "tokens")
+        stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
+        self._drafting_s = time.perf_counter() - start
         now = time.monotonic()
         if self.knobs.log_interval_s and now - self._logged_at >= self.knobs.log_interval_s:
             line = log_line(stats, self._logged)
@@ -273,12 +268,22 @@ class TwoTowerProposer:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
 
+    def _count_phases(self, finished: Round) -> None:
+        """Counts a round's seconds when it is over: on a GPU they are not known earlier without a wait."""
+        times = finished.times
+        self.stats.add("drafting_seconds", times.extend_s, "extend")
+        self.stats.add("drafting_seconds", times.denoise_s, "denoise")
+        host_s = self._drafting_s - times.extend_s - times.denoise_s
+        self.stats.add("drafting_seconds", max(0.0, host_s), "host")
 
-def padded(drafts: list[list[int]], sampled_token_ids: list[list[int]], limits: list[int]) -> list[list[int]]:
-    """Every decoding row with as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
+
+def padded(
+    drafts: list[list[int]], sampled_token_ids: list[list[int]], requests: Sequence[DraftRequest]
+) -> list[list[int]]:
+    """Gives every decoding row as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
     if not any(drafts):
         return drafts
     return [
-        row + [(row or sampled)[-1]] * (limit - len(row)) if sampled else row
-        for row, sampled, limit in zip(drafts, sampled_token_ids, limits, strict=True)
+        row + [(row or sampled)[-1]] * ((one.max_draft_tokens or 0) - len(row)) if sampled else row
+        for row, sampled, one in zip(drafts, sampled_token_ids, requests, strict=True)
     ]

@@ -1,42 +1,9 @@
-"""Which request every row of a step belongs to, how much it can still use, and which requests are gone."""
+"""How many drafts a request can still use, and which requests are gone."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Any
-
-import numpy as np
-import numpy.typing as npt
-
-Row = npt.NDArray[np.int32]
-
-
-class RowsByContent:
-    """Finds the request of every row by what it begins with: for a vLLM that does not say which it is.
-
-    Of two rows with one history either may be taken for the other, which costs drafts and nothing else.
-    """
-
-    def __init__(self) -> None:
-        self._histories: dict[int, Row] = {}
-        self._next_id = 0
-
-    def identify(self, rows: Sequence[Row]) -> list[int]:
-        """An id per row, the one of last time where a row continues it."""
-        free = dict(self._histories)
-        ids = []
-        for row in rows:
-            match = next((known for known, history in free.items() if _continues(row, history)), None)
-            if match is None:
-                match, self._next_id = self._next_id, self._next_id + 1
-            free.pop(match, None)
-            ids.append(match)
-        self._histories = {request: row.copy() for request, row in zip(ids, rows, strict=True)}
-        return ids
-
-
-def _continues(row: Row, history: Row) -> bool:
-    return len(row) >= len(history) and bool(np.array_equal(row[: len(history)], history))
 
 
 def usable_drafts(runner: Any, request_id: str, num_tokens: int, most: int) -> int:

@@ -13,7 +13,7 @@ from tests.drafting.models import (
     tiny_target,
 )
 from tests.support.builders import tiny_model
-from twotower_spec.drafting import RULES, BlockDrafter, FixedPolicy, speculative_loop
+from twotower_spec.drafting import VERIFICATION_RULES, DraftingSession, FixedPolicy, speculative_loop
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.drafting.verification import RejectingRule
@@ -40,8 +40,8 @@ def repeated(block: DraftBlock, count: int) -> DraftBlock:
 
 
 @pytest.mark.parametrize("name", ["one-hot", "p/q", "block"])
-def test_verdicts_are_drawn_with_the_probabilities_of_the_rule(name: str) -> None:
-    rule = RULES[name]
+def test_outcomes_are_drawn_with_the_probabilities_of_the_rule(name: str) -> None:
+    rule = VERIFICATION_RULES[name]
     assert isinstance(rule, RejectingRule)
     prompt = [1, 2, 0, 2]
     drafts = list(draft_outcomes(tiny_drafting_model(4), prompt, 3, FixedSteps(1, 0.5), SAMPLER, False))
@@ -49,11 +49,11 @@ def test_verdicts_are_drawn_with_the_probabilities_of_the_rule(name: str) -> Non
     probs = target_probs(tiny_target(4), prompt, Sampler(1.0), 4)
     logits = torch.stack([probs[draft.tokens[:i]].log() for i in range(4)])[None]
     block = repeated(draft.block("private"), NUM_ROUNDS)
-    verdict = rule.verify(
+    outcome = rule.verify(
         logits.expand(NUM_ROUNDS, -1, -1), block, SAMPLER, torch.arange(NUM_ROUNDS), torch.full((NUM_ROUNDS,), 4)
     )
     counts = torch.zeros(4, 4)
-    for count, token in zip(verdict.num_accepted, verdict.next_tokens, strict=True):
+    for count, token in zip(outcome.num_accepted, outcome.next_tokens, strict=True):
         counts[count, token] += 1
     rows = SAMPLER.probs(logits)
     one = draft.block("private")
@@ -73,11 +73,11 @@ def test_whole_texts_are_distributed_as_the_targets(rule: str, sampler: Sampler,
     """Several rounds per text, drafts of a real denoiser: 4000 texts of 4 tokens over 4 ids, p > 1e-4."""
     count, length, prompt = 4000, 4, [1, 2, 0, 2]
     model = tiny_model(vocab_size=4, hybrid_override_pattern="M*E", seed=2)
-    drafter = BlockDrafter(model, FixedPolicy(2, steps), sampler=sampler, num_slots=count, num_tokens=count * 16)
+    drafter = DraftingSession(model, FixedPolicy(2, steps), sampler=sampler, num_slots=count, num_tokens=count * 16)
     result = speculative_loop(
         tiny_target(4), drafter, [prompt] * count, length, SAMPLER, rule, seed=[7919 * i for i in range(count)]
     )
-    assert result.report.num_accepted_tokens > 0
+    assert result.summary.num_accepted_tokens > 0
     probs = target_probs(tiny_target(4), prompt, SAMPLER, length)
     found, expected = torch.zeros((4,) * length), torch.zeros((4,) * length)
     for text in result.token_ids:

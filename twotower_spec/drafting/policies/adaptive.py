@@ -14,15 +14,16 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from twotower_kernels.unmasking import choose_commits
 from twotower_spec.config import DiffusionConfig, check_integer
-from twotower_spec.drafting.policies import DraftPlan, RoundOutcome, confident
+from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import DenoisingStep
 
 Array = npt.NDArray[np.float64]
 
 # Upper ends of the bins that confidences are calibrated in.
-CONFIDENCE_BINS = np.array([0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
+CALIBRATION_EDGES = np.array([0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
 # Calibration counts its own confidence as this many observations.
 PRIOR_WEIGHT = 4.0
 # Numbers of steps that are told apart in calibration.
@@ -39,9 +40,9 @@ SHORTEST_ROUND = 1e-9
 # Times are means over so many rounds; one that took this many times the median is left out: something else went on.
 RECENT_ROUNDS = 64
 LONGEST_ROUND = 3.0
-# As much for verifications, which may be of any number of tokens.
+# The same for verifications, whose numbers of tokens differ widely.
 LONGEST_VERIFICATION = 30.0
-# A continuation is tried this often before its gain is believed, and then once in so many rounds.
+# Another step is tried this often before its gain is believed, and then in this share of rounds.
 FIRST_CONTINUATIONS = 5
 CONTINUE_ANYWAY = 1 / 100
 # Values before a step are told apart in classes of this width, in tokens.
@@ -77,7 +78,7 @@ class _Arm:
 
     @property
     def optimistic_rate(self) -> float:
-        """The rate, and what it may be short of for want of rounds."""
+        """The rate if luck was against it: too few rounds, or rounds too unlike, to know it better."""
         mean = self.tokens / self.rounds
         # However alike the rounds were, the text may have changed since: at least a token of doubt.
         deviation = max(1.0, math.sqrt(max(0.0, self.squares / self.rounds - mean * mean)))
@@ -86,7 +87,7 @@ class _Arm:
 
 @dataclass
 class _Reading:
-    """Seconds of the context tower that no round can be charged with, and the tokens that all of them gained."""
+    """Seconds of the context tower that are shared out over all rounds, and the tokens that these gained."""
 
     tokens: float = 0.0
     seconds: float = 0.0
@@ -108,7 +109,7 @@ class _Line:
     recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
 
     def add(self, tokens: float, seconds: float) -> None:
-        """Counts a verification, but for one that something else held up."""
+        """Counts a verification, unless something else held it up."""
         self.recent.append(seconds)
         if seconds <= LONGEST_VERIFICATION * statistics.median(self.recent):
             self.sums = self.sums * MEMORY + np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds])
@@ -135,7 +136,7 @@ class _Gain:
 
 @dataclass
 class _Load:
-    """Everything that is measured, for batches of about one size."""
+    """What is measured for batches of about one size."""
 
     arms: dict[int, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
     num_rounds: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -190,7 +191,7 @@ class AdaptivePolicy:
         self._load = self._loads[0]
         self._reading = _Reading()
         self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
-        bins = len(CONFIDENCE_BINS) + 1
+        bins = len(CALIBRATION_EDGES) + 1
         shape = (MOST_STEPS_APART, self.num_speculative_tokens, bins)
         self._trials = {size: np.zeros(shape) for size in self.block_sizes}
         self._accepted = {size: np.zeros(shape) for size in self.block_sizes}
@@ -204,7 +205,7 @@ class AdaptivePolicy:
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
         """See `DraftPolicy.usable`."""
-        rule = plan.rule
+        rule = plan.commit_rule
         assert isinstance(rule, _AdaptiveSteps)
         survival = self.survival(plan.block_size, num_denoiser_passes, confidence)
         worth = survival > rule.token_price
@@ -238,21 +239,21 @@ class AdaptivePolicy:
 
     def _seconds(self, outcome: RoundOutcome, gained: int) -> float:
         """What a round took, and its share of what drafting takes in the long run."""
-        # A context that lags behind, after rounds without drafts or with a new prompt, is no doing of this round: all
-        # rounds that draft pay for it alike.
+        # A context that lags behind, after rounds without drafts or with a new prompt, costs this round more than its
+        # own drafts do: the surplus is shared out over all rounds that draft.
         own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
         self._reading.add(gained, outcome.extend_s * (1 - own_share))
         if outcome.plan is None:
             return outcome.verify_s
-        rule = outcome.plan.rule
+        rule = outcome.plan.commit_rule
         tried = rule.num_tried if isinstance(rule, _AdaptiveSteps) else 0
-        # Nor is what a step cost that was taken to learn.
+        # A step that was taken to learn is not charged to the block size either.
         denoise_s = outcome.denoise_s * (1 - tried / max(1, *outcome.num_denoiser_passes))
         return outcome.extend_s * own_share + self._reading.price * gained + denoise_s + outcome.verify_s
 
     def _calibrate(self, size: int, outcome: RoundOutcome, confidence: Tensor) -> None:
         """Counts what became of drafts of every confidence."""
-        bins = np.searchsorted(CONFIDENCE_BINS, confidence.double().numpy())
+        bins = np.searchsorted(CALIBRATION_EDGES, confidence.double().numpy())
         for row, (drafted, accepted) in enumerate(zip(outcome.num_draft_tokens, outcome.num_accepted, strict=True)):
             steps = steps_class(outcome.num_denoiser_passes[row])
             for position in range(min(drafted, accepted + 1)):
@@ -263,7 +264,7 @@ class AdaptivePolicy:
     def survival(self, size: int, num_steps: Sequence[int], confidence: Tensor) -> Array:
         """Calibrated probability [num_reqs, num_tokens] that all drafts up to each position are accepted."""
         raw = confidence.double().cpu().numpy()
-        bins = np.searchsorted(CONFIDENCE_BINS, raw)
+        bins = np.searchsorted(CALIBRATION_EDGES, raw)
         steps = np.array([steps_class(n) for n in num_steps])[:, None]
         positions = np.arange(raw.shape[1])
         trials, accepted = self._trials[size][steps, positions, bins], self._accepted[size][steps, positions, bins]
@@ -271,7 +272,7 @@ class AdaptivePolicy:
         return survival
 
     def gain(self, size: int, step: int, value: float) -> _Gain:
-        """What a step after `step` brought blocks of about this value."""
+        """Looks up what a step after `step` brought blocks of about this value."""
         return self._gains[size, step, int(value / VALUE_CLASS)]
 
     def tries(self, gains: Sequence[_Gain]) -> bool:
@@ -311,11 +312,15 @@ class _AdaptiveSteps:
             going_on, self.num_tried = [True] * len(rows), 1
         self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}
         keep = torch.tensor(going_on, device=step.masked.device)
-        return torch.where(keep[:, None], confident(step, policy.threshold), step.masked)
+        return torch.where(keep[:, None], self._confident(step), step.masked)
+
+    def _confident(self, step: DenoisingStep) -> Tensor:
+        """Commits the picks above the threshold, or the most confident one where there is none."""
+        return choose_commits(step.confidence, step.masked, self.policy.threshold, step.masked.shape[1])
 
 
 def load_class(num_reqs: int) -> int:
-    """Batches of about one size: powers of two."""
+    """Groups batches of about one size, by powers of two."""
     return max(num_reqs, 1).bit_length()
 
 

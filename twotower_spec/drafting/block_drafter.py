@@ -1,0 +1,141 @@
+"""The device part of drafting: slots and tensors in, token ids and confidences out."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from twotower_spec.config import accumulation_dtype
+from twotower_spec.drafting.draft_block import Noise
+from twotower_spec.generation.denoising import (
+    CommitRule,
+    DenoisedBlocks,
+    DenoisingRequest,
+    FirstStepProbs,
+    HostLoop,
+    TokenPicker,
+)
+from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state import ContextSource
+from twotower_spec.towers.model import TwoTowers
+
+FirstToken = Literal["context", "denoiser"]
+
+# Mixed into seeds, so that drafts never see the noise of the target; and more offsets than a block can have.
+PRIVATE_SEED = 0x5DEECE66D
+MOST_OFFSETS = 1 << 10
+
+
+class BlockDrafter:
+    """Drafts one block for every row of a batch, from contexts that a `ContextSource` holds by slot.
+
+    It knows no request ids, keeps no lists and reads nothing back from a device; results stay on the denoiser's. Only
+    the denoising loop may look at the device between its steps.
+
+    Attributes:
+        picker: how tokens are picked, and which ids never are.
+        last_logits: float [num_slots, vocab] on the context tower's device, after the last token of every slot, from
+            which the first draft is picked; whoever runs the context tower stores them with `keep_logits`.
+    """
+
+    def __init__(
+        self,
+        towers: TwoTowers,
+        source: ContextSource,
+        num_slots: int,
+        *,
+        first_token: FirstToken,
+        sampler: Sampler,
+        noise: Noise,
+        num_token_ids: int,
+    ) -> None:
+        """Allocates room for the last logits.
+
+        Args:
+            towers: the model, each tower where it was placed.
+            source: of the contexts.
+            num_slots: slots that the source has.
+            first_token: take the first draft from the context tower, or leave it to the denoiser.
+            sampler: how tokens are picked.
+            noise: of the sampler: "private", or "shared" with the target under the coupled rule.
+            num_token_ids: ids from this one on are not drafted.
+        """
+        self.towers, self.source = towers, source
+        self.first_token, self.noise = first_token, noise
+        self.picker = TokenPicker(sampler, towers.config.mask_token_id, num_token_ids)
+        self.last_logits = torch.empty(
+            (num_slots, towers.config.vocab_size),
+            dtype=accumulation_dtype(towers.dtype),
+            device=towers.context.device,
+        )
+        self._loops: dict[int, HostLoop] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of time modulation, on the denoiser's device."""
+        return sum(loop.nbytes for loop in self._loops.values())
+
+    def keep_logits(self, slots: Tensor, logits: Tensor) -> None:
+        """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots."""
+        self.last_logits[slots.to(self.last_logits.device)] = logits
+
+    @torch.inference_mode()
+    def draft(
+        self,
+        slots: Tensor,
+        starts: Tensor,
+        seeds: Tensor,
+        block_size: int,
+        commit_rule: CommitRule,
+        num_wanted: int | None = None,
+    ) -> tuple[DenoisedBlocks, Tensor | None]:
+        """Drafts what may follow every row.
+
+        Args:
+            slots: int64 [num_reqs] on the host, whose contexts are up to date.
+            starts: int64 [num_reqs], index of each block's first token in its sequence.
+            seeds: int64 [num_reqs], of sampling noise.
+            block_size: positions that are denoised.
+            commit_rule: what each denoising step commits.
+            num_wanted: positions that are filled, from the left, if the rule commits all in one step; None for all.
+
+        Returns:
+            Blocks on the denoiser's device, and float [num_reqs, block_size, vocab], the distributions that the first
+            step's picks were drawn from; None for the most probable tokens.
+        """
+        device = self.towers.denoiser.device
+        starts, seeds = starts.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
+        if self.noise == "private":  # of a round, and never used again by another one
+            starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
+        first = self._first_tokens(slots, seeds, starts) if self.first_token == "context" else None
+        request = DenoisingRequest(
+            self.source.view(slots, block_size),
+            seeds,
+            starts,
+            commit_rule,
+            first_tokens=first[0] if first else None,
+            first_confidence=first[1] if first else None,
+            num_wanted=num_wanted,
+            same_noise=self.noise == "shared",
+        )
+        if self.picker.sampler.greedy:
+            return self._loop(block_size).denoise(request), None
+        first_step = FirstStepProbs(self.picker)
+        done, probs = self._loop(block_size).denoise(request, [first_step]), first_step.probs
+        if first is not None:
+            if probs is None:  # a block of one token, which the denoiser was not asked for
+                return done, self.picker.probs(first[2])[:, None]
+            probs[:, 0] = self.picker.probs(first[2])
+        return done, probs
+
+    def _first_tokens(self, slots: Tensor, seeds: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The context tower's next tokens, how probable they are, and the logits [num_reqs, vocab] behind them."""
+        logits = self.last_logits[slots.to(self.last_logits.device)].to(seeds.device)
+        return *self.picker.pick(logits, seeds, starts), logits
+
+    def _loop(self, block_size: int) -> HostLoop:
+        if block_size not in self._loops:
+            self._loops[block_size] = HostLoop(self.towers.denoiser, block_size, self.picker)
+        return self._loops[block_size]

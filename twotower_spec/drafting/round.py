@@ -1,0 +1,86 @@
+"""One round of speculative decoding: what is asked for, what was drafted, and what became of it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from twotower_spec.drafting.draft_block import DraftBlock
+from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
+from twotower_spec.generation.phase_times import PhaseTimes
+from twotower_spec.state.context_state import RequestId
+from twotower_spec.state.token_history import TokenSequence
+
+
+class DraftRequest(NamedTuple):
+    """One request of a round.
+
+    Attributes:
+        request_id: names the request over all rounds.
+        token_ids: all of its token ids so far, prompt included; an array is cheaper to compare with what was read.
+        max_draft_tokens: most drafts that it can use; None for all that a round may bring.
+        read_only: its context is brought up to date and nothing drafted: the target is still reading its prompt.
+        seed: of sampling noise; None for the session's. The most probable tokens need none.
+    """
+
+    request_id: RequestId
+    token_ids: TokenSequence
+    max_draft_tokens: int | None = None
+    read_only: bool = False
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class RoundResult:
+    """What the target made of a round's drafts, per request in the order of its rows.
+
+    Attributes:
+        num_accepted: drafts kept; None for a request that the target did not run.
+        verify_s: seconds that the target took for the whole batch.
+        num_verified: drafts that the target looked at, where that may be fewer than were given; None for all.
+        with_prompts: whether the target read prompts in the same pass, which take time of their own.
+    """
+
+    num_accepted: Sequence[int | None]
+    verify_s: float
+    num_verified: Sequence[int] | None = None
+    with_prompts: bool = False
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one call of `DraftingSession.draft` did; `observe` takes it back with the result.
+
+    Attributes:
+        block: the drafts, a row per request in the order given.
+        plan: what the policy decided; None to draft nothing.
+        num_context_tokens: tokens that the context tower read.
+        times: seconds of the towers; on CUDA to be read when the round is over.
+        without_drafts: requests that got none, by reason (see `DraftingSession.without_drafts`).
+    """
+
+    block: DraftBlock
+    plan: DraftPlan | None
+    num_context_tokens: int = 0
+    times: PhaseTimes = field(default_factory=PhaseTimes)
+    without_drafts: Counter[str] = field(default_factory=Counter)
+
+    def outcome(self, result: RoundResult) -> RoundOutcome:
+        """Joins what was drafted with what the target made of it, over the requests that it ran."""
+        block = self.block
+        verified = block.num_draft_tokens if result.num_verified is None else result.num_verified
+        ran = [row for row, count in enumerate(result.num_accepted) if count is not None]
+        return RoundOutcome(
+            plan=self.plan,
+            num_draft_tokens=[verified[row] for row in ran],
+            num_accepted=[count for count in result.num_accepted if count is not None],
+            confidence=block.confidence[ran],
+            num_denoiser_passes=[block.num_denoiser_passes[row] for row in ran],
+            num_context_tokens=self.num_context_tokens,
+            extend_s=self.times.extend_s,
+            denoise_s=self.times.denoise_s,
+            verify_s=result.verify_s,
+            with_prompts=result.with_prompts,
+        )
