@@ -1,4 +1,4 @@
-"""Which requests of a round fit into the pool, which start over, and what is read of each."""
+"""Admission of requests to a round: which fit into the pool, which start over, and what is read of each."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from twotower_spec.state.token_history import TokenSequence, all_below
 
 @dataclass(frozen=True)
 class Admitted:
-    """What a round does with its requests.
+    """Division of a round's requests: who is read, who can be drafted for, and who goes without.
 
     Attributes:
         increments: token ids that the context tower reads, per request, in the order of one pass.

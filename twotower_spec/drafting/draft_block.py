@@ -1,4 +1,4 @@
-"""What a drafter gives: tokens, how sure it was, and how they came about."""
+"""Drafts of a round: tokens, how sure the drafter was, and how they came about."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run of speculative decoding is judged by."""
+"""Figures that a run of speculative decoding is judged by."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class DraftingSummary:
     calibration: list[CalibrationBin]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON."""
+        """Gives all figures as a JSON object."""
         return asdict(self)
 
 

@@ -1,4 +1,4 @@
-"""One round of speculative decoding: what is asked for, what was drafted, and what became of it."""
+"""One round of speculative decoding: requests, drafts, and the result."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class DraftRequest(NamedTuple):
 
 @dataclass(frozen=True)
 class RoundResult:
-    """What the target made of a round's drafts, per request in the order of its rows.
+    """The target's answer to a round's drafts, per request in the order of its rows.
 
     Attributes:
         num_accepted: drafts kept; None for a request that the target did not run.
@@ -51,7 +51,7 @@ class RoundResult:
 
 @dataclass(frozen=True)
 class Round:
-    """What one call of `DraftingSession.draft` did; `observe` takes it back with the result.
+    """Drafts of one call of `DraftingSession.draft`; `observe` takes them back with the target's result.
 
     Attributes:
         block: the drafts, a row per request in the order given.

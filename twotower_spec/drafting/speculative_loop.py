@@ -26,7 +26,7 @@ from twotower_spec.state.context_state import RequestId
 
 @dataclass(frozen=True)
 class SpeculativeStep:
-    """What one row gained in one round.
+    """Tokens that one row gained in one round.
 
     Attributes:
         row: index of the prompt.

@@ -1,4 +1,4 @@
-"""Where a text ends: exact to the token, also inside a block of accepted drafts."""
+"""End of a text: exact to the token, also inside a block of accepted drafts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FinishReason = Literal["eos", "stop", "length"]
 
 @dataclass(frozen=True)
 class StopConditions:
-    """What ends a text. Tokens are looked at one by one, as if they had come one by one.
+    """Conditions that end a text. Tokens are looked at one by one, as if they had come one by one.
 
     Attributes:
         max_new_tokens: most new tokens.

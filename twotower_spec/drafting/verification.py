@@ -24,7 +24,7 @@ from twotower_spec.generation.sampling import Sampler
 
 @dataclass(frozen=True)
 class VerificationOutcome:
-    """What one verification decided, per request.
+    """Decision of one verification, per request.
 
     Attributes:
         num_accepted: drafts kept, from the left.

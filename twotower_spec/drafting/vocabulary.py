@@ -20,7 +20,7 @@ class TokenDifference:
 
 @dataclass(frozen=True)
 class VocabularyComparison:
-    """What the ids of two models mean, side by side.
+    """Meanings of the ids of two models, side by side.
 
     Attributes:
         num_shared_ids: ids, from 0 on, that both embedding tables hold.

@@ -1,4 +1,4 @@
-"""What the denoiser reads of the context: fixed for a whole block, on the denoiser's device."""
+"""Context state as the denoiser reads it: fixed for a whole block, on the denoiser's device."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class BlockWorkspace:
 
     @cached_property
     def values(self) -> Tensor:
-        """As `keys`."""
+        """Values, shaped like `keys`."""
         return torch.empty(self._shape, dtype=self.dtype, device=self.device)
 
     @property
@@ -49,10 +49,10 @@ class BlockWorkspace:
 
 
 class BlockKeys(Protocol):
-    """What the tokens of a block attend to: the context of their request and themselves, without any mask."""
+    """Keys that the tokens of a block attend to: the context of their request and themselves, without any mask."""
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `Prefix.attend`; `slot` counts attention layers."""
+        """Attends as `Prefix.attend` does; `slot` counts attention layers."""
         ...
 
     def select(self, rows: Tensor) -> BlockKeys:

@@ -30,7 +30,7 @@ DEFAULT_TOKEN_BUDGET = 2048
 
 @dataclass
 class RequestEntry:
-    """What the pool knows of one request."""
+    """The pool's bookkeeping of one request."""
 
     slot: int
     pages: list[int] = field(default_factory=list)

@@ -106,7 +106,7 @@ class ViewedKeys:
             self._separate = SeparateKeys(cache, page_lists, key_lens)
 
     def _causal_masks(self, prefix_lens: Sequence[int]) -> list[Tensor]:
-        """What is added to the scores of every request, [num_queries, num_keys]: parts of one tensor."""
+        """Masks that are added to the scores of each request, [num_queries, num_keys]: parts of one tensor."""
         cache, queries, longest = self._cache.keys, max(self._query_lens), max(prefix_lens)
         allowed = causal_mask(torch.tensor([longest], device=cache.device), queries, longest + queries)[0]
         whole = cache.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
@@ -115,7 +115,7 @@ class ViewedKeys:
         return [whole[:length, longest - prefix : longest + length] for prefix, length in lens]
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """As `PagedKeys.attend`; the pass's own keys are read from the cache, not from `key` and `value`."""
+        """Attends as `PagedKeys.attend`; the pass's own keys are read from the cache, not from `key` and `value`."""
         if self._span is not None:
             keys, values = self._span.take(self._cache.keys[slot]), self._span.take(self._cache.values[slot])
             return attention(query, keys, values, None if self._masks is None else self._masks[0][None])

@@ -51,7 +51,7 @@ VALUE_CLASS = 0.75
 
 @dataclass
 class _Arm:
-    """What one block size has brought, with older rounds counting less."""
+    """Tokens and seconds that one block size has brought; older rounds count less."""
 
     rounds: float = 0.0
     tokens: float = 0.0
@@ -124,7 +124,7 @@ class _Line:
 
 @dataclass
 class _Gain:
-    """What another step has added to the value of blocks."""
+    """Mean value that another step has added to blocks."""
 
     count: int = 0
     mean: float = 0.0
@@ -136,7 +136,7 @@ class _Gain:
 
 @dataclass
 class _Load:
-    """What is measured for batches of about one size."""
+    """Measurements of batches of about one size."""
 
     arms: dict[int, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
     num_rounds: dict[int, int] = field(default_factory=lambda: defaultdict(int))
@@ -238,7 +238,7 @@ class AdaptivePolicy:
             self._calibrate(size, outcome, outcome.confidence)
 
     def _seconds(self, outcome: RoundOutcome, gained: int) -> float:
-        """What a round took, and its share of what drafting takes in the long run."""
+        """Seconds of a round, with its share of the reading that all rounds pay for."""
         # A context that lags behind, after rounds without drafts or with a new prompt, costs this round more than its
         # own drafts do: the surplus is shared out over all rounds that draft.
         own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))

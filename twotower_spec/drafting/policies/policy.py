@@ -1,4 +1,4 @@
-"""What a policy decides, and what it may learn from; the text stays as it is whatever it decides."""
+"""Protocol of policies: what they decide, and the outcomes they learn from. No decision changes the text."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class DraftPlan:
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What came of a round, for a policy to learn from; its requests are those that the target ran.
+    """Outcome of a round, for a policy to learn from; its requests are those that the target ran.
 
     Attributes:
         plan: the policy's own for this round; None where nothing was drafted.
@@ -66,7 +66,7 @@ class DraftPolicy(Protocol):
     """Whether `usable` looks at the drafts' confidence; what is verified is then no plain sample any more."""
 
     def plan(self, num_reqs: int) -> DraftPlan | None:
-        """What to do for `num_reqs` requests; None to draft nothing this round."""
+        """Decides how to draft for `num_reqs` requests; None to draft nothing this round."""
         ...
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
