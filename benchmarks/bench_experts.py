@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import MID_SIZE, REAL_SIZE
-from twotower_kernels.experts import grouped_experts, route, route_tokens
+from twotower_kernels.experts import ExpertChoice, grouped_experts, route, route_tokens
 from twotower_spec import TwoTowerConfig
 
 # One bfloat16 rounding of hidden activations and one of outputs, in the Frobenius norm.
@@ -64,8 +64,8 @@ def _choose(config: TwoTowerConfig, scores: Tensor, bias: Tensor) -> tuple[Tenso
     return ids, weights / (weights.sum(-1, keepdim=True) + 1e-20) * config.routed_scaling_factor
 
 
-def _options(config: TwoTowerConfig) -> tuple[int, int, int, bool, float]:
-    return config.num_experts_per_tok, 1, 1, True, config.routed_scaling_factor
+def _expert_choice(config: TwoTowerConfig) -> ExpertChoice:
+    return ExpertChoice(config.num_experts_per_tok, 1, 1, True, config.routed_scaling_factor)
 
 
 def _agree(systems: dict[str, Callable[[], tuple[Tensor, Tensor]]], num_experts: int) -> Systems:
@@ -88,7 +88,7 @@ def _routing(config: TwoTowerConfig, num_tokens: int, device: torch.device) -> C
         def composition() -> tuple[Tensor, Tensor]:
             return _choose(config, F.linear(x.double(), router.double()).sigmoid(), bias.double())
 
-        ours = {OURS: lambda: route_tokens(x, router, bias, *_options(config)), "torch composition": composition}
+        ours = {OURS: lambda: route_tokens(x, router, bias, _expert_choice(config)), "torch composition": composition}
         return _agree(ours, experts)
 
     moved = 4 * experts * hidden + 2 * num_tokens * hidden + 16 * num_tokens * top_k
@@ -104,7 +104,7 @@ def _choice(config: TwoTowerConfig, num_tokens: int, device: torch.device) -> Ca
         wide = bias.double()
         return _agree(
             {
-                OURS: lambda: route(scores, wide, *_options(config)),
+                OURS: lambda: route(scores, wide, _expert_choice(config)),
                 "torch composition": lambda: _choose(config, scores, wide),
             },
             experts,
@@ -121,7 +121,7 @@ def _experts(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch
     def make() -> Systems:
         x, (up, down) = _tokens(config, num_tokens, device), _weights(experts, width, hidden, device)
         router, bias = _router(config, device)
-        ids, weights = route_tokens(x, router, bias, *_options(config))
+        ids, weights = route_tokens(x, router, bias, _expert_choice(config))
         systems: dict[str, Callable[[], Tensor]] = {
             OURS: lambda: grouped_experts(x, up, down, ids, weights),
             "torch composition": lambda: _expert_by_expert(x, up, down, ids, weights),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
 from twotower_kernels import tuning
-from twotower_kernels.experts import grouped_experts, route, route_tokens
+from twotower_kernels.experts import ExpertChoice, grouped_experts, route, route_tokens
 from twotower_kernels.experts.reference import (
     grouped_experts_reference,
     route_reference,
@@ -76,22 +76,24 @@ def launched(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, 
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (3, 2), (4, 1)])
 def test_routing_equals_the_rule_token_by_token(num_groups: int, top_groups: int, normalise: bool) -> None:
     scores, bias = randn(17, 12).sigmoid(), randn(12, seed=1) * 0.3
-    options = (3, num_groups, top_groups, normalise, 2.5)
-    assert_same_choice(route(scores, bias, *options), route_reference(scores, bias, *options), FLOAT64)
+    choice = ExpertChoice(3, num_groups, top_groups, normalise, 2.5)
+    assert_same_choice(route(scores, bias, choice), route_reference(scores, bias, choice), FLOAT64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_tokens_are_routed_by_float64_scores_whatever_their_dtype(dtype: torch.dtype) -> None:
     x, router, bias = randn(17, HIDDEN).to(dtype), randn(12, HIDDEN, seed=1).float(), randn(12, seed=2).float()
-    options = (3, 3, 2, True, 1.7)
-    expected = route_tokens_reference(x, router, bias, *options)
-    assert_same_choice(route_tokens(x, router, bias, *options), expected, FLOAT64)
+    choice = ExpertChoice(3, 3, 2, True, 1.7)
+    expected = route_tokens_reference(x, router, bias, choice)
+    assert_same_choice(route_tokens(x, router, bias, choice), expected, FLOAT64)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17])
 def test_experts_equal_the_sum_written_out(num_tokens: int) -> None:
     x, up, down = randn(num_tokens, 7), randn(6, 5, 7, seed=1), randn(6, 7, 5, seed=2)
-    ids, weights = route(randn(num_tokens, 6, seed=3).sigmoid(), torch.zeros(6).double(), 2, 1, 1, True, 1.0)
+    ids, weights = route(
+        randn(num_tokens, 6, seed=3).sigmoid(), torch.zeros(6).double(), ExpertChoice(2, 1, 1, True, 1.0)
+    )
     expected = grouped_experts_reference(x, up, down, ids, weights)
     torch.testing.assert_close(grouped_experts(x, up, down, ids, weights), expected, atol=FLOAT64, rtol=FLOAT64)
 
@@ -99,7 +101,9 @@ def test_experts_equal_the_sum_written_out(num_tokens: int) -> None:
 @pytest.mark.parametrize("num_tokens", [2, 17])
 def test_experts_in_bfloat16_equal_the_sum_written_out(num_tokens: int) -> None:
     x, up, down = (t.bfloat16() for t in (randn(num_tokens, 7), randn(6, 5, 7, seed=1), randn(6, 7, 5, seed=2)))
-    ids, weights = route(randn(num_tokens, 6, seed=3).sigmoid(), torch.zeros(6).double(), 3, 1, 1, True, 1.0)
+    ids, weights = route(
+        randn(num_tokens, 6, seed=3).sigmoid(), torch.zeros(6).double(), ExpertChoice(3, 1, 1, True, 1.0)
+    )
     actual = grouped_experts(x, up, down, ids, weights)
     expected = grouped_experts_reference(x.double(), up.double(), down.double(), ids, weights)
     assert relative_error(actual, expected) < BFLOAT16_RELATIVE
@@ -131,10 +135,10 @@ def test_routing_kernel_follows_the_rule(
     device: torch.device, num_groups: int, top_groups: int, normalise: bool, dtype: torch.dtype
 ) -> None:
     scores, bias = randn(17, 12).sigmoid().to(dtype), (randn(12, seed=1) * 0.3).to(dtype)
-    options = (5, num_groups, top_groups, normalise, 1.7)
-    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), *options)
+    choice = ExpertChoice(5, num_groups, top_groups, normalise, 1.7)
+    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), choice)
     tolerance = FLOAT64 if dtype == torch.float64 else FLOAT32_OP
-    assert_same_choice(actual, route_reference(scores, bias, *options), tolerance)
+    assert_same_choice(actual, route_reference(scores, bias, choice), tolerance)
 
 
 @pytest.mark.parametrize(
@@ -144,9 +148,9 @@ def test_routing_kernel_takes_few_and_all_experts(
     device: torch.device, num_experts: int, num_groups: int, top_groups: int, top_k: int
 ) -> None:
     scores, bias = randn(3, num_experts).sigmoid(), randn(num_experts, seed=1)
-    options = (top_k, num_groups, top_groups, True, 2.5)
-    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), *options)
-    assert_same_choice(actual, route_reference(scores, bias, *options), FLOAT64)
+    choice = ExpertChoice(top_k, num_groups, top_groups, True, 2.5)
+    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), choice)
+    assert_same_choice(actual, route_reference(scores, bias, choice), FLOAT64)
 
 
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (4, 2)])
@@ -155,11 +159,11 @@ def test_of_equal_scores_the_routing_kernel_takes_the_lower_ids(
 ) -> None:
     scores = (randn(40, 12).sigmoid() * 3).round() / 3
     scores[0] = 0.5
-    options = (4, num_groups, top_groups, True, 2.5)
+    choice = ExpertChoice(4, num_groups, top_groups, True, 2.5)
     bias = torch.zeros(12).double()
-    ids, weights = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), *options)
+    ids, weights = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), choice)
     assert ids[0].tolist() == [0, 1, 2, 3]
-    assert_same_choice((ids, weights), route_reference(scores, bias, *options), FLOAT64)
+    assert_same_choice((ids, weights), route_reference(scores, bias, choice), FLOAT64)
 
 
 @pytest.mark.parametrize(("num_groups", "top_groups"), [(1, 1), (3, 1)])
@@ -168,11 +172,11 @@ def test_routing_kernel_names_distinct_experts_for_any_scores(
 ) -> None:
     # The result for such a token is undefined, but no expert may read beyond its weights or change other tokens.
     scores, bias = randn(7, 12).sigmoid(), randn(12, seed=1) * 0.3
-    options = (5, num_groups, top_groups, True, 2.5)
-    expected_ids, expected_weights = by_id(route_reference(scores, bias, *options))
+    choice = ExpertChoice(5, num_groups, top_groups, True, 2.5)
+    expected_ids, expected_weights = by_id(route_reference(scores, bias, choice))
     scores[0], scores[1, ::2], scores[2] = torch.nan, torch.nan, -torch.inf
     scores[3], scores[4, 3], scores[5, 7] = torch.inf, torch.nan, -torch.inf
-    ids, weights = by_id(kernel.launch_choose(scores.to(device)[None], False, bias.to(device), *options))
+    ids, weights = by_id(kernel.launch_choose(scores.to(device)[None], False, bias.to(device), choice))
     assert ((ids >= 0) & (ids < 12)).all()
     assert (ids.diff(dim=-1) > 0).all()
     assert 3 in ids[4]
@@ -184,15 +188,15 @@ def test_routing_kernel_names_distinct_experts_for_any_scores(
 def test_an_expert_barred_by_its_correction_is_never_chosen(device: torch.device) -> None:
     scores, bias = randn(9, 7).sigmoid(), torch.zeros(7).double()
     bias[[0, 6]] = -torch.inf
-    ids, _ = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), 5, 1, 1, True, 1.0)
+    ids, _ = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), ExpertChoice(5, 1, 1, True, 1.0))
     assert by_id((ids, ids))[0].tolist() == [[1, 2, 3, 4, 5]] * 9
 
 
 def test_routing_kernel_reads_scores_of_any_strides(device: torch.device) -> None:
     scores, bias = randn(12, 40).sigmoid().t()[::3], randn(24, seed=1)[::2] * 0.3
-    options = (3, 1, 1, True, 2.5)
-    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), *options)
-    assert_same_choice(actual, route_reference(scores, bias, *options), FLOAT64)
+    choice = ExpertChoice(3, 1, 1, True, 2.5)
+    actual = kernel.launch_choose(scores.to(device)[None], False, bias.to(device), choice)
+    assert_same_choice(actual, route_reference(scores, bias, choice), FLOAT64)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 3, 17])
@@ -204,27 +208,27 @@ def test_router_kernels_route_tokens_by_the_rule(
     # As in the towers: tokens are rows of a wider tensor, and the router is float32.
     x = randn(num_tokens, 3, HIDDEN).to(dtype)[:, 1]
     router, bias = randn(18, HIDDEN, seed=1).float() / 4, randn(18, seed=2).float() * 0.3
-    options = (4, 3, 2, True, 1.7)
+    choice = ExpertChoice(4, 3, 2, True, 1.7)
     tiles = {"PART": part, "BLOCK_TOKENS": 16, "BLOCK_EXPERTS": 16, "BLOCK_HIDDEN": 16, "num_warps": 1}
     with tuning.trying("experts", "router_logits", tiles):
-        actual = kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), *options)
-    assert_same_choice(actual, route_tokens_reference(x, router, bias, *options), FLOAT64)
+        actual = kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), choice)
+    assert_same_choice(actual, route_tokens_reference(x, router, bias, choice), FLOAT64)
 
 
 def test_many_tokens_are_routed_from_one_product(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernel, "MOST_TOKENS_IN_PARTS", 4)
     x, router, bias = randn(5, HIDDEN).bfloat16(), randn(12, HIDDEN, seed=1).float(), torch.zeros(12)
-    options = (3, 1, 1, True, 2.5)
-    actual = kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), *options)
-    assert_same_choice(actual, route_tokens_reference(x, router, bias, *options), FLOAT64)
+    choice = ExpertChoice(3, 1, 1, True, 2.5)
+    actual = kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), choice)
+    assert_same_choice(actual, route_tokens_reference(x, router, bias, choice), FLOAT64)
 
 
 def test_scores_of_one_token_do_not_reach_another(device: torch.device) -> None:
     x, router, bias = randn(5, HIDDEN).float(), randn(6, HIDDEN, seed=1).float(), torch.zeros(6)
-    options = (2, 1, 1, True, 2.5)
-    expected = by_id(kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), *options))
+    choice = ExpertChoice(2, 1, 1, True, 2.5)
+    expected = by_id(kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), choice))
     x[2], x[4] = torch.nan, torch.inf
-    actual = by_id(kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), *options))
+    actual = by_id(kernel.launch_route_tokens(x.to(device), router.to(device), bias.to(device), choice))
     others = [0, 1, 3]
     assert all(torch.equal(a[others], b[others]) for a, b in zip(actual, expected, strict=True))
 
@@ -431,7 +435,7 @@ def test_choices_that_cannot_be_made_are_refused(
 ) -> None:
     monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: True)
     with pytest.raises(ValueError, match=message):
-        route(torch.rand(3, 6), torch.zeros(6), top_k, num_groups, top_groups, True, 1.0)
+        route(torch.rand(3, 6), torch.zeros(6), ExpertChoice(top_k, num_groups, top_groups, True, 1.0))
 
 
 def test_public_functions_take_the_kernels_where_they_run(
@@ -439,10 +443,10 @@ def test_public_functions_take_the_kernels_where_they_run(
 ) -> None:
     x, (up, down) = randn(5, HIDDEN).float().to(device), weights_of_experts(torch.float32, device)
     router, bias = randn(EXPERTS, HIDDEN, seed=6).float().to(device), torch.zeros(EXPERTS).to(device)
-    options = (3, 1, 1, True, 2.5)
+    choice = ExpertChoice(3, 1, 1, True, 2.5)
     monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: False)
-    plain_choice = route_tokens(x, router, bias, *options)
+    plain_choice = route_tokens(x, router, bias, choice)
     plain = grouped_experts(x, up, down, *plain_choice, x)
     monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: True)
-    assert_same_choice(route_tokens(x, router, bias, *options), by_id(plain_choice), FLOAT64)
+    assert_same_choice(route_tokens(x, router, bias, choice), by_id(plain_choice), FLOAT64)
     assert relative_error(grouped_experts(x, up, down, *plain_choice, x), plain) < FLOAT32_OP

@@ -8,7 +8,7 @@ from tests.support.builders import padding_mask
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
 from twotower_kernels.block_attention import attention, causal_mask
 from twotower_kernels.block_attention.reference import attention_reference
-from twotower_kernels.experts import grouped_experts, route
+from twotower_kernels.experts import ExpertChoice, grouped_experts, route
 from twotower_kernels.experts.reference import grouped_experts_reference, route_reference
 from twotower_kernels.linear import linear
 from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
@@ -58,9 +58,9 @@ def test_what_a_mask_hides_has_no_influence() -> None:
 @pytest.mark.parametrize("num_groups", [1, 3])
 def test_routing_in_float32_chooses_as_the_rule_does(num_groups: int) -> None:
     scores, bias = randn(17, 12).sigmoid().float(), (randn(12, seed=1) * 0.3).float()
-    options = (3, num_groups, min(2, num_groups), True, 2.5)
-    ids, weights = route(scores, bias, *options)
-    expected_ids, expected_weights = route_reference(scores, bias, *options)
+    choice = ExpertChoice(3, num_groups, min(2, num_groups), True, 2.5)
+    ids, weights = route(scores, bias, choice)
+    expected_ids, expected_weights = route_reference(scores, bias, choice)
     assert torch.equal(ids.sort(-1).values, expected_ids.sort(-1).values)
     assert_float32_close(weights.sort(-1).values, expected_weights.sort(-1).values.double())
 
@@ -69,7 +69,7 @@ def test_negative_corrected_scores_lose_to_the_zeros_of_closed_groups() -> None:
     # As published, scores in groups that are not kept become 0, which is above a negative corrected score.
     scores = torch.tensor([[0.9, 0.1, 0.2, 0.3]]).double()
     bias = torch.tensor([0.0, -0.5, -0.5, -0.5]).double()
-    ids, weights = route(scores, bias, 2, 2, 1, False, 1.0)
+    ids, weights = route(scores, bias, ExpertChoice(2, 2, 1, False, 1.0))
     assert 0 in ids and 1 not in ids
     assert torch.equal(weights, scores.gather(-1, ids))
 
@@ -91,7 +91,7 @@ def test_experts_of_any_load_equal_the_sum_written_out(choice: str, num_tokens: 
 
 def test_experts_leave_their_inputs_alone() -> None:
     x, up, down = (t.bfloat16() for t in (randn(9, 7), randn(6, 5, 7, seed=1), randn(6, 7, 5, seed=2)))
-    ids, weights = route(randn(9, 6, seed=3).sigmoid(), torch.zeros(6).double(), 3, 1, 1, True, 1.0)
+    ids, weights = route(randn(9, 6, seed=3).sigmoid(), torch.zeros(6).double(), ExpertChoice(3, 1, 1, True, 1.0))
     before = [t.clone() for t in (x, up, down, ids, weights)]
     grouped_experts(x, up, down, ids, weights)
     assert all(torch.equal(a, b) for a, b in zip(before, (x, up, down, ids, weights), strict=True))

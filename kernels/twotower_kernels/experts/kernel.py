@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
+from twotower_kernels.experts.types import ExpertChoice
 from twotower_kernels.tuning import settings
 
 # Up to this many tokens our kernel makes router logits, in parts along the hidden dimension: cuBLAS would use only a
@@ -288,21 +289,12 @@ def weigh_outputs_kernel(
 
 
 @on_its_device
-def launch_route_tokens(
-    x: Tensor,
-    router: Tensor,
-    bias: Tensor,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def launch_route_tokens(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """Launches `route_tokens`, with its arguments and results; two launches for few tokens."""
     (num_tokens, hidden), num_experts = x.shape, router.shape[0]
     if num_tokens > MOST_TOKENS_IN_PARTS:
         logits = F.linear(x.double(), router.double())
-        return launch_choose(logits[None], True, bias, top_k, num_groups, top_groups, normalise, scale)
+        return launch_choose(logits[None], True, bias, choice)
     tiles = settings("experts", "router_logits")
     parts = x.new_empty((triton.cdiv(hidden, tiles["PART"]), num_tokens, num_experts), dtype=torch.float64)
     grid = (
@@ -322,24 +314,15 @@ def launch_route_tokens(
         **tiles,
         **LAUNCH,
     )
-    return launch_choose(parts, True, bias, top_k, num_groups, top_groups, normalise, scale)
+    return launch_choose(parts, True, bias, choice)
 
 
 @on_its_device
-def launch_choose(
-    parts: Tensor,
-    from_logits: bool,
-    bias: Tensor,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def launch_choose(parts: Tensor, from_logits: bool, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """Launches `route` on scores [1, num_tokens, num_experts], or on parts of their logits."""
     num_parts, num_tokens, num_experts = parts.shape
-    expert_ids = torch.empty((num_tokens, top_k), dtype=torch.int64, device=parts.device)
-    expert_weights = parts.new_empty((num_tokens, top_k))
+    expert_ids = torch.empty((num_tokens, choice.top_k), dtype=torch.int64, device=parts.device)
+    expert_weights = parts.new_empty((num_tokens, choice.top_k))
     choose_experts_kernel[(num_tokens,)](
         parts,
         bias.contiguous(),
@@ -348,10 +331,10 @@ def launch_choose(
         *parts.stride(),
         NUM_PARTS=num_parts,
         FROM_LOGITS=from_logits,
-        TOP_GROUPS=top_groups,
-        NORMALISE=normalise,
-        SCALE=scale,
-        **choice_sizes(num_experts, num_groups, top_k),
+        TOP_GROUPS=choice.top_groups,
+        NORMALISE=choice.normalise,
+        SCALE=choice.scale,
+        **choice_sizes(num_experts, choice.num_groups, choice.top_k),
         **settings("experts", "choose_experts"),
         **LAUNCH,
     )

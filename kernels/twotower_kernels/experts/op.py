@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
+from twotower_kernels.experts.types import ExpertChoice
 from twotower_kernels.linear import linear
 
 # Dtypes that the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
@@ -16,22 +17,13 @@ MOST_EXPERTS_PER_CHOICE = 2
 MOST_TOKENS_BY_ALL_EXPERTS = 8
 
 
-def route_tokens(
-    x: Tensor,
-    router: Tensor,
-    bias: Tensor,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def route_tokens(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """Chooses and weighs experts for tokens; logits, scores and weights are float64, whatever `x` and `router` are.
 
     Args:
         x: [num_tokens, hidden].
         router: [num_experts, hidden].
-        bias, top_k, num_groups, top_groups, normalise, scale: as `route` takes them.
+        bias, choice: as `route` takes them.
 
     Returns:
         Expert ids int64 [num_tokens, top_k] and their weights float64 [num_tokens, top_k].
@@ -41,25 +33,19 @@ def route_tokens(
     if _on_kernels(x, router, bias):
         from twotower_kernels.experts.kernel import launch_route_tokens
 
-        _check_choice(router.shape[0], bias, top_k, num_groups, top_groups)
-        return launch_route_tokens(x, router, bias, top_k, num_groups, top_groups, normalise, scale)
+        _check_choice(router.shape[0], bias, choice)
+        return launch_route_tokens(x, router, bias, choice)
     scores = F.linear(x.double(), router.double()).sigmoid()
-    return _chosen(scores, bias, top_k, num_groups, top_groups, normalise, scale)
+    return _chosen(scores, bias, choice)
 
 
-def route(
-    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def route(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """Chooses experts by corrected scores and weighs them by uncorrected ones.
 
     Args:
         scores: [num_tokens, num_experts], sigmoid of the router logits, float64 (or float32).
         bias: [num_experts], score correction; it takes part in the choice only.
-        top_k: experts per token.
-        num_groups, top_groups: with more than one group, only the `top_groups` groups with the largest sum of their
-            two best corrected scores stay eligible; the others' corrected scores become 0.
-        normalise: divide the weights of a token by their sum.
-        scale: factor on all weights.
+        choice: number of experts, groups and weights.
 
     Returns:
         Expert ids int64 [num_tokens, top_k], in no particular order within a token, and their weights in the dtype of
@@ -71,26 +57,24 @@ def route(
     if _on_kernels(scores, bias):
         from twotower_kernels.experts.kernel import launch_choose
 
-        _check_choice(scores.shape[1], bias, top_k, num_groups, top_groups)
-        return launch_choose(scores[None], False, bias, top_k, num_groups, top_groups, normalise, scale)
-    return _chosen(scores, bias, top_k, num_groups, top_groups, normalise, scale)
+        _check_choice(scores.shape[1], bias, choice)
+        return launch_choose(scores[None], False, bias, choice)
+    return _chosen(scores, bias, choice)
 
 
-def _chosen(
-    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _chosen(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """`route` in PyTorch."""
-    choice = scores + bias
-    if num_groups > 1:
-        grouped = choice.unflatten(-1, (num_groups, -1))
-        best = grouped.topk(2, dim=-1).values.sum(-1).topk(top_groups, dim=-1).indices
+    corrected = scores + bias
+    if choice.num_groups > 1:
+        grouped = corrected.unflatten(-1, (choice.num_groups, -1))
+        best = grouped.topk(2, dim=-1).values.sum(-1).topk(choice.top_groups, dim=-1).indices
         kept = torch.zeros_like(grouped[..., 0], dtype=torch.bool).scatter_(-1, best, True)
-        choice = grouped.masked_fill(~kept[..., None], 0.0).flatten(-2)
-    expert_ids = choice.topk(top_k, dim=-1, sorted=False).indices
+        corrected = grouped.masked_fill(~kept[..., None], 0.0).flatten(-2)
+    expert_ids = corrected.topk(choice.top_k, dim=-1, sorted=False).indices
     weights = scores.gather(-1, expert_ids)
-    if normalise:
+    if choice.normalise:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return expert_ids, weights * scale
+    return expert_ids, weights * choice.scale
 
 
 def grouped_experts(
@@ -124,8 +108,9 @@ def _on_kernels(x: Tensor, *others: Tensor) -> bool:
     return use_triton(x, *others) and not torch.is_autocast_enabled(x.device.type)
 
 
-def _check_choice(num_experts: int, bias: Tensor, top_k: int, num_groups: int, top_groups: int) -> None:
+def _check_choice(num_experts: int, bias: Tensor, choice: ExpertChoice) -> None:
     """Refuses sizes that contradict each other, by which the kernel would read beyond its inputs."""
+    top_k, num_groups, top_groups = choice.top_k, choice.num_groups, choice.top_groups
     if bias.shape != (num_experts,):
         raise ValueError(f"bias has shape {tuple(bias.shape)}; give one number for each of {num_experts} experts")
     if not 1 <= top_k <= num_experts:

@@ -3,43 +3,34 @@
 import torch
 from torch import Tensor
 
+from twotower_kernels.experts.types import ExpertChoice
 
-def route_tokens_reference(
-    x: Tensor,
-    router: Tensor,
-    bias: Tensor,
-    top_k: int,
-    num_groups: int,
-    top_groups: int,
-    normalise: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+
+def route_tokens_reference(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """What `route_tokens` computes. Same arguments and results."""
     scores = 1 / (1 + torch.exp(-(x.double() @ router.double().T)))
-    return route_reference(scores, bias.double(), top_k, num_groups, top_groups, normalise, scale)
+    return route_reference(scores, bias.double(), choice)
 
 
-def route_reference(
-    scores: Tensor, bias: Tensor, top_k: int, num_groups: int, top_groups: int, normalise: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def route_reference(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """What `route` computes, token by token. Same arguments and results.
 
     Of equal corrected scores the lower id goes first: a stable sort keeps their order.
     """
     ids, weights = [], []
     for token_scores in scores:
-        choice = token_scores + bias
-        if num_groups > 1:
-            groups = choice.view(num_groups, -1)
+        corrected = token_scores + bias
+        if choice.num_groups > 1:
+            groups = corrected.view(choice.num_groups, -1)
             group_scores = groups.topk(2, dim=-1).values.sum(-1)
-            kept = set(group_scores.sort(descending=True, stable=True).indices[:top_groups].tolist())
-            choice = torch.stack([g if i in kept else torch.zeros_like(g) for i, g in enumerate(groups)]).flatten()
-        chosen = choice.sort(descending=True, stable=True).indices[:top_k]
+            kept = set(group_scores.sort(descending=True, stable=True).indices[: choice.top_groups].tolist())
+            corrected = torch.stack([g if i in kept else torch.zeros_like(g) for i, g in enumerate(groups)]).flatten()
+        chosen = corrected.sort(descending=True, stable=True).indices[: choice.top_k]
         weight = token_scores[chosen]
-        if normalise:
+        if choice.normalise:
             weight = weight / (weight.sum() + 1e-20)
         ids.append(chosen)
-        weights.append(weight * scale)
+        weights.append(weight * choice.scale)
     return torch.stack(ids), torch.stack(weights)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels.experts import grouped_experts, route_tokens
+from twotower_kernels.experts import ExpertChoice, grouped_experts, route_tokens
 from twotower_kernels.linear import linear
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
@@ -37,9 +37,13 @@ class MixtureOfExperts(nn.Module):
 
     def __init__(self, config: TwoTowerConfig, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self.top_k, self.scale = config.num_experts_per_tok, config.routed_scaling_factor
-        self.num_groups, self.top_groups = config.n_group, config.topk_group
-        self.normalise = config.norm_topk_prob
+        self.choice = ExpertChoice(
+            top_k=config.num_experts_per_tok,
+            num_groups=config.n_group,
+            top_groups=config.topk_group,
+            normalise=config.norm_topk_prob,
+            scale=config.routed_scaling_factor,
+        )
         experts, hidden, width = config.n_routed_experts, config.hidden_size, config.moe_intermediate_size
         wide = accumulation_dtype(dtype)
         self.router = parameter(experts, hidden, dtype=wide, device=device)
@@ -59,16 +63,7 @@ class MixtureOfExperts(nn.Module):
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and float64 weights [num_tokens, top_k] of tokens [num_tokens, hidden]."""
-        return route_tokens(
-            tokens,
-            self.router,
-            self.score_correction,
-            top_k=self.top_k,
-            num_groups=self.num_groups,
-            top_groups=self.top_groups,
-            normalise=self.normalise,
-            scale=self.scale,
-        )
+        return route_tokens(tokens, self.router, self.score_correction, self.choice)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names; each expert is a slice of the stacked tensors."""

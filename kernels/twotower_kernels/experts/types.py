@@ -1,0 +1,22 @@
+"""Arguments of routing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class ExpertChoice:
+    """Parameters by which tokens choose and weigh experts.
+
+    Attributes:
+        top_k: experts per token.
+        num_groups, top_groups: with more than one group, only the `top_groups` groups with the largest sum of their
+            two best corrected scores stay eligible; the others' corrected scores become 0.
+        normalise: divide the weights of a token by their sum.
+        scale: factor on all weights.
+    """
+
+    top_k: int
+    num_groups: int
+    top_groups: int
+    normalise: bool
+    scale: float
