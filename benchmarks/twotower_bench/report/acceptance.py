@@ -5,9 +5,9 @@ from __future__ import annotations
 from twotower_bench.report.columns import place_and_noise, table
 from twotower_bench.report.document import Section
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, remarks
+from twotower_bench.report.findings import finding, places_of, remarks
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import columns, outcomes_of, speed_up_plot
+from twotower_bench.report.speed import columns, speed_up_plot
 from twotower_bench.report.wording import is_rival, place_of
 from twotower_bench.summary import over_categories, summarise_cells
 
@@ -26,17 +26,17 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     together = over_categories(cells)
     summaries = summarise_cells([*together, *cells])
     loads = {cell.load for cell in together or cells}
-    outcomes = outcomes_of([one for one in summaries if one.load in loads])
+    places = places_of([one for one in summaries if one.load in loads])
     drafted = [one for one in summaries if one.acceptance.acceptance_length]
-    shown = [one.system for one in summaries if one.system.is_two_tower or is_rival(one.system)]
+    shown = [one for one in summaries if one.system.is_two_tower or is_rival(one.system)]
     tables, plots = draft_parts(cells, summaries)
     repeats = " or ".join(map(str, sorted({one.num_repeats for one in summaries})))
     return Section(
         name,
         "Acceptance and speed in vLLM",
-        finding(outcomes),
+        finding(places),
         [
-            *remarks(outcomes),
+            *remarks(places),
             f"{repeats} repeats, systems in turn. No speculation runs twice: what its two runs differ by is the A/A "
             f"noise.",
             *without_drafts_notes(cells, summaries),
@@ -46,7 +46,7 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
             table("What drafts gain", drafted, GAINS, place_of),
             *tables,
         ],
-        [speed_up_plot(summaries, shown), *plots],
+        [speed_up_plot(shown), *plots],
         summaries,
         measured.origins,
     )

@@ -2,110 +2,89 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 
-from twotower_bench.records import BASELINE_AGAIN, System
+from twotower_bench.records import BASELINE, BASELINE_AGAIN
 from twotower_bench.report.columns import times
-from twotower_bench.report.wording import is_rival, listed, short_title
-from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison
+from twotower_bench.report.wording import amount_in_words, is_rival, kind_of, listed, short_title
+from twotower_bench.summary import ServerSummary, Summary
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
 
 AT_ONCE = " at once"
 # Places that a clause names one by one.
 MOST_PLACES = 4
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """A system in one place beside no speculation there.
-
-    Attributes:
-        system: the one that is compared.
-        place: a load in words that follow "at".
-        speed_up: over no speculation.
-        comparison: the same with interval and noise; None with too few repeats.
-    """
-
-    system: System
-    place: str
-    speed_up: float
-    comparison: Comparison | None
-
-    @property
-    def verdict(self) -> str:
-        """The comparison in a word or two; "" without one."""
-        return self.comparison.verdict if self.comparison else ""
+def places_of(summaries: Sequence[Summary]) -> dict[str, list[Summary]]:
+    """Systems that were compared with no speculation, by place in words that follow "at"."""
+    is_one_kind = isinstance(summaries[0], ServerSummary) or len(set(map(kind_of, summaries))) == 1
+    places: dict[str, list[Summary]] = {}
+    for one in summaries:
+        if one.speed_up is not None and one.system.name != BASELINE:
+            place = amount_in_words(one) + ("" if is_one_kind else f" ({kind_of(one)})")
+            places.setdefault(place, []).append(one)
+    return places
 
 
-def at_once(concurrency: int, kind: str = "") -> str:
-    """A number of requests as a place, with the kind of prompts in brackets if it is given."""
-    place = "1 request at a time" if concurrency == 1 else f"{concurrency}{AT_ONCE}"
-    return f"{place} ({kind})" if kind else place
-
-
-def finding(outcomes: Sequence[Outcome]) -> str:
+def finding(places: Mapping[str, Sequence[Summary]]) -> str:
     """How fast TwoTower is where it is faster, slower or no different: of its settings, the best in each place.
 
     Args:
-        outcomes: of all systems in all places.
+        places: see `places_of`.
     """
-    best = _best_by_place(outcomes)
+    best = _best_by_place(places)
     if not best:
         return "TwoTower was not compared with no speculation here."
-    clauses = [
-        _clause([one for one in best if one.verdict == verdict], len(best), is_first=not number)
-        for number, verdict in enumerate(dict.fromkeys(one.verdict for one in best))
-    ]
-    text = "; ".join(clauses)
+    verdicts = dict.fromkeys(one.verdict for one in best.values())
+    text = "; ".join(_clause(best, verdict, is_first=not number) for number, verdict in enumerate(verdicts))
     return f"{text[0].upper()}{text[1:]}."
 
 
-def remarks(outcomes: Sequence[Outcome]) -> list[str]:
-    """The best outcome with its doubts, and the best rival in the same place; empty where nothing was compared."""
-    if not (places := _best_by_place(outcomes)):
+def remarks(places: Mapping[str, Sequence[Summary]]) -> list[str]:
+    """The best summary with its doubts, and the best rival in the same place; empty where nothing was compared."""
+    if not (by_place := _best_by_place(places)):
         return []
-    best = max(places, key=_rank)
-    there = [one for one in outcomes if one.place == best.place]
+    place, best = max(by_place.items(), key=lambda pair: _rank(pair[1]))
     title = short_title(best.system)
-    text = f"Best: {times(best.speed_up)} at {best.place}" + ("" if title == "TwoTower" else f" with {title}")
+    text = f"Best: {times(best.speed_up)} at {place}" + ("" if title == "TwoTower" else f" with {title}")
     if best.comparison:
         ratio, noise = best.comparison.speed_up, best.comparison.noise_floor
         text += f" ({best.comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, A/A noise {noise:.2f}×)"
-    elif again := [one for one in there if one.system.name == BASELINE_AGAIN]:
+    elif again := [one for one in places[place] if one.system.name == BASELINE_AGAIN]:
         text += f"; no speculation run again gives {times(again[0].speed_up)} there"
-    num_settings = len({one.system.name for one in outcomes if one.system.is_two_tower})
+    num_settings = len({one.system.name for own in places.values() for one in own if one.system.is_two_tower})
     if num_settings > 1:
         text += f"; it is the best of {num_settings} settings, so measure it anew to confirm"
-    sentences = [f"{text}."]
-    if rival := max((one for one in there if is_rival(one.system)), key=lambda one: one.speed_up, default=None):
-        verdict = f" ({rival.verdict})" if rival.verdict else ""
-        sentences.append(f"The best rival there is {rival.system.title} with {times(rival.speed_up)}{verdict}.")
-    return sentences
+    rivals = [one for one in places[place] if is_rival(one.system)]
+    if not rivals:
+        return [f"{text}."]
+    rival = max(rivals, key=lambda one: one.speed_up or 0.0)
+    return [f"{text}.", f"The best rival there is {rival.system.title} with {times(rival.speed_up)} ({rival.verdict})."]
 
 
-def _best_by_place(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """TwoTower's best in each place, in order."""
-    own = [one for one in outcomes if one.system.is_two_tower]
-    places = dict.fromkeys(one.place for one in own)
-    return [max((one for one in own if one.place == place), key=_rank) for place in places]
+def _best_by_place(places: Mapping[str, Sequence[Summary]]) -> dict[str, Summary]:
+    """TwoTower's best in each place where it was compared."""
+    own = {place: [one for one in summaries if one.system.is_two_tower] for place, summaries in places.items()}
+    return {place: max(summaries, key=_rank) for place, summaries in own.items() if summaries}
 
 
-def _rank(outcome: Outcome) -> tuple[bool, float]:
+def _rank(one: Summary) -> tuple[bool, float]:
     """Larger for the better: what is faster beyond the noise comes before all that is not."""
-    return outcome.verdict == "faster", outcome.speed_up
+    return one.verdict == "faster", one.speed_up or 0.0
 
 
-def _clause(outcomes: Sequence[Outcome], num_places: int, *, is_first: bool) -> str:
+def _clause(best: Mapping[str, Summary], verdict: str, *, is_first: bool) -> str:
     """Places that have one verdict in common."""
-    where, ratios = _places([one.place for one in outcomes], num_places), _ratios([one.speed_up for one in outcomes])
-    who, verdict = "TwoTower" if is_first else "it", outcomes[0].verdict
+    own = {place: one for place, one in best.items() if one.verdict == verdict}
+    where, ratios = _places(list(own), len(best)), _ratios([one.speed_up or 0.0 for one in own.values()])
+    who = "TwoTower" if is_first else "it"
     if verdict == "faster":
         return f"{where} {who} is {ratios} times as fast as no speculation"
     if verdict == "slower":
         return f"{where} {who} is slower, {ratios} times as fast as no speculation"
     if verdict == "no difference":
         between = " between TwoTower and no speculation" if is_first else ""
-        return f"{where} there is no difference{between} beyond noise"
+        return f"{where} there is no difference beyond noise{between}"
     return (
         f"{where} {who} was {ratios} times as fast as no speculation, which takes {FEWEST_ROUNDS} repeats and an A/A "
         f"run to tell from noise"

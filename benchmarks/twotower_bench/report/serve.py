@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
-from matplotlib.axes import Axes
-
 from twotower_bench.records import BASELINE, BASELINE_AGAIN
 from twotower_bench.report.columns import (
     COMPARED,
@@ -19,15 +17,13 @@ from twotower_bench.report.columns import (
     table,
 )
 from twotower_bench.report.document import Plot, Section
-from twotower_bench.report.findings import Outcome, at_once, finding, remarks
+from twotower_bench.report.findings import finding, places_of, remarks
 from twotower_bench.report.plots import Point, line_panels, set_loads
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import speed_up_caption, speed_up_panels
-from twotower_bench.report.wording import hues_of
+from twotower_bench.report.speed import AMOUNTS, speed_up_plot
+from twotower_bench.report.wording import hues_of, kind_of
 from twotower_bench.summary import ServerSummary, highest_within_bound, summarise_points
 
-# Kinds of loops, with what their load is.
-LOADS = {"closed loop": "requests at once", "open loop": "requests/s that come"}
 TIMES = "median / 99th percentile over requests, medians of the repeats"
 
 
@@ -65,12 +61,8 @@ def serve_section(measured: Measurements, name: str) -> Section:
         name: of the section.
     """
     summaries = summarise_points(measured.load_points)
-    outcomes = [
-        Outcome(one.system, _place(one), one.speed_up, one.comparison)
-        for one in summaries
-        if one.speed_up is not None and one.system.name != BASELINE
-    ]
-    known = [one for one in summaries if one.speed_up is not None and not one.system.name.startswith(BASELINE)]
+    places = places_of(summaries)
+    known = [one for one in summaries if not one.system.name.startswith(BASELINE)]
     systems = {one.system.name: one for one in summaries}.values()
     bound = (
         "The highest of the measured loads under which 90 % of the requests or more are within the bound in every "
@@ -79,9 +71,9 @@ def serve_section(measured: Measurements, name: str) -> Section:
     return Section(
         name,
         "Servers under load",
-        finding(outcomes),
+        finding(places),
         [
-            *remarks(outcomes),
+            *remarks(places),
             f"Good requests: within {summaries[0].bound}. At a given number of requests at once a faster server gives "
             f"more tokens/s; where requests come as they come, it has each done sooner, and that is its speed-up. "
             f"Nothing is compared where requests failed.",
@@ -92,12 +84,7 @@ def serve_section(measured: Measurements, name: str) -> Section:
             table("Latency", summaries, LATENCY, place_and_noise(summaries)),
         ],
         [
-            Plot(
-                "speed-up",
-                "Speed-up by load",
-                speed_up_caption("Tokens/s, or 1 / time to the end,", known),
-                speed_up_panels(known, _loop, lambda one: one.traffic.amount, LOADS.__getitem__),
-            ),
+            speed_up_plot(known, "Tokens/s, or 1 / time to the end,"),
             _plot(
                 summaries, "goodput", "Goodput", "good requests/s", lambda one: one.goodput.value,
                 "Requests within the bound per second, median of the repeats. A server that keeps up rises with its "
@@ -119,14 +106,6 @@ def serve_section(measured: Measurements, name: str) -> Section:
     )  # fmt: skip
 
 
-def _place(one: ServerSummary) -> str:
-    return at_once(int(one.traffic.amount)) if one.traffic.is_closed else str(one.traffic)
-
-
-def _loop(one: ServerSummary) -> str:
-    return "closed loop" if one.traffic.is_closed else "open loop"
-
-
 def _highest(summaries: Sequence[ServerSummary]) -> dict[str, Column]:
     def column(*, is_closed: bool) -> Column:
         return Column(lambda one: str(highest_within_bound(summaries, one.system.name, is_closed=is_closed) or "none"))
@@ -146,14 +125,11 @@ def _plot(
     value: Callable[[ServerSummary], float],
     caption: str,
 ) -> Plot:
-    def decorate(axes: Axes) -> None:
-        loop = axes.get_title(loc="left")
-        axes.set_xlabel(LOADS[loop])
-        set_loads(axes, [one.traffic.amount for one in ranked if _loop(one) == loop])
-
     shown = [one for one in summaries if one.system.name != BASELINE_AGAIN]
     ranked = sorted(shown, key=lambda one: (not one.traffic.is_closed, one.traffic.amount))
-    points = [Point(_loop(one), one.system.title, one.traffic.amount, value(one)) for one in ranked]
-    return Plot(
-        name, title, caption, line_panels(points, hues_of(one.system for one in summaries), "", label, (), decorate)
-    )
+    points = [Point(kind_of(one), one.system.title, one.traffic.amount, value(one)) for one in ranked]
+    panels = line_panels(points, hues_of(one.system for one in summaries), "", label)
+    for kind, axes in zip(dict.fromkeys(map(kind_of, ranked)), panels, strict=True):
+        axes.set_xlabel(AMOUNTS.get(kind, "requests at once"))
+        set_loads(axes, [one.traffic.amount for one in ranked if kind_of(one) == kind])
+    return Plot(name, title, caption, panels)

@@ -1,20 +1,19 @@
-"""Serving cells beside no speculation: their columns, their outcomes, and the picture that opens a section."""
+"""Serving cells beside no speculation: their columns, and the picture that opens a section."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
 from matplotlib.axes import Axes
 
-from twotower_bench.records import BASELINE, System
 from twotower_bench.report.columns import COMPARED, Column, estimate, interval_names, milliseconds, number, share
 from twotower_bench.report.document import Plot
-from twotower_bench.report.findings import Outcome, at_once
 from twotower_bench.report.plots import Point, draw_noise, line_panels, set_loads, set_names
-from twotower_bench.report.wording import hues_of, kind_of
-from twotower_bench.summary import CellSummary
+from twotower_bench.report.wording import amount_in_words, amount_of, hues_of, kind_of
+from twotower_bench.summary import CellSummary, Summary
 
+# Amounts of load by kind, where these are not requests at once.
+AMOUNTS = {"open loop": "requests/s that come"}
 PHASES = ("extend", "denoise", "host", "verify")
 
 
@@ -61,77 +60,50 @@ def columns(*names: str) -> dict[str, Column]:
     return {name: COLUMNS[name] for name in names}
 
 
-def outcomes_of(summaries: Sequence[CellSummary]) -> list[Outcome]:
-    """Outcomes of all systems that were compared with no speculation."""
-    kinds = {one.load: kind_of(one.load) for one in summaries}
-    is_one_kind = len(set(kinds.values())) == 1
-    return [
-        Outcome(
-            one.system,
-            at_once(one.load.concurrency, "" if is_one_kind else kinds[one.load]),
-            one.speed_up,
-            one.comparison,
-        )
-        for one in summaries
-        if one.speed_up is not None and one.system.name != BASELINE
-    ]
+def speed_up_plot(summaries: Sequence[Summary], what: str = "Tokens/s") -> Plot:
+    """Speed-up by load, a panel for each kind of load; by kind of prompts where there is one load alone.
 
-
-def speed_up_plot(summaries: Sequence[CellSummary], systems: Iterable[System]) -> Plot:
-    """Speed-up of some systems by concurrency, or by category where there is one concurrency alone."""
-    names = {one.name for one in systems}
-    known = [one for one in summaries if one.system.name in names and one.speed_up is not None]
-    caption, kinds = speed_up_caption("Tokens/s", known), list(dict.fromkeys(kind_of(one.load) for one in known))
-    concurrencies = list(dict.fromkeys(one.load.concurrency for one in known))
-    if len(concurrencies) == 1:
-        title = f"{concurrencies[0]} at once"
-        panels = speed_up_panels(
-            known, lambda _: title, lambda one: kinds.index(kind_of(one.load)), lambda _: "", names=kinds
-        )
-        return Plot("speed-up", "Speed-up by kind of prompts", caption, panels)
-    panels = speed_up_panels(
-        known, lambda one: kind_of(one.load), lambda one: one.load.concurrency, lambda _: "requests at once"
-    )
-    return Plot("speed-up", "Speed-up by load", caption, panels)
-
-
-def speed_up_caption(what: str, known: Sequence[Any]) -> str:
-    """What was compared and how to read it."""
+    Args:
+        summaries: of systems that speculate; those without a speed-up are left out.
+        what: is compared.
+    """
+    known = [one for one in summaries if one.speed_up is not None]
     reading = "Only what lies outside the grey band, which is no speculation against itself, is beyond noise."
     if not any(one.comparison for one in known):
         reading = "With fewer than three repeats nothing here can be told from noise."
-    return f"{what} over no speculation in the same repeat, the median of the repeats{interval_names(known)}. {reading}"
+    caption = (
+        f"{what} over no speculation in the same repeat, the median of the repeats{interval_names(known)}. {reading}"
+    )
+    kinds, places = list(dict.fromkeys(map(kind_of, known))), {amount_in_words(one) for one in known}
+    hues = hues_of(one.system for one in known)
+    if len(places) == 1 and len(kinds) > 1:
+        axes = _speed_up_panel(known, hues, places.pop(), lambda one: kinds.index(kind_of(one)), kinds)
+        return Plot("speed-up", "Speed-up by kind of prompts", caption, [axes])
+    panels = [_speed_up_panel([one for one in known if kind_of(one) == kind], hues, kind, amount_of) for kind in kinds]
+    return Plot("speed-up", "Speed-up by load", caption, panels)
 
 
-def speed_up_panels(
-    known: Sequence[Any],
-    kind: Callable[[Any], str],
-    amount: Callable[[Any], float],
-    label: Callable[[str], str],
+def _speed_up_panel(
+    known: Sequence[Summary],
+    hues: Mapping[str, int],
+    title: str,
+    place: Callable[[Summary], float],
     names: Sequence[str] = (),
-) -> list[Axes]:
-    """A panel for each kind of load, with the A/A band and a line for each system.
+) -> Axes:
+    """Speed-ups with the A/A band, joined over loads, or side by side under names at 0, 1, ... of the x axis."""
 
-    Args:
-        known: summaries with a speed-up.
-        kind: title of a panel.
-        amount: a load within its kind.
-        label: of the x axis of a panel.
-        names: written at 0, 1, ... of the x axis instead of loads; lines are then left out.
-    """
+    def point(one: Summary) -> Point:
+        if one.comparison is None:
+            return Point(title, one.system.title, place(one), one.speed_up or 0.0)
+        ratio = one.comparison.speed_up
+        return Point(title, one.system.title, place(one), ratio.value, (ratio.low, ratio.high))
 
     def decorate(axes: Axes) -> None:
-        own = [one for one in known if kind(one) == axes.get_title(loc="left")]
-        draw_noise(axes, {amount(one): one.comparison.noise_floor for one in own if one.comparison})
-        axes.set_xlabel(label(kind(own[0])))
-        set_names(axes, names) if names else set_loads(axes, map(amount, own))
+        draw_noise(axes, {place(one): one.comparison.noise_floor for one in known if one.comparison})
+        set_names(axes, names) if names else set_loads(axes, map(place, known))
 
-    def point(one: Any) -> Point:
-        ratio = one.comparison.speed_up if one.comparison else None
-        ends = (ratio.low, ratio.high) if ratio else None
-        return Point(kind(one), one.system.title, amount(one), ratio.value if ratio else one.speed_up, ends)
-
-    kinds = list(dict.fromkeys(map(kind, known)))
-    ranked = sorted(known, key=lambda one: (kinds.index(kind(one)), amount(one)))
-    hues = hues_of(one.system for one in known)
-    return line_panels(map(point, ranked), hues, "", "speed-up", hues if names else (), decorate)
+    label = "" if names else AMOUNTS.get(title, "requests at once")
+    (axes,) = line_panels(
+        map(point, sorted(known, key=place)), hues, label, "speed-up", hues if names else (), decorate
+    )
+    return axes

@@ -13,12 +13,12 @@ from twotower_bench.records import BASELINE, ServingCell, System
 from twotower_bench.report.columns import COMPARED, Column, estimate, place_and_noise, rate, table
 from twotower_bench.report.document import Plot, Section, Table
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, remarks
+from twotower_bench.report.findings import finding, places_of, remarks
 from twotower_bench.report.gamma import gamma_plots
 from twotower_bench.report.plots import Point, line_panels
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import columns, outcomes_of, speed_up_plot
-from twotower_bench.report.wording import kind_of, load_in_words, place_of, short_title
+from twotower_bench.report.speed import columns, speed_up_plot
+from twotower_bench.report.wording import load_in_words, short_title
 from twotower_bench.summary import CellSummary, summarise_cells
 
 FRONT = "Pareto front"
@@ -96,15 +96,16 @@ def sweep_section(measured: Measurements, name: str) -> Section:
     """
     cells = measured.serving_cells
     sweep = Sweep.of(cells)
-    summaries, outcomes = sweep.summaries, outcomes_of(sweep.summaries)
-    tables, plots = draft_parts(cells, summaries, {system.name for system in sweep.chosen}, sweep.fastest)
+    summaries, places = sweep.summaries, places_of(sweep.summaries)
+    shown = {system.name for system in sweep.chosen}
+    tables, plots = draft_parts(cells, summaries, shown, sweep.fastest)
     num_settings = len({one.system.name for one in summaries if one.system.is_two_tower})
     return Section(
         name,
         "Sweep over TwoTower's settings in vLLM",
-        finding(outcomes),
+        finding(places),
         [
-            *remarks(outcomes),
+            *remarks(places),
             *(one.sentence for one in sweep.recommendations),
             f"{num_settings} settings. The best of many is chosen from the same runs that its figures are of, so these "
             f"are a little too good; measure a choice anew.",
@@ -116,7 +117,12 @@ def sweep_section(measured: Measurements, name: str) -> Section:
             _settings_table(sweep),
             *tables,
         ],
-        [speed_up_plot(summaries, sweep.chosen), _pareto_plot(sweep), *gamma_plots(summaries), *plots],
+        [
+            speed_up_plot([one for one in summaries if one.system.name in shown]),
+            _pareto_plot(sweep),
+            *gamma_plots(summaries),
+            *plots,
+        ],
         summaries,
         measured.origins,
     )
@@ -124,7 +130,7 @@ def sweep_section(measured: Measurements, name: str) -> Section:
 
 POINT: Mapping[str, Column] = {
     "System": COMPARED["System"],
-    "Load": Column(place_of),
+    "Load": Column(lambda one: load_in_words(one.load)),
     "Tokens/s of all": Column(lambda one: estimate(one.tokens_per_s, rate), "median of the repeats (quartiles)"),
     "Tokens/s of one user": Column(
         lambda one: estimate(one.user_tokens_per_s, rate), "likewise, after the first token"
@@ -177,12 +183,16 @@ def _pareto_plot(sweep: Sweep) -> Plot:
         "Every setting at every concurrency: tokens/s of all users together, and of one user after its first token. "
         "Up and to the right is better; the line joins what nothing beats in both."
     )
-    panels = [_pareto_panel(sweep, kind) for kind in dict.fromkeys(kind_of(one.load) for one in sweep.points)]
+    panels = [_pareto_panel(sweep, kind) for kind in dict.fromkeys(_kind(one) for one in sweep.points)]
     return Plot("pareto", "Throughput against the speed of one user", caption, panels)
 
 
+def _kind(one: recommendation.Point) -> str:
+    return load_in_words(one.load).rpartition(", ")[0]
+
+
 def _pareto_panel(sweep: Sweep, kind: str) -> Axes:
-    own = [one for one in sweep.points if kind_of(one.load) == kind]
+    own = [one for one in sweep.points if _kind(one) == kind]
     concurrencies = sorted({one.load.concurrency for one in own})
     # The last hue stands for all higher concurrencies together.
     last = concurrencies[len(HUES_OF_LOADS) - 1 :]
@@ -196,7 +206,7 @@ def _pareto_panel(sweep: Sweep, kind: str) -> Axes:
         return "no speculation" if one.system.name == BASELINE else "rivals"
 
     ranked = sorted(own, key=lambda one: one.load.concurrency)
-    front = [(FRONT, one) for one in sweep.front if kind_of(one.load) == kind]
+    front = [(FRONT, one) for one in sweep.front if _kind(one) == kind]
     points = [
         Point(kind, label, one.user_tokens_per_s.value, one.tokens_per_s.value)
         for label, one in (*front, *((line(one), one) for one in ranked))

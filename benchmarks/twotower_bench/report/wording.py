@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
-from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
+from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System, Traffic
+from twotower_bench.summary import CellSummary, ServerSummary, Summary
 
 # No speculation is grey in every plot, TwoTower blue, and these as here; other systems get what is left.
 HUES = {BASELINE: 0, BASELINE_AGAIN: 0, "twotower": 1, "draft_model": 2, "ngram": 3, "suffix": 4}
@@ -31,19 +31,40 @@ def is_rival(system: System) -> bool:
     return not system.is_two_tower and system.name not in (BASELINE, BASELINE_AGAIN)
 
 
-def place_of(one: Any) -> str:
-    """The load or traffic of figures, as a heading."""
-    return load_in_words(one.load) if hasattr(one, "load") else str(one.traffic)
+def place_of(one: Summary) -> str:
+    """The load or traffic of a summary, as a heading."""
+    return load_in_words(one.load) if isinstance(one, CellSummary) else str(traffic_of(one))
 
 
 def load_in_words(load: Load) -> str:
     """Prompts, temperature unless that is 0, and requests at once."""
-    return f"{kind_of(load)}, {load.concurrency} at once"
+    temperature = f", temperature {load.temperature:g}" if load.temperature else ""
+    return f"{category_in_words(load.category)}{temperature}, {load.concurrency} at once"
 
 
-def kind_of(load: Load) -> str:
-    """The prompts of a load, and its temperature unless that is 0."""
-    return category_in_words(load.category) + (f", temperature {load.temperature:g}" if load.temperature else "")
+def kind_of(one: Summary) -> str:
+    """The load of a summary without its amount: prompts with their temperature unless that is 0, or a kind of loop."""
+    if isinstance(one, CellSummary):
+        return load_in_words(one.load).rpartition(", ")[0]
+    return "closed loop" if traffic_of(one).is_closed else "open loop"
+
+
+def amount_of(one: Summary) -> float:
+    """The load of a summary within its kind."""
+    return one.load.concurrency if isinstance(one, CellSummary) else traffic_of(one).amount
+
+
+def amount_in_words(one: Summary) -> str:
+    """The same in words that follow "at"."""
+    if kind_of(one) == "open loop":
+        return str(traffic_of(one))
+    return "1 request at a time" if amount_of(one) == 1 else f"{amount_of(one):g} at once"
+
+
+def traffic_of(one: Summary) -> Traffic:
+    """The traffic of a summary that is no engine's."""
+    assert isinstance(one, ServerSummary)
+    return one.traffic
 
 
 def category_in_words(category: str) -> str:

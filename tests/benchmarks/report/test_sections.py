@@ -21,8 +21,9 @@ from tests.support.serving_cells import AGAIN, NONE
 from twotower_bench.records import ServingCell, System
 from twotower_bench.report import report_of
 from twotower_bench.report.document import Plot, Row, Section, Table
-from twotower_bench.report.findings import Outcome, finding, remarks
-from twotower_spec.evaluation.statistics import Comparison
+from twotower_bench.report.findings import finding, remarks
+from twotower_bench.summary import Summary
+from twotower_spec.evaluation.statistics import Comparison, Estimate
 
 
 def section_of(tmp_path: Path, cells: list[ServingCell]) -> Section:
@@ -50,9 +51,18 @@ def lines(axes: Axes) -> dict[str, list[float]]:
     return {label: [float(x) for x in one.lines[0].get_xdata()] for label, one in drawn.items()}
 
 
-def outcome(system: System, place: str, rates: tuple[float, float, float]) -> Outcome:
-    comparison = Comparison.of_rates((10.0, 10.1, 9.9), rates, (10.1, 9.9, 10.0))
-    return Outcome(system, place, comparison.speed_up.value, comparison)
+def summary(system: System, *rates: float) -> Summary:
+    """A system with these rates beside no speculation with 10."""
+    comparison = Comparison.of_rates((10.0, 10.1, 9.9), rates, (10.1, 9.9, 10.0)) if len(rates) == 3 else None
+    return Summary(
+        system=system,
+        num_repeats=len(rates),
+        num_requests=4,
+        tokens_per_s=Estimate(rates[0], rates[0], rates[0]),
+        speed_up=comparison.speed_up.value if comparison else rates[0] / 10,
+        comparison=comparison,
+        num_different=None,
+    )
 
 
 def test_only_what_files_hold_becomes_a_section(tmp_path: Path) -> None:
@@ -69,54 +79,51 @@ def test_second_file_of_a_kind_becomes_a_section_of_its_own(tmp_path: Path) -> N
 
 def test_finding_is_one_sentence_on_the_best_setting_in_each_place() -> None:
     worse = replace(TWO_TOWER, name="worse", title="TwoTower, worse")
-    outcomes = [
-        outcome(TWO_TOWER, "1 request at a time", (21.0, 21.1, 20.9)),
-        outcome(worse, "1 request at a time", (15.0, 15.1, 14.9)),
-        outcome(TWO_TOWER, "4 at once", (15.0, 15.0, 15.1)),
-        outcome(TWO_TOWER, "8 at once", (10.0, 10.0, 10.0)),
-        outcome(TWO_TOWER, "16 at once", (5.0, 5.0, 5.1)),
-    ]
-    assert finding(outcomes) == (
+    places = {
+        "1 request at a time": [summary(TWO_TOWER, 21.0, 21.1, 20.9), summary(worse, 15.0, 15.1, 14.9)],
+        "4 at once": [summary(TWO_TOWER, 15.0, 15.0, 15.1)],
+        "8 at once": [summary(TWO_TOWER, 10.0, 10.0, 10.0)],
+        "16 at once": [summary(TWO_TOWER, 5.0, 5.0, 5.1)],
+    }
+    assert finding(places) == (
         "At 1 request at a time and 4 at once TwoTower is 1.5 to 2.1 times as fast as no speculation; at 8 at once "
         "there is no difference beyond noise; at 16 at once it is slower, 0.50 times as fast as no speculation."
     )
-    assert finding(outcomes[3:4]) == (
-        "At 8 at once there is no difference between TwoTower and no speculation beyond noise."
+    assert finding({"8 at once": places["8 at once"]}) == (
+        "At 8 at once there is no difference beyond noise between TwoTower and no speculation."
     )
 
 
 def test_places_of_one_verdict_are_said_in_few_words() -> None:
-    places = [f"{number} at once" for number in (2, 4, 8, 16, 32)]
-    several = [outcome(TWO_TOWER, place, (15.0, 15.0, 15.1)) for place in places]
-    assert finding(several[:3]).startswith("At 2, 4 and 8 at once TwoTower is 1.50 times as fast")
-    assert finding(several).startswith("Under 5 of 5 loads TwoTower is 1.50 times as fast")
+    faster = [summary(TWO_TOWER, 15.0, 15.0, 15.1)]
+    places = {f"{number} at once": faster for number in (2, 4, 8)}
+    assert finding(places).startswith("At 2, 4 and 8 at once TwoTower is 1.50 times as fast")
+    more = {**places, "16 at once": faster, "32 at once": faster}
+    assert finding(more).startswith("Under 5 of 5 loads TwoTower is 1.50 times as fast")
 
 
 def test_remarks_name_the_best_with_its_doubts_and_the_best_rival() -> None:
     rival = System("ngram", "n-gram lookup")
     best, other = remarks(
-        [
-            outcome(TWO_TOWER, "8 at once", (20.0, 20.1, 19.9)),
-            outcome(rival, "8 at once", (30.0, 30.0, 30.0)),
-            outcome(TWO_TOWER, "4 at once", (5.0, 5.0, 5.1)),
-        ]
+        {
+            "8 at once": [summary(TWO_TOWER, 20.0, 20.1, 19.9), summary(rival, 30.0, 30.0, 30.0)],
+            "4 at once": [summary(TWO_TOWER, 5.0, 5.0, 5.1)],
+        }
     )
     assert best.startswith("Best: 2.00× at 8 at once (lowest to highest ") and "A/A noise 1.0" in best
     assert other == "The best rival there is n-gram lookup with 3.00× (faster)."
 
 
 def test_finding_claims_no_gain_within_noise_or_without_repeats() -> None:
-    noisy = outcome(TWO_TOWER, "maths", (10.05, 10.2, 9.8))
-    assert "no difference" in finding([noisy])
-    assert "TwoTower is slower, 0.50 times as fast" in finding([outcome(TWO_TOWER, "maths", (5.0, 5.0, 5.1))])
-    unknown = finding([replace(noisy, speed_up=3.0, comparison=None)])
+    assert "no difference" in finding({"maths": [summary(TWO_TOWER, 10.05, 10.2, 9.8)]})
+    assert "TwoTower is slower, 0.50 times as fast" in finding({"maths": [summary(TWO_TOWER, 5.0, 5.0, 5.1)]})
+    unknown = finding({"maths": [summary(TWO_TOWER, 30.0)]})
     assert "was 3.0 times as fast as no speculation, which takes 3 repeats and an A/A run to tell from noise" in unknown
-    assert finding([outcome(System("ngram", "n-gram"), "maths", (30.0, 30.0, 30.0))]).startswith("TwoTower was not")
+    assert finding({"maths": [summary(System("ngram", "n-gram"), 30.0)]}).startswith("TwoTower was not")
 
 
 def test_without_repeats_it_is_said_what_no_speculation_gives_against_itself() -> None:
-    again = Outcome(AGAIN, "maths", 2.5, None)
-    assert remarks([Outcome(TWO_TOWER, "maths", 3.0, None), again]) == [
+    assert remarks({"maths": [summary(TWO_TOWER, 30.0), summary(AGAIN, 25.0)]}) == [
         "Best: 3.00× at maths; no speculation run again gives 2.50× there."
     ]
 
