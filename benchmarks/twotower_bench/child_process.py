@@ -22,6 +22,13 @@ class ChildError(TwoTowerError):
     """An engine, a server or the load generator has failed; its last lines are in the message."""
 
 
+def failure_with_log(title: str, what: str, log: Path) -> ChildError:
+    """An error with the last lines that a process said."""
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    last = "\n".join(f"  {line}" for line in lines[-NUM_LAST_LINES:]) or "  (nothing)"
+    return ChildError(f"{title} {what}; the last it said was:\n{last}")
+
+
 class ChildProcess:
     """Starts when it is made; what it says goes to a file, of which only failures are shown."""
 
@@ -55,15 +62,18 @@ class ChildProcess:
             )
 
     @property
+    def pid(self) -> int:
+        """Process id."""
+        return self._process.pid
+
+    @property
     def exit_code(self) -> int | None:
         """None while it runs."""
         return self._process.poll()
 
     def failure(self, what: str) -> ChildError:
         """An error with the last lines of its log."""
-        lines = [line for line in self.log.read_text(errors="replace").splitlines() if line.strip()]
-        last = "\n".join(f"  {line}" for line in lines[-NUM_LAST_LINES:]) or "  (nothing)"
-        return ChildError(f"{self.title} {what}; the last it said was:\n{last}")
+        return failure_with_log(self.title, what, self.log)
 
     def check(self, when: str) -> None:
         """Raises a `ChildError` if it has ended."""

@@ -27,7 +27,7 @@ def candidate(name: str, engine: str | None = None, knobs: Mapping[str, Any] | N
 class StandIn:
     """Reads a character as a token, and keeps what it is asked for."""
 
-    def __init__(self, title: str, arguments: object, folder: object, longest_silence_s: float) -> None:
+    def __init__(self, title: str, *others: object) -> None:
         self.title, self.asked, self.is_closed = title, list[Any](), False
         ALL.append(self)
 
@@ -58,6 +58,7 @@ ALL: list[StandIn] = []
 def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     ALL.clear()
     monkeypatch.setattr("twotower_bench.engines.pool.EngineProcess", StandIn)
+    monkeypatch.setattr("twotower_bench.engines.pool.ForkServer", lambda *others: None)
 
 
 def pool_of(*names: str, together: bool = True) -> EnginePool:

@@ -37,7 +37,7 @@ def run_engine(
     scenarios: Sequence[str],
     speculative_config: Mapping[str, Any] | None = None,
     environment: Mapping[str, str] | None = None,
-    timeout_s: int = 400,
+    timeout_s: float = 400,
     **engine_args: Any,
 ) -> dict[str, Any]:
     """Results of scenarios by name, from a fresh engine on the bundled verifier."""
@@ -51,12 +51,12 @@ def run_engine(
     return _results[key]
 
 
-def _run(order: str, environment: Mapping[str, str] | None, timeout_s: int) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        log, output = Path(folder) / "log", Path(folder) / "results.json"
-        arguments = [order, str(output)]
-        code = run_forked("tests.vllm_plugin.engine:write_results", arguments, log, environment, timeout_s)
-        said = log.read_text()
+def _run(order: str, environment: Mapping[str, str] | None, timeout_s: float) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        function, output = "tests.vllm_plugin.engine:write_results", folder / "results.json"
+        code = run_forked(function, order, str(output), folder=folder, environment=environment, timeout_s=timeout_s)
+        said = (folder / "log").read_text()
         assert code == 0, f"the engine ended with {code}\n{said[-6000:]}"
         results: dict[str, Any] = json.loads(output.read_text())
         results["log"] = said

@@ -64,11 +64,11 @@ def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, 
         else {"model": str(trio_path("verifier")), **verifier, **one}
         for one in given
     ]
-    with tempfile.TemporaryDirectory() as folder:
-        log, output = Path(folder) / "log", Path(folder) / "outcomes.json"
-        arguments = [json.dumps(filled), str(output)]
-        code = run_forked("tests.vllm_plugin.test_routing:write_outcomes", arguments, log, environment)
-        assert code == 0, log.read_text()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        function, output = "tests.vllm_plugin.test_routing:write_outcomes", folder / "outcomes.json"
+        code = run_forked(function, json.dumps(filled), str(output), folder=folder, environment=environment)
+        assert code == 0, (folder / "log").read_text()
         found: list[dict[str, Any]] = json.loads(output.read_text())
     return found
 

@@ -11,16 +11,23 @@ from typing import Any
 
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.engines.environment import engine_environment
+from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.engines.messages import Piece, Ready, Served, ServeOrder
 
 LONGEST_SILENCE_S = 300.0
+WORKER = "twotower_bench.engines.worker:serve"
 
 
 class EngineProcess:
     """Starts loading when it is made; what vLLM says goes to a file, of which only failures are shown."""
 
     def __init__(
-        self, title: str, arguments: Mapping[str, Any], folder: Path, longest_silence_s: float = LONGEST_SILENCE_S
+        self,
+        title: str,
+        arguments: Mapping[str, Any],
+        folder: Path,
+        longest_silence_s: float = LONGEST_SILENCE_S,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """Starts the process and returns at once.
 
@@ -29,16 +36,20 @@ class EngineProcess:
             arguments: of `LLM()`.
             folder: for its output and temporary files, its own.
             longest_silence_s: after which it counts as dead, while it loads or works on an order.
+            fork_server: forks the process; None for a fresh one, as one with workers of its own always is.
         """
         self.title, self._longest_silence_s = title, longest_silence_s
         self._has_workers = any(arguments.get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         self._ready: Ready | None = None
         self._connection, theirs = Pipe()
+        name, environment = f"the engine with {title}", engine_environment()
+        self._process: ChildProcess | ForkedProcess
         with theirs:
-            command = [sys.executable, "-P", "-m", "twotower_bench.engines.worker", str(theirs.fileno())]
-            self._process = ChildProcess(
-                f"the engine with {title}", command, folder, engine_environment(), pass_fds=[theirs.fileno()]
-            )
+            if fork_server is None or self._has_workers:
+                command = [sys.executable, "-P", "-m", "twotower_bench.engines.worker", str(theirs.fileno())]
+                self._process = ChildProcess(name, command, folder, environment, pass_fds=[theirs.fileno()])
+            else:
+                self._process = fork_server.fork(name, WORKER, (), folder, environment, theirs)
         self._send(dict(arguments))
 
     def wait_until_ready(self) -> Ready:
