@@ -95,12 +95,8 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     Raises:
         TwoTowerError: a knob, the checkpoint or the verifier is refused.
     """
-    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
-    for key, flag in (("method", "spec_method"), ("model", "spec_model"), ("num_speculative_tokens", "spec_tokens")):
-        value = getattr(engine_args, flag)
-        if value is not None and given.setdefault(key, value) != value:
-            return  # named twice, differently: vLLM says so
-    if not _is_ours(given):
+    given = _speculative_settings(engine_args)
+    if given is None or not _is_ours(given):
         return
     from vllm_twotower import metrics
     from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
@@ -125,6 +121,16 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     engine_args.speculative_config = given
     engine_args.additional_config = {**additional, KNOBS: given_knobs, FOUND: asdict(found)}
     metrics.publish()
+
+
+def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:
+    """The speculative settings and their flags together; None if they differ, which vLLM refuses itself."""
+    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    for key, flag in (("method", "spec_method"), ("model", "spec_model"), ("num_speculative_tokens", "spec_tokens")):
+        value = getattr(engine_args, flag)
+        if value is not None and given.setdefault(key, value) != value:
+            return None
+    return given
 
 
 def _is_two_tower(model: object, revision: object = None) -> bool:
