@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
 
 from twotower_bench.draft_summary import (
     FEWEST_STEPS,
@@ -147,6 +148,7 @@ def _share_plot(name: str, title: str, found: Shares, caption: str) -> Plot:
 
 def _to_one(axes: Axes) -> None:
     axes.set_ylim(0, 1.03)
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def _round_plot(summaries: Sequence[CellSummary], cells: Sequence[ServingCell]) -> Plot:
