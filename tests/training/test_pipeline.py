@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 
+from tests.support.command_line import Command
 from twotower_spec import TwoTowerModel
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.training.evaluation import Trio
@@ -31,11 +32,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
 
 
-def train(*arguments: str | Path, code: int = 0) -> str:
+def train(*arguments: str | Path) -> str:
     command = [*COMMAND, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=500)
-    assert done.returncode == code, done.stderr + done.stdout
-    return done.stderr if code else done.stdout
+    assert done.returncode == 0, done.stderr + done.stdout
+    return done.stdout
+
+
+def refusal(command: Command, *arguments: str | Path) -> str:
+    code, out, error = command("train", *arguments)
+    assert code == 2 and not out, error
+    return error
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +149,7 @@ def test_a_killed_run_goes_on_bit_for_bit(finished: Path, tmp_path: Path, stage:
     ],
 )
 def test_bad_arguments_of_an_evaluation_are_one_sentence(
-    finished: Path, tmp_path: Path, arguments: list[str], message: str
+    finished: Path, tmp_path: Path, command: Command, arguments: list[str], message: str
 ) -> None:
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
@@ -150,19 +157,19 @@ def test_bad_arguments_of_an_evaluation_are_one_sentence(
     ids = tmp_path / "ids.jsonl"
     ids.write_text('{"token_ids": [5, 6]}\n')
     places = {"finished": finished, "ids": ids, "a": tmp_path / "a" / "p.txt", "b": tmp_path / "b" / "p.txt"}
-    error = train("evaluate", *[argument.format(**places) for argument in arguments], code=2)
+    error = refusal(command, "evaluate", *[argument.format(**places) for argument in arguments])
     assert message in error and "Traceback" not in error
 
 
-def test_another_recipe_does_not_go_on_with_the_checkpoint(finished: Path, tmp_path: Path) -> None:
+def test_another_recipe_does_not_go_on_with_the_checkpoint(finished: Path, tmp_path: Path, command: Command) -> None:
     recipe = tmp_path / "recipe.toml"
     recipe.write_text(MINIATURE.read_text().replace("steps = 60", "steps = 61"))
-    error = train("verifier", "--recipe", recipe, "--output", finished, code=2)
+    error = refusal(command, "verifier", "--recipe", recipe, "--output", finished)
     assert "was made with another recipe or other data; give another --output" in error
 
 
-def test_a_stage_whose_input_is_missing_names_the_stage_to_run(tmp_path: Path) -> None:
-    error = train("denoiser", "--recipe", MINIATURE, "--output", tmp_path, code=2)
+def test_a_stage_whose_input_is_missing_names_the_stage_to_run(tmp_path: Path, command: Command) -> None:
+    error = refusal(command, "denoiser", "--recipe", MINIATURE, "--output", tmp_path)
     assert "run `twotower-spec train tokenizer` first" in error
 
 
@@ -228,12 +235,12 @@ def test_towers_for_a_verifier_of_the_users_own_share_its_tokenizer(tmp_path: Pa
     ],
 )
 def test_bad_arguments_are_one_sentence_before_anything_is_made(
-    tmp_path: Path, arguments: list[str], message: str
+    tmp_path: Path, command: Command, arguments: list[str], message: str
 ) -> None:
     text = MINIATURE.read_text()
     no_verifier = tmp_path / "recipe.toml"
     no_verifier.write_text(text[: text.index("[verifier.model]")] + text[text.index("[two_tower]") :])
     arguments = [argument.format(no_verifier=no_verifier) for argument in arguments]
-    error = train("context", "--output", tmp_path / "out", *arguments, code=2)
+    error = refusal(command, "context", "--output", tmp_path / "out", *arguments)
     assert message in error and "Traceback" not in error
     assert not (tmp_path / "out" / "runs").exists()
