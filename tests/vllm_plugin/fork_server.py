@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def engine_environment() -> dict[str, str]:
-    """As the demo has it, and all of the log; without a network, which a name that is no folder would be sought in."""
+    """Environment as in the demo, but with the whole log, and without network: no name is looked up on a hub."""
     return {**os.environ, **quiet_environment(), "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
 
 
