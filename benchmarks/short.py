@@ -1,7 +1,7 @@
 """The short form of every benchmark, in less than 15 minutes on two cores: `python -m benchmarks.short`.
 
-Ops beside their rivals with pytest-benchmark, then the trio: alone, in vLLM by category, swept, as a server, and what
-`plan` predicts beside the sweep. The report goes to .benchmarks/report, its tables into docs/benchmarks.md.
+Ops beside their rivals with pytest-benchmark, then the trio: alone, in vLLM by category, swept, and as a server.
+The report goes to .benchmarks/report, its tables into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,6 @@ TABLES = frozenset(
         "Best at each concurrency",
         "Throughput and goodput",
         "Speed and fidelity",
-        "Predicted and measured speed",
     }
 )
 
@@ -72,7 +71,7 @@ def main() -> None:
         if name == "sweep":
             command += ["--profile", str((FOLDER / "profile.json").relative_to(ROOT))]
         _run(command)
-    files = [path for name in (*STEPS, "profile") for path in sorted(FOLDER.glob(f"{name}.json*")) if path != OPS]
+    files = [path for name in STEPS if (path := FOLDER / f"{name}.jsonl").exists()]
     report = write_report(files, FOLDER)
     parts = [f"Written on {time.strftime('%Y-%m-%d')}."]
     for section in report.sections:

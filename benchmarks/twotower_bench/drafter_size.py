@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from twotower_bench.serving_profile import check_positive
-from twotower_spec.config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig, check_integer
+from twotower_spec.config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 
 # The released model's shape.
@@ -77,12 +76,12 @@ class DrafterSize:
     times_floor: float = 1.0
 
     def __post_init__(self) -> None:
-        check_positive("bandwidth_gb_s", self.bandwidth_gb_s)
-        check_integer("itemsize", self.itemsize, minimum=1)
-        if not 0 <= self.launch_overhead_ms < math.inf:
-            raise ArgumentError(f"launch_overhead_ms {self.launch_overhead_ms} is not allowed; give 0 or more")
-        if not 1 <= self.times_floor < math.inf:
-            raise ArgumentError(f"times_floor {self.times_floor} is not allowed; give 1 or more")
+        given = (self.bandwidth_gb_s, self.launch_overhead_ms, self.times_floor)
+        if not (given[0] > 0 and given[1] >= 0 and given[2] >= 1 and math.isfinite(sum(given))):
+            raise ArgumentError(
+                "bandwidth_gb_s {}, launch_overhead_ms {} and times_floor {} are not allowed; give a bandwidth above "
+                "0, an overhead of 0 or more and a factor of 1 or more".format(*given)
+            )
 
     def pass_ms(self, num_tokens: float) -> float:
         """One pass of either tower, with its head, over so many tokens of all requests together."""

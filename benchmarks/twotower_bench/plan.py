@@ -1,21 +1,23 @@
 """What drafting with TwoTower gains under a load, from step times and acceptance lengths, and whether it pays.
 
-`speed_up` is the formula. `CostModel` takes its terms from times that were measured or assumed, or from the drafter's
-size, and carries their doubt to the result; `advise` says what the result means.
+`ServingProfile` holds what was measured or assumed, `speed_up` is the formula, `CostModel` carries the doubt of its
+terms to the result, and `advise` says what the result means.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from twotower_bench.drafter_size import DrafterSize
-from twotower_bench.records import DraftSetting
-from twotower_bench.serving_profile import AcceptanceLength, DraftingPhases, Measured, VerifierStep
+from twotower_bench.records import DraftSetting, read_row
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import Estimate
 
@@ -23,6 +25,138 @@ from twotower_spec.evaluation.statistics import Estimate
 BAND = 0.02
 # Where a smaller share of drafts is accepted, that is named as the reason, else what costs most.
 FEW_ACCEPTED = 0.25
+
+Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass(frozen=True)
+class Measured(Estimate):
+    """A number above 0 with its 95 % interval, which of a few measurements is no more than their range."""
+
+    def __post_init__(self) -> None:
+        if not (self.value > 0 and self.low <= self.value <= self.high < math.inf):
+            raise ArgumentError(
+                f"value {self.value} with interval {self.low} to {self.high} is not allowed; give 0 < value and low <= "
+                f"value <= high"
+            )
+
+
+Number = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Measured
+
+
+@dataclass(frozen=True)
+class VerifierStep:
+    """Time of one step of the serving engine with the verifier, everything but drafting included.
+
+    Attributes:
+        batch_size: requests in it.
+        num_tokens: that it reads per request: 1 in a plain step, 1 + K in one that verifies K drafts.
+        ms: of the whole batch.
+    """
+
+    batch_size: Count
+    num_tokens: Count
+    ms: Number
+
+
+@dataclass(frozen=True)
+class DraftingPhases:
+    """Times of drafting one block, for the whole batch.
+
+    Attributes:
+        batch_size: requests in it.
+        block_size: positions that are denoised.
+        extend_ms: the context tower reads what was accepted.
+        denoise_ms: one denoiser pass.
+        host_ms: everything else, per round.
+    """
+
+    batch_size: Count
+    block_size: Count
+    extend_ms: Number
+    denoise_ms: Number
+    host_ms: NotNegative = 0.0
+
+
+@dataclass(frozen=True)
+class AcceptanceLength:
+    """Tokens that a round gains: accepted drafts + 1.
+
+    Attributes:
+        category: kind of prompts.
+        setting: how the blocks were drafted.
+        length: per round, from 1 to 1 + K.
+        temperature: of the verifier's text.
+        batch_size: that it holds for; None for all, as where blocks take one pass: fixed with one step.
+        num_draft_tokens: verified per round on average; None for K.
+        denoiser_passes: of the whole batch, per round on average; None for `steps_per_block`.
+        by_position: share of rounds that accepted the draft at each position, as in `DraftingSummary`; may be empty.
+
+    Raises:
+        ArgumentError: they contradict each other.
+    """
+
+    category: str
+    setting: DraftSetting
+    length: Number
+    temperature: float = 0.0
+    batch_size: int | None = None
+    num_draft_tokens: NotNegative | None = None
+    denoiser_passes: NotNegative | None = None
+    by_position: tuple[Share, ...] = ()
+
+    def __post_init__(self) -> None:
+        most, length, shares = self.setting.num_speculative_tokens, _value(self.length), self.by_position
+        if not 1 <= length <= 1 + most:
+            raise ArgumentError(
+                f"acceptance length {length:g} is not possible with K {most}; give a number from 1 to {1 + most}"
+            )
+        if shares and (len(shares) != most or list(shares) != sorted(shares, reverse=True)):
+            raise ArgumentError(
+                f"by_position {list(shares)} is not allowed; give one share for each of {most} drafts, none above the "
+                f"one before it"
+            )
+
+
+@dataclass(frozen=True)
+class ServingProfile:
+    """All that was measured on one machine, in one JSON file: `plan --profile` reads it.
+
+    Attributes:
+        source: the command and date, or the document, that the numbers come from.
+        machine, versions: hardware, packages and commit.
+        verifier_steps, drafting_phases, acceptance_lengths: see the classes.
+        format: version of this layout.
+    """
+
+    source: str
+    machine: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, Any] = field(default_factory=dict)
+    verifier_steps: tuple[VerifierStep, ...] = ()
+    drafting_phases: tuple[DraftingPhases, ...] = ()
+    acceptance_lengths: tuple[AcceptanceLength, ...] = ()
+    format: Literal[1] = 1
+
+    def save(self, path: Path) -> None:
+        """Writes it."""
+        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> ServingProfile:
+        """Reads a file; unknown fields are ignored.
+
+        Raises:
+            ArgumentError: it cannot be read, or something is missing or out of range.
+        """
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise ArgumentError(
+                f"profile {path} cannot be read ({error}); give a file that bench sweep --profile wrote"
+            ) from error
+        return read_row(cls, raw, str(path), "a profile", "docs/planning.md has the fields")
 
 
 def speed_up(
@@ -67,7 +201,6 @@ class Prediction:
         tokens_per_s, plain_tokens_per_s: of the whole batch, with drafting and without.
         speed_up: their ratio.
         break_even_length: acceptance length at which it is 1.
-        measured_speed_up: beside it, where somebody measured it.
     """
 
     category: str
@@ -84,7 +217,6 @@ class Prediction:
     plain_tokens_per_s: Estimate
     speed_up: Estimate
     break_even_length: float
-    measured_speed_up: float | None = None
 
     @property
     def drafting_ms(self) -> float:
@@ -97,32 +229,15 @@ class Prediction:
         return self.category, self.temperature, self.batch_size
 
 
-# What a number is, and where: batch size, and tokens per request or block size.
-Number = tuple[str, int, int]
-Numbers = Mapping[Number, float]
+# A number's name and place: batch size, and tokens per request or block size.
+Place = tuple[str, int, int]
 VERIFIER, EXTEND, DENOISE, HOST = "a verifier step", "the context pass", "the denoiser pass", "the drafter's host work"
-LENGTH: Number = ("acceptance length", 0, 0)
+LENGTH: Place = ("acceptance length", 0, 0)
 # One factor for all passes of a drafter that was not measured: their errors have one cause, the bound.
-SIZE_FACTOR: Number = ("times the bound", 0, 0)
+SIZE_FACTOR: Place = ("times the bound", 0, 0)
 
 
 @dataclass(frozen=True)
-class _Terms:
-    """Terms of the formula, named as in `speed_up`."""
-
-    acceptance_length: float
-    plain_ms: float
-    verify_ms: float
-    extend_ms: float
-    denoise_ms: float
-    num_passes: float
-    host_ms: float
-
-    @property
-    def speed_up(self) -> float:
-        return speed_up(**vars(self))
-
-
 class CostModel:
     """Predicts from step times of the verifier and of the drafter.
 
@@ -130,63 +245,45 @@ class CostModel:
     changes of the result's logarithm are added by root of sum of squares, those downwards and those upwards
     separately. That assumes independent errors, and is exact where only one number is in doubt.
 
-    Args:
-        verifier_steps: by batch size and tokens per request; straight lines in between, nothing beyond.
-        drafting: phases that were measured, or the drafter's size.
+    Attributes:
+        profile: step times; straight lines in between, nothing beyond.
+        size: of a drafter that was not measured, instead of the profile's drafting phases.
         assumed_error: half the interval of a number that has none, as a share of it.
     """
 
-    def __init__(
-        self,
-        verifier_steps: Iterable[VerifierStep],
-        drafting: Iterable[DraftingPhases] | DrafterSize,
-        assumed_error: float = 0.1,
-    ) -> None:
-        if not 0 <= assumed_error < 1:
-            raise ArgumentError(f"assumed_error {assumed_error} is not allowed; give a share from 0 to below 1")
-        self.assumed_error = assumed_error
-        self._size = drafting if isinstance(drafting, DrafterSize) else None
-        self._known = {(VERIFIER, step.batch_size, step.num_tokens): step.ms for step in verifier_steps}
-        self._host: dict[Number, float] = {}
-        if isinstance(drafting, DrafterSize):
-            self._known[SIZE_FACTOR] = Measured(1.0)
-            return
-        for phase in drafting:
-            place = (phase.batch_size, phase.block_size)
-            self._known |= {(EXTEND, *place): phase.extend_ms, (DENOISE, *place): phase.denoise_ms}
-            self._host[HOST, *place] = phase.host_ms
+    profile: ServingProfile
+    size: DrafterSize | None = None
+    assumed_error: float = 0.1
 
-    def predict(
-        self, batch_size: int, acceptance: AcceptanceLength, num_speculative_tokens: int | None = None
-    ) -> Prediction:
+    def __post_init__(self) -> None:
+        if not 0 <= self.assumed_error < 1:
+            raise ArgumentError(f"assumed_error {self.assumed_error} is not allowed; give a share from 0 to below 1")
+
+    def predict(self, batch_size: int, acceptance: AcceptanceLength, num_drafts: int | None = None) -> Prediction:
         """Speed-up of one way to draft.
 
         Args:
             batch_size: requests at once.
             acceptance: what drafts of this kind gain.
-            num_speculative_tokens: drafts of each block that are verified; None for all that were measured.
+            num_drafts: of each block, that are verified; None for all that were measured.
 
         Raises:
             ArgumentError: it is outside what was given.
         """
-        most = acceptance.setting.num_speculative_tokens
-        num_drafts = most if num_speculative_tokens is None else num_speculative_tokens
-        known = {**self._known, LENGTH: acceptance.length}
-        values = {number: one.value for number, one in known.items()}
+        num_drafts = acceptance.setting.num_speculative_tokens if num_drafts is None else num_drafts
+        known = self._known(acceptance)
+        values = {place: one.value for place, one in known.items()}
         terms = self._terms(values, batch_size, acceptance, num_drafts)
         changed = [
-            self._terms({**values, number: end}, batch_size, acceptance, num_drafts)
-            for number, one in known.items()
-            for end in self._ends(one)
+            self._terms({**values, place: end}, batch_size, acceptance, num_drafts)
+            for place, one in known.items()
+            for end in (one.low, one.high)
         ]
 
-        def estimate(of: Callable[[_Terms], float]) -> Estimate:
+        def estimate(of: Callable[[Mapping[str, float]], float]) -> Estimate:
             value = of(terms)
             changes = [math.log(of(one) / value) for one in changed]
-            below, above = (
-                math.hypot(*(min(one, 0.0) for one in changes)),
-                math.hypot(*(max(one, 0.0) for one in changes)),
-            )
+            below, above = (math.hypot(*(end(one, 0.0) for one in changes)) for end in (min, max))
             return Estimate(value, value * math.exp(-below), value * math.exp(above))
 
         return Prediction(
@@ -194,129 +291,117 @@ class CostModel:
             temperature=acceptance.temperature,
             batch_size=batch_size,
             setting=replace(acceptance.setting, num_speculative_tokens=num_drafts),
-            acceptance_length=estimate(lambda one: one.acceptance_length),
-            plain_ms=terms.plain_ms,
-            verify_ms=terms.verify_ms,
-            extend_ms=terms.extend_ms,
-            denoise_ms=terms.num_passes * terms.denoise_ms,
-            host_ms=terms.host_ms,
-            tokens_per_s=estimate(lambda one: 1e3 * batch_size / one.plain_ms * one.speed_up),
-            plain_tokens_per_s=estimate(lambda one: 1e3 * batch_size / one.plain_ms),
-            speed_up=estimate(lambda one: one.speed_up),
-            break_even_length=terms.acceptance_length / terms.speed_up,
+            acceptance_length=estimate(lambda one: one["acceptance_length"]),
+            plain_ms=terms["plain_ms"],
+            verify_ms=terms["verify_ms"],
+            extend_ms=terms["extend_ms"],
+            denoise_ms=terms["num_passes"] * terms["denoise_ms"],
+            host_ms=terms["host_ms"],
+            tokens_per_s=estimate(lambda one: 1e3 * batch_size / one["plain_ms"] * speed_up(**one)),
+            plain_tokens_per_s=estimate(lambda one: 1e3 * batch_size / one["plain_ms"]),
+            speed_up=estimate(lambda one: speed_up(**one)),
+            break_even_length=terms["acceptance_length"] / speed_up(**terms),
         )
 
-    def _ends(self, one: Measured) -> tuple[float, float]:
-        if one.low is None or one.high is None:
-            return one.value * (1 - self.assumed_error), one.value * (1 + self.assumed_error)
-        return max(one.low, 1e-3 * one.value), one.high  # a time is never 0, whatever its interval says
+    def _known(self, acceptance: AcceptanceLength) -> dict[Place, Estimate]:
+        """All numbers, with intervals; host work has none."""
+        numbers: dict[Place, Number] = {LENGTH: acceptance.length}
+        numbers |= {(VERIFIER, one.batch_size, one.num_tokens): one.ms for one in self.profile.verifier_steps}
+        if self.size:
+            return {place: self._estimate(number) for place, number in (numbers | {SIZE_FACTOR: 1.0}).items()}
+        host = {}
+        for one in self.profile.drafting_phases:
+            place = (one.batch_size, one.block_size)
+            numbers |= {(EXTEND, *place): one.extend_ms, (DENOISE, *place): one.denoise_ms}
+            host[HOST, *place] = Estimate(one.host_ms, one.host_ms, one.host_ms)
+        return host | {place: self._estimate(number) for place, number in numbers.items()}
 
-    def _terms(self, values: Numbers, batch_size: int, acceptance: AcceptanceLength, num_drafts: int) -> _Terms:
-        setting = acceptance.setting
+    def _estimate(self, number: Number) -> Estimate:
+        if isinstance(number, Estimate):  # a time is never 0, whatever its interval says
+            return replace(number, low=max(number.low, 1e-3 * number.value))
+        return Estimate(number, number * (1 - self.assumed_error), number * (1 + self.assumed_error))
+
+    def _terms(
+        self, values: Mapping[Place, float], batch_size: int, acceptance: AcceptanceLength, num_drafts: int
+    ) -> dict[str, float]:
+        """Arguments of `speed_up`."""
+        block_size, passes = acceptance.setting.block_size, acceptance.denoiser_passes
         length = length_of_first(num_drafts, acceptance, values[LENGTH])
         # Where the policy chose, a lower limit shortens those drafts alone that were longer.
         drafted = num_drafts if acceptance.num_draft_tokens is None else min(acceptance.num_draft_tokens, num_drafts)
-        if self._size:
-            extend = values[SIZE_FACTOR] * self._size.pass_ms(batch_size * length)
-            denoise = values[SIZE_FACTOR] * self._size.pass_ms(batch_size * setting.block_size)
+        if self.size:
+            extend, denoise = (
+                values[SIZE_FACTOR] * self.size.pass_ms(batch_size * num_tokens) for num_tokens in (length, block_size)
+            )
             host = 0.0
         else:
-            extend, denoise, host = (
-                time_at(what, "block size", times, batch_size, setting.block_size)
-                for what, times in ((EXTEND, values), (DENOISE, values), (HOST, self._host))
-            )
-        return _Terms(
-            acceptance_length=length,
-            plain_ms=time_at(VERIFIER, "tokens per request", values, batch_size, 1),
-            verify_ms=time_at(VERIFIER, "tokens per request", values, batch_size, 1 + drafted),
-            extend_ms=extend,
-            denoise_ms=denoise,
-            num_passes=setting.steps_per_block if acceptance.denoiser_passes is None else acceptance.denoiser_passes,
-            host_ms=host,
-        )
+            extend, denoise, host = (time_at(what, values, batch_size, block_size) for what in (EXTEND, DENOISE, HOST))
+        return {
+            "acceptance_length": length,
+            "plain_ms": time_at(VERIFIER, values, batch_size, 1),
+            "verify_ms": time_at(VERIFIER, values, batch_size, 1 + drafted),
+            "extend_ms": extend,
+            "denoise_ms": denoise,
+            "num_passes": acceptance.setting.steps_per_block if passes is None else passes,
+            "host_ms": host,
+        }
 
 
-def time_at(what: str, axis: str, times: Numbers, batch_size: float, x: float) -> float:
+def time_at(what: str, times: Mapping[Place, float], batch_size: int, x: float) -> float:
     """The time at a place: straight lines between those that are known, nothing beyond.
 
     A batch size without times on both sides of `x` is passed over: some may have been measured with fewer drafts.
 
     Args:
-        what: is timed.
-        axis: name of `x`, for errors.
-        times: with others, which are left aside.
-        batch_size: requests.
-        x: tokens per request, or block size.
+        what, times: the name of one among several that are timed.
+        batch_size, x: requests, and tokens of each or block size.
 
     Raises:
         ArgumentError: it is outside what is known.
     """
     rows: dict[int, dict[int, float]] = {}
-    for (name, size, at), ms in times.items():
+    for name, size, at in sorted(times):
         if name == what:
-            rows.setdefault(size, {})[at] = ms
-    reaching = sorted(size for size, row in rows.items() if min(row) <= x <= max(row))
-    if not reaching or not reaching[0] <= batch_size <= reaching[-1]:
-        raise _unknown_time(what, axis, rows, batch_size, x)
-    over_x = [np.interp(x, sorted(rows[size]), [rows[size][at] for at in sorted(rows[size])]) for size in reaching]
-    return float(np.interp(batch_size, reaching, over_x))
-
-
-def _unknown_time(
-    what: str, axis: str, rows: Mapping[int, Mapping[int, float]], batch_size: float, x: float
-) -> ArgumentError:
-    if not rows:
-        return ArgumentError(f"no time of {what} is known; give one")
-    where, given = f"batch size {batch_size:g}", sorted(rows)
-    if given[0] <= batch_size <= given[-1]:
-        short = (size for size, row in rows.items() if not min(row) <= x <= max(row))
-        nearest = min(short, key=lambda size: abs(size - batch_size))
-        where, given = f"{axis} at batch size {nearest} {x:g}", sorted(rows[nearest])
-    span = f"{given[0]}" if len(given) == 1 else f"{given[0]} to {given[-1]}"
-    return ArgumentError(
-        f"{what} for {where} is not predicted: times are given for {span}, and beyond them nothing is extrapolated; "
-        f"measure it there"
-    )
+            rows.setdefault(size, {})[at] = times[name, size, at]
+    over_x = {
+        size: float(np.interp(x, list(row), list(row.values())))
+        for size, row in rows.items()
+        if min(row) <= x <= max(row)
+    }
+    if not over_x or not min(over_x) <= batch_size <= max(over_x):
+        axis = "tokens per request" if what == VERIFIER else "block size"
+        known = "; ".join(f"batch size {size}: {axis} {', '.join(map(str, row))}" for size, row in rows.items())
+        raise ArgumentError(
+            f"{what} for batch size {batch_size}, {axis} {x:g} is outside what was measured ({known or 'nothing'}); "
+            f"measure it there, nothing is extrapolated"
+        )
+    return float(np.interp(batch_size, list(over_x), list(over_x.values())))
 
 
 def length_of_first(num_drafts: int, acceptance: AcceptanceLength, length: float | None = None) -> float:
     """Tokens that a round gains if only the first drafts of each block are verified.
 
-    Without shares by position, every draft is taken to have the same chance after those before it.
-
     Args:
-        num_drafts: at most those that were measured.
+        num_drafts: at most those that were measured; without shares by position exactly those.
         acceptance: of all drafts.
         length: another acceptance length of all drafts than the measured one, as an end of its interval; what the first
             drafts gain changes by the same factor.
 
     Raises:
         ArgumentError: `num_drafts` is outside what was measured.
-
-    Source: Leviathan et al. 2023, "Fast inference from transformers via speculative decoding", equation 1.
     """
-    most, whole = acceptance.setting.num_speculative_tokens, acceptance.length.value
-    if not 1 <= num_drafts <= most:
-        raise ArgumentError(
-            f"K {num_drafts} is outside what was measured, 1 to {most} drafts of a block of "
-            f"{acceptance.setting.block_size}; measure the acceptance length of longer drafts"
-        )
-    length = whole if length is None else min(max(length, 1.0), 1.0 + most)
-    if num_drafts == most or whole == 1:
-        return min(length, 1.0 + num_drafts)
+    most, shares = acceptance.setting.num_speculative_tokens, acceptance.by_position
+    if num_drafts != most and not (shares and 1 <= num_drafts < most):
+        allowed = f"1 to {most}" if shares else f"{most}, as there is no acceptance by position for shorter drafts"
+        raise ArgumentError(f"K {num_drafts} is outside what was measured; give {allowed}, or measure it")
+    gained = min(max(_value(acceptance.length) if length is None else length, 1.0), 1.0 + most) - 1
     # The length and the shares may be counted differently at the ends of texts, so only ratios of shares are used.
-    shares = acceptance.by_position or _even_shares(whole, most)
-    of_first = sum(shares[:num_drafts]) / sum(shares) if any(shares) else 0.0
-    return min(1.0 + (length - 1) * of_first, 1.0 + num_drafts)
+    of_first = 1.0 if num_drafts == most else sum(shares[:num_drafts]) / (sum(shares) or 1.0)
+    return min(1 + gained * of_first, 1.0 + num_drafts)
 
 
-def _even_shares(length: float, num_drafts: int) -> Sequence[float]:
-    """Shares by position that add up to this length if every draft has one chance, which bisection finds."""
-    low, high = 0.0, 1.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if sum(middle**i for i in range(num_drafts + 1)) < length else (low, middle)
-    return [high**i for i in range(1, num_drafts + 1)]
+def _value(number: Number) -> float:
+    return number.value if isinstance(number, Estimate) else number
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +12,6 @@ from typing import Any, Literal, get_args
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.pareto import pareto_front
 from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, ServingCell, System
-from twotower_bench.serving_profile import check_positive
 from twotower_bench.summary import latency_of, repeats_of
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
@@ -49,7 +49,10 @@ class Goal:
         if self.concurrency is not None:
             check_integer("concurrency", self.concurrency, minimum=1)
         if self.min_user_tokens_per_s is not None:
-            check_positive("min_user_tokens_per_s", self.min_user_tokens_per_s)
+            if not 0 < self.min_user_tokens_per_s < math.inf:
+                raise ArgumentError(
+                    f"min_user_tokens_per_s {self.min_user_tokens_per_s} is not allowed; give a number above 0"
+                )
             if self.name == "latency":
                 raise ArgumentError(
                     f"min_user_tokens_per_s {self.min_user_tokens_per_s:g} has no meaning for the goal latency, which "

@@ -24,13 +24,20 @@ EXPECTED_WITHOUT_DRAFTS = ("prefilling", "policy", "limit")
 T = TypeVar("T")
 
 
-def read_row(kind: type[T], row: Any, where: str = "the row") -> T:
+def read_row(
+    kind: type[T],
+    row: Any,
+    where: str = "the row",
+    what: str = "a row that a benchmark wrote",
+    remedy: str = "give a file that was written with --json, as it was written",
+) -> T:
     """Makes a record from what JSON holds; fields that the record does not have are ignored.
 
     Args:
         kind: dataclass of the record.
         row: parsed JSON.
         where: the row's file and line, for errors.
+        what, remedy: what it should be and what to do if it is not, for errors.
 
     Raises:
         ArgumentError: a field is missing or has another type; its name is in the message.
@@ -42,10 +49,7 @@ def read_row(kind: type[T], row: Any, where: str = "the row") -> T:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the whole row"
-        raise ArgumentError(
-            f"{where} is not a row that a benchmark wrote ({place}: {first['msg']}); give a file that was written with "
-            f"--json, as it was written"
-        ) from error
+        raise ArgumentError(f"{where} is not {what} ({place}: {first['msg']}); {remedy}") from error
     return record
 
 

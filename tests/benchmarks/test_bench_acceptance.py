@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from twotower_bench.measurement_file import SystemsFile
+from twotower_bench.plan import ServingProfile
 from twotower_bench.records import Load, ServingCell, read_row
-from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -197,7 +197,7 @@ def test_a_sweep_measures_each_setting_once_and_writes_a_profile(sweep: Run) -> 
     texts = {tuple(request.token_ids for request in cell.requests) for cell in sweep.cells}
     assert len(texts) == 1
     profile = ServingProfile.load(sweep.file.parent / "profile.json")
-    assert len(profile.measured_cells) == 10 and profile.acceptance_lengths and profile.verifier_steps
+    assert profile.acceptance_lengths and profile.verifier_steps
     (command,) = (line.strip() for line in sweep.text.splitlines() if line.startswith("    vllm serve"))
     assert command.endswith("--dtype float32 --enforce-eager --max-model-len 512")
     assert "LLM(model=" in sweep.text and "plan --profile" in sweep.text

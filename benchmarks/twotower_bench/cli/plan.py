@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import replace
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -15,37 +16,33 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from twotower_bench.cli.plan_options import Asked, TypedNumbers, integers
+from twotower_bench.cli.options import numbers
 from twotower_bench.drafter_size import PUBLISHED_SIZE, DrafterSize
-from twotower_bench.plan import Advice, CostModel, Prediction, advise
-from twotower_bench.records import ALL_CATEGORIES
-from twotower_bench.serving_profile import AcceptanceLength, ServingProfile, jsonable
+from twotower_bench.plan import AcceptanceLength, Advice, CostModel, Prediction, ServingProfile, advise
+from twotower_bench.records import ALL_CATEGORIES, DraftSetting, read_row
 from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 
 PUBLISHED = "published"
 # Of a profile where no more is asked.
 AS_MEASURED = "Prompts of all kinds together, where measured, and drafts as measured; --category and -K give others."
+STRAIGHT_LINES = "Between measured batch sizes, numbers of tokens and block sizes: straight lines; beyond: nothing."
+_NUMBER = r"(\d+\.?\d*|\.\d+)"
+_ENTRY = re.compile(rf"(?:(\d+):)?{_NUMBER}(?:\+-{_NUMBER})?")
 
 
 def plan(
     profile: Annotated[
-        Path | None,
-        typer.Option(help="Measured step times, acceptance lengths and speeds (docs/planning.md)."),
+        Path | None, typer.Option(help="Measured step times and acceptance lengths (docs/planning.md).")
     ] = None,
     batch_size: Annotated[
-        str | None, typer.Option(help="Requests at once, 1,8 for several; default: 1, or those measured.")
+        str | None, typer.Option(help="Requests at once, 1,8 for several; default: those of the plain steps.")
     ] = None,
     verifier_step_ms: Annotated[
-        str | None, typer.Option(help="A step without drafts: 12.7, or by batch size 1:12.7,8:19.0.")
+        str | None, typer.Option(help="A step without drafts: 12.7, 12.7+-0.3, or by batch size 1:12.7,8:19.0.")
     ] = None,
-    verify_step_ms: Annotated[
-        str | None,
-        typer.Option(help="A step that verifies the most drafts: 15.7, or by batch size and tokens read 1x8:13.1."),
-    ] = None,
-    context_pass_ms: Annotated[
-        str | None, typer.Option(help="The context tower's pass: 2.8, or by batch and block size 1x8:2.8,8x8:5.5.")
-    ] = None,
+    verify_step_ms: Annotated[str | None, typer.Option(help="A step that verifies the most drafts: likewise.")] = None,
+    context_pass_ms: Annotated[str | None, typer.Option(help="The context tower's pass: likewise.")] = None,
     denoiser_step_ms: Annotated[str | None, typer.Option(help="One denoiser pass: likewise.")] = None,
     host_ms: Annotated[float, typer.Option(help="All else of a drafting round.")] = 0.0,
     drafter: Annotated[
@@ -58,20 +55,16 @@ def plan(
     times_floor: Annotated[float, typer.Option(help="How many times its bytes a derived pass takes.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights of a derived drafter.")] = "bfloat16",
     num_speculative_tokens: Annotated[
-        str | None,
-        typer.Option(
-            "--num-speculative-tokens", "-K", help="Drafts, 3,7,15; default: those measured, or the most and fewer."
-        ),
+        str | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts, 3,7,15; default: 15, or as measured.")
     ] = None,
     block_size: Annotated[
-        str | None, typer.Option("--block-size", "-S", help="8,16 for several; default: 16, or those measured.")
+        int | None, typer.Option("--block-size", "-S", min=1, help="Default: 16, or those measured.")
     ] = None,
     steps_per_block: Annotated[
-        str | None,
-        typer.Option("--steps-per-block", "--steps", help="1,4 for several; default: 1, or those measured."),
+        int | None, typer.Option("--steps-per-block", "--steps", min=1, help="Default: 1, or those measured.")
     ] = None,
     acceptance_length: Annotated[
-        str | None, typer.Option(help="Of the most drafts: 5.2, 5.2+-0.3, or by block size and steps 16x1:5.2,16x4:7.")
+        str | None, typer.Option(help="Of the most drafts: 5.2, 5.2+-0.3, or by batch size.")
     ] = None,
     acceptance_by_position: Annotated[
         str | None, typer.Option(help="Share of rounds that accepted each draft, 0.9,0.8,...: for shorter drafts.")
@@ -85,34 +78,136 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Predict what drafting with TwoTower gains for a verifier and a load, and say when not to use it."""
-    asked = Asked(
-        batch_sizes=integers("--batch-size", batch_size),
-        block_sizes=integers("--block-size", block_size),
-        steps=integers("--steps-per-block", steps_per_block),
-        num_speculative_tokens=integers("--num-speculative-tokens", num_speculative_tokens),
-    )
+    batch_sizes = numbers("--batch-size", batch_size, int) if batch_size else []
+    num_drafts = numbers("--num-speculative-tokens", num_speculative_tokens, int) if num_speculative_tokens else []
     size = _drafter_size(drafter, bandwidth_gb_s, launch_overhead_ms, times_floor, dtype)
-    typed = TypedNumbers(
-        verifier_step_ms, verify_step_ms, context_pass_ms, denoiser_step_ms, acceptance_length, acceptance_by_position
-    )
-    if profile is None:
-        given = typed.as_profile(asked, host_ms, derived_drafter=size is not None)
-    else:
-        typed.refuse(f"is measured in --profile {profile}")
+    times = {
+        "--verifier-step-ms": verifier_step_ms,
+        "--verify-step-ms": verify_step_ms,
+        "--context-pass-ms": context_pass_ms,
+        "--denoiser-step-ms": denoiser_step_ms,
+    }
+    lengths = {"--acceptance-length": acceptance_length, "--acceptance-by-position": acceptance_by_position}
+    if profile is not None:
+        for option, value in {**times, **lengths}.items():
+            if value is not None:
+                raise ArgumentError(f"{option} {value!r} is measured in --profile {profile}; leave one of them out")
         given = ServingProfile.load(profile)
-    model = CostModel(given.verifier_steps, size or given.drafting_phases, assumed_error)
-    lengths = _lengths(given, asked, category)
-    predictions, failures = _predictions(model, given, lengths, asked, fewer_too=profile is None)
+    else:
+        shares = numbers("--acceptance-by-position", acceptance_by_position, float) if acceptance_by_position else []
+        most = max(num_drafts or [len(shares) or min(15, block_size or 15)])
+        block_size, steps_per_block = block_size or max(16, most), steps_per_block or 1
+        setting = DraftSetting(len(shares) or most, block_size, steps_per_block)
+        raw = _typed_steps(times, batch_sizes or [1], 1 + most, block_size, host_ms, derived=size is not None)
+        raw["acceptance_lengths"] = _typed_lengths(acceptance_length, shares, setting)
+        given = read_row(ServingProfile, raw, "what was typed", "a profile", "see --help")
+        num_drafts = num_drafts or [*(k for k in (1, 3, 7) if shares and k < most), most]
+    known = _known_lengths(given, category, block_size, steps_per_block)
+    sizes = sorted(set(batch_sizes)) or sorted({one.batch_size for one in given.verifier_steps if one.num_tokens == 1})
+    places = [
+        (at_once, one, k)
+        for one in known
+        for at_once in sizes
+        if one.batch_size in (None, at_once)
+        for k in num_drafts or [one.setting.num_speculative_tokens]
+        if k <= one.setting.num_speculative_tokens
+    ]
+    if not places:
+        raise ArgumentError(f"nothing is known for batch size {sizes} with K {num_drafts}; ask for what was measured")
+    model = CostModel(given, size, assumed_error)
+    predictions, failures = [], []
+    for place in places:
+        try:
+            predictions.append(model.predict(*place))
+        except ArgumentError as error:
+            failures.append(error)
+    if not predictions:
+        raise failures[0]
+    predictions.sort(key=lambda one: (*one.load, one.setting.block_size, one.setting.steps_per_block))
     advice = [advise(list(group)) for _, group in groupby(predictions, lambda one: one.load)]
     remarks = [f"{len(failures)} predictions were left out, the first because: {failures[0]}."] if failures else []
-    if profile and not (category and num_speculative_tokens):
-        remarks.append(AS_MEASURED)
-    remarks += _assumptions(assumed_error, size, predictions, lengths)
+    remarks += [AS_MEASURED] if profile and not (category and num_drafts) else []
+    remarks += _assumptions(assumed_error, size)
     if as_json:
-        advised = [{"category": one.best.category, **jsonable(one)} for one in advice]
-        print(json.dumps({"predictions": list(map(jsonable, predictions)), "advice": advised, "remarks": remarks}))
+        advised = [{"category": one.best.category, **asdict(one)} for one in advice]
+        print(json.dumps({"predictions": list(map(asdict, predictions)), "advice": advised, "remarks": remarks}))
     else:
         _show(predictions, advice, remarks)
+
+
+def _typed_steps(
+    times: Mapping[str, str | None],
+    batch_sizes: Sequence[int],
+    num_tokens: int,
+    block_size: int,
+    host_ms: float,
+    derived: bool,
+) -> dict[str, Any]:
+    """Step times as a profile's file has them.
+
+    Args:
+        times: by option, as typed: both steps of the verifier, then both passes of the drafter.
+        batch_sizes: that were asked for.
+        num_tokens: that the verifier reads per request with the most drafts.
+        block_size: of the drafter's passes.
+        host_ms: of a drafting round.
+        derived: the drafter's times come from its size.
+    """
+    needed, left_out = (list(times)[:2], list(times)[2:]) if derived else (list(times), [])
+    missing = [option for option in needed if times[option] is None]
+    if missing:
+        raise ArgumentError(
+            f"{', '.join(missing)} missing; give what was measured or assumed, or --profile; --bandwidth-gb-s derives "
+            f"the drafter's passes"
+        )
+    if derived and (host_ms or any(times[option] for option in left_out)):
+        raise ArgumentError(f"--bandwidth-gb-s derives what {', '.join(left_out)} and --host-ms give; leave one out")
+    found = [_by_batch_size(option, times[option] or "", batch_sizes) for option in needed]
+    if any(one.keys() != found[0].keys() for one in found):
+        raise ArgumentError(f"{', '.join(needed)} differ in batch sizes; give the same for all")
+    return {
+        "source": "the command line",
+        "verifier_steps": [
+            {"batch_size": size, "num_tokens": read, "ms": ms}
+            for read, by_size in zip((1, num_tokens), found, strict=False)
+            for size, ms in by_size.items()
+        ],
+        "drafting_phases": [
+            {
+                "batch_size": size,
+                "block_size": block_size,
+                "extend_ms": ms,
+                "denoise_ms": found[3][size],
+                "host_ms": host_ms,
+            }
+            for size, ms in (found[2] if not derived else {}).items()
+        ],
+    }
+
+
+def _typed_lengths(text: str | None, shares: Sequence[float], setting: DraftSetting) -> list[dict[str, Any]]:
+    if text is None and not shares:
+        raise ArgumentError("--acceptance-length is missing; give it, or --acceptance-by-position, or --profile")
+    by_size = _by_batch_size("--acceptance-length", text, [None]) if text else {None: 1 + sum(shares)}
+    same = {"category": ALL_CATEGORIES, "setting": asdict(setting), "by_position": shares}
+    return [{**same, "batch_size": size, "length": length} for size, length in by_size.items()]
+
+
+def _by_batch_size(option: str, text: str, sizes: Sequence[int | None]) -> dict[int | None, Any]:
+    """Reads `1:12.7,8:19.0+-0.5`, or `12.7` where only one batch size was asked for."""
+    found: dict[int | None, Any] = {}
+    for part in map(str.strip, text.split(",")):
+        match = _ENTRY.fullmatch(part)
+        if match is None or not float(match[2]):
+            raise ArgumentError(f"{option} {part!r} is not understood; give 12.7, 12.7+-0.3 or BATCH:12.7, above 0")
+        if not match[1] and len(sizes) != 1:
+            raise ArgumentError(f"{option} {part!r} is one number for several batch sizes; give BATCH:12.7 for each")
+        size = int(match[1]) if match[1] else sizes[0]
+        if size in found:
+            raise ArgumentError(f"{option} {text!r} has two numbers for one batch size; give one")
+        value, error = float(match[2]), float(match[3]) if match[3] else None
+        found[size] = value if error is None else {"value": value, "low": value - error, "high": value + error}
+    return found
 
 
 def _drafter_size(
@@ -132,7 +227,9 @@ def _drafter_size(
     return DrafterSize(config, bandwidth_gb_s, TORCH_DTYPES[dtype].itemsize, launch_overhead_ms, times_floor)
 
 
-def _lengths(given: ServingProfile, asked: Asked, category: str | None) -> list[AcceptanceLength]:
+def _known_lengths(
+    given: ServingProfile, category: str | None, block_size: int | None, steps_per_block: int | None
+) -> list[AcceptanceLength]:
     """Acceptance lengths of what was asked; without a category, of all prompts together where they are known."""
     known = given.acceptance_lengths
     if category is None and any(one.category == ALL_CATEGORIES for one in known):
@@ -141,8 +238,8 @@ def _lengths(given: ServingProfile, asked: Asked, category: str | None) -> list[
         one
         for one in known
         if category in (None, one.category)
-        and one.setting.block_size in (asked.block_sizes or (one.setting.block_size,))
-        and one.setting.steps_per_block in (asked.steps or (one.setting.steps_per_block,))
+        and block_size in (None, one.setting.block_size)
+        and steps_per_block in (None, one.setting.steps_per_block)
     ]
     if not found:
         names = "; ".join(sorted({f"{one.category}: {one.setting.name}" for one in known}))
@@ -150,55 +247,7 @@ def _lengths(given: ServingProfile, asked: Asked, category: str | None) -> list[
     return found
 
 
-def _predictions(
-    model: CostModel, given: ServingProfile, lengths: Sequence[AcceptanceLength], asked: Asked, fewer_too: bool
-) -> tuple[list[Prediction], list[ArgumentError]]:
-    """Predicts what can be, load by load, and keeps the reasons why the rest cannot.
-
-    Raises:
-        ArgumentError: nothing can.
-    """
-    batch_sizes = asked.batch_sizes or sorted({one.batch_size for one in given.verifier_steps if one.num_tokens == 1})
-    places = [
-        (batch_size, one, num_drafts)
-        for one in lengths
-        for batch_size in batch_sizes
-        if one.batch_size in (None, batch_size)
-        for num_drafts in asked.num_speculative_tokens or _num_drafts(one, fewer_too)
-        if num_drafts <= one.setting.num_speculative_tokens
-    ]
-    if not places:
-        raise ArgumentError(
-            f"nothing is known for batch size {batch_sizes} with K {asked.num_speculative_tokens}; ask for what was "
-            f"measured"
-        )
-    found, failures = [], []
-    for place in places:
-        try:
-            one = model.predict(*place)
-            found.append(replace(one, measured_speed_up=given.measured_speed_up(*one.load, one.setting)))
-        except ArgumentError as error:
-            failures.append(error)
-    if not found:
-        raise failures[0]
-    return sorted(found, key=lambda one: (one.load, _block(one))), failures
-
-
-def _num_drafts(one: AcceptanceLength, fewer_too: bool) -> list[int]:
-    most = one.setting.num_speculative_tokens
-    return [*(2**i - 1 for i in range(1, 8) if fewer_too and 2**i - 1 < most), most]
-
-
-def _block(one: Prediction) -> tuple[int, int, int]:
-    return one.setting.block_size, one.setting.steps_per_block, one.setting.num_speculative_tokens
-
-
-def _assumptions(
-    assumed_error: float,
-    size: DrafterSize | None,
-    predictions: Sequence[Prediction],
-    lengths: Sequence[AcceptanceLength],
-) -> list[str]:
+def _assumptions(assumed_error: float, size: DrafterSize | None) -> list[str]:
     remarks = [
         f"Intervals: what those of all numbers do to the result together; numbers without one reach "
         f"{100 * assumed_error:g} % to both sides."
@@ -209,22 +258,12 @@ def _assumptions(
             f"and {size.launch_overhead_ms:g} ms more: a bound that holds while they wait for memory. Where they "
             f"compute all the time (large batches, CPUs) they take longer, and the gain is smaller."
         )
-    known = {one.setting for one in lengths}
-    if any(one.setting not in known for one in predictions) and not all(one.by_position for one in lengths):
-        remarks.append(
-            "Without acceptance by position, shorter drafts are predicted as if every draft had the same chance after "
-            "those before it."
-        )
-    return [
-        *remarks,
-        "Between measured batch sizes, numbers of tokens and block sizes: straight lines; beyond: nothing.",
-    ]
+    return [*remarks, STRAIGHT_LINES]
 
 
 def _show(predictions: Sequence[Prediction], advice: Sequence[Advice], remarks: Sequence[str]) -> None:
     console, best = Console(), [one.best for one in advice]
-    beside = any(one.measured_speed_up for one in predictions)
-    headings = ["tokens a round", "verify ms", "draft ms", "tok/s", "speed-up", *["measured"] * beside, "pays from"]
+    headings = ["tokens a round", "verify ms", "draft ms", "tok/s", "speed-up", "pays from"]
     for (category, temperature, batch_size), group in groupby(predictions, lambda one: one.load):
         own = list(group)
         text = "" if category == ALL_CATEGORIES else f"{category}, "
@@ -242,7 +281,6 @@ def _show(predictions: Sequence[Prediction], advice: Sequence[Advice], remarks: 
                 f"{one.drafting_ms:.1f}",
                 f"{one.tokens_per_s.value:.0f}",
                 str(one.speed_up),
-                *[f"{one.measured_speed_up:.2f}" if one.measured_speed_up else "-"] * beside,
                 f"{one.break_even_length:.2f}",
                 style="bold" if one in best else "",
             )

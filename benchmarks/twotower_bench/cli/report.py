@@ -11,7 +11,7 @@ from twotower_spec.extras import require_extra
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(help="JSON lines of benchmarks, or serving profiles of plan.")],
+    files: Annotated[list[Path], typer.Argument(help="JSON lines of benchmarks.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the report.")] = Path("report"),
 ) -> None:
     """Write what benchmarks measured as report.html, which needs no other file, and as report.json for programs.

@@ -129,7 +129,7 @@ def sweep(
         where = record.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
         console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
-    options.write_report_of(report, json_file, profile)
+    options.write_report_of(report, json_file)
 
 
 def _goal(name: str, floor: float | None, concurrency: int | None, measured: Sequence[int]) -> Goal:

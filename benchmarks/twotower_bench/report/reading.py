@@ -11,7 +11,6 @@ from pydantic_core import from_json
 
 from twotower_bench.records import LoadPoint, ServingCell, read_row
 from twotower_bench.report.document import Origin
-from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.lm_eval_model import TaskScore
 from twotower_spec.evaluation.settings import Setting
@@ -64,7 +63,6 @@ class Measurements:
         serving_cells: of `bench acceptance` or `bench sweep`.
         load_points: of `bench serve`.
         cells, scores: of `bench standalone`.
-        profile: of `plan`.
     """
 
     source: str
@@ -73,7 +71,6 @@ class Measurements:
     load_points: list[LoadPoint] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
-    profile: ServingProfile | None = None
 
     def add(self, measured: Any, origin: Origin) -> None:
         """Keeps what a row holds."""
@@ -89,7 +86,7 @@ def read_measurements(files: Sequence[Path]) -> list[Measurements]:
     """What files hold, run by run; a file that is named twice is read once.
 
     Args:
-        files: JSON lines of the benchmarks, or serving profiles.
+        files: JSON lines of the benchmarks.
 
     Raises:
         ArgumentError: there are no files, or one cannot be read, or has nothing to report.
@@ -108,10 +105,6 @@ def _read(path: Path) -> list[Measurements]:
         raise ArgumentError(f"{path} cannot be read ({reason}); give a file that a benchmark wrote with --json") from (
             error
         )
-    if _is_profile(text):
-        profile = ServingProfile.load(path)
-        where = Where("", profile.machine, profile.source, profile.versions)
-        return [Measurements(path.name, [where.origin], profile=profile)]
     runs: dict[str, Measurements] = {}
     for place, row in _rows(path, text):
         if kind := KINDS.get(str(row.get("kind"))):
@@ -135,11 +128,3 @@ def _rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise ArgumentError(f"{place} is not a row that a benchmark wrote (it is no object); {REMEDY}")
         yield place, row
-
-
-def _is_profile(text: str) -> bool:
-    try:
-        raw = from_json(text)
-    except ValueError:
-        return False
-    return isinstance(raw, dict) and "source" in raw and "kind" not in raw

@@ -16,7 +16,6 @@ from pydantic_core import to_jsonable_python
 from twotower_bench.report.acceptance import acceptance_section
 from twotower_bench.report.document import Report, Section
 from twotower_bench.report.palette import DARK, LIGHT
-from twotower_bench.report.plan import plan_section
 from twotower_bench.report.plots import STYLE, svg_of
 from twotower_bench.report.reading import Measurements, read_measurements
 from twotower_bench.report.serve import serve_section
@@ -35,7 +34,6 @@ SECTIONS: Mapping[str, tuple[Callable[[Measurements], bool], Builder]] = {
     "sweep": (lambda one: is_sweep(one.serving_cells), sweep_section),
     "serve": (lambda one: bool(one.load_points), serve_section),
     "standalone": (lambda one: bool(one.cells), standalone_section),
-    "plan": (lambda one: one.profile is not None, plan_section),
 }
 
 
@@ -43,7 +41,7 @@ def write_report(files: Sequence[Path], directory: Path) -> Report:
     """Writes report.html and report.json.
 
     Args:
-        files: JSON lines of the benchmarks, or serving profiles.
+        files: JSON lines of the benchmarks.
         directory: made if it is missing; files of the same names are replaced, each at once.
 
     Returns:

@@ -142,14 +142,12 @@ def write_rows(
 
 
 def write_all(directory: Path) -> list[Path]:
-    """One file of every benchmark, and a profile."""
-    profile = Path(__file__).parents[1] / "data" / "trio_in_vllm.json"
+    """One file of every benchmark."""
     return [
         write_rows(directory / "acceptance.jsonl", "serving_cell", serving_cells()),
         write_rows(directory / "sweep.jsonl", "serving_cell", swept_cells()),
         write_rows(directory / "serve.jsonl", "load_point", load_points()),
         write_standalone(directory / "standalone.jsonl"),
-        profile,
     ]
 
 

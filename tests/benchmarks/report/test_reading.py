@@ -59,7 +59,7 @@ def test_line_that_is_still_being_written_is_left_out(tmp_path: Path) -> None:
         ("no json\n", "f.jsonl:1 is not a row"),
         ("[1]\n", "f.jsonl:1 is not a row"),
         ('{"kind": "serving_cell", "run": "r"}\n', "f.jsonl:1 is not a row .*system: Field required"),
-        ('{"source": "s", "surprise": 1}\n', "unknown field 'surprise'"),
+        ('{"source": "a profile of plan"}\n', "has no measurements"),
     ],
 )
 def test_file_without_known_rows_is_refused_in_one_sentence(tmp_path: Path, content: str, reason: str) -> None:

@@ -68,7 +68,7 @@ def summary(system: System, *rates: float) -> Summary:
 def test_only_what_files_hold_becomes_a_section(tmp_path: Path) -> None:
     files = write_all(tmp_path)
     names = [section.name for section in report_of(files).sections]
-    assert names == ["acceptance", "sweep", "serve", "standalone", "plan"]
+    assert names == ["acceptance", "sweep", "serve", "standalone"]
     assert [section.name for section in report_of(files[2:3]).sections] == ["serve"]
 
 
@@ -306,7 +306,7 @@ def test_worst_repeat_is_told_where_it_keeps_the_bound_less_often(tmp_path: Path
     assert cells_of(table(section, "Throughput and goodput"), "TwoTower")["Within bound"] == "74 % (lowest 25 %)"
 
 
-@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize("index", range(4))
 def test_rows_have_names_and_plots_names_of_their_own(tmp_path: Path, index: int) -> None:
     (section,) = report_of(write_all(tmp_path)[index : index + 1]).sections
     for one in section.tables:
