@@ -2,7 +2,7 @@
 
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig
 from twotower_spec.errors import ArgumentError, CheckpointError, ConfigError, StateFullError, TwoTowerError
-from twotower_spec.generation import CommittedBlock, GenerationResult
+from twotower_spec.generation import CommittedBlock, GenerationOptions, GenerationResult
 from twotower_spec.model import TwoTowerModel
 
 __all__ = [
@@ -11,6 +11,7 @@ __all__ = [
     "CommittedBlock",
     "ConfigError",
     "DiffusionConfig",
+    "GenerationOptions",
     "GenerationResult",
     "StateFullError",
     "TwoTowerConfig",

@@ -254,13 +254,8 @@ class DiffusionConfig:
     """Id that stands for a masked position."""
 
     def __post_init__(self) -> None:
-        for name in ("block_size", "steps_per_block"):
-            check_integer(name, getattr(self, name), minimum=1)
+        check_schedule(self.block_size, self.steps_per_block, self.confidence_threshold)
         check_integer("mask_token_id", self.mask_token_id, minimum=0)
-        if not _is_number(self.confidence_threshold) or not 0.0 <= self.confidence_threshold <= 1.0:
-            raise ArgumentError(
-                f"confidence_threshold {self.confidence_threshold!r} is not a probability; give a number from 0 to 1"
-            )
         check_sampling(self.temperature, self.top_k, self.top_p)
 
 
@@ -277,6 +272,20 @@ def check_integer(name: str, value: object, minimum: int) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
         raise ArgumentError(f"{name} {value!r} is not allowed; give an integer of at least {minimum}")
+
+
+def check_schedule(block_size: int, steps_per_block: int, confidence_threshold: float) -> None:
+    """Refuses a denoising schedule that is out of range.
+
+    Raises:
+        ArgumentError: with the name and value.
+    """
+    check_integer("block_size", block_size, minimum=1)
+    check_integer("steps_per_block", steps_per_block, minimum=1)
+    if not _is_number(confidence_threshold) or not 0.0 <= confidence_threshold <= 1.0:
+        raise ArgumentError(
+            f"confidence_threshold {confidence_threshold!r} is not a probability; give a number from 0 to 1"
+        )
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None, min_p: float | None = None) -> None:

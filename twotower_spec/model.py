@@ -14,34 +14,15 @@ from twotower_spec.checkpoint.loading import stored_dtypes
 from twotower_spec.checkpoint.saving import DEFAULT_SHARD_BYTES
 from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation import (
-    generate_ar,
-    generate_mask_diffusion,
-    generate_mock_ar,
-    generate_self_speculative,
-    stream_ar,
-    stream_mask_diffusion,
-    stream_mock_ar,
-    stream_self_speculative,
-)
+from twotower_spec.generation.published import GeneratingTowers
 from twotower_spec.towers.initialisation import initialise_
-from twotower_spec.towers.model import TwoTowers
 
 
-class TwoTowerModel(TwoTowers):
-    """A TwoTower checkpoint in memory.
+class TwoTowerModel(GeneratingTowers):
+    """A TwoTower checkpoint in memory: its towers, and the ways they generate.
 
-    It stands above the generation loops, so that the towers below need not know them; the loops are its methods.
+    It stands above the generation loops, so that the towers below need not know them.
     """
-
-    generate_ar = generate_ar
-    generate_mock_ar = generate_mock_ar
-    generate_mask_diffusion = generate_mask_diffusion
-    generate_self_speculative = generate_self_speculative
-    stream_ar = stream_ar
-    stream_mock_ar = stream_mock_ar
-    stream_mask_diffusion = stream_mask_diffusion
-    stream_self_speculative = stream_self_speculative
 
     _stored_dtypes: dict[str, torch.dtype] | None = None
 

@@ -18,7 +18,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import likelihood
 from twotower_spec.evaluation.likelihood import Likelihood, log_likelihoods
 from twotower_spec.evaluation.lm_eval_model import Loaded, TwoTowerTasks, check_task, register, score_task
-from twotower_spec.evaluation.settings import MODES, Setting
+from twotower_spec.generation import Mode, ModeOptions
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.state import ContextState
 
@@ -109,7 +109,7 @@ def test_equal_contexts_are_read_once(monkeypatch: pytest.MonkeyPatch, loaded: L
     assert sum(read) == len(context)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", list(Mode))
 def test_text_ends_before_the_first_stop_string_in_every_mode(loaded: Loaded, mode: str) -> None:
     whole = WithoutHarness(loaded, mode=mode, max_gen_toks=24).generate_until(requests(("Question: How", {})), True)[0]
     stop = whole[5:8]
@@ -142,11 +142,11 @@ def test_sampled_text_of_a_request_depends_on_its_seed_and_not_on_the_batch(load
 
 def test_temperature_of_the_task_counts_only_where_it_samples_and_that_of_the_model_always(loaded: Loaded) -> None:
     task = WithoutHarness(loaded)
-    assert task._generation_request({"temperature": 0.7, "do_sample": False}).sampling.temperature == 0
-    assert task._generation_request({"temperature": 0.7}).sampling.temperature == 0.7
-    assert task._generation_request({"temperature": 0.7, "do_sample": True, "top_p": 0.9}).sampling.top_p == 0.9
-    assert WithoutHarness(loaded, temperature=0.3)._generation_request({}).sampling.temperature == 0.3
-    assert task._generation_request({"max_tokens": 12}).max_new_tokens == 12
+    assert task._generation_request({"temperature": 0.7, "do_sample": False}).options.temperature == 0
+    assert task._generation_request({"temperature": 0.7}).options.temperature == 0.7
+    assert task._generation_request({"temperature": 0.7, "do_sample": True, "top_p": 0.9}).options.top_p == 0.9
+    assert WithoutHarness(loaded, temperature=0.3)._generation_request({}).options.temperature == 0.3
+    assert task._generation_request({"max_tokens": 12}).options.max_new_tokens == 12
 
 
 def test_long_prompt_loses_its_beginning(loaded: Loaded) -> None:
@@ -233,13 +233,17 @@ def test_empty_context_is_the_token_that_begins_documents(loaded: Loaded) -> Non
 def test_local_task_scores_ar_and_self_speculation_alike_and_choices_in_every_mode(loaded: Loaded) -> None:
     ar, diffusion, exact = (
         score_task(loaded, setting, "trio_arithmetic", LOCAL_TASK, batch_size=5)
-        for setting in (Setting.of("ar"), Setting.of("mask-diffusion", 8, 4, 0.8), Setting.of("self-speculative"))
+        for setting in (
+            ModeOptions(Mode.AR),
+            ModeOptions(Mode.MASK_DIFFUSION, 8, 4),
+            ModeOptions(Mode.SELF_SPECULATIVE),
+        )
     )
     assert ar.metric == "exact_match,first-number" and ar.num_documents == 24 and ar.standard_error is not None
     assert ar.value > 0.6
     assert exact.value == ar.value
     assert 0 < diffusion.value <= ar.value
-    choices = [score_task(loaded, Setting.of(mode), "trio_arithmetic_choice", LOCAL_TASK, limit=7) for mode in MODES]
+    choices = [score_task(loaded, ModeOptions(mode), "trio_arithmetic_choice", LOCAL_TASK, limit=7) for mode in Mode]
     assert {one.value for one in choices} == {choices[0].value}
     assert choices[0].value > 0.8
 

@@ -4,21 +4,25 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
 
+from twotower_bench.records import read_row
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.cli import app, main
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
-from twotower_spec.evaluation.settings import Sampling, Setting
 from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, in_order, measure, summarise, sweep
+from twotower_spec.generation.options import Mode, ModeOptions
 from twotower_spec.model import TwoTowerModel
 
 EOS = [2]
+SELF_SPECULATIVE = BASELINES[2]
 Command = Callable[..., tuple[int, str, str]]
 
 
@@ -50,14 +54,20 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
     return call
 
 
-def cell(setting: Setting, repeat: int, seconds: float, texts: list[list[int]], passes: int = 0) -> Cell:
+def diffusion(block_size: int, steps_per_block: int, confidence_threshold: float | None = None) -> ModeOptions:
+    """Mask diffusion as `sweep` has it."""
+    options = ModeOptions(Mode.MASK_DIFFUSION, block_size, steps_per_block, confidence_threshold)
+    return options.without_idle_steps()
+
+
+def cell(setting: ModeOptions, repeat: int, seconds: float, texts: list[list[int]], passes: int = 0) -> Cell:
     num = len(texts)
     return Cell(setting, repeat, [seconds] * num, texts, [passes] * num, [2] * num, {})
 
 
 def test_settings_that_generate_the_same_are_run_once() -> None:
-    assert Setting.of("mask-diffusion", 4, 1, 0.5) == Setting.of("mask-diffusion", 4, 1, 0.95)
-    assert Setting.of("mask-diffusion", 4, 16, 0.5) == Setting.of("mask-diffusion", 4, 4, 0.5)
+    assert diffusion(4, 1, 0.5) == diffusion(4, 1, 0.95)
+    assert diffusion(4, 16, 0.5) == diffusion(4, 4, 0.5)
     settings = sweep([0.5, 0.8, 0.95], [4, 8, 16], [1, 2, 4, 16])
     assert len(settings) == len(set(settings)) == len(BASELINES) + 7 + 10 + 10
 
@@ -71,23 +81,29 @@ def test_more_steps_than_tokens_in_a_block_change_nothing(towers: TwoTowerModel,
     assert results[0].num_denoiser_passes == results[1].num_denoiser_passes
 
 
-@pytest.mark.parametrize("setting", [*BASELINES, Setting.of("mask-diffusion", 5, 3, 0.7)], ids=lambda s: s.label)
+@pytest.mark.parametrize("setting", [*BASELINES, diffusion(5, 3, 0.7)], ids=lambda s: s.label)
 def test_stream_of_a_setting_is_what_it_generates(
-    towers: TwoTowerModel, prompts: list[list[int]], setting: Setting
+    towers: TwoTowerModel, prompts: list[list[int]], setting: ModeOptions
 ) -> None:
     streamed: list[list[int]] = [[] for _ in prompts]
-    for block in setting.stream(towers, prompts, 7, EOS, Sampling(), 0):
+    options = setting.complete(max_new_tokens=7, eos_token_id=EOS, seed=0)
+    for block in towers.stream(prompts, options):
         streamed[block.row].extend(block.token_ids)
-    assert streamed == setting.generate(towers, prompts, 7, EOS).token_ids
+    assert streamed == towers.generate(prompts, options).token_ids
 
 
 @pytest.mark.parametrize(
     ("arguments", "word"),
-    [(("tree",), "tree"), (("ar", 8), "ar"), (("mask-diffusion", 0), "0"), (("mask-diffusion", 8, 8, 1.5), "1.5")],
+    [
+        (("tree",), "tree"),
+        (("ar", 8), "ar"),
+        (("mask-diffusion", 0), "0"),
+        (("mask-diffusion", 8, 8, 1.5), "1.5"),
+    ],
 )
-def test_setting_out_of_range_is_refused_with_its_value(arguments: tuple[str], word: str) -> None:
+def test_setting_out_of_range_is_refused_with_its_value(arguments: tuple[Any, ...], word: str) -> None:
     with pytest.raises(ArgumentError, match=word):
-        Setting.of(*arguments)
+        ModeOptions(*arguments)
 
 
 def test_every_repeat_runs_every_setting_in_another_order() -> None:
@@ -112,43 +128,43 @@ def test_self_speculation_has_the_text_of_ar_and_fewer_context_passes(
 
 
 def test_text_ends_with_the_token_that_ends_the_document(towers: TwoTowerModel, prompts: list[list[int]]) -> None:
-    setting = Setting.of("mask-diffusion", 8, 1)
-    text = setting.generate(towers, prompts[:1], 8, None).token_ids[0]
+    setting = diffusion(8, 1)
+    text = towers.generate(prompts[:1], setting.complete(max_new_tokens=8)).token_ids[0]
     stop = text[2]
     kept = measure(towers, setting, 0, prompts[:1], 8, [stop])
     assert kept.token_ids == [text[: text.index(stop) + 1]]
 
 
 def test_figures_are_medians_and_compare_with_ar_of_the_same_repeat() -> None:
-    other = Setting.of("mask-diffusion", 4, 1)
+    other = diffusion(4, 1)
     texts, changed = [[5, 6, 7, 8], [5, 6, 7, 8]], [[5, 6, 7, 8], [5, 9, 7, 8]]
     cells = [cell(AR, i, 2.0 * slow, texts) for i, slow in enumerate((1, 10, 1))]
     cells += [cell(other, i, 1.0 * slow, changed, passes=1) for i, slow in enumerate((1, 10, 1))]
-    ar, diffusion = summarise(cells)
-    assert ar.tokens_per_s.value == 2 and diffusion.tokens_per_s.value == 4
-    assert diffusion.speed_up == 2
-    assert diffusion.tokens_per_nfe is not None and diffusion.tokens_per_nfe.value == 4
-    assert diffusion.tokens_per_context_pass.value == 2
-    assert diffusion.identical.value == 0.5
-    assert diffusion.common_prefix.value == 2.5
+    ar, blocks = summarise(cells)
+    assert ar.tokens_per_s.value == 2 and blocks.tokens_per_s.value == 4
+    assert blocks.speed_up == 2
+    assert blocks.tokens_per_nfe is not None and blocks.tokens_per_nfe.value == 4
+    assert blocks.tokens_per_context_pass.value == 2
+    assert blocks.identical.value == 0.5
+    assert blocks.common_prefix.value == 2.5
 
 
 def test_repeats_without_ar_beside_them_give_no_figures() -> None:
-    other = Setting.of("mask-diffusion", 4, 1)
+    other = diffusion(4, 1)
     figures = summarise([cell(other, 0, 1.0, [[3]], 1), cell(AR, 1, 1.0, [[3]])])
     assert [row.setting for row in figures] == [AR]
 
 
 def test_text_that_took_no_denoiser_pass_leaves_the_figure_to_the_others() -> None:
-    drafted = Setting.of("self-speculative")
+    drafted = SELF_SPECULATIVE
     one = Cell(drafted, 0, [1.0, 1.0], [[2], [4, 5, 6]], [0, 1], [1, 2], {})
     figures = summarise([cell(AR, 0, 1.0, [[2], [4, 5, 6]]), one])[1]
     assert figures.tokens_per_nfe is not None and figures.tokens_per_nfe.value == 3
 
 
 def test_cell_survives_json() -> None:
-    one = cell(Setting.of("mask-diffusion", 4, 2, 0.5), 1, 0.25, [[1, 2], []], 3)
-    assert Cell.from_json({**json.loads(json.dumps(one.to_json())), "index": 4}) == one
+    one = cell(diffusion(4, 2, 0.5), 1, 0.25, [[1, 2], []], 3)
+    assert read_row(Cell, {**json.loads(json.dumps(asdict(one))), "index": 4}) == one
 
 
 SMALL = ("--prompts", 2, "--max-new-tokens", 5, "--dtype", "float32", "--gamma", "0.5", "-S", "3")
@@ -170,7 +186,7 @@ def test_command_goes_on_with_its_file_and_runs_nothing_twice(tmp_path: Path, co
     lines = file.read_text().splitlines()
     assert code == 0
     assert lines[:4] == first
-    cells = [Cell.from_json(json.loads(line)) for line in lines]
+    cells = [read_row(Cell, json.loads(line)) for line in lines]
     assert len({(one.setting, one.repeat) for one in cells}) == len(cells) == 10
 
 

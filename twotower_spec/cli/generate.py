@@ -7,8 +7,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict
-from enum import StrEnum
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,29 +20,13 @@ from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.cli.prompts import Prompt, encode, read_prompts
-from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_integer, check_sampling
+from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
-from twotower_spec.generation import GenerationResult
+from twotower_spec.generation import MODES, GenerationOptions, GenerationResult, Mode
 from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds
-from twotower_spec.generation.self_speculative import DEFAULT_BLOCK_SIZE, DEFAULT_STEPS_PER_BLOCK
+from twotower_spec.generation.options import BLOCK_DEFAULTS
 from twotower_spec.model import TwoTowerModel, as_dtype
 from twotower_spec.towers.model import usable_device
-
-
-class Mode(StrEnum):
-    """The three published ways to generate, and self-verified diffusion."""
-
-    AR = "ar"
-    MOCK_AR = "mock-ar"
-    MASK_DIFFUSION = "mask-diffusion"
-    SELF_SPECULATIVE = "self-speculative"
-
-
-# Tokens per block and most steps.
-DIFFUSION_DEFAULTS = {
-    Mode.MASK_DIFFUSION: (16, 16),
-    Mode.SELF_SPECULATIVE: (DEFAULT_BLOCK_SIZE, DEFAULT_STEPS_PER_BLOCK),
-}
 
 
 def generate(
@@ -94,7 +77,6 @@ def generate(
     # Everything that can be refused is checked before weights are read.
     check_integer("--batch-size", batch_size, minimum=1)
     check_integer("--max-new-tokens", max_new_tokens, minimum=1)
-    check_sampling(temperature, top_k, top_p)
     as_dtype(dtype)
     as_dtype(denoiser_dtype)
     usable_device(context_device)
@@ -107,20 +89,22 @@ def generate(
     rows = parse_prompts([p.token_ids or [] for p in prompts], config.vocab_size)
     if mask_token_id is not None:
         config = config.replace(mask_token_id=mask_token_id)
-    options: dict[str, Any] = {
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "top_k": top_k,
-        "top_p": top_p,
-        "eos_token_id": _eos(tokenizer, eos_token_id or [], ignore_eos, config.vocab_size),
-    }
-    if mode in DIFFUSION_DEFAULTS:
-        default_size, default_steps = DIFFUSION_DEFAULTS[mode]
-        size = default_size if block_size is None else block_size
-        steps = default_steps if steps_per_block is None else steps_per_block
-        diffusion = DiffusionConfig(size, steps, confidence_threshold, temperature, top_k, top_p, config.mask_token_id)
-        options |= asdict(diffusion)
-    run = _fingerprint(directory, config, mode, [dtype, denoiser_dtype], seed, options, rows)
+    eos = _eos(tokenizer, eos_token_id or [], ignore_eos, config.vocab_size)
+    has_blocks = mode in BLOCK_DEFAULTS
+    options = GenerationOptions(
+        mode=mode,
+        max_new_tokens=max_new_tokens,
+        block_size=block_size if has_blocks else None,
+        steps_per_block=steps_per_block if has_blocks else None,
+        confidence_threshold=confidence_threshold if has_blocks else None,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        mask_token_id=config.mask_token_id,
+        eos_token_id=eos,
+        seed=seed,
+    )
+    run = _fingerprint(directory, config, [dtype, denoiser_dtype], options, rows)
     seeds = parse_seeds(seed, len(rows))
     with ResumableOutput(output, run, overwrite) if output else nullcontext() as sink:
         left = [i for i in range(len(rows)) if sink is None or i not in sink.done]
@@ -129,7 +113,7 @@ def generate(
             return
         towers = TwoTowerModel.from_pretrained(
             directory,
-            towers="context" if mode is Mode.AR else "both",
+            towers="both" if MODES[mode].needs_denoiser else "context",
             dtype=dtype,
             denoiser_dtype=denoiser_dtype,
             context_device=context_device,
@@ -139,26 +123,15 @@ def generate(
             task = bar.add_task("generating", total=len(rows), completed=len(rows) - len(left))
             for start in range(0, len(left), batch_size):
                 indices = left[start : start + batch_size]
-                result = _run(towers, mode, [rows[i] for i in indices], [seeds[i] for i in indices], options)
-                records = list(_records(indices, prompts, result, tokenizer, options["eos_token_id"]))
+                own = replace(options, seed=[seeds[i] for i in indices])
+                result = towers.generate([rows[i] for i in indices], own)
+                records = list(_records(indices, prompts, result, tokenizer, eos))
                 if sink:
                     sink.append(records)
                 else:
                     _print(records, as_json)
                 bar.advance(task, len(indices))
                 interrupts.check()
-
-
-def _run(
-    towers: TwoTowerModel, mode: Mode, rows: list[list[int]], seeds: list[int], options: dict[str, Any]
-) -> GenerationResult:
-    if mode is Mode.AR:
-        return towers.generate_ar(rows, seed=seeds, **options)
-    if mode is Mode.MOCK_AR:
-        return towers.generate_mock_ar(rows, seed=seeds, **options)
-    if mode is Mode.SELF_SPECULATIVE:
-        return towers.generate_self_speculative(rows, seed=seeds, **options)
-    return towers.generate_mask_diffusion(rows, seed=seeds, **options)
 
 
 def _records(
@@ -223,12 +196,11 @@ def _eos(tokenizer: PreTrainedTokenizerBase | None, given: list[int], ignore: bo
 def _fingerprint(
     directory: Path,
     config: TwoTowerConfig,
-    mode: Mode,
     dtypes: list[str | None],
-    seed: int,
-    options: dict[str, Any],
+    options: GenerationOptions,
     rows: list[list[int]],
 ) -> str:
     """Identifies what a bulk run computes; batch size and devices are free to change between starts."""
-    content = [str(directory.resolve()), config.to_dict(), mode, dtypes, seed, options, rows]
+    how = options.to_json()
+    content = [str(directory.resolve()), config.to_dict(), how.pop("mode"), dtypes, how.pop("seed"), how, rows]
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

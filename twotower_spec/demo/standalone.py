@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -10,10 +10,8 @@ from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.demo.trio import HeldOutPrompt, held_out_prompts, trio_path
-from twotower_spec.generation import GenerationResult
+from twotower_spec.generation import GenerationOptions, Mode
 from twotower_spec.model import TwoTowerModel
-
-CONFIDENCE_THRESHOLD = 0.8
 
 
 @dataclass(frozen=True)
@@ -55,34 +53,13 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
     assert tokenizer is not None
     towers = TwoTowerModel.from_pretrained(path, dtype=torch.float32, progress=False)
     eos = tokenizer.eos_token_id
-
-    def ar(ids: list[int]) -> GenerationResult:
-        return towers.generate_ar([ids], max_new_tokens, eos_token_id=eos)
-
-    def mock_ar(ids: list[int]) -> GenerationResult:
-        return towers.generate_mock_ar([ids], max_new_tokens, eos_token_id=eos)
-
-    def mask_diffusion(ids: list[int]) -> GenerationResult:
-        return towers.generate_mask_diffusion(
-            [ids], max_new_tokens, confidence_threshold=CONFIDENCE_THRESHOLD, eos_token_id=eos
-        )
-
-    def self_speculative(ids: list[int]) -> GenerationResult:
-        return towers.generate_self_speculative([ids], max_new_tokens, eos_token_id=eos)
-
-    modes: dict[str, Callable[[list[int]], GenerationResult]] = {
-        "ar": ar,
-        "mock-ar": mock_ar,
-        "mask-diffusion": mask_diffusion,
-        "self-speculative": self_speculative,
-    }
     for prompt in prompts:
         ids = list(tokenizer(prompt.prompt)["input_ids"])
-        for mode, generate in modes.items():
-            result = generate(ids)
+        for mode in Mode:
+            result = towers.generate([ids], GenerationOptions(mode, max_new_tokens=max_new_tokens, eos_token_id=eos))
             tokens = result.token_ids[0]
             yield DemoText(
-                mode=mode,
+                mode=mode.value,
                 prompt=prompt,
                 text=_until_end(tokens, tokenizer),
                 num_tokens=len(tokens),

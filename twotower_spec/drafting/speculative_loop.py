@@ -19,7 +19,8 @@ from twotower_spec.drafting.stopping import FinishReason, StopConditions
 from twotower_spec.drafting.verification import VerificationOutcome, find_verification_rule
 from twotower_spec.drafting.verifier import Verifier
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.batch import Prompts, Seeds, TokenIds, parse_eos, parse_prompts, parse_seeds
+from twotower_spec.generation.batch import Prompts, parse_eos, parse_prompts, parse_seeds
+from twotower_spec.generation.options import EosTokenIds, Seeds
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state.context_state import RequestId
 
@@ -74,7 +75,7 @@ def speculative_loop(
     max_new_tokens: int = 128,
     sampler: Sampler | None = None,
     verification_rule: str | None = None,
-    eos_token_id: TokenIds = None,
+    eos_token_id: EosTokenIds = None,
     *,
     stop_strings: Sequence[str] = (),
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -138,7 +139,7 @@ class SpeculativeRun:
         max_new_tokens: int = 128,
         sampler: Sampler | None = None,
         verification_rule: str | None = None,
-        eos_token_id: TokenIds = None,
+        eos_token_id: EosTokenIds = None,
         *,
         stop_strings: Sequence[str] = (),
         tokenizer: PreTrainedTokenizerBase | None = None,

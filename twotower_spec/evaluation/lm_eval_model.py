@@ -13,7 +13,7 @@ import json
 import logging
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,12 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
-from twotower_spec.config import TwoTowerConfig, check_integer, check_sampling
+from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.likelihood import log_likelihoods
-from twotower_spec.evaluation.settings import Sampling, Setting
 from twotower_spec.extras import require_extra
+from twotower_spec.generation.modes import MODES
+from twotower_spec.generation.options import GenerationOptions, ModeOptions, as_mode
 from twotower_spec.model import TwoTowerModel, as_dtype
 from twotower_spec.towers.model import usable_device
 
@@ -56,13 +57,11 @@ class GenerationRequest:
 
     Attributes:
         until: strings that end the text; they are not part of it.
-        max_new_tokens: most new tokens.
-        sampling: how tokens are drawn.
+        options: how it is generated; the ids that end it and the seeds are not in there yet.
     """
 
     until: tuple[str, ...]
-    max_new_tokens: int
-    sampling: Sampling
+    options: GenerationOptions
 
 
 class TwoTowerTasks:
@@ -129,14 +128,15 @@ class TwoTowerTasks:
             raise ArgumentError(
                 f"model argument {next(iter(unknown))!r} is not known; see docs/evaluation.md for those there are"
             )
-        self.setting = Setting.of(mode, block_size, steps, gamma)
-        check_sampling(0.0 if temperature is None else temperature, top_k, top_p)
+        self.setting = ModeOptions(as_mode(mode), block_size, steps, gamma).without_idle_steps()
         check_integer("max_gen_toks", max_gen_toks, minimum=1)
+        self.options = self.setting.complete(
+            max_new_tokens=max_gen_toks, temperature=temperature or 0.0, top_k=top_k, top_p=top_p
+        )
         if max_length is not None:
             check_integer("max_length", max_length, minimum=2)
         self.batch_size = _as_batch_size(batch_size)
-        self.temperature, self.top_k, self.top_p, self.seed = temperature, top_k, top_p, seed
-        self.max_gen_toks = max_gen_toks
+        self.temperature, self.seed = temperature, seed
         if isinstance(pretrained, Loaded):
             self.towers, self.tokenizer = pretrained.towers, pretrained.tokenizer
         else:
@@ -155,7 +155,7 @@ class TwoTowerTasks:
             self.tokenizer, self.tokenizer_name = tokenizer, str(directory)
             self.towers = TwoTowerModel.from_pretrained(
                 directory,
-                towers="both" if self.setting.needs_denoiser else "context",
+                towers="both" if MODES[self.setting.mode].needs_denoiser else "context",
                 dtype=dtype,
                 denoiser_dtype=denoiser_dtype,
                 context_device=context_device,
@@ -210,7 +210,7 @@ class TwoTowerTasks:
                 rows.sort(key=lambda row: (-len(row[1]), row[0]))
                 for start in range(0, len(rows), self.batch_size):
                     batch = rows[start : start + self.batch_size]
-                    prompts = [self._shorten(ids, self.max_length - wanted.max_new_tokens) for _, ids in batch]
+                    prompts = [self._shorten(ids, self.max_length - wanted.options.max_new_tokens) for _, ids in batch]
                     seeds = [self.seed + index for index, _ in batch]
                     for (index, _), text in zip(batch, self._generate(prompts, wanted, seeds), strict=True):
                         texts[index] = text
@@ -270,7 +270,7 @@ class TwoTowerTasks:
             logger.warning("generation argument %s=%r of the task has no meaning here", name, arguments[name])
         until = arguments.get("until") or []
         lengths = [arguments[name] for name in _LENGTH_NAMES if arguments.get(name) is not None]
-        max_new_tokens = int(lengths[0]) if lengths else self.max_gen_toks
+        max_new_tokens = int(lengths[0]) if lengths else self.options.max_new_tokens
         if max_new_tokens >= self.max_length:
             raise ArgumentError(
                 f"{max_new_tokens} new tokens leave no room for a prompt in max_length {self.max_length}; lower "
@@ -281,11 +281,12 @@ class TwoTowerTasks:
             temperature = 0.0
         return GenerationRequest(
             until=tuple(stop for stop in ([until] if isinstance(until, str) else until) if stop),
-            max_new_tokens=max_new_tokens,
-            sampling=Sampling(
-                temperature if self.temperature is None else self.temperature,
-                arguments.get("top_k") if self.top_k is None else self.top_k,
-                arguments.get("top_p") if self.top_p is None else self.top_p,
+            options=replace(
+                self.options,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature if self.temperature is None else self.temperature,
+                top_k=arguments.get("top_k") if self.options.top_k is None else self.options.top_k,
+                top_p=arguments.get("top_p") if self.options.top_p is None else self.options.top_p,
             ),
         )
 
@@ -297,8 +298,7 @@ class TwoTowerTasks:
         tokens: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         ended: set[int] = set()
-        blocks = self.setting.stream(self.towers, prompts, wanted.max_new_tokens, ends, wanted.sampling, seeds)
-        for block in blocks:
+        for block in self.towers.stream(prompts, replace(wanted.options, eos_token_id=ends, seed=seeds)):
             if block.row in ended:
                 continue
             tokens[block.row].extend(block.token_ids)
@@ -364,7 +364,7 @@ def check_task(task: str, include_path: Path | None) -> None:
 
 def score_task(
     loaded: Loaded,
-    setting: Setting,
+    setting: ModeOptions,
     task: str,
     include_path: Path | None = None,
     num_fewshot: int | None = None,

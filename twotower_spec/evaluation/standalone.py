@@ -10,18 +10,17 @@ import random
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
-from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.statistics import Estimate, bootstrap_interval, median_and_spread
+from twotower_spec.generation.options import Mode, ModeOptions
 from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.model import TwoTowerModel
 
-AR = Setting.of("ar")
+AR = ModeOptions(Mode.AR)
 # AR; what two towers cost apart from diffusion; the same text as AR, drafted by the denoiser.
-BASELINES = (AR, Setting.of("mock-ar"), Setting.of("self-speculative"))
+BASELINES = (AR, ModeOptions(Mode.MOCK_AR), ModeOptions(Mode.SELF_SPECULATIVE))
 
 WARM_UP_TOKENS = 32
 
@@ -41,7 +40,7 @@ class Cell:
         phase_seconds: of all prompts together: prefill, denoise, extend.
     """
 
-    setting: Setting
+    setting: ModeOptions
     repeat: int
     seconds: list[float]
     token_ids: list[list[int]]
@@ -59,19 +58,9 @@ class Cell:
         """Tokens of all texts per second."""
         return self.num_tokens / sum(self.seconds)
 
-    def to_json(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, row: Mapping[str, Any]) -> Cell:
-        """From `to_json`, whatever else is in the row."""
-        values = {name: row[name] for name in cls.__dataclass_fields__}
-        return cls(**{**values, "setting": Setting(**row["setting"])})
-
 
 @dataclass(frozen=True)
-class Figures:
+class Summary:
     """What the cells of one setting come to.
 
     Attributes:
@@ -85,7 +74,7 @@ class Figures:
         length: mean tokens per text.
     """
 
-    setting: Setting
+    setting: ModeOptions
     tokens_per_s: Estimate
     speed_up: float
     tokens_per_nfe: Estimate | None
@@ -97,15 +86,15 @@ class Figures:
 
 def sweep(
     confidence_thresholds: Iterable[float], block_sizes: Iterable[int], steps_per_block: Iterable[int]
-) -> list[Setting]:
-    """The baselines and all combinations for mask diffusion, without those that are the same (see `Setting.of`).
+) -> list[ModeOptions]:
+    """The baselines and all combinations for mask diffusion, without those that are the same but for idle steps.
 
     Raises:
         ArgumentError: a value is out of range.
     """
     thresholds, steps = list(confidence_thresholds), list(steps_per_block)
     combinations = [
-        Setting.of("mask-diffusion", size, most, threshold)
+        ModeOptions(Mode.MASK_DIFFUSION, size, most, threshold).without_idle_steps()
         for size in block_sizes
         for most in steps
         for threshold in thresholds
@@ -113,22 +102,22 @@ def sweep(
     return list(dict.fromkeys([*BASELINES, *combinations]))
 
 
-def in_order(settings: Sequence[Setting], num_repeats: int) -> list[tuple[Setting, int]]:
+def in_order(settings: Sequence[ModeOptions], num_repeats: int) -> list[tuple[ModeOptions, int]]:
     """Every setting in every repeat, each repeat shuffled by itself."""
-    order: list[tuple[Setting, int]] = []
+    order: list[tuple[ModeOptions, int]] = []
     for repeat in range(num_repeats):
         order.extend((setting, repeat) for setting in random.Random(repeat).sample(settings, len(settings)))
     return order
 
 
-def warm_up(towers: TwoTowerModel, setting: Setting, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
+def warm_up(towers: TwoTowerModel, setting: ModeOptions, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
     """A short text that does not count: the first one of a setting pays for memory and kernels."""
-    setting.generate(towers, [prompts[0]], min(max_new_tokens, WARM_UP_TOKENS), None)
+    towers.generate([prompts[0]], setting.complete(max_new_tokens=min(max_new_tokens, WARM_UP_TOKENS)))
 
 
 def measure(
     towers: TwoTowerModel,
-    setting: Setting,
+    setting: ModeOptions,
     repeat: int,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -149,10 +138,11 @@ def measure(
     denoiser_passes: list[int] = []
     context_passes: list[int] = []
     phases = {"prefill": 0.0, "denoise": 0.0, "extend": 0.0}
+    options = setting.complete(max_new_tokens=max_new_tokens, eos_token_id=eos_token_ids)
     for prompt in prompts:
         start = time.perf_counter()
         # Tokens are on the host when this returns, so nothing is left running on a GPU.
-        result = setting.generate(towers, [prompt], max_new_tokens, eos_token_ids)
+        result = towers.generate([prompt], options)
         seconds.append(time.perf_counter() - start)
         tokens = result.token_ids[0]
         ends = [i for i, token in enumerate(tokens) if token in eos_token_ids]
@@ -164,31 +154,31 @@ def measure(
     return Cell(setting, repeat, seconds, token_ids, denoiser_passes, context_passes, phases)
 
 
-def summarise(cells: Iterable[Cell]) -> list[Figures]:
-    """Figures of every setting in the order of their first cells, from the repeats in which AR was measured, too.
+def summarise(cells: Iterable[Cell]) -> list[Summary]:
+    """Summary of every setting in the order of their first cells, from the repeats in which AR was measured, too.
 
     Texts are those of the first repeat: greedy text does not change from one to the next.
     """
-    by_setting: dict[Setting, dict[int, Cell]] = defaultdict(dict)
+    by_setting: dict[ModeOptions, dict[int, Cell]] = defaultdict(dict)
     for cell in cells:
         by_setting[cell.setting][cell.repeat] = cell
     baseline = by_setting.get(AR, {})
-    figures = []
+    summaries = []
     for setting, repeats in by_setting.items():
         common = sorted(repeats.keys() & baseline.keys())
         if common:
-            figures.append(_figures(setting, [repeats[i] for i in common], [baseline[i] for i in common]))
-    return figures
+            summaries.append(_summary(setting, [repeats[i] for i in common], [baseline[i] for i in common]))
+    return summaries
 
 
-def _figures(setting: Setting, cells: Sequence[Cell], baseline: Sequence[Cell]) -> Figures:
-    """Figures of one setting from its cells and those of AR in the same repeats."""
+def _summary(setting: ModeOptions, cells: Sequence[Cell], baseline: Sequence[Cell]) -> Summary:
+    """Summary of one setting from its cells and those of AR in the same repeats."""
     texts, expected = cells[0].token_ids, baseline[0].token_ids
     lengths = [float(len(text)) for text in texts]
     # A text that ends with its first token may take no denoiser pass.
     passes = [(length, count) for length, count in zip(lengths, cells[0].num_denoiser_passes, strict=True) if count]
     pairs = list(zip(texts, expected, strict=True))
-    return Figures(
+    return Summary(
         setting=setting,
         tokens_per_s=median_and_spread([cell.tokens_per_s for cell in cells]),
         speed_up=statistics.median(one.tokens_per_s / ar.tokens_per_s for one, ar in zip(cells, baseline, strict=True)),

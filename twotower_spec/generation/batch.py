@@ -1,4 +1,4 @@
-"""What the three loops share: the checked prompts, the rows still running, and their context state."""
+"""What all modes share: the checked prompts, the rows still running, and their context state."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from twotower_spec.config import check_integer
+from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.denoising import HostLoop, TokenPicker
+from twotower_spec.generation.options import EosTokenIds, GenerationOptions, Seeds
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
 from twotower_spec.state import BlockContext, ContextState
@@ -18,8 +20,6 @@ from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_B
 from twotower_spec.towers.model import TwoTowers
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
-TokenIds = int | Iterable[int] | None
-Seeds = int | Sequence[int] | None
 
 
 class Batch:
@@ -35,37 +35,33 @@ class Batch:
     def __init__(
         self,
         towers: TwoTowers,
-        input_ids: Prompts,
-        max_new_tokens: int,
-        eos_token_id: TokenIds,
-        seed: Seeds,
-        state_tokens: int,
+        prompts: Prompts,
+        options: GenerationOptions,
+        num_read: int,
     ) -> None:
-        """Checks the arguments and allocates the context state.
+        """Checks what depends on the model and allocates the context state.
 
         Args:
             towers: the model.
-            input_ids: prompts.
-            max_new_tokens: most new tokens per row.
-            eos_token_id: ids that end a row.
-            seed: one seed for the call (row i uses seed + i), one per row, or None for a random one.
-            state_tokens: new tokens per row that pass through the context tower at most.
+            prompts: token ids.
+            options: how text is generated.
+            num_read: new tokens per row that the context tower reads at most.
 
         Raises:
-            ArgumentError: an argument is not allowed.
+            ArgumentError: a prompt is refused, or an option does not fit the model or the number of prompts.
         """
         self.towers, self.config = towers, towers.config
-        self.prompts = parse_prompts(input_ids, self.config.vocab_size)
-        check_integer("max_new_tokens", max_new_tokens, minimum=0)
-        self.max_new_tokens = max_new_tokens
-        self.eos_token_ids = parse_eos(eos_token_id, self.config.vocab_size)
-        self.seeds = torch.tensor(parse_seeds(seed, len(self.prompts)))
-        self.active = list(range(len(self.prompts))) if max_new_tokens else []
+        self.prompts = parse_prompts(prompts, self.config.vocab_size)
+        self.max_new_tokens = options.max_new_tokens
+        self.mask_token_id = parse_mask_token(options.mask_token_id, self.config)
+        self.eos_token_ids = parse_eos(options.eos_token_id, self.config.vocab_size)
+        self.seeds = torch.tensor(parse_seeds(options.seed, len(self.prompts)))
+        self.active = list(range(len(self.prompts))) if options.max_new_tokens else []
         self.generated: list[list[int]] = [[] for _ in self.prompts]
         self.num_blocks = [0] * len(self.prompts)
         self.num_context_passes = [0] * len(self.prompts)
         self.times = PhaseTimes()
-        lengths = [len(prompt) + state_tokens for prompt in self.prompts]
+        lengths = [len(prompt) + num_read for prompt in self.prompts]
         pages = -(-max(lengths) // DEFAULT_PAGE_SIZE)
         # Rows get equally many consecutive pages: reading them back is then a view of the cache.
         self.state = ContextState.for_towers(towers, len(self.prompts), pages * len(self.prompts))
@@ -97,6 +93,13 @@ class Batch:
         """Context state of the active rows, for the denoiser."""
         return self.state.block_context(self.active, block_size)
 
+    def denoising_loop(self, options: GenerationOptions) -> HostLoop:
+        """What fills blocks of this size, for any of the rows."""
+        assert options.block_size is not None
+        denoiser = self.towers.denoiser
+        with self.times.measure("denoise", denoiser.device):
+            return HostLoop(denoiser, options.block_size, TokenPicker(options.sampler, self.mask_token_id))
+
     def active_seeds(self, device: torch.device) -> Tensor:
         """Seeds int64 [num_active]."""
         return self.seeds[self.active].to(device)
@@ -105,12 +108,15 @@ class Batch:
         """Index of the next token in the sequence of every active row, int64 [num_active]."""
         return torch.tensor([len(self.prompts[r]) + len(self.generated[r]) for r in self.active], device=device)
 
+    def num_left(self, row: int) -> int:
+        """Tokens that a row may still gain."""
+        return self.max_new_tokens - len(self.generated[row])
+
     def commit(self, row: int, tokens: list[int], num_denoiser_passes: int) -> CommittedBlock:
         """Adds tokens to a row, cut at `max_new_tokens`, and says whether the row ends with them."""
-        tokens = tokens[: self.max_new_tokens - len(self.generated[row])]
+        tokens = tokens[: self.num_left(row)]
         self.generated[row].extend(tokens)
-        full = len(self.generated[row]) >= self.max_new_tokens
-        finished = full or not self.eos_token_ids.isdisjoint(tokens)
+        finished = not self.num_left(row) or not self.eos_token_ids.isdisjoint(tokens)
         block = CommittedBlock(row, self.num_blocks[row], tokens, num_denoiser_passes, finished)
         self.num_context_passes[row] += 1
         self.num_blocks[row] += 1
@@ -165,7 +171,21 @@ def parse_prompts(input_ids: Prompts, vocab_size: int) -> list[list[int]]:
     return prompts
 
 
-def parse_eos(eos_token_id: TokenIds, vocab_size: int) -> frozenset[int]:
+def parse_mask_token(mask_token_id: int | None, config: TwoTowerConfig) -> int:
+    """The id given, or the model's.
+
+    Raises:
+        ArgumentError: it is outside the vocabulary.
+    """
+    token = config.mask_token_id if mask_token_id is None else mask_token_id
+    if token >= config.vocab_size:
+        raise ArgumentError(
+            f"mask_token_id {token} is outside the vocabulary; allowed are 0 to {config.vocab_size - 1}"
+        )
+    return token
+
+
+def parse_eos(eos_token_id: EosTokenIds, vocab_size: int) -> frozenset[int]:
     """The ids that end a row.
 
     Raises:

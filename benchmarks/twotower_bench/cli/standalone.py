@@ -24,10 +24,10 @@ from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
 from twotower_spec.evaluation.lm_eval_model import Loaded, TaskScore, check_task, score_task
-from twotower_spec.evaluation.settings import Setting
-from twotower_spec.evaluation.standalone import Cell, Figures, measure, summarise, sweep, warm_up
+from twotower_spec.evaluation.standalone import Cell, Summary, measure, summarise, sweep, warm_up
 from twotower_spec.extras import require_extra
 from twotower_spec.generation.batch import parse_eos, parse_prompts
+from twotower_spec.generation.options import ModeOptions
 from twotower_spec.machine import describe_machine
 from twotower_spec.model import TwoTowerModel, as_dtype
 from twotower_spec.towers.model import usable_device
@@ -93,8 +93,8 @@ def standalone(
             directory, dtype=dtype, context_device=context_device, denoiser_device=denoiser_device
         )
 
-    def measured(slots: Sequence[Slot[Setting, None]], say: Say) -> Generator[Cell]:
-        warm: set[Setting] = set()
+    def measured(slots: Sequence[Slot[ModeOptions, None]], say: Say) -> Generator[Cell]:
+        warm: set[ModeOptions] = set()
         for slot in slots:
             say(slot.subject.label)
             if slot.subject not in warm:
@@ -102,7 +102,7 @@ def standalone(
                 warm.add(slot.subject)
             yield measure(towers(), slot.subject, slot.repeat, rows, max_new_tokens, eos)
 
-    scores: dict[Setting, TaskScore] = {}
+    scores: dict[ModeOptions, TaskScore] = {}
     with file.opened(json_file, overwrite):
         slots = in_order(settings, [None], repeat)
         cells = complete(file, slots, lambda slot: (slot.subject, slot.repeat), measured)
@@ -136,7 +136,7 @@ class WantedTask:
     num_fewshot: int | None
     limit: int | None
 
-    def score(self, loaded: Loaded, setting: Setting, batch_size: int) -> TaskScore:
+    def score(self, loaded: Loaded, setting: ModeOptions, batch_size: int) -> TaskScore:
         """Evaluates a setting."""
         options = (self.include_path, self.num_fewshot, self.limit)
         return score_task(loaded, setting, self.name, *options, batch_size=batch_size)
@@ -151,7 +151,7 @@ class WantedTask:
 class Score:
     """A setting on the wanted task, see `WantedTask.to_json`."""
 
-    setting: Setting
+    setting: ModeOptions
     task: Mapping[str, Any]
     score: TaskScore
 
@@ -161,7 +161,7 @@ def _key(item: Cell | Score) -> Hashable:
     return item.setting, item.repeat if isinstance(item, Cell) else json.dumps(item.task)
 
 
-def _table(figures: Sequence[Figures], scores: Mapping[Setting, TaskScore]) -> Table:
+def _table(figures: Sequence[Summary], scores: Mapping[ModeOptions, TaskScore]) -> Table:
     names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok / NFE", "tok / ctx", "same text", "prefix", "length"]
     table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     table.columns[0].no_wrap = True

@@ -13,8 +13,8 @@ from twotower_bench.records import LoadPoint, ServingCell, read_row
 from twotower_bench.report.document import Origin
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.lm_eval_model import TaskScore
-from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import Cell
+from twotower_spec.generation.options import ModeOptions
 
 REMEDY = "give a file that a benchmark wrote with --json, as it was written"
 
@@ -23,7 +23,7 @@ REMEDY = "give a file that a benchmark wrote with --json, as it was written"
 class Score:
     """A setting of the model alone on a task of lm-eval."""
 
-    setting: Setting
+    setting: ModeOptions
     score: TaskScore
 
 

@@ -13,7 +13,7 @@ from twotower_bench.report.gamma import fastest_families, gamma_panels, joined_i
 from twotower_bench.report.plots import Point, line_panels, stacked_bars
 from twotower_bench.report.reading import Measurements, Score
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Figures, summarise
+from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Summary, summarise
 
 DIFFUSION = "mask-diffusion"
 FRONT = "Pareto front"
@@ -61,7 +61,7 @@ def standalone_section(measured: Measurements, name: str) -> Section:
     )
 
 
-def _finding(summaries: Sequence[Figures]) -> str:
+def _finding(summaries: Sequence[Summary]) -> str:
     diffusion = [one for one in summaries if one.setting.mode == DIFFUSION]
     if not diffusion:
         return "Mask diffusion was not measured."
@@ -79,8 +79,8 @@ def _finding(summaries: Sequence[Figures]) -> str:
     return text + (f". Self-speculation reaches {times(own.speed_up)}." if own else ".")
 
 
-def _table(summaries: Sequence[Figures], front: Sequence[Figures], scores: Sequence[Score]) -> Table:
-    def heading(one: Figures) -> str:
+def _table(summaries: Sequence[Summary], front: Sequence[Summary], scores: Sequence[Score]) -> Table:
+    def heading(one: Summary) -> str:
         return "Baselines" if one.setting in BASELINES else "Mask diffusion, fastest first"
 
     columns = {
@@ -100,7 +100,7 @@ def _task(one: Score) -> tuple[str, str]:
 def _score(scores: Sequence[Score], task: tuple[str, str]) -> Column:
     own = {one.setting: one.score for one in scores if _task(one) == task}
 
-    def text(one: Figures) -> str:
+    def text(one: Summary) -> str:
         if (score := own.get(one.setting)) is None:
             return ""
         return number(score.value, 3) + ("" if score.standard_error is None else f" ± {score.standard_error:.3f}")
@@ -108,7 +108,7 @@ def _score(scores: Sequence[Score], task: tuple[str, str]) -> Column:
     return Column(text)
 
 
-def _fidelity_plot(summaries: Sequence[Figures], front: Sequence[Figures]) -> Plot:
+def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Plot:
     def decorate(axes: Axes) -> None:
         axes.set_ylim(-0.03, 1.05)
 
@@ -125,7 +125,7 @@ def _fidelity_plot(summaries: Sequence[Figures], front: Sequence[Figures]) -> Pl
     return Plot("fidelity", "Speed against fidelity", caption, panels)
 
 
-def _gamma_plots(summaries: Sequence[Figures]) -> list[Plot]:
+def _gamma_plots(summaries: Sequence[Summary]) -> list[Plot]:
     """Speed and fidelity over gamma, none where gamma does not vary."""
     speeds, fidelities = [], []
     for one in summaries:
@@ -147,7 +147,7 @@ def _gamma_plots(summaries: Sequence[Figures]) -> list[Plot]:
     return [Plot("gamma", "Speed and fidelity over gamma", caption, panels)]
 
 
-def _phase_plot(cells: Sequence[Cell], front: Sequence[Figures]) -> Plot:
+def _phase_plot(cells: Sequence[Cell], front: Sequence[Summary]) -> Plot:
     """Milliseconds per token by phase: baselines, and the front."""
     settings = dict.fromkeys([*BASELINES, *(one.setting for one in reversed(front))])
     by_setting = {setting: [cell for cell in cells if cell.setting == setting] for setting in settings}

@@ -11,8 +11,8 @@ from typing import Any
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_bench.records import DraftSetting, LatencyBound, Load, LoadPoint, Quantiles, ServingCell, System, Traffic
 from twotower_spec.drafting.metrics import CalibrationBin
-from twotower_spec.evaluation.settings import Setting
 from twotower_spec.evaluation.standalone import AR, BASELINES, Cell
+from twotower_spec.generation.options import Mode, ModeOptions
 
 MACHINE = {
     "processor": "Test <CPU> & more",
@@ -100,7 +100,7 @@ def _load_point(system: System, traffic: Traffic, repeat: int, seconds: float) -
 
 def standalone_cells() -> list[Cell]:
     """Baselines and mask diffusion over gamma, two repeats."""
-    diffusion = [Setting.of("mask-diffusion", 4, 4, gamma) for gamma in (0.5, 0.8, 0.95)]
+    diffusion = [ModeOptions(Mode.MASK_DIFFUSION, 4, 4, gamma) for gamma in (0.5, 0.8, 0.95)]
     texts = [[5, 6, 7, 8], [5, 6, 7, 9]]
     return [
         Cell(
