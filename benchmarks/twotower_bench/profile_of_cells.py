@@ -37,16 +37,9 @@ def serving_profile(
     """
     plain = [cell for cell in cells if cell.system.speculative_config is None]
     drafting = [(cell, cell.system.setting) for cell in cells if cell.system.setting]
-    full = [steps for cell in plain for steps in _full_steps(cell, 0)]
-    full_drafting = [(one, steps) for cell, one in drafting for steps in _full_steps(cell, one.num_speculative_tokens)]
-    shapes = _grouped(
-        ((steps.num_reqs, steps.num_tokens), steps) for steps in [*full, *(steps for _, steps in full_drafting)]
-    )
-    phases = _grouped(
-        ((steps.num_reqs, one.block_size), steps)
-        for one, steps in full_drafting
-        if one.policy != "adaptive" and steps.denoiser_passes
-    )
+    full = [(one, steps) for cell, one in drafting for steps in _full_steps(cell, one.num_speculative_tokens)]
+    verifying = [steps for cell in plain for steps in _full_steps(cell, 0)] + [steps for _, steps in full]
+    known = [(one, steps) for one, steps in full if one.policy != "adaptive" and steps.denoiser_passes]
     alike = _grouped(
         ((category, one, cell.load.temperature, _batch_size_that_matters(cell, one)), cell)
         for cell, one in drafting
@@ -57,9 +50,13 @@ def serving_profile(
         machine=machine,
         versions=versions,
         verifier_steps=tuple(
-            VerifierStep(*shape, _median_ms(group)) for shape, group in sorted(shapes.items()) if _are_enough(group)
+            VerifierStep(*shape, _median_ms(group))
+            for shape, group in _often(((steps.num_reqs, steps.num_tokens), steps) for steps in verifying)
         ),
-        drafting_phases=tuple(_phases(*shape, group) for shape, group in sorted(phases.items()) if _are_enough(group)),
+        drafting_phases=tuple(
+            _phases(*shape, group)
+            for shape, group in _often(((steps.num_reqs, one.block_size), steps) for one, steps in known)
+        ),
         acceptance_lengths=tuple(one for place, group in alike.items() for one in _acceptance_length(*place, group)),
     )
 
@@ -69,8 +66,10 @@ def _full_steps(cell: ServingCell, num_drafts: int) -> list[DecodingSteps]:
     return [one for one in cell.steps if (one.num_reqs, one.num_tokens) == (_batch_size(cell), 1 + num_drafts)]
 
 
-def _are_enough(found: Sequence[DecodingSteps]) -> bool:
-    return sum(len(steps.seconds) for steps in found) >= FEWEST_STEPS
+def _often(pairs: Iterable[tuple[K, DecodingSteps]]) -> list[tuple[K, list[DecodingSteps]]]:
+    """Steps by shape, where there are enough to say something."""
+    groups = sorted(_grouped(pairs).items())
+    return [(shape, group) for shape, group in groups if sum(len(one.seconds) for one in group) >= FEWEST_STEPS]
 
 
 def _median_ms(found: Sequence[DecodingSteps]) -> float | Measured:
@@ -139,6 +138,6 @@ def _with_spread(value: float, cells: Sequence[float]) -> float | Measured:
     return round(value, DIGITS) if len(cells) == 1 else _rounded(value, *np.quantile(cells, TAILS).tolist())
 
 
-def _rounded(value: float, low: float, high: float) -> Measured:
-    value = round(value, DIGITS)
-    return Measured(value, min(round(low, DIGITS), value), max(round(high, DIGITS), value))
+def _rounded(*value_low_high: float) -> Measured:
+    value, low, high = (round(one, DIGITS) for one in value_low_high)
+    return Measured(value, min(low, value), max(high, value))

@@ -132,7 +132,7 @@ def test_what_cannot_be_predicted_is_left_out_and_counted(command: Command, tmp_
         (("--profile", "/nowhere.json"), "cannot be read"),
         (("--profile", PROFILE, "--acceptance-length", 5), "is measured in --profile"),
         (("--profile", PROFILE, "--category", "poems"), "no acceptance length is known"),
-        (("--profile", PROFILE, "-K", 31), "nothing is known for"),
+        (("--profile", PROFILE, "-K", 31), "no acceptance length is known for what was asked; known are maths"),
     ],
 )
 def test_what_is_wrong_is_one_sentence(command: Command, arguments: tuple[object, ...], named: str) -> None:

@@ -102,28 +102,9 @@ def plan(
         raw["acceptance_lengths"] = _typed_lengths(acceptance_length, shares, setting)
         given = read_row(ServingProfile, raw, "what was typed", "a profile", "see --help")
         num_drafts = num_drafts or [*(k for k in (1, 3, 7) if shares and k < most), most]
-    known = _known_lengths(given, category, block_size, steps_per_block)
-    sizes = sorted(set(batch_sizes)) or sorted({one.batch_size for one in given.verifier_steps if one.num_tokens == 1})
-    places = [
-        (at_once, one, k)
-        for one in known
-        for at_once in sizes
-        if one.batch_size in (None, at_once)
-        for k in num_drafts or [one.setting.num_speculative_tokens]
-        if k <= one.setting.num_speculative_tokens
-    ]
-    if not places:
-        raise ArgumentError(f"nothing is known for batch size {sizes} with K {num_drafts}; ask for what was measured")
-    model = CostModel(given, size, assumed_error)
-    predictions, failures = [], []
-    for place in places:
-        try:
-            predictions.append(model.predict(*place))
-        except ArgumentError as error:
-            failures.append(error)
-    if not predictions:
-        raise failures[0]
-    predictions.sort(key=lambda one: (*one.load, one.setting.block_size, one.setting.steps_per_block))
+    sizes = batch_sizes or [one.batch_size for one in given.verifier_steps if one.num_tokens == 1]
+    places = _places(given, sorted(set(sizes)), num_drafts, category, block_size, steps_per_block)
+    predictions, failures = _predictions(CostModel(given, size, assumed_error), places)
     advice = [advise(list(group)) for _, group in groupby(predictions, lambda one: one.load)]
     remarks = [f"{len(failures)} predictions were left out, the first because: {failures[0]}."] if failures else []
     remarks += [AS_MEASURED] if profile and not (category and num_drafts) else []
@@ -143,7 +124,7 @@ def _typed_steps(
     host_ms: float,
     derived: bool,
 ) -> dict[str, Any]:
-    """Step times as a profile's file has them.
+    """Makes step times as a profile's file has them.
 
     Args:
         times: by option, as typed: both steps of the verifier, then both passes of the drafter.
@@ -153,34 +134,30 @@ def _typed_steps(
         host_ms: of a drafting round.
         derived: the drafter's times come from its size.
     """
-    needed, left_out = (list(times)[:2], list(times)[2:]) if derived else (list(times), [])
-    missing = [option for option in needed if times[option] is None]
-    if missing:
+    needed = list(times)[: 2 if derived else 4]
+    if missing := [option for option in needed if times[option] is None]:
         raise ArgumentError(
             f"{', '.join(missing)} missing; give what was measured or assumed, or --profile; --bandwidth-gb-s derives "
             f"the drafter's passes"
         )
-    if derived and (host_ms or any(times[option] for option in left_out)):
-        raise ArgumentError(f"--bandwidth-gb-s derives what {', '.join(left_out)} and --host-ms give; leave one out")
-    found = [_by_batch_size(option, times[option] or "", batch_sizes) for option in needed]
-    if any(one.keys() != found[0].keys() for one in found):
+    if derived and (host_ms or any(list(times.values())[2:])):
+        raise ArgumentError(
+            "--bandwidth-gb-s derives what --context-pass-ms, --denoiser-step-ms and --host-ms give; leave one out"
+        )
+    plain, verify, *passes = (_by_batch_size(option, times[option] or "", batch_sizes) for option in needed)
+    if any(one.keys() != plain.keys() for one in (verify, *passes)):
         raise ArgumentError(f"{', '.join(needed)} differ in batch sizes; give the same for all")
+    block = {"block_size": block_size, "host_ms": host_ms}
     return {
         "source": "the command line",
         "verifier_steps": [
-            {"batch_size": size, "num_tokens": read, "ms": ms}
-            for read, by_size in zip((1, num_tokens), found, strict=False)
-            for size, ms in by_size.items()
+            {"batch_size": size, "num_tokens": num, "ms": ms[size]}
+            for num, ms in ((1, plain), (num_tokens, verify))
+            for size in plain
         ],
         "drafting_phases": [
-            {
-                "batch_size": size,
-                "block_size": block_size,
-                "extend_ms": ms,
-                "denoise_ms": found[3][size],
-                "host_ms": host_ms,
-            }
-            for size, ms in (found[2] if not derived else {}).items()
+            {"batch_size": size, **block, "extend_ms": extend_ms, "denoise_ms": passes[1][size]}
+            for size, extend_ms in (passes[0].items() if passes else ())
         ],
     }
 
@@ -227,24 +204,49 @@ def _drafter_size(
     return DrafterSize(config, bandwidth_gb_s, TORCH_DTYPES[dtype].itemsize, launch_overhead_ms, times_floor)
 
 
-def _known_lengths(
-    given: ServingProfile, category: str | None, block_size: int | None, steps_per_block: int | None
-) -> list[AcceptanceLength]:
-    """Acceptance lengths of what was asked; without a category, of all prompts together where they are known."""
+def _places(
+    given: ServingProfile,
+    batch_sizes: Sequence[int],
+    num_drafts: Sequence[int],
+    category: str | None,
+    block_size: int | None,
+    steps_per_block: int | None,
+) -> list[tuple[int, AcceptanceLength, int]]:
+    """Finds what was asked; without a category, of all prompts together where they are known."""
     known = given.acceptance_lengths
     if category is None and any(one.category == ALL_CATEGORIES for one in known):
         category = ALL_CATEGORIES
-    found = [
-        one
+    places = [
+        (batch_size, one, k)
         for one in known
         if category in (None, one.category)
         and block_size in (None, one.setting.block_size)
         and steps_per_block in (None, one.setting.steps_per_block)
+        for batch_size in batch_sizes
+        if one.batch_size in (None, batch_size)
+        for k in num_drafts or [one.setting.num_speculative_tokens]
+        if k <= one.setting.num_speculative_tokens
     ]
-    if not found:
+    if not places:
         names = "; ".join(sorted({f"{one.category}: {one.setting.name}" for one in known}))
         raise ArgumentError(f"no acceptance length is known for what was asked; known are {names or 'none'}")
-    return found
+    return places
+
+
+def _predictions(
+    model: CostModel, places: Sequence[tuple[int, AcceptanceLength, int]]
+) -> tuple[list[Prediction], list[ArgumentError]]:
+    """Predicts what can be, load by load, and keeps the reasons why the rest cannot; raises one if nothing can."""
+    found, failures = [], []
+    for place in places:
+        try:
+            found.append(model.predict(*place))
+        except ArgumentError as error:
+            failures.append(error)
+    if not found:
+        raise failures[0]
+    found.sort(key=lambda one: one.setting.num_speculative_tokens)
+    return sorted(found, key=lambda one: (one.load, one.setting.block_size, one.setting.steps_per_block)), failures
 
 
 def _assumptions(assumed_error: float, size: DrafterSize | None) -> list[str]:
