@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 
 from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
-from twotower_spec.drafting import DraftBlock, DraftingSession, FixedPolicy, ThresholdPolicy
+from twotower_spec.drafting import (
+    DraftBlock,
+    DraftingSession,
+    DraftRequest,
+    FixedPolicy,
+    RoundResult,
+    ThresholdPolicy,
+)
 from twotower_spec.drafting.draft_block import Provenance
 from twotower_spec.drafting.policies import DraftPolicy
+from twotower_spec.generation import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 
 POLICIES = [
@@ -223,3 +234,18 @@ def test_provenance_tells_how_drafts_were_made() -> None:
 def test_options_that_are_not_there_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(ArgumentError, match=message):
         make(**options)
+
+
+def test_towers_that_go_on_after_the_drafts_are_given_count_as_drafting_not_as_verification() -> None:
+    """On CUDA nobody waits for a round that only reads; the target's answer then comes that much later."""
+    session = make()
+    times = PhaseTimes()
+    with times.measure("extend", torch.device("cpu")):
+        time.sleep(0.02)
+    drafted = replace(session.draft([DraftRequest("a", random_ids(5), read_only=True)]), times=times, host_s=0.005)
+    outcome = drafted.outcome(RoundResult([0], verify_s=1.0))
+    assert outcome.extend_s == times.extend_s
+    assert outcome.verify_s == pytest.approx(1.005 - times.extend_s, abs=1e-9)
+    on_host = session.draft([DraftRequest("a", random_ids(6))])
+    assert on_host.host_s >= on_host.times.total_s > 0
+    assert on_host.outcome(RoundResult([0], verify_s=1.0)).verify_s == 1.0

@@ -38,7 +38,7 @@ class RoundResult:
 
     Attributes:
         num_accepted: drafts kept; None for a request that the target did not run.
-        verify_s: seconds that the target took for the whole batch.
+        verify_s: seconds from the drafts to the target's answer for the whole batch.
         num_verified: drafts that the target looked at, where that may be fewer than were given; None for all.
         with_prompts: whether the target read prompts in the same pass, which take time of their own.
     """
@@ -58,6 +58,7 @@ class Round:
         plan: what the policy decided; None to draft nothing.
         num_context_tokens: tokens that the context tower read.
         times: seconds of the towers; on CUDA to be read when the round is over.
+        host_s: seconds until the drafts were given, by the host's clock.
         without_drafts: requests that got none, by reason (see `DraftingSession.without_drafts`).
     """
 
@@ -65,6 +66,7 @@ class Round:
     plan: DraftPlan | None
     num_context_tokens: int = 0
     times: PhaseTimes = field(default_factory=PhaseTimes)
+    host_s: float = 0.0
     without_drafts: Counter[str] = field(default_factory=Counter)
 
     def outcome(self, result: RoundResult) -> RoundOutcome:
@@ -72,6 +74,8 @@ class Round:
         block = self.block
         verified = block.num_draft_tokens if result.num_verified is None else result.num_verified
         ran = [row for row, count in enumerate(result.num_accepted) if count is not None]
+        # Nothing waits for a round that only reads: on CUDA its towers go on while the target is waited for already.
+        late_s = max(0.0, self.times.total_s - self.host_s)
         return RoundOutcome(
             plan=self.plan,
             num_draft_tokens=[verified[row] for row in ran],
@@ -81,6 +85,6 @@ class Round:
             num_context_tokens=self.num_context_tokens,
             extend_s=self.times.extend_s,
             denoise_s=self.times.denoise_s,
-            verify_s=result.verify_s,
+            verify_s=max(0.0, result.verify_s - late_s),
             with_prompts=result.with_prompts,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -167,6 +168,7 @@ class DraftingSession:
         Returns:
             The round, which has a row per request in the order given. `observe` takes it back.
         """
+        start = time.perf_counter()
         plan = self.policy.plan(len(requests)) if requests else None
         block = DraftBlock.empty(tuple(one.request_id for one in requests))
         if plan is None:
@@ -187,7 +189,8 @@ class DraftingSession:
                 self._admission.restart(request_id)
             without_drafts["not finite"] += len(damaged)
         num_context_tokens = sum(map(len, admitted.increments.values()))
-        return self._counted(Round(block, plan, num_context_tokens, times, without_drafts))
+        host_s = time.perf_counter() - start
+        return self._counted(Round(block, plan, num_context_tokens, times, host_s, without_drafts))
 
     def observe(self, finished: Round, result: RoundResult) -> None:
         """Tells the policy what became of a round; also of one without drafts, where 0 were accepted."""

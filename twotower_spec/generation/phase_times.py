@@ -15,7 +15,8 @@ Phase = Literal["prefill", "extend", "denoise"]
 class PhaseTimes:
     """Seconds that the towers take, by phase.
 
-    On a CUDA device a phase lies between two events of its stream: measuring waits for nothing. Reading waits for what
+    On a CUDA device a phase lies between two events of its stream: measuring waits for nothing, but for such a phase
+    before one on the host, which needs what it gives. Reading waits for what
     has been measured so far, so read when the work is over: after a call, or a round later.
     """
 
@@ -29,17 +30,25 @@ class PhaseTimes:
     @contextmanager
     def measure(self, phase: Phase, device: torch.device) -> Iterator[None]:
         """Adds the time of the enclosed work on `device` to a phase; not that of work that raises."""
-        if device.type != "cuda":
+        stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        # Begins when the phase before it is over, also where each tower has its own device: no time counts twice.
+        for _, _, before in self._unread[-1:]:
+            before.synchronize() if stream is None else stream.wait_event(before)
+        if stream is None:
             start = time.perf_counter()
             yield
             self._seconds[phase] += time.perf_counter() - start
             return
-        stream = torch.cuda.current_stream(device)
         begun, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begun.record(stream)
         yield
         ended.record(stream)
         self._unread.append((phase, begun, ended))
+
+    @property
+    def known(self) -> bool:
+        """Whether reading waits for nothing: all that was measured is over."""
+        return all(ended.query() for _, _, ended in self._unread)
 
     @property
     def prefill_s(self) -> float:

@@ -16,6 +16,7 @@ from vllm.logger import init_logger
 from twotower_kernels.acceptance import warm_up
 from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
 from twotower_spec.errors import TwoTowerError
+from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import DrafterKnobs
 from vllm_twotower.faults import FaultHandler
 from vllm_twotower.loading import load_session
@@ -63,8 +64,9 @@ class TwoTowerProposer:
         self._runner: Any = None
         self._scheduled: Mapping[Any, Sequence[int]] = {}
         self._round_end = time.perf_counter()
-        self._drafting_s = 0.0
         self._round: Round | None = None
+        # Seconds of the towers that are not counted yet, and of the whole round.
+        self._untimed: tuple[PhaseTimes, float] | None = None
         self._policies: dict[DrafterKnobs, DraftPolicy] = {}
         self._faults = FaultHandler()
         self._sampler_failures = 0
@@ -117,11 +119,11 @@ class TwoTowerProposer:
             return
         if knobs not in self._policies:
             self._policies[knobs] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+        self._round = None  # its policy is not the one to be told
         self.session.policy = self._policies[knobs]
         self.session.drafter.first_token = knobs.first_token
         self.session.reset()
         self.session.warm_up()
-        self._round = None
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step; never raises."""
@@ -178,6 +180,7 @@ class TwoTowerProposer:
     ) -> list[list[int]]:
         for request_id in gone(session.request_ids, self._runner):
             session.release(request_id)
+        self._count_phases()
         request_ids: list[str] = self._runner.input_batch.req_ids[: len(sampled_token_ids)]
         self._observe(session, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
         self.stats.add("rounds", 1)
@@ -207,7 +210,6 @@ class TwoTowerProposer:
         finished, self._round = self._round, None
         if finished is None:
             return
-        self._count_phases(finished)
         block = finished.block
         verified = [
             min(drafted, len(self._scheduled.get(request_id) or ()))
@@ -260,7 +262,9 @@ class TwoTowerProposer:
         held = session.request_ids
         stats.set("pool_used", len(held), "requests")
         stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
-        self._drafting_s = time.perf_counter() - start
+        self._untimed = drafted.times, time.perf_counter() - start
+        if drafted.times.known:
+            self._count_phases()
         now = time.monotonic()
         if self.knobs.log_interval_s and now - self._logged_at >= self.knobs.log_interval_s:
             line = log_line(stats, self._logged)
@@ -268,13 +272,14 @@ class TwoTowerProposer:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
 
-    def _count_phases(self, finished: Round) -> None:
-        """Counts a round's seconds when it is over: on a GPU they are not known earlier without a wait."""
-        times = finished.times
+    def _count_phases(self) -> None:
+        """Counts a round's seconds: at once where its passes are over, else when the next one begins. Nothing waits."""
+        if self._untimed is None:
+            return
+        (times, drafting_s), self._untimed = self._untimed, None
         self.stats.add("drafting_seconds", times.extend_s, "extend")
         self.stats.add("drafting_seconds", times.denoise_s, "denoise")
-        host_s = self._drafting_s - times.extend_s - times.denoise_s
-        self.stats.add("drafting_seconds", max(0.0, host_s), "host")
+        self.stats.add("drafting_seconds", max(0.0, drafting_s - times.extend_s - times.denoise_s), "host")
 
 
 def padded(

@@ -1,0 +1,93 @@
+"""The V1 proposer without an engine: what it counts, and when."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.support.builders import random_ids, tiny_model
+from twotower_spec.drafting import DraftingSession, FixedPolicy
+from twotower_spec.generation import PhaseTimes
+from vllm_twotower.config import FOUND, KNOBS
+from vllm_twotower.metrics import PHASES
+
+pytest.importorskip("vllm")
+
+NUM_DRAFTS = 4
+
+
+def make(monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> Any:
+    """A proposer that drafts for one request, "a"."""
+    from vllm_twotower.v1 import hooks
+    from vllm_twotower.v1.proposer import TwoTowerProposer
+
+    monkeypatch.setattr(hooks, "install", lambda: True)
+    given = {"model": "T", "policy": "fixed", "block_size": 8, **knobs}
+    proposer = TwoTowerProposer(
+        SimpleNamespace(
+            additional_config={KNOBS: given, FOUND: {"block_size": 8, "num_token_ids": 61}},
+            speculative_config=SimpleNamespace(num_speculative_tokens=NUM_DRAFTS),
+            model_config=SimpleNamespace(get_vocab_size=lambda: 61, is_hybrid=False, enforce_eager=True),
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1, data_parallel_rank=0),
+            device_config=SimpleNamespace(device_type="cpu"),
+        )
+    )
+    proposer.session = DraftingSession(tiny_model(), FixedPolicy(8, 1, num_tokens=NUM_DRAFTS))
+    request = SimpleNamespace(sampling_params=None, output_token_ids=[])
+    batch = SimpleNamespace(req_ids=["a"])
+    proposer.begin_step(SimpleNamespace(requests={"a": request}, input_batch=batch, max_model_len=200), None)
+    return proposer
+
+
+def step(proposer: Any, length: int, sampled: list[int]) -> list[int]:
+    table = np.array([random_ids(200)], dtype=np.int32)
+    drafts: list[list[int]] = proposer.propose([sampled], np.array([length], dtype=np.int32), table)
+    return drafts[0]
+
+
+def drafting_s(proposer: Any) -> float:
+    return sum(proposer.stats.get("drafting_seconds", phase) for phase in PHASES)
+
+
+def test_seconds_of_a_round_are_counted_in_its_own_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorders take them off the step: those of another round would make its verification look short, or long."""
+    proposer = make(monkeypatch)
+    for length, sampled in ((9, []), (10, [5]), (11, [5])):
+        before = drafting_s(proposer)
+        assert len(step(proposer, length, sampled)) == (NUM_DRAFTS if sampled else 0)
+        drafted = proposer._round
+        assert drafted.host_s <= drafting_s(proposer) - before
+
+
+def test_seconds_that_a_device_has_not_measured_yet_are_counted_when_the_next_round_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    proposer = make(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(PhaseTimes, "known", False)
+        step(proposer, 9, [])
+        first = proposer._round
+        assert drafting_s(proposer) == 0.0
+    proposer.change_policy({})  # forgets the round, not what it took
+    step(proposer, 10, [5])
+    extend_s = first.times.extend_s + proposer._round.times.extend_s
+    assert proposer.stats.get("drafting_seconds", "extend") == pytest.approx(extend_s)
+
+
+def test_a_policy_is_not_told_of_a_round_that_another_one_has_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    step(proposer, 10, [5])
+
+    def fails() -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(proposer.session, "warm_up", fails)
+    with pytest.raises(RuntimeError, match="injected"):
+        proposer.change_policy({"steps_per_block": 3})
+    told: list[Any] = []
+    monkeypatch.setattr(proposer.session.policy, "observe", told.append)
+    assert len(step(proposer, 11, [5])) == NUM_DRAFTS
+    assert not told
