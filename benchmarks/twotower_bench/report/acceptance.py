@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from twotower_bench.report.columns import place_and_noise, table
+from twotower_bench.report.columns import columns, place_and_noise, table
 from twotower_bench.report.document import Section
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, places_of, remarks
+from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import columns, speed_up_plot
 from twotower_bench.report.wording import is_rival, place_of
 from twotower_bench.summary import over_categories, summarise_cells
 
@@ -15,13 +14,8 @@ SPEED = columns("System", "Tokens/s", "Speed-up", "Verdict", "TTFT ms", "ITL ms"
 GAINS = columns("System", "Acceptance length", "Tokens / step", "Tokens / NFE", "Drafts", "Steps with drafts")
 
 
-def acceptance_section(measured: Measurements, name: str) -> Section:
-    """A section of serving cells; all categories together come first, and the finding is about them.
-
-    Args:
-        measured: with at least one.
-        name: of the section.
-    """
+def acceptance_section(measured: Measurements) -> Section:
+    """Makes the section of serving cells; all categories together come first, and the finding is about them."""
     cells = measured.serving_cells
     together = over_categories(cells)
     summaries = summarise_cells([*together, *cells])
@@ -32,7 +26,6 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
     tables, plots = draft_parts(cells, summaries)
     repeats = " or ".join(map(str, sorted({one.num_repeats for one in summaries})))
     return Section(
-        name,
         "Acceptance and speed in vLLM",
         finding(places),
         [
@@ -43,10 +36,9 @@ def acceptance_section(measured: Measurements, name: str) -> Section:
         ],
         [
             table("Speed and latency", summaries, SPEED, place_and_noise(summaries)),
-            table("What drafts gain", drafted, GAINS, place_of),
+            table("What drafts gain", drafted, GAINS, lambda one: place_of(one).title),
             *tables,
         ],
         [speed_up_plot(shown), *plots],
         summaries,
-        measured.origins,
     )

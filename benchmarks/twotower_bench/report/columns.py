@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from twotower_bench.records import BASELINE, Quantiles
 from twotower_bench.report.document import Row, Table
 from twotower_bench.report.wording import place_of, short_title
+from twotower_bench.summary import CellSummary
 from twotower_spec.evaluation.statistics import Estimate
 
 
@@ -48,6 +49,40 @@ def table(
         f"{name}: {columns[name].meaning.format(ends=ends)}." for name in found.columns if columns[name].meaning
     ]
     return Table(title, groups, " ".join([*([note] if note else []), *meanings]))
+
+
+def pivot(title: str, cells: Iterable[tuple[str, str, str, str]], note: str, names: str = "System") -> Table:
+    """A table whose columns are values, too.
+
+    Args:
+        title: what it shows.
+        cells: heading, name of the row, column and text of each.
+        note: what the texts mean.
+        names: column of the names of rows.
+    """
+    groups: dict[str, dict[str, dict[str, str]]] = {}
+    for heading, name, column, text in cells:
+        groups.setdefault(heading, {}).setdefault(name, {names: name})[column] = text
+    return Table(title, {heading: list(rows.values()) for heading, rows in groups.items()}, note)
+
+
+def over_gamma(name: str, column: Column, settings: Iterable[tuple[str, str, float | None, Any]]) -> Table:
+    """A column beside the confidence threshold gamma; empty where gamma does not vary.
+
+    Args:
+        name, column: what is shown.
+        settings: heading, the setting without its gamma, gamma, and figures of each.
+    """
+    found = [(heading, family, gamma, one) for heading, family, gamma, one in settings if gamma is not None]
+    gammas = {family: {other[2] for other in found if other[1] == family} for _, family, _, _ in found}
+    cells = (
+        (heading, family, f"{gamma:g}", column.text(one))
+        for heading, family, gamma, one in sorted(found, key=lambda one: one[2])
+        if len(gammas[family]) > 1
+    )
+    return pivot(
+        f"{name} over gamma", cells, "Settings that differ in gamma, the confidence threshold, alone.", "Setting"
+    )
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -101,7 +136,7 @@ def place_and_noise(figures: Sequence[Any]) -> Callable[[Any], str]:
 
     def heading(one: Any) -> str:
         count, place = one.num_requests, place_of(one)
-        return f"{place}; {count} prompt{'' if count == 1 else 's'}{noise.get(place, '')}"
+        return f"{place.title}; {count} prompt{'' if count == 1 else 's'}{noise.get(place, '')}"
 
     return heading
 
@@ -117,8 +152,20 @@ def _different(one: Any) -> str:
     return f"{one.num_different} of {one.num_requests}" if is_known else ""
 
 
-# Of every system that is compared with no speculation.
-COMPARED: Mapping[str, Column] = {
+PHASES = ("extend", "denoise", "host", "verify")
+
+
+def phases_of(one: CellSummary) -> dict[str, float]:
+    """Seconds of a round by phase; empty where TwoTower did not draft."""
+    return {name: getattr(one.round_times, name) for name in PHASES} if one.round_times else {}
+
+
+def _phase(name: str) -> Callable[[CellSummary], str]:
+    return lambda one: milliseconds(phases_of(one)[name])
+
+
+# Of every system that is compared with no speculation; what follows "Different texts" is of engines alone.
+COLUMNS: Mapping[str, Column] = {
     "System": Column(lambda one: short_title(one.system)),
     "Tokens/s": Column(lambda one: estimate(one.tokens_per_s, rate), "median of the repeats (quartiles)"),
     "Speed-up": Column(_speed_up, "over no speculation in the same repeat, the median{ends}"),
@@ -127,4 +174,33 @@ COMPARED: Mapping[str, Column] = {
         "“no difference” where the speed-up is within the A/A noise, by which two runs of no speculation differ",
     ),
     "Different texts": Column(_different, "prompts whose text is not that of no speculation"),
+    "TTFT ms": Column(
+        lambda one: milliseconds(one.latency.first_token, one.latency.first_token_p99),
+        "to the first token, median / 99th percentile",
+    ),
+    "ITL ms": Column(
+        lambda one: milliseconds(one.latency.gap, one.latency.gap_p99), "between outputs, median / 99th percentile"
+    ),
+    "Acceptance length": Column(
+        lambda one: estimate(one.acceptance.acceptance_length),
+        "accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; the last step of a "
+        "text counts as far as the text goes",
+    ),
+    "Tokens / step": Column(lambda one: estimate(one.acceptance.tokens_per_step), "steps without drafts count, too"),
+    "Tokens / NFE": Column(
+        lambda one: number(one.tokens_per_nfe),
+        "tokens of steps with drafts per denoiser pass, requests counted separately",
+    ),
+    "Drafts": Column(lambda one: number(one.acceptance.mean_draft_tokens, 1), "verified per step that had any"),
+    "Steps with drafts": Column(lambda one: f"{one.acceptance.num_drafted_steps} of {one.acceptance.num_steps}"),
+    "Extend ms": Column(_phase("extend"), "the context tower reads prompts and what was accepted"),
+    "Denoise ms": Column(_phase("denoise"), "the denoiser's passes"),
+    "Host ms": Column(_phase("host"), "the rest of drafting"),
+    "Verify ms": Column(_phase("verify"), "the verifier and all the rest of vLLM"),
+    "Drafting share": Column(lambda one: share(1 - phases_of(one)["verify"] / sum(phases_of(one).values()))),
 }
+
+
+def columns(*names: str) -> dict[str, Column]:
+    """Columns of systems, by name."""
+    return {name: COLUMNS[name] for name in names}

@@ -80,23 +80,23 @@ class Section:
     """One kind of measurement from one file.
 
     Attributes:
-        name: unique in a report; for anchors.
         title: its heading.
         finding: its answer in a sentence.
         notes: what to know about the finding and the measurement.
         tables, plots: in order; the first panel of the first plot stands beside the finding.
         figures: what tables and plots show, as numbers.
+        name: unique in a report; for anchors.
         origins: of its measurements.
     """
 
-    name: str
     title: str
     finding: str
     notes: Sequence[str]
     tables: Sequence[Table]
     plots: Sequence[Plot]
     figures: Sequence[Any]
-    origins: Sequence[Origin]
+    name: str = ""
+    origins: Sequence[Origin] = ()
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,11 @@ from twotower_bench.draft_summary import (
     summarise_categories,
 )
 from twotower_bench.records import EXPECTED_WITHOUT_DRAFTS, ServingCell
-from twotower_bench.report.columns import Column, estimate, number, table
-from twotower_bench.report.document import Plot, Row, Table
-from twotower_bench.report.plots import Point, draw_diagonal, line_panels, stacked_bars
-from twotower_bench.report.speed import PHASES, columns, phases_of
+from twotower_bench.report.columns import PHASES, Column, columns, estimate, number, phases_of, pivot, table
+from twotower_bench.report.document import Plot, Table
+from twotower_bench.report.plots import Point, line_panels, stacked_bars
 from twotower_bench.report.wording import category_in_words, hues_of, listed, load_in_words, place_of, short_title
 from twotower_bench.summary import CellSummary
-from twotower_spec.drafting.metrics import CalibrationBin
 
 PLAIN = "plain step"
 # Of the phases of a round, and a plain step.
@@ -41,7 +39,6 @@ CALIBRATION: Mapping[str, Column] = {
     "Accepted": Column(lambda pair: number(pair[1].acceptance_rate)),
     "Difference": Column(lambda pair: f"{pair[1].acceptance_rate - pair[1].mean_confidence:+.2f}"),
 }
-Shares = Sequence[tuple[CategorySummary, Sequence[float]]]
 
 
 def draft_parts(
@@ -63,34 +60,43 @@ def draft_parts(
     timed = [one for one in summaries if one.round_times and (shown is None or one.system.name in shown)]
     bins = calibration_by_system(as_measured(summaries, cells), MOST_SYSTEMS)
     where = load_in_words(lightest_load(cells)).partition(", ")[2]
-    by_position, reached = [(one, one.by_position) for one in own], [(one, one.well_known) for one in own]
     of_drafts = f"Share of the steps with drafts; {where}."
-    of_reached = (
-        f"Share of the steps that drafted there and accepted all drafts before, where {FEWEST_STEPS} steps of a repeat "
-        f"or more did; {where}."
+    lengths = (
+        ("", short_title(one.system), category_in_words(one.category), estimate(one.acceptance.acceptance_length))
+        for one in by_category
     )
-    rounds = "Means per round of the whole batch, prompts included, which add up to its wall time."
-    pairs = [(title, one) for title, found in bins.items() for one in found]
     tables = [
-        _category_table(by_category, where),
-        _share_table("Accepted at each position", by_position, 1, of_drafts),
-        _share_table("Accepted at each position that was reached", reached, 1, of_reached),
-        _share_table("Accepted drafts per step", [(one, one.histogram) for one in own], 0, of_drafts),
-        table("Time of a round", timed, ROUNDS, place_of, rounds),
-        table("Confidence and acceptance", pairs, CALIBRATION, lambda pair: pair[0], "All loads together."),
+        pivot(
+            "Acceptance length by category",
+            lengths,
+            f"Accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; {where}.",
+        ),
+        _shares("Accepted at each position", [(one, one.by_position) for one in own], 1, of_drafts),
+        _shares(
+            "Accepted at each position that was reached",
+            [(one, one.well_known) for one in own],
+            1,
+            f"Share of the steps that drafted there and accepted all drafts before, where {FEWEST_STEPS} steps of a "
+            f"repeat or more did; {where}. Where it falls, late drafts are worse than early ones; where it stays "
+            f"level, longer blocks can gain.",
+        ),
+        _shares("Accepted drafts per step", [(one, one.histogram) for one in own], 0, of_drafts),
+        table(
+            "Time of a round",
+            timed,
+            ROUNDS,
+            lambda one: place_of(one).title,
+            "Means per round of the whole batch, prompts included, which add up to its wall time.",
+        ),
+        table(
+            "Confidence and acceptance",
+            [(title, one) for title, found in bins.items() for one in found],
+            CALIBRATION,
+            lambda pair: pair[0],
+            "All loads together.",
+        ),
     ]
-    sum_of_positions = f"{of_drafts} The sum over positions is the number of drafts that a step gains."
-    falling = (
-        f"{of_reached} Where a line falls, late drafts are worse than early ones; where it stays level, longer blocks "
-        f"can gain."
-    )
-    plots = [
-        _share_plot("position", "Acceptance by position", by_position, sum_of_positions),
-        _share_plot("conditional", "Acceptance by position, where it was reached", reached, falling),
-        _round_plot(timed if in_bars is None else in_bars, cells),
-        _reliability_plot(bins, summaries),
-    ]
-    return tables, plots
+    return tables, [_position_plot(own, of_drafts), _round_plot(timed if in_bars is None else in_bars, cells)]
 
 
 def as_measured(summaries: Sequence[CellSummary], cells: Sequence[ServingCell]) -> list[CellSummary]:
@@ -114,41 +120,31 @@ def without_drafts_notes(cells: Sequence[ServingCell], summaries: Sequence[CellS
     ]
 
 
-def _category_table(found: Sequence[CategorySummary], where: str) -> Table:
-    """Acceptance lengths, categories side by side."""
-    rows: dict[str, dict[str, str]] = {}
-    for one in found:
-        row = rows.setdefault(one.system.name, {"System": short_title(one.system)})
-        row[category_in_words(one.category)] = estimate(one.acceptance.acceptance_length)
-    note = f"Accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; {where}."
-    return Table("Acceptance length by category", {"": list(rows.values())}, note)
-
-
-def _share_table(title: str, found: Shares, first: int, note: str) -> Table:
+def _shares(title: str, found: Sequence[tuple[CategorySummary, Sequence[float]]], first: int, note: str) -> Table:
     """Shares side by side, categories apart; `first` is the number of the first."""
-    groups: dict[str, list[Row]] = {}
-    for one, shares in found:
-        if shares:
-            texts = {str(place): number(share) for place, share in enumerate(shares, start=first)}
-            rows = groups.setdefault(category_in_words(one.category), [])
-            rows.append({"System": short_title(one.system), **texts})
-    return Table(title, groups, note)
+    cells = (
+        (category_in_words(one.category), short_title(one.system), str(place), number(value))
+        for one, values in found
+        for place, value in enumerate(values, start=first)
+    )
+    return pivot(title, cells, note)
 
 
-def _share_plot(name: str, title: str, found: Shares, caption: str) -> Plot:
-    """The same as lines, a panel for each category."""
+def _position_plot(found: Sequence[CategorySummary], of_drafts: str) -> Plot:
+    """Acceptance by position as lines, a panel for each category."""
+
+    def decorate(_: str, axes: Axes) -> None:
+        axes.set_ylim(0, 1.03)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
     points = [
         Point(category_in_words(one.category), one.system.title, place, share)
-        for one, shares in found
-        for place, share in enumerate(shares, start=1)
+        for one in found
+        for place, share in enumerate(one.by_position, start=1)
     ]
-    hues = hues_of(one.system for one, _ in found)
-    return Plot(name, title, caption, line_panels(points, hues, "position", "share accepted", decorate=_to_one))
-
-
-def _to_one(axes: Axes) -> None:
-    axes.set_ylim(0, 1.03)
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    panels = line_panels(points, hues_of(one.system for one in found), "position", "share accepted", (), decorate)
+    caption = f"{of_drafts} The sum over positions is the number of drafts that a step gains."
+    return Plot("position", "Acceptance by position", caption, panels)
 
 
 def _round_plot(summaries: Sequence[CellSummary], cells: Sequence[ServingCell]) -> Plot:
@@ -168,17 +164,3 @@ def _round_plot(summaries: Sequence[CellSummary], cells: Sequence[ServingCell]) 
     )
     panels = [stacked_bars(names, layers, HUES, "milliseconds")] if names else []
     return Plot("rounds", "Time of a round", caption, panels)
-
-
-def _reliability_plot(bins: Mapping[str, Sequence[CalibrationBin]], summaries: Sequence[CellSummary]) -> Plot:
-    """Acceptance over confidence."""
-
-    def decorate(axes: Axes) -> None:
-        draw_diagonal(axes, "as often as confident")
-        axes.set(xlim=(0, 1.03), ylim=(0, 1.03))
-
-    points = [Point("", title, one.mean_confidence, one.acceptance_rate) for title, own in bins.items() for one in own]
-    hues = hues_of(one.system for one in summaries)
-    panels = line_panels(points, hues, "mean confidence", "share accepted", decorate=decorate)
-    caption = "Below the diagonal drafts are accepted less often than their confidence says, above it more often."
-    return Plot("reliability", "Reliability of TwoTower's confidences", caption, panels)

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 from twotower_bench.records import BASELINE, BASELINE_AGAIN
 from twotower_bench.report.columns import (
-    COMPARED,
+    COLUMNS,
     Column,
+    columns,
     estimate,
     number,
     place_and_noise,
@@ -17,14 +18,15 @@ from twotower_bench.report.columns import (
     table,
 )
 from twotower_bench.report.document import Plot, Section
-from twotower_bench.report.findings import finding, places_of, remarks
-from twotower_bench.report.plots import Point, line_panels, set_loads
+from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
+from twotower_bench.report.plots import load_panels
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import AMOUNTS, speed_up_plot
-from twotower_bench.report.wording import hues_of, kind_of
 from twotower_bench.summary import ServerSummary, highest_within_bound, summarise_points
 
 TIMES = "median / 99th percentile over requests, medians of the repeats"
+BOUND = (
+    "The highest of the measured loads under which 90 % of the requests or more are within the bound in every repeat."
+)
 
 
 def _within_bound(one: ServerSummary) -> str:
@@ -33,43 +35,52 @@ def _within_bound(one: ServerSummary) -> str:
 
 
 SPEED: Mapping[str, Column] = {
-    "System": COMPARED["System"],
+    "System": COLUMNS["System"],
     "Requests/s": Column(lambda one: estimate(one.requests_per_s, rate)),
     "Goodput": Column(lambda one: estimate(one.goodput, rate), "requests within the bound per second"),
     "Within bound": Column(_within_bound, "share of the requests, and that of the worst repeat where it is lower"),
-    "Tokens/s": COMPARED["Tokens/s"],
-    "Speed-up": COMPARED["Speed-up"],
-    "Verdict": COMPARED["Verdict"],
+    **columns("Tokens/s", "Speed-up", "Verdict"),
     "Acceptance length": Column(lambda one: number(one.acceptance_length)),
-    "Different texts": COMPARED["Different texts"],
+    "Different texts": COLUMNS["Different texts"],
     "Failed": Column(lambda one: str(one.num_failed)),
 }
 LATENCY: Mapping[str, Column] = {
-    "System": COMPARED["System"],
+    "System": COLUMNS["System"],
     "TTFT ms": Column(lambda one: quantiles(one.ttft), f"to the first token, {TIMES}"),
     "TPOT ms": Column(lambda one: quantiles(one.tpot), "per token after it"),
     "ITL ms": Column(lambda one: quantiles(one.itl), "between pieces of text, which can be several tokens"),
     "E2EL ms": Column(lambda one: quantiles(one.e2el), "to the end"),
 }
+# Name, title, label, value and caption.
+PLOTS: Sequence[tuple[str, str, str, Callable[[ServerSummary], float], str]] = (
+    (
+        *("goodput", "Goodput", "good requests/s", lambda one: one.goodput.value),
+        "Requests within the bound per second, median of the repeats. A server that keeps up rises with its load; "
+        "where it bends, requests miss the bound.",
+    ),
+    (
+        *("end", "Time to the end of a request", "seconds", lambda one: one.e2el.median),
+        "Median over requests, and of that over repeats. Lower is better; where a line turns up, requests wait for "
+        "each other.",
+    ),
+    (
+        *("first", "Time to the first token", "seconds", lambda one: one.ttft.p99),
+        "99th percentile over requests, median of the repeats. Lower is better; this is what the unluckiest users see.",
+    ),
+)
 
 
-def serve_section(measured: Measurements, name: str) -> Section:
-    """A section of load points.
-
-    Args:
-        measured: with at least one.
-        name: of the section.
-    """
+def serve_section(measured: Measurements) -> Section:
+    """Makes the section of load points."""
     summaries = summarise_points(measured.load_points)
     places = places_of(summaries)
-    known = [one for one in summaries if not one.system.name.startswith(BASELINE)]
-    systems = {one.system.name: one for one in summaries}.values()
-    bound = (
-        "The highest of the measured loads under which 90 % of the requests or more are within the bound in every "
-        "repeat."
-    )
+    shown = [one for one in summaries if one.system.name != BASELINE_AGAIN]
+
+    def highest(*, is_closed: bool) -> Column:
+        return Column(lambda one: str(highest_within_bound(summaries, one.system.name, is_closed=is_closed) or "none"))
+
+    kept = {"System": COLUMNS["System"], "Closed loop": highest(is_closed=True), "Open loop": highest(is_closed=False)}
     return Section(
-        name,
         "Servers under load",
         finding(places),
         [
@@ -79,57 +90,18 @@ def serve_section(measured: Measurements, name: str) -> Section:
             f"Nothing is compared where requests failed.",
         ],
         [
-            table("Highest load within the bound", list(systems), _highest(summaries), note=bound),
+            table(
+                "Highest load within the bound",
+                [*{one.system.name: one for one in summaries}.values()],
+                kept,
+                note=BOUND,
+            ),
             table("Throughput and goodput", summaries, SPEED, place_and_noise(summaries)),
             table("Latency", summaries, LATENCY, place_and_noise(summaries)),
         ],
         [
-            speed_up_plot(known, "Tokens/s, or 1 / time to the end,"),
-            _plot(
-                summaries, "goodput", "Goodput", "good requests/s", lambda one: one.goodput.value,
-                "Requests within the bound per second, median of the repeats. A server that keeps up rises with its "
-                "load; where it bends, requests miss the bound.",
-            ),
-            _plot(
-                summaries, "end", "Time to the end of a request", "seconds", lambda one: one.e2el.median,
-                "Median over requests, and of that over repeats. Lower is better; where a line turns up, requests wait "
-                "for each other.",
-            ),
-            _plot(
-                summaries, "first", "Time to the first token", "seconds", lambda one: one.ttft.p99,
-                "99th percentile over requests, median of the repeats. Lower is better; this is what the unluckiest "
-                "users see.",
-            ),
+            speed_up_plot([one for one in shown if one.system.name != BASELINE], "Tokens/s, or 1 / time to the end,"),
+            *(Plot(name, title, text, load_panels(shown, y, value)) for name, title, y, value, text in PLOTS),
         ],
         summaries,
-        measured.origins,
-    )  # fmt: skip
-
-
-def _highest(summaries: Sequence[ServerSummary]) -> dict[str, Column]:
-    def column(*, is_closed: bool) -> Column:
-        return Column(lambda one: str(highest_within_bound(summaries, one.system.name, is_closed=is_closed) or "none"))
-
-    return {
-        "System": COMPARED["System"],
-        "Closed loop": column(is_closed=True),
-        "Open loop": column(is_closed=False),
-    }
-
-
-def _plot(
-    summaries: Sequence[ServerSummary],
-    name: str,
-    title: str,
-    label: str,
-    value: Callable[[ServerSummary], float],
-    caption: str,
-) -> Plot:
-    shown = [one for one in summaries if one.system.name != BASELINE_AGAIN]
-    ranked = sorted(shown, key=lambda one: (not one.traffic.is_closed, one.traffic.amount))
-    points = [Point(kind_of(one), one.system.title, one.traffic.amount, value(one)) for one in ranked]
-    panels = line_panels(points, hues_of(one.system for one in summaries), "", label)
-    for kind, axes in zip(dict.fromkeys(map(kind_of, ranked)), panels, strict=True):
-        axes.set_xlabel(AMOUNTS.get(kind, "requests at once"))
-        set_loads(axes, [one.traffic.amount for one in ranked if kind_of(one) == kind])
-    return Plot(name, title, caption, panels)
+    )

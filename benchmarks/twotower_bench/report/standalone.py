@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from matplotlib.axes import Axes
-
 from twotower_bench.pareto import pareto_front
-from twotower_bench.report.columns import Column, estimate, number, rate, share, table, times
+from twotower_bench.report.columns import Column, estimate, number, over_gamma, rate, share, table, times
 from twotower_bench.report.document import Plot, Section, Table
-from twotower_bench.report.gamma import fastest_families, gamma_panels, joined_in_words
-from twotower_bench.report.plots import Point, line_panels, stacked_bars
+from twotower_bench.report.plots import FRONT, Point, line_panels, stacked_bars
 from twotower_bench.report.reading import Measurements, Score
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Summary, summarise
 
 DIFFUSION = "mask-diffusion"
-FRONT = "Pareto front"
 HUES = {FRONT: 6, DIFFUSION: 1, "ar": 0, "mock-ar": 2, "self-speculative": 3}
-FIDELITY = "share of texts that are AR's"
 MOST_BARS = 14
 # Phases of a text with their hues.
 PHASES = {"prefill": 4, "denoise": 2, "extend": 1}
@@ -34,12 +29,8 @@ COLUMNS: Mapping[str, Column] = {
 }
 
 
-def standalone_section(measured: Measurements, name: str) -> Section:
-    """A section of the cells and scores of the model alone.
-
-    Args:
-        measured: with at least one cell.
-        name: of the section.
+def standalone_section(measured: Measurements) -> Section:
+    """Makes the section of cells and scores of the model alone.
 
     Raises:
         ArgumentError: AR was not measured in any repeat with others, and all is compared with it.
@@ -48,16 +39,22 @@ def standalone_section(measured: Measurements, name: str) -> Section:
     if not summaries:
         raise ArgumentError(f"{measured.source} has no cell of AR, which all is compared with; let its run finish")
     front = [summaries[i] for i in pareto_front([(one.speed_up, one.identical.value) for one in summaries])]
+    by_setting = [
+        ("", f"S={how.block_size} steps={how.steps_per_block}", how.confidence_threshold, one)
+        for one in summaries
+        if (how := one.setting).mode == DIFFUSION
+    ]
     repeats = 1 + max(cell.repeat for cell in measured.cells)
     return Section(
-        name,
         "The model alone",
         _finding(summaries),
         [f"Greedy, one prompt at a time, {repeats} repeats. AR is the context tower's own text."],
-        [_table(summaries, front, measured.scores)],
-        [_fidelity_plot(summaries, front), *_gamma_plots(summaries), _phase_plot(measured.cells, front)],
+        [
+            _table(summaries, front, measured.scores),
+            *(over_gamma(name, COLUMNS[name], by_setting) for name in ("Of AR", "Same text")),
+        ],
+        [_fidelity_plot(summaries, front), _phase_plot(measured.cells, front)],
         [*summaries, *measured.scores],
-        measured.origins,
     )
 
 
@@ -109,9 +106,6 @@ def _score(scores: Sequence[Score], task: tuple[str, str]) -> Column:
 
 
 def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Plot:
-    def decorate(axes: Axes) -> None:
-        axes.set_ylim(-0.03, 1.05)
-
     modes = dict.fromkeys(one.setting.mode for one in summaries)
     points = [
         Point("", label, one.speed_up, one.identical.value)
@@ -121,30 +115,8 @@ def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Pl
         "Every setting: speed over AR in the same repeat, and how often the text is AR's to the token. Up and to the "
         "right is better; the line joins what nothing beats in both."
     )
-    panels = line_panels(points, HUES, "speed, AR = 1", FIDELITY, modes, decorate)
+    panels = line_panels(points, HUES, "speed, AR = 1", "share of texts that are AR's", modes)
     return Plot("fidelity", "Speed against fidelity", caption, panels)
-
-
-def _gamma_plots(summaries: Sequence[Summary]) -> list[Plot]:
-    """Speed and fidelity over gamma, none where gamma does not vary."""
-    speeds, fidelities = [], []
-    for one in summaries:
-        how = one.setting
-        if how.mode == DIFFUSION and how.confidence_threshold is not None:
-            place = f"S={how.block_size} steps={how.steps_per_block}", how.confidence_threshold
-            speeds.append(Point("speed", *place, one.speed_up))
-            fidelities.append(Point("fidelity", *place, one.identical.value))
-    families = fastest_families(speeds)
-    if not families:
-        return []
-    caption = (
-        f"{joined_in_words(families)} A higher gamma commits fewer tokens a pass: slower, and more often AR's text."
-    )
-    panels = [
-        *gamma_panels(speeds, families, "speed, AR = 1", "AR"),
-        *gamma_panels(fidelities, families, FIDELITY),
-    ]
-    return [Plot("gamma", "Speed and fidelity over gamma", caption, panels)]
 
 
 def _phase_plot(cells: Sequence[Cell], front: Sequence[Summary]) -> Plot:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from matplotlib.axes import Axes
 
 from twotower_bench import recommendation
 from twotower_bench.recommendation import Goal, Recommendation, best_by_concurrency, front_of, recommend, sweep_points
-from twotower_bench.records import BASELINE, ServingCell, System
-from twotower_bench.report.columns import COMPARED, Column, estimate, place_and_noise, rate, table
+from twotower_bench.records import BASELINE, ServingCell
+from twotower_bench.report.columns import COLUMNS, Column, columns, estimate, over_gamma, place_and_noise, rate, table
 from twotower_bench.report.document import Plot, Section, Table
 from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, places_of, remarks
-from twotower_bench.report.gamma import gamma_plots
-from twotower_bench.report.plots import Point, line_panels
+from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
+from twotower_bench.report.plots import FRONT, Point, line_panels
 from twotower_bench.report.reading import Measurements
-from twotower_bench.report.speed import columns, speed_up_plot
-from twotower_bench.report.wording import load_in_words, short_title
+from twotower_bench.report.wording import load_in_words, place_of, short_title
 from twotower_bench.summary import CellSummary, summarise_cells
 
-FRONT = "Pareto front"
 # Of the Pareto plot, besides the front, rivals and no speculation: concurrencies, one by one as far as they go.
 HUES = {FRONT: 6, "rivals": 3, "no speculation": 0}
 HUES_OF_LOADS = (1, 2, 4, 5, 7)
@@ -29,6 +23,15 @@ HUES_OF_LOADS = (1, 2, 4, 5, 7)
 MOST_LINES = 7
 # Named in the table of the best.
 MOST_RUNNERS_UP = 3
+POINT: Mapping[str, Column] = {
+    "System": COLUMNS["System"],
+    "Load": Column(lambda one: load_in_words(one.load)),
+    "Tokens/s of all": Column(lambda one: estimate(one.tokens_per_s, rate), "median of the repeats (quartiles)"),
+    "Tokens/s of one user": Column(
+        lambda one: estimate(one.user_tokens_per_s, rate), "likewise, after the first token"
+    ),
+}
+Points = Sequence[recommendation.Point]
 
 
 def is_sweep(cells: Sequence[ServingCell]) -> bool:
@@ -36,113 +39,62 @@ def is_sweep(cells: Sequence[ServingCell]) -> bool:
     return len({cell.system.setting for cell in cells if cell.system.setting}) > 1
 
 
-@dataclass(frozen=True)
-class Sweep:
-    """Figures and choices that the section shows.
-
-    Attributes:
-        summaries: of all systems under all loads.
-        points: of every category and temperature.
-        front: those that no other of the same category and temperature beats in both numbers.
-        best: by category, temperature and concurrency, most tokens/s first beyond noise.
-        recommendations: for both goals, where no speculation was measured to compare with.
-    """
-
-    summaries: Sequence[CellSummary]
-    points: Sequence[recommendation.Point]
-    front: Sequence[recommendation.Point]
-    best: Sequence[Recommendation]
-    recommendations: Sequence[Recommendation]
-
-    @classmethod
-    def of(cls, cells: Sequence[ServingCell]) -> Sweep:
-        """Makes all of it from the cells of one run."""
-        points, front, best, recommendations = [], [], [], []
-        for category, temperature in dict.fromkeys((cell.load.category, cell.load.temperature) for cell in cells):
-            own = sweep_points(cells, temperature, category)
-            points += own
-            front += front_of(own)
-            best += best_by_concurrency(cells, temperature, category)
-            if any(point.system.name == BASELINE for point in own):
-                goals = (Goal("throughput"), Goal("latency"))
-                recommendations += [recommend(cells, goal, temperature, category) for goal in goals]
-        return cls(summarise_cells(cells), points, front, best, recommendations)
-
-    @property
-    def fastest(self) -> list[CellSummary]:
-        """TwoTower's best under each load."""
-        own = sorted((one for one in self.summaries if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
-        return list({one.load: one for one in own}.values())
-
-    @property
-    def chosen(self) -> list[System]:
-        """What plots show: rivals, the best and TwoTower's fastest at each load, the front; a few at most."""
-        ranked = [
-            *(one.system for one in self.summaries if not one.system.is_two_tower),
-            *(one.point.system for one in self.best),
-            *(one.system for one in self.fastest),
-            *(point.system for point in reversed(self.front)),
-        ]
-        names = {system.name: system for system in ranked if not system.name.startswith(BASELINE)}
-        return list(names.values())[:MOST_LINES]
-
-
-def sweep_section(measured: Measurements, name: str) -> Section:
-    """A section of serving cells.
-
-    Args:
-        measured: with at least one.
-        name: of the section.
-    """
+def sweep_section(measured: Measurements) -> Section:
+    """Makes the section of serving cells."""
     cells = measured.serving_cells
-    sweep = Sweep.of(cells)
-    summaries, places = sweep.summaries, places_of(sweep.summaries)
-    shown = {system.name for system in sweep.chosen}
-    tables, plots = draft_parts(cells, summaries, shown, sweep.fastest)
-    num_settings = len({one.system.name for one in summaries if one.system.is_two_tower})
+    points, front, best, sentences = [], [], [], []
+    for category, temperature in dict.fromkeys((cell.load.category, cell.load.temperature) for cell in cells):
+        own = sweep_points(cells, temperature, category)
+        points += own
+        front += front_of(own)
+        best += best_by_concurrency(cells, temperature, category)
+        if any(point.system.name == BASELINE for point in own):
+            goals = (Goal("throughput"), Goal("latency"))
+            sentences += [recommend(cells, goal, temperature, category).sentence for goal in goals]
+    summaries = summarise_cells(cells)
+    places = places_of(summaries)
+    two_tower = sorted((one for one in summaries if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
+    fastest = list({one.load: one for one in two_tower}.values())
+    # Plots show rivals, the best and TwoTower's fastest at each load, and the front; a few at most.
+    ranked = [
+        *(one.system.name for one in summaries if not one.system.is_two_tower),
+        *(one.point.system.name for one in best),
+        *(one.system.name for one in fastest),
+        *(point.system.name for point in reversed(front)),
+    ]
+    shown = list(dict.fromkeys(name for name in ranked if not name.startswith(BASELINE)))[:MOST_LINES]
+    tables, plots = draft_parts(cells, summaries, shown, fastest)
     return Section(
-        name,
         "Sweep over TwoTower's settings in vLLM",
         finding(places),
         [
             *remarks(places),
-            *(one.sentence for one in sweep.recommendations),
-            f"{num_settings} settings. The best of many is chosen from the same runs that its figures are of, so these "
-            f"are a little too good; measure a choice anew.",
+            *sentences,
+            f"{len({one.system.name for one in two_tower})} settings. The best of many is chosen from the same runs "
+            f"that its figures are of, so these are a little too good; measure a choice anew.",
             *without_drafts_notes(cells, summaries),
         ],
         [
-            table("Best at each concurrency", sweep.best, _best_columns(sweep)),
-            table(FRONT, sweep.front[::-1], POINT, note="What no other setting beats in both numbers."),
-            _settings_table(sweep),
+            table("Best at each concurrency", best, _best_columns(summaries)),
+            table(FRONT, front[::-1], POINT, note="What no other setting beats in both numbers."),
+            _settings_table(summaries, points, front),
+            *_gamma_tables(summaries),
             *tables,
         ],
         [
             speed_up_plot([one for one in summaries if one.system.name in shown]),
-            _pareto_plot(sweep),
-            *gamma_plots(summaries),
+            _pareto_plot(points, front),
             *plots,
         ],
         summaries,
-        measured.origins,
     )
 
 
-POINT: Mapping[str, Column] = {
-    "System": COMPARED["System"],
-    "Load": Column(lambda one: load_in_words(one.load)),
-    "Tokens/s of all": Column(lambda one: estimate(one.tokens_per_s, rate), "median of the repeats (quartiles)"),
-    "Tokens/s of one user": Column(
-        lambda one: estimate(one.user_tokens_per_s, rate), "likewise, after the first token"
-    ),
-}
-
-
-def _best_columns(sweep: Sweep) -> dict[str, Column]:
-    by_place = {(one.system.name, one.load): one for one in sweep.summaries}
+def _best_columns(summaries: Sequence[CellSummary]) -> dict[str, Column]:
+    by_place = {(one.system.name, one.load): one for one in summaries}
 
     def speed_up(best: Recommendation) -> str:
-        return COMPARED["Speed-up"].text(by_place[best.point.system.name, best.point.load])
+        return COLUMNS["Speed-up"].text(by_place[best.point.system.name, best.point.load])
 
     def near(best: Recommendation) -> str:
         titles = [short_title(point.system) for point in best.runners_up]
@@ -157,43 +109,50 @@ def _best_columns(sweep: Sweep) -> dict[str, Column]:
         ),
         "Tokens/s": Column(lambda best: estimate(best.point.tokens_per_s, rate), "median of the repeats (quartiles)"),
         "Tokens/s of one user": Column(lambda best: rate(best.point.user_tokens_per_s.value)),
-        "Speed-up": Column(speed_up, COMPARED["Speed-up"].meaning),
+        "Speed-up": Column(speed_up, COLUMNS["Speed-up"].meaning),
         "Cannot be told apart from it": Column(near, "behind the best by no more than the A/A noise"),
     }
 
 
-def _settings_table(sweep: Sweep) -> Table:
+def _settings_table(summaries: Sequence[CellSummary], points: Points, front: Points) -> Table:
     """All settings, fastest first under each load, those of the front marked."""
-    front = {(point.system.name, point.load) for point in sweep.front}
-    users = {(one.system.name, one.load): rate(one.user_tokens_per_s.value) for one in sweep.points}
+    marked = {(point.system.name, point.load) for point in front}
+    users = {(one.system.name, one.load): rate(one.user_tokens_per_s.value) for one in points}
     own = {
-        "System": COMPARED["System"],
-        "Pareto": Column(lambda one: "front" if (one.system.name, one.load) in front else ""),
-        "Tokens/s": COMPARED["Tokens/s"],
+        "System": COLUMNS["System"],
+        "Pareto": Column(lambda one: "front" if (one.system.name, one.load) in marked else ""),
+        "Tokens/s": COLUMNS["Tokens/s"],
         "Of one user": Column(lambda one: users.get((one.system.name, one.load), ""), "after the first token"),
     }
     more = ("Speed-up", "Verdict", "Acceptance length", "Tokens / NFE", "TTFT ms", "ITL ms", "Different texts")
-    loads = list(dict.fromkeys(one.load for one in sweep.summaries))
-    ranked = sorted(sweep.summaries, key=lambda one: (loads.index(one.load), -one.tokens_per_s.value))
+    loads = list(dict.fromkeys(one.load for one in summaries))
+    ranked = sorted(summaries, key=lambda one: (loads.index(one.load), -one.tokens_per_s.value))
     return table("All settings", ranked, {**own, **columns(*more)}, place_and_noise(ranked), "Fastest first.")
 
 
-def _pareto_plot(sweep: Sweep) -> Plot:
-    caption = (
-        "Every setting at every concurrency: tokens/s of all users together, and of one user after its first token. "
-        "Up and to the right is better; the line joins what nothing beats in both."
-    )
-    panels = [_pareto_panel(sweep, kind) for kind in dict.fromkeys(_kind(one) for one in sweep.points)]
-    return Plot("pareto", "Throughput against the speed of one user", caption, panels)
+def _gamma_tables(summaries: Sequence[CellSummary]) -> list[Table]:
+    """What gamma does to speed, and to drafts under the first load."""
+    by_setting = [
+        (
+            place_of(one).title,
+            setting.name + ("" if setting.first_token == "context" else f", first token by the {setting.first_token}"),
+            setting.confidence_threshold,
+            one,
+        )
+        for one in summaries
+        if (setting := one.system.setting)
+    ]
+    speed = "Speed-up" if all(one.speed_up for one in summaries) else "Tokens/s"
+    first = [one for one in by_setting if one[0] == by_setting[0][0]]
+    return [
+        over_gamma(name, COLUMNS[name], found)
+        for name, found in ((speed, by_setting), ("Acceptance length", first), ("Tokens / NFE", first))
+    ]
 
 
-def _kind(one: recommendation.Point) -> str:
-    return load_in_words(one.load).rpartition(", ")[0]
-
-
-def _pareto_panel(sweep: Sweep, kind: str) -> Axes:
-    own = [one for one in sweep.points if _kind(one) == kind]
-    concurrencies = sorted({one.load.concurrency for one in own})
+def _pareto_plot(points: Points, front: Points) -> Plot:
+    """Tokens/s of all users over those of one, a line's name by concurrency, a panel for each kind of load."""
+    concurrencies = sorted({one.load.concurrency for one in points})
     # The last hue stands for all higher concurrencies together.
     last = concurrencies[len(HUES_OF_LOADS) - 1 :]
     names = {number: f"TwoTower, {number} at once" for number in concurrencies}
@@ -205,13 +164,17 @@ def _pareto_panel(sweep: Sweep, kind: str) -> Axes:
             return names[one.load.concurrency]
         return "no speculation" if one.system.name == BASELINE else "rivals"
 
-    ranked = sorted(own, key=lambda one: one.load.concurrency)
-    front = [(FRONT, one) for one in sweep.front if _kind(one) == kind]
-    points = [
+    ranked = sorted(points, key=lambda one: one.load.concurrency)
+    drawn = [
         Point(kind, label, one.user_tokens_per_s.value, one.tokens_per_s.value)
-        for label, one in (*front, *((line(one), one) for one in ranked))
+        for label, one in (*((FRONT, one) for one in front), *((line(one), one) for one in ranked))
+        if (kind := load_in_words(one.load).rpartition(", ")[0])
     ]
     lines = dict(zip(dict.fromkeys(names.values()), HUES_OF_LOADS, strict=False))
-    unjoined = [*lines, "rivals"]
-    (axes,) = line_panels(points, {**HUES, **lines}, "tokens/s of one user", "tokens/s of all", unjoined)
-    return axes
+    caption = (
+        "Every setting at every concurrency: tokens/s of all users together, and of one user after its first token. "
+        "Up and to the right is better; the line joins what nothing beats in both."
+    )
+    hues, unjoined = {**HUES, **lines}, [*lines, "rivals"]
+    panels = line_panels(drawn, hues, "tokens/s of one user", "tokens/s of all", unjoined)
+    return Plot("pareto", "Throughput against the speed of one user", caption, panels)

@@ -26,7 +26,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.files import replace_file
 
 TITLE = "TwoTower: speed and acceptance as measured"
-Builder = Callable[[Measurements, str], Section]
+Builder = Callable[[Measurements], Section]
 VERDICTS = {"faster": "faster", "slower": "slower", "no difference": "same"}
 # By the name of the section, in the order of the report: which measurements it is for, and what makes it.
 SECTIONS: Mapping[str, tuple[Callable[[Measurements], bool], Builder]] = {
@@ -67,10 +67,11 @@ def report_of(files: Sequence[Path]) -> Report:
     sections: list[Section] = []
     for name, (fits, build) in SECTIONS.items():
         for number, one in enumerate(filter(fits, measured), start=1):
-            section = _built(build, one, name if number == 1 else f"{name}-{number}")
+            section = _built(build, one)
             tables = [table for table in section.tables if table.rows]
             plots = [plot for plot in section.plots if plot.panels]
-            sections.append(replace(section, tables=tables, plots=plots))
+            anchor = name if number == 1 else f"{name}-{number}"
+            sections.append(replace(section, name=anchor, tables=tables, plots=plots, origins=one.origins))
     if not sections:
         raise ArgumentError(
             f"{listed([str(path) for path in files])} have scores alone, which are shown beside cells; "
@@ -79,10 +80,10 @@ def report_of(files: Sequence[Path]) -> Report:
     return Report(TITLE, list(dict.fromkeys(one.source for one in measured)), sections)
 
 
-def _built(build: Builder, measured: Measurements, name: str) -> Section:
+def _built(build: Builder, measured: Measurements) -> Section:
     """A section; rows can be well formed and still hold what no run can measure, as a time of 0."""
     try:
-        return build(measured, name)
+        return build(measured)
     except ArgumentError:
         raise
     except (ArithmeticError, ValueError) as error:
@@ -111,22 +112,10 @@ def html_of(report: Report) -> str:
 
 def json_of(report: Report) -> str:
     """Findings, figures and tables; plots show the same figures."""
-    sections = [
-        {
-            "name": section.name,
-            "title": section.title,
-            "finding": section.finding,
-            "notes": section.notes,
-            "origins": section.origins,
-            "tables": section.tables,
-            "figures": [_with_verdict(one) for one in section.figures],
-        }
-        for section in report.sections
-    ]
-    content = to_jsonable_python({"title": report.title, "sources": report.sources, "sections": sections})
+    content = to_jsonable_python(replace(report, sections=[replace(one, plots=[]) for one in report.sections]))
+    for section, raw in zip(report.sections, content["sections"], strict=True):
+        del raw["plots"]
+        for figures, found in zip(section.figures, raw["figures"], strict=True):
+            if verdict := getattr(figures, "verdict", None):
+                found["verdict"] = verdict
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-
-
-def _with_verdict(figures: Any) -> dict[str, Any]:
-    verdict = getattr(figures, "verdict", None)
-    return {**to_jsonable_python(figures), **({"verdict": verdict} if verdict else {})}

@@ -214,11 +214,9 @@ def test_positions_that_few_steps_reached_are_left_empty(tmp_path: Path) -> None
     # Of two requests 8, 7, 5 and 4: 12 in all repeats, whose texts are the same.
     short = section_of(tmp_path, [replace(cell, requests=cell.requests[2:]) for cell in cells])
     assert table(short, title).columns == ["System", "1", "2", "3"]
-    assert lines(plot(short, "conditional").panels[0]) == {"TwoTower": [1, 2, 3]}
     # Of one request 3.
     one = section_of(tmp_path, [replace(cell, requests=cell.requests[2:3]) for cell in cells])
     assert title not in {found.title for found in one.tables}
-    assert "conditional" not in {found.name for found in one.plots}
 
 
 def test_rounds_without_drafts_for_no_good_reason_are_told(tmp_path: Path) -> None:
@@ -273,10 +271,21 @@ def test_pareto_plot_shows_every_concurrency(tmp_path: Path) -> None:
     assert len(colours) == len(own) == 5
 
 
-def test_sweep_draws_a_line_for_each_way_to_draft_over_gamma(tmp_path: Path) -> None:
+def test_settings_that_differ_in_gamma_alone_stand_side_by_side(tmp_path: Path) -> None:
     section = section_of(tmp_path, swept_cells())
-    panels = plot(section, "gamma").panels
-    assert len(panels) == 2 and list(lines(panels[0]).values()) == [[0.5, 0.8, 0.95]] * 2
+    settings = [row for rows in table(section, "All settings").groups.values() for row in rows]
+    for title, name, num_places in (("Speed-up", "Speed-up", 2), ("Acceptance length", "Acceptance length", 1)):
+        found = table(section, f"{title} over gamma")
+        assert found.columns == ["Setting", "0.5", "0.8", "0.95"] and len(found.groups) == num_places
+        # The setting with a fixed policy has no gamma.
+        assert [len(rows) for rows in found.groups.values()] == [2] * num_places
+        shown = {row[gamma] for row in found.rows for gamma in found.columns[1:]}
+        assert shown <= {row[name] for row in settings}
+    (alone,) = report_of([write_standalone(tmp_path / "s.jsonl")]).sections
+    speeds = table(alone, "Of AR over gamma")
+    assert speeds.rows == [{"Setting": "S=4 steps=4", "0.5": "4.00×", "0.8": "5.00×", "0.95": "6.00×"}]
+    fixed = table(section_of(tmp_path, serving_cells()), "Speed and latency")
+    assert fixed.rows and not any("gamma" in one.title for one in section_of(tmp_path, serving_cells()).tables)
 
 
 def test_run_without_a_baseline_is_reported_without_verdicts(tmp_path: Path) -> None:
