@@ -1,4 +1,4 @@
-"""What a user holds: the towers, how they are loaded, saved and placed, and the ways they generate."""
+"""The model that a user holds: towers that are loaded, saved, placed on devices, and generate."""
 
 from __future__ import annotations
 

@@ -2,8 +2,6 @@
 
 import importlib.metadata
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,19 +9,20 @@ from typing import Any
 import pytest
 import typer
 
+from tests.support.command_line import Command
 from twotower_bench.records import read_row
+from twotower_bench.schedule import in_order
 from twotower_spec.checkpoint import load_tokenizer
-from twotower_spec.cli import app, main
+from twotower_spec.cli import app
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
-from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, in_order, measure, summarise, sweep
+from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, measure, summarise, sweep
 from twotower_spec.generation.options import Mode, ModeOptions
 from twotower_spec.model import TwoTowerModel
 
 EOS = [2]
 SELF_SPECULATIVE = BASELINES[2]
-Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -38,20 +37,9 @@ def prompts() -> list[list[int]]:
     return [list(tokenizer(prompt.text)["input_ids"]) for prompt in load_prompts(limit=3)]
 
 
-@pytest.fixture
-def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
+@pytest.fixture(autouse=True)
+def wide_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-
-    def call(*args: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["twotower-spec", *map(str, args)])
-        code = 0
-        try:
-            main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return (code, *capsys.readouterr())
-
-    return call
 
 
 def diffusion(block_size: int, steps_per_block: int, confidence_threshold: float | None = None) -> ModeOptions:
@@ -108,11 +96,11 @@ def test_setting_out_of_range_is_refused_with_its_value(arguments: tuple[Any, ..
 
 def test_every_repeat_runs_every_setting_in_another_order() -> None:
     settings = sweep([0.5], [2, 3, 5], [2])
-    order = in_order(settings, 3)
-    repeats = [[setting for setting, repeat in order if repeat == i] for i in range(3)]
+    order = in_order(settings, [None], 3)
+    repeats = [[slot.subject for slot in order if slot.repeat == i] for i in range(3)]
     assert all(set(one) == set(settings) and len(one) == len(settings) for one in repeats)
     assert repeats[0] != repeats[1] != repeats[2]
-    assert order == in_order(settings, 3)
+    assert order == in_order(settings, [None], 3)
 
 
 def test_self_speculation_has_the_text_of_ar_and_fewer_context_passes(

@@ -1,4 +1,4 @@
-"""What every benchmark shares: prompts and statistics."""
+"""Prompts and statistics that all benchmarks share."""
 
 from twotower_spec.evaluation.datasets import DATASETS, Prompt, load_prompts
 from twotower_spec.evaluation.statistics import (

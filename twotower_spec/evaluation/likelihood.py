@@ -1,4 +1,4 @@
-"""How probable the context tower holds given text: what multiple-choice tasks and perplexity need."""
+"""Probability of given text under the context tower, which multiple-choice tasks and perplexity need."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Tokens = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of one continuation.
+    """Probability of one continuation.
 
     Attributes:
         log_probability: natural logarithm, of all its tokens together.
@@ -36,8 +36,8 @@ class _Pass:
     """Continuations of one context that differ at most in their last token, and so are read in one pass.
 
     Attributes:
-        tokens: what the tower reads: the context's last token and the continuation but for its last.
-        last_tokens: index of each continuation, and its last token.
+        tokens: ids that the tower reads, which are the last of the context and all but the last of the continuation.
+        last_tokens: per continuation its index among the pairs, and its last token.
     """
 
     tokens: Tokens
@@ -69,7 +69,7 @@ def log_likelihoods(
     for index, (context, continuation) in enumerate(pairs):
         if not context:
             raise ArgumentError(f"the context of pair {index} is empty; give a first token, the tokenizer's bos token")
-        if continuation:  # nothing is certain
+        if continuation:  # an empty one has probability 1, as `found` says already
             tokens = (context[-1], *continuation[:-1])
             passes = groups.setdefault(tuple(context), {})
             passes.setdefault(tokens, _Pass(tokens)).last_tokens.append((index, continuation[-1]))

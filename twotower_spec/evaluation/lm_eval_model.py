@@ -53,7 +53,7 @@ class Loaded:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What a task asks of a generation.
+    """A task's demands on one generation.
 
     Attributes:
         until: strings that end the text; they are not part of it.
@@ -65,7 +65,7 @@ class GenerationRequest:
 
 
 class TwoTowerTasks:
-    """Everything lm-eval asks of a model. `register` adds lm-eval's base class, whose interface this is.
+    """All methods that lm-eval calls on a model. `register` adds lm-eval's base class, whose interface this is.
 
     Text is generated in any mode. Likelihoods are the context tower's in every mode: the denoiser gives no probability
     of a text, and the published figures of multiple-choice tasks are those of the context tower, too.
@@ -171,12 +171,12 @@ class TwoTowerTasks:
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is replaced by."""
+        """The id that stands in for an empty context."""
         token: int | None = self.tokenizer.bos_token_id
         return self.eot_token_id if token is None else token
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval writes beside its results."""
+        """Facts that lm-eval writes beside its results."""
         return {"model_dtype": str(self.towers.dtype), "twotower_setting": asdict(self.setting)}
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -244,7 +244,7 @@ class TwoTowerTasks:
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **_: object
     ) -> list[tuple[float, bool]]:
-        """What `loglikelihood` of lm-eval's base class calls with encoded contexts and continuations."""
+        """Likelihood of encoded continuations; `loglikelihood` of lm-eval's base class calls it."""
         pairs = []
         for _texts, context, continuation in requests:
             kept = self._shorten(context or [self.prefix_token_id], self.max_length - len(continuation))
@@ -265,7 +265,7 @@ class TwoTowerTasks:
         return ids[-max(num_tokens, 1) :]
 
     def _generation_request(self, arguments: dict[str, Any]) -> GenerationRequest:
-        """A task's generation arguments, over which those of the model stand."""
+        """Reads a task's generation arguments; those given to the model take precedence."""
         for name in sorted(arguments.keys() - _KNOWN_GENERATION_ARGUMENTS):
             logger.warning("generation argument %s=%r of the task has no meaning here", name, arguments[name])
         until = arguments.get("until") or []
@@ -291,7 +291,7 @@ class TwoTowerTasks:
         )
 
     def _generate(self, prompts: list[list[int]], wanted: GenerationRequest, seeds: list[int]) -> list[str]:
-        """Texts of one batch; it ends when every row has met its end."""
+        """Generates the texts of one batch, until every row has met its end."""
         # Stop strings that are special tokens are left out of decoded text, and so are met as ids.
         added = self.tokenizer.added_tokens_decoder.items()
         ends = {self.eot_token_id, *(i for i, token in added if token.special and token.content in wanted.until)}
@@ -332,7 +332,7 @@ def register() -> type[Any]:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """What lm-eval makes of one setting on one task.
+    """Score of one setting on one task of lm-eval.
 
     Attributes:
         task: its name.

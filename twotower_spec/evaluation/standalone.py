@@ -1,12 +1,10 @@
 """The model on its own: what each setting of mask diffusion gains in speed over AR, and what it costs in text.
 
-A cell is one setting in one repeat over all prompts, one prompt at a time and greedy. Repeats run all settings in an
-order of their own, so that what changes slowly on the machine meets all alike.
+A cell is one setting in one repeat over all prompts, one prompt at a time and greedy.
 """
 
 from __future__ import annotations
 
-import random
 import statistics
 import time
 from collections import defaultdict
@@ -61,7 +59,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Summary:
-    """What the cells of one setting come to.
+    """Speed and fidelity of one setting, from its cells.
 
     Attributes:
         setting: how text was generated.
@@ -102,16 +100,8 @@ def sweep(
     return list(dict.fromkeys([*BASELINES, *combinations]))
 
 
-def in_order(settings: Sequence[ModeOptions], num_repeats: int) -> list[tuple[ModeOptions, int]]:
-    """Every setting in every repeat, each repeat shuffled by itself."""
-    order: list[tuple[ModeOptions, int]] = []
-    for repeat in range(num_repeats):
-        order.extend((setting, repeat) for setting in random.Random(repeat).sample(settings, len(settings)))
-    return order
-
-
 def warm_up(towers: TwoTowerModel, setting: ModeOptions, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-    """A short text that does not count: the first one of a setting pays for memory and kernels."""
+    """Generates a short text that is not measured: the first one of a setting pays for memory and kernels."""
     towers.generate([prompts[0]], setting.complete(max_new_tokens=min(max_new_tokens, WARM_UP_TOKENS)))
 
 
@@ -123,7 +113,7 @@ def measure(
     max_new_tokens: int,
     eos_token_ids: Sequence[int],
 ) -> Cell:
-    """One cell.
+    """Measures one setting in one repeat.
 
     Args:
         towers: the model.
@@ -155,7 +145,7 @@ def measure(
 
 
 def summarise(cells: Iterable[Cell]) -> list[Summary]:
-    """Summary of every setting in the order of their first cells, from the repeats in which AR was measured, too.
+    """Summarises every setting, in the order of first cells, from the repeats in which AR was measured, too.
 
     Texts are those of the first repeat: greedy text does not change from one to the next.
     """
@@ -172,7 +162,7 @@ def summarise(cells: Iterable[Cell]) -> list[Summary]:
 
 
 def _summary(setting: ModeOptions, cells: Sequence[Cell], baseline: Sequence[Cell]) -> Summary:
-    """Summary of one setting from its cells and those of AR in the same repeats."""
+    """Summarises one setting from its cells and those of AR in the same repeats."""
     texts, expected = cells[0].token_ids, baseline[0].token_ids
     lengths = [float(len(text)) for text in texts]
     # A text that ends with its first token may take no denoiser pass.

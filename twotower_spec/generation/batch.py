@@ -1,4 +1,4 @@
-"""What all modes share: the checked prompts, the rows still running, and their context state."""
+"""State that all modes share: the checked prompts, the rows still running, and their context."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class Batch:
         return self.state.block_context(self.active, block_size)
 
     def denoising_loop(self, options: GenerationOptions) -> HostLoop:
-        """What fills blocks of this size, for any of the rows."""
+        """Makes the loop that fills blocks of this size, for any of the rows."""
         assert options.block_size is not None
         denoiser = self.towers.denoiser
         with self.times.measure("denoise", denoiser.device):

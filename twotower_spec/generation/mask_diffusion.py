@@ -54,7 +54,7 @@ def _denoise(batch: Batch, loop: HostLoop, options: GenerationOptions, observers
 
 
 def _observers(recorder: TraceRecorder | None, options: GenerationOptions, block_idx: int) -> list[StepObserver]:
-    """Whoever looks on while a block is denoised."""
+    """Observers of one block, as the options ask for them."""
     observers: list[StepObserver] = [] if recorder is None else [recorder]
     if options.step_callback is not None:
         assert options.steps_per_block is not None

@@ -16,7 +16,7 @@ from twotower_spec.towers.model import TwoTowers
 
 @dataclass(frozen=True)
 class ModeEntry:
-    """What a mode is made of.
+    """One mode: how it generates, and what it needs.
 
     Attributes:
         stream: generates for a batch, and yields what its rows gain as it is committed.

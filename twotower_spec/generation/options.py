@@ -1,4 +1,4 @@
-"""How text is generated: one object, made and checked once."""
+"""Options of generation: one object, made and checked once."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ class ModeOptions:
 
     @property
     def schedule(self) -> PublishedSchedule:
-        """What each denoising step commits, in modes that denoise blocks."""
+        """The commit rule, in modes that denoise blocks."""
         assert self.steps_per_block is not None
         threshold = DEFAULT_CONFIDENCE_THRESHOLD if self.confidence_threshold is None else self.confidence_threshold
         return PublishedSchedule(threshold, self.steps_per_block)
@@ -152,7 +152,7 @@ class GenerationOptions(ModeOptions):
 
     @property
     def sampler(self) -> Sampler:
-        """How tokens are drawn, by both towers."""
+        """The sampler of both towers."""
         return Sampler(self.temperature, self.top_k, self.top_p)
 
     def to_json(self) -> dict[str, Any]:

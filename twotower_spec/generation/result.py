@@ -1,4 +1,4 @@
-"""What generation gives back."""
+"""Results of generation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from twotower_spec.generation.phase_times import PhaseTimes
 
 @dataclass(frozen=True)
 class BlockTrace:
-    """How one block of one row came about.
+    """The steps in which one block of one row was filled.
 
     Attributes:
         xt: the block before the first step and after every step.

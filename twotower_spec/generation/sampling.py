@@ -42,7 +42,7 @@ class Sampler:
         return bool(self.top_k) or (self.top_p is not None and self.top_p < 1) or bool(self.min_p)
 
     def sampling(self, seeds: Tensor, positions: Tensor, dtype: torch.dtype = torch.float32) -> SamplingTensors:
-        """The same parameters for requests with these int64 [num_reqs] seeds and first positions.
+        """Expands the parameters to tensors, for requests with these int64 [num_reqs] seeds and first positions.
 
         They are in the dtype that logits of `dtype` are widened to, so that float64 models sample in float64.
         """
@@ -87,5 +87,5 @@ class Sampler:
 
 
 def signed_seed(seed: int) -> int:
-    """A seed as a signed 64-bit integer, whatever it was."""
+    """Maps any integer to a signed 64-bit seed."""
     return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

@@ -85,7 +85,7 @@ def _choose(sampler: Sampler, batch: Batch, rows: list[int], logits: Tensor, cou
 
 
 def agreeing(drafts: Sequence[int], text: Sequence[int]) -> int:
-    """How many drafts agree with the text, from the left."""
+    """Counts the drafts that agree with the text, from the left."""
     for i, (draft, token) in enumerate(zip(drafts, text, strict=False)):
         if draft != token:
             return i

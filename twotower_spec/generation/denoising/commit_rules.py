@@ -1,4 +1,4 @@
-"""What a denoising step commits: the rules, and the blocks after one."""
+"""Rules for what a denoising step commits, and the blocks after such a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class CommitRule(Protocol):
 
 
 class Schedule:
-    """A rule that knows before the step how many denoising steps are left: `unmask` follows it in the same launch.
+    """A commit rule of a threshold and a number of steps left, known before the step: `unmask` follows it itself.
 
     Attributes:
         confidence_threshold: strict bound; picks above it are committed, and the best one in any case.
@@ -60,7 +60,7 @@ class Schedule:
 
 @dataclass(frozen=True)
 class PublishedSchedule(Schedule):
-    """Every pick above a threshold, and at least as many as finish the block in time.
+    """Commits every pick above a threshold, and at least as many as finish the block in time.
 
     Attributes:
         confidence_threshold: strict bound.

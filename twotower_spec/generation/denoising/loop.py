@@ -1,4 +1,4 @@
-"""The strategy of denoising: who decides between steps."""
+"""The protocol of denoising loops, which differ in who decides between steps."""
 
 from __future__ import annotations
 

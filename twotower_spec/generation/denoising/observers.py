@@ -1,4 +1,4 @@
-"""Who may look on while blocks are denoised: traces, a caller's callback, and the distributions of the first step."""
+"""Observers of denoising steps: traces, a caller's callback, and the distributions of the first step."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How tokens are picked at masked positions: sampler, and the ids that are never picked."""
+"""Picking tokens at masked positions: the sampler, and the ids that are never picked."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TokenPicker:
         return logits
 
     def noise(self, logits: Tensor, seeds: Tensor, first_positions: Tensor, draw: int = 0) -> PickNoise | None:
-        """What picks are sampled with; None for the most probable token.
+        """Noise that picks are sampled with; None for the most probable token.
 
         Args:
             logits: [num_positions, vocab]; with filters, ids that are never picked have -inf afterwards.

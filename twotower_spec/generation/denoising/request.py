@@ -1,4 +1,4 @@
-"""What a denoising loop is given, and what it gives back."""
+"""The request that a denoising loop serves, and its result."""
 
 from __future__ import annotations
 
