@@ -82,7 +82,7 @@ class World:
         plan = policy.plan(1)
         if plan is None:
             self.backlog += 1
-            outcome = RoundOutcome(None, [0], [0], None, [0], 0, 0.0, 0.0, 0.01 + self.verify_s)
+            outcome = RoundOutcome(None, [0], [0], torch.zeros(1, 0), [0], 0, 0.0, 0.0, 0.01 + self.verify_s)
         else:
             outcome = self.drafted(policy, plan)
             self.backlog = outcome.num_accepted[0] + 1
@@ -141,7 +141,7 @@ def test_a_policy_learns_also_when_only_some_requests_are_verified() -> None:
     for _ in range(200):
         plan = policy.plan(5)
         drafted += plan is not None
-        counts, confidence = ([8] * 3, torch.full((3, 8), 0.9)) if plan else ([0] * 3, None)
+        counts, confidence = ([8] * 3, torch.full((3, 8), 0.9)) if plan else ([0] * 3, torch.zeros(3, 0))
         accepted = [8 * bool(plan)] * 3
         policy.observe(RoundOutcome(plan, counts, accepted, confidence, [1] * 3, 9, 0.001, 0.005, 0.01))
     assert drafted > 180
@@ -150,7 +150,7 @@ def test_a_policy_learns_also_when_only_some_requests_are_verified() -> None:
 def test_a_round_that_took_no_time_is_no_error() -> None:
     policy = AdaptivePolicy([8])
     for _ in range(4):
-        policy.observe(RoundOutcome(policy.plan(1) and None, [0], [0], None, [0], 0, 0.0, 0.0, 0.0))
+        policy.observe(RoundOutcome(policy.plan(1) and None, [0], [0], torch.zeros(1, 0), [0], 0, 0.0, 0.0, 0.0))
     policy.plan(1)
 
 
@@ -218,7 +218,8 @@ class Server:
     def round(self, policy: AdaptivePolicy, num_reqs: int) -> tuple[float, float]:
         """Mean number of drafts of a round, and tokens per second."""
         plan = policy.plan(num_reqs)
-        counts, accepted, confidence, passes, denoise_s = [0] * num_reqs, [0] * num_reqs, None, 0, 0.0
+        counts, accepted, passes, denoise_s = [0] * num_reqs, [0] * num_reqs, 0, 0.0
+        confidence = torch.zeros(num_reqs, 0)
         if plan is not None:
             confidence = torch.full((num_reqs, plan.block_size), self.acceptance)
             masked = torch.ones(num_reqs, plan.block_size, dtype=torch.bool)
@@ -260,7 +261,7 @@ def test_reading_long_prompts_for_short_texts_is_charged_to_drafting() -> None:
             left, backlog = 16, 2000
         plan = policy.plan(1)
         if plan is None:
-            policy.observe(RoundOutcome(None, [0], [0], None, [0], 0, 0.0, 0.0, 0.01))
+            policy.observe(RoundOutcome(None, [0], [0], torch.zeros(1, 0), [0], 0, 0.0, 0.0, 0.01))
             left, backlog = left - 1, backlog + 1
         else:
             outcome = RoundOutcome(plan, [4], [3], torch.full((1, 4), 0.7), [1], backlog, 1e-4 * backlog, 0.005, 0.01)

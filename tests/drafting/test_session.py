@@ -237,7 +237,6 @@ def test_options_that_are_not_there_are_refused(options: dict[str, object], mess
 
 
 def test_towers_that_go_on_after_the_drafts_are_given_count_as_drafting_not_as_verification() -> None:
-    """On CUDA nobody waits for a round that only reads; the target's answer then comes that much later."""
     session = make()
     times = PhaseTimes()
     with times.measure("extend", torch.device("cpu")):

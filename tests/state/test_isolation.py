@@ -205,7 +205,7 @@ def test_denoising_many_steps_leaves_the_pool_bit_for_bit_as_it_was(model: TwoTo
     with torch.inference_mode():
         for step in range(4):
             some = context if step < 2 else context.select([2, 0])
-            block = torch.tensor([random_ids(4, seed=step + row) for row in range(len(some.context_lens))])
+            block = torch.tensor([random_ids(4, seed=step + row) for row in range(some.conv.shape[1])])
             model.denoiser.step(block, some, torch.full((len(block),), 0.5))
     assert all(torch.equal(x, y) for x, y in zip(before, pool(state), strict=True))
 

@@ -107,7 +107,7 @@ class BlockDrafter:
         """
         device = self.towers.denoiser.device
         starts, seeds = starts.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
-        if self.noise == "private":  # of a round, and never used again by another one
+        if self.noise == "private":  # no two rounds of a request draw the same
             starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
         first = self._first_tokens(slots, seeds, starts) if self.first_token == "context" else None
         request = DenoisingRequest(

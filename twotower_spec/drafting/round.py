@@ -69,13 +69,19 @@ class Round:
     host_s: float = 0.0
     without_drafts: Counter[str] = field(default_factory=Counter)
 
+    @property
+    def late_s(self) -> float:
+        """Seconds that the towers went on after the drafts were given.
+
+        On CUDA nothing waits for a round that only reads; the target's answer then comes that much later.
+        """
+        return max(0.0, self.times.total_s - self.host_s)
+
     def outcome(self, result: RoundResult) -> RoundOutcome:
         """Joins what was drafted with what the target made of it, over the requests that it ran."""
         block = self.block
         verified = block.num_draft_tokens if result.num_verified is None else result.num_verified
         ran = [row for row, count in enumerate(result.num_accepted) if count is not None]
-        # Nothing waits for a round that only reads: on CUDA its towers go on while the target is waited for already.
-        late_s = max(0.0, self.times.total_s - self.host_s)
         return RoundOutcome(
             plan=self.plan,
             num_draft_tokens=[verified[row] for row in ran],
@@ -85,6 +91,6 @@ class Round:
             num_context_tokens=self.num_context_tokens,
             extend_s=self.times.extend_s,
             denoise_s=self.times.denoise_s,
-            verify_s=max(0.0, result.verify_s - late_s),
+            verify_s=max(0.0, result.verify_s - self.late_s),
             with_prompts=result.with_prompts,
         )

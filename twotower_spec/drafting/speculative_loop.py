@@ -258,6 +258,7 @@ class SpeculativeRun:
         self.metrics.verify_s += verify_s
         if self.drafter is not None and drafted is not None:
             self.drafter.observe(drafted, RoundResult(num_accepted, verify_s))
+            self.metrics.verify_s -= drafted.late_s
             self.metrics.extend_s += drafted.times.extend_s
             self.metrics.denoise_s += drafted.times.denoise_s
         for i, step in enumerate(steps):

@@ -170,14 +170,12 @@ class BlockContext:
         layer_slot: index of each layer among the layers of its kind.
         conv, ssm: Mamba states [num_mamba_layers, num_reqs, ...], never written.
         keys: of the contexts.
-        context_lens: tokens of context per request.
     """
 
     layer_slot: Sequence[int]
     conv: Tensor
     ssm: Tensor
     keys: BlockKeys
-    context_lens: Sequence[int]
 
     def select(self, rows: list[int]) -> BlockContext:
         """The same for some of the rows, in the given order."""
@@ -187,7 +185,6 @@ class BlockContext:
             conv=self.conv[:, index],
             ssm=self.ssm[:, index],
             keys=self.keys.select(index),
-            context_lens=[self.context_lens[row] for row in rows],
         )
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:

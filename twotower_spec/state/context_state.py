@@ -408,7 +408,6 @@ class ContextState:
             keys=keys_for_block(
                 self.kv_cache, [entry.pages for entry in entries], lens, block_size, self._room(block_size)
             ),
-            context_lens=lens,
         )
 
     def block_context(self, request_ids: Sequence[RequestId], block_size: int) -> BlockContext:
@@ -416,7 +415,7 @@ class ContextState:
         return self.view(self.slots(request_ids), block_size)
 
     def _room(self, block_size: int) -> BlockWorkspace:
-        """A workspace for blocks of all requests and the whole pool; it takes memory where it is written."""
+        """The workspace, with room for the whole pool and a block per slot; it takes memory when first written."""
         num_tokens = self.num_pages * self.kv_cache.page_size + self.num_slots * block_size
         if self._workspace is None or self._workspace.num_tokens < num_tokens:
             self._workspace = BlockWorkspace(self.config, num_tokens, self.denoiser_dtype, self.denoiser_device)
@@ -427,8 +426,7 @@ class ContextState:
         if not candidates:
             raise StateFullError(
                 f"no {what} is left for {len(set(keep))} requests at once (slots {self.num_slots}, pages "
-                f"{self.num_pages} of {self.kv_cache.page_size} tokens); give "
-                f"the state more, or pass fewer requests"
+                f"{self.num_pages} of {self.kv_cache.page_size} tokens); give the state more, or pass fewer requests"
             )
         self.release(min(candidates, key=lambda request_id: self._entries[request_id].last_used))
         self.num_evictions += 1

@@ -234,8 +234,8 @@ class AdaptivePolicy:
             measured = outcome.denoise_s / passes
             known = load.step_seconds.get(size, measured)
             load.step_seconds[size] = COST_MEMORY * known + (1 - COST_MEMORY) * measured
-        if outcome.confidence is not None and any(outcome.num_draft_tokens):
-            self._calibrate(size, outcome, outcome.confidence)
+        if any(outcome.num_draft_tokens):
+            self._calibrate(size, outcome)
 
     def _seconds(self, outcome: RoundOutcome, gained: int) -> float:
         """Seconds of a round, with its share of the reading that all rounds pay for."""
@@ -251,9 +251,9 @@ class AdaptivePolicy:
         denoise_s = outcome.denoise_s * (1 - tried / max(1, *outcome.num_denoiser_passes))
         return outcome.extend_s * own_share + self._reading.price * gained + denoise_s + outcome.verify_s
 
-    def _calibrate(self, size: int, outcome: RoundOutcome, confidence: Tensor) -> None:
+    def _calibrate(self, size: int, outcome: RoundOutcome) -> None:
         """Counts what became of drafts of every confidence."""
-        bins = np.searchsorted(CALIBRATION_EDGES, confidence.double().numpy())
+        bins = np.searchsorted(CALIBRATION_EDGES, outcome.confidence.double().numpy())
         for row, (drafted, accepted) in enumerate(zip(outcome.num_draft_tokens, outcome.num_accepted, strict=True)):
             steps = steps_class(outcome.num_denoiser_passes[row])
             for position in range(min(drafted, accepted + 1)):

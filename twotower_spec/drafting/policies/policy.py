@@ -33,7 +33,7 @@ class RoundOutcome:
     Attributes:
         plan: the policy's own for this round; None where nothing was drafted.
         num_draft_tokens, num_accepted: per request, drafts that were verified and those of them that were kept.
-        confidence: float32 [num_reqs, num_tokens], the drafts' own; None with the plan.
+        confidence: float32 [num_reqs, num_tokens], the drafts' own; [num_reqs, 0] where nothing was drafted.
         num_denoiser_passes: per request.
         num_context_tokens: tokens that the context tower read, of all requests of the round.
         extend_s, denoise_s, verify_s: seconds of the three phases, for the whole batch.
@@ -44,7 +44,7 @@ class RoundOutcome:
     plan: DraftPlan | None
     num_draft_tokens: Sequence[int]
     num_accepted: Sequence[int]
-    confidence: Tensor | None
+    confidence: Tensor
     num_denoiser_passes: Sequence[int]
     num_context_tokens: int
     extend_s: float
