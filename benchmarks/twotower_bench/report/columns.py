@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from twotower_bench.records import BASELINE, Quantiles
+from twotower_bench.records import BASELINE
 from twotower_bench.report.document import Row, Table
 from twotower_bench.report.wording import place_of, short_title
 from twotower_bench.summary import CellSummary
@@ -43,12 +44,10 @@ def table(
     groups: dict[str, list[Row]] = {}
     for one in figures:
         groups.setdefault(heading(one), []).append({name: column.text(one) for name, column in columns.items()})
-    found = Table(title, groups)
+    shown = [(name, columns[name].meaning) for name in Table(title, groups).columns]
     ends = interval_names(figures)
-    meanings = [
-        f"{name}: {columns[name].meaning.format(ends=ends)}." for name in found.columns if columns[name].meaning
-    ]
-    return Table(title, groups, " ".join([*([note] if note else []), *meanings]))
+    meanings = [f"{name}: {meaning.format(ends=ends)}." for name, meaning in shown if meaning]
+    return Table(title, groups, " ".join(filter(None, [note, *meanings])))
 
 
 def pivot(title: str, cells: Iterable[tuple[str, str, str, str]], note: str, names: str = "System") -> Table:
@@ -73,16 +72,11 @@ def over_gamma(name: str, column: Column, settings: Iterable[tuple[str, str, flo
         name, column: what is shown.
         settings: heading, the setting without its gamma, gamma, and figures of each.
     """
-    found = [(heading, family, gamma, one) for heading, family, gamma, one in settings if gamma is not None]
-    gammas = {family: {other[2] for other in found if other[1] == family} for _, family, _, _ in found}
-    cells = (
-        (heading, family, f"{gamma:g}", column.text(one))
-        for heading, family, gamma, one in sorted(found, key=lambda one: one[2])
-        if len(gammas[family]) > 1
-    )
-    return pivot(
-        f"{name} over gamma", cells, "Settings that differ in gamma, the confidence threshold, alone.", "Setting"
-    )
+    found = sorted((one for one in settings if one[2] is not None), key=lambda one: one[2] or 0.0)
+    gammas = Counter(family for family, _ in {one[1:3] for one in found})
+    cells = [(place, family, f"{gamma:g}", column.text(one)) for place, family, gamma, one in found]
+    note = "Settings that differ in gamma, the confidence threshold, alone."
+    return pivot(f"{name} over gamma", (one for one in cells if gammas[one[1]] > 1), note, "Setting")
 
 
 def number(value: float | None, digits: int = 2) -> str:
@@ -95,9 +89,9 @@ def times(ratio: float | None) -> str:
     return "" if ratio is None else f"{ratio:.2f}×"
 
 
-def share(value: float | None, sign: str = "") -> str:
-    """Whole per cent, signed with "+" as `sign`; "" for None."""
-    return "" if value is None else f"{round(100 * value):{sign}d} %"
+def share(value: float) -> str:
+    """Whole per cent."""
+    return f"{round(100 * value)} %"
 
 
 def rate(value: float) -> str:
@@ -116,11 +110,6 @@ def estimate(found: Estimate | None, write: Callable[[float], str] = number, uni
 def milliseconds(*seconds: float) -> str:
     """One or several times, with slashes between."""
     return " / ".join(f"{1e3 * one:.0f}" if one >= 0.1 else f"{1e3 * one:.1f}" for one in seconds)
-
-
-def quantiles(one: Quantiles) -> str:
-    """Median and 99th percentile in milliseconds."""
-    return milliseconds(one.median, one.p99)
 
 
 def interval_names(figures: Iterable[Any]) -> str:

@@ -65,36 +65,21 @@ def draft_parts(
         ("", short_title(one.system), category_in_words(one.category), estimate(one.acceptance.acceptance_length))
         for one in by_category
     )
+    of_lengths = f"Accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; {where}."
+    of_reached = (
+        f"Share of the steps that drafted there and accepted all drafts before, where {FEWEST_STEPS} steps of a repeat "
+        f"or more did; {where}. Where it falls, late drafts are worse than early ones; where it stays level, longer "
+        f"blocks can gain."
+    )
+    rounds = "Means per round of the whole batch, prompts included, which add up to its wall time."
+    pairs = [(title, one) for title, found in bins.items() for one in found]
     tables = [
-        pivot(
-            "Acceptance length by category",
-            lengths,
-            f"Accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts; {where}.",
-        ),
-        _shares("Accepted at each position", [(one, one.by_position) for one in own], 1, of_drafts),
-        _shares(
-            "Accepted at each position that was reached",
-            [(one, one.well_known) for one in own],
-            1,
-            f"Share of the steps that drafted there and accepted all drafts before, where {FEWEST_STEPS} steps of a "
-            f"repeat or more did; {where}. Where it falls, late drafts are worse than early ones; where it stays "
-            f"level, longer blocks can gain.",
-        ),
-        _shares("Accepted drafts per step", [(one, one.histogram) for one in own], 0, of_drafts),
-        table(
-            "Time of a round",
-            timed,
-            ROUNDS,
-            lambda one: place_of(one).title,
-            "Means per round of the whole batch, prompts included, which add up to its wall time.",
-        ),
-        table(
-            "Confidence and acceptance",
-            [(title, one) for title, found in bins.items() for one in found],
-            CALIBRATION,
-            lambda pair: pair[0],
-            "All loads together.",
-        ),
+        pivot("Acceptance length by category", lengths, of_lengths),
+        _shares("Accepted at each position", own, "by_position", of_drafts),
+        _shares("Accepted at each position that was reached", own, "well_known", of_reached),
+        _shares("Accepted drafts per step", own, "histogram", of_drafts, first=0),
+        table("Time of a round", timed, ROUNDS, lambda one: place_of(one).title, rounds),
+        table("Confidence and acceptance", pairs, CALIBRATION, lambda pair: pair[0], "All loads together."),
     ]
     return tables, [_position_plot(own, of_drafts), _round_plot(timed if in_bars is None else in_bars, cells)]
 
@@ -120,12 +105,12 @@ def without_drafts_notes(cells: Sequence[ServingCell], summaries: Sequence[CellS
     ]
 
 
-def _shares(title: str, found: Sequence[tuple[CategorySummary, Sequence[float]]], first: int, note: str) -> Table:
-    """Shares side by side, categories apart; `first` is the number of the first."""
+def _shares(title: str, found: Sequence[CategorySummary], name: str, note: str, first: int = 1) -> Table:
+    """Shares of that name side by side, categories apart; `first` is the number of the first."""
     cells = (
         (category_in_words(one.category), short_title(one.system), str(place), number(value))
-        for one, values in found
-        for place, value in enumerate(values, start=first)
+        for one in found
+        for place, value in enumerate(getattr(one, name), start=first)
     )
     return pivot(title, cells, note)
 

@@ -32,24 +32,15 @@ STYLE: dict[Any, Any] = {
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "text.color": LIGHT["text"],
-    "axes.titlecolor": LIGHT["text"],
-    "axes.labelcolor": LIGHT["muted"],
-    "xtick.labelcolor": LIGHT["muted"],
-    "ytick.labelcolor": LIGHT["muted"],
-    "xtick.color": LIGHT["grid"],
-    "ytick.color": LIGHT["grid"],
-    "axes.edgecolor": LIGHT["grid"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": LIGHT["grid"],
+    **dict.fromkeys(("text.color", "axes.titlecolor"), LIGHT["text"]),
+    **dict.fromkeys(("axes.labelcolor", "xtick.labelcolor", "ytick.labelcolor"), LIGHT["muted"]),
+    **dict.fromkeys(("xtick.color", "ytick.color", "axes.edgecolor", "grid.color"), LIGHT["grid"]),
+    **dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False),
+    **dict.fromkeys(("axes.grid", "axes.axisbelow"), True),
     "grid.linewidth": 0.8,
     "lines.linewidth": 1.8,
     "lines.markersize": 6,
     "errorbar.capsize": 2.5,
-    "legend.frameon": False,
     "legend.fontsize": 10.2,
     "legend.handlelength": 2.4,
     "svg.fonttype": "none",
@@ -173,14 +164,12 @@ def _new_axes(title: str, x: str, y: str, height: float = HEIGHT) -> Axes:
 
 def _draw_line(axes: Axes, points: Sequence[Point], hue: int, *, is_joined: bool) -> None:
     """A line with its markers, and intervals where all points have one."""
-    errors = None
-    if all(one.ends for one in points):
-        # An estimate may lie a rounding error outside its interval.
-        pairs = [(one.y, *one.ends) for one in points if one.ends]
-        errors = [[max(y - low, 0.0) for y, low, _ in pairs], [max(high - y, 0.0) for y, _, high in pairs]]
     xs, ys = [one.x for one in points], [one.y for one in points]
+    # An estimate may lie a rounding error outside its interval.
+    errors = [[max(one.y - one.ends[0], 0.0), max(one.ends[1] - one.y, 0.0)] for one in points if one.ends]
     style: dict[str, Any] = {"color": LIGHT[f"hue-{hue}"], "marker": MARKERS[hue], "label": points[0].line}
-    axes.errorbar(xs, ys, errors, linestyle=DASHES[hue] if is_joined else "none", elinewidth=1.3, **style)
+    style |= {"linestyle": DASHES[hue] if is_joined else "none", "elinewidth": 1.3}
+    axes.errorbar(xs, ys, [*zip(*errors, strict=True)] if len(errors) == len(points) else None, **style)
 
 
 def _draw_noise(axes: Axes, floors: Mapping[float, float]) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ class Score:
     score: TaskScore
 
 
-# By the field `kind` of a row.
+# By the field `kind` of a row; a list of `Measurements` is called as that with an s.
 KINDS: Mapping[str, type[Any]] = {"serving_cell": ServingCell, "load_point": LoadPoint, "cell": Cell, "score": Score}
 
 
@@ -45,12 +45,11 @@ class Where:
         """The same as readers see it."""
         machine, versions = self.machine, self.versions or {}
         counts = (f"{machine[name]} {name}" for name in ("cores", "threads") if machine.get(name))
-        processor, gpu = machine.get("processor") or "unknown processor", machine.get("gpu") or "no GPU"
+        hardware = (machine.get("processor") or "unknown processor", *counts, machine.get("gpu") or "no GPU")
         named = {**{name: machine.get(name) for name in ("python", "torch", "transformers")}, **versions}
         texts = (f"{name} {value}" for name, value in named.items() if value and name != "commit")
         commit = machine.get("commit") or versions.get("commit")
-        hardware = ", ".join([str(processor), *counts, str(gpu)])
-        return Origin(hardware, ", ".join(texts), str(commit) if commit else None, self.command)
+        return Origin(", ".join(map(str, hardware)), ", ".join(texts), str(commit) if commit else None, self.command)
 
 
 @dataclass
@@ -71,15 +70,6 @@ class Measurements:
     load_points: list[LoadPoint] = field(default_factory=list)
     cells: list[Cell] = field(default_factory=list)
     scores: list[Score] = field(default_factory=list)
-
-    def add(self, measured: Any, origin: Origin) -> None:
-        """Keeps what a row holds."""
-        lists: Mapping[type, list[Any]] = {
-            ServingCell: self.serving_cells, LoadPoint: self.load_points, Cell: self.cells, Score: self.scores
-        }  # fmt: skip
-        lists[type(measured)].append(measured)
-        if origin not in self.origins:
-            self.origins.append(origin)
 
 
 def read_measurements(files: Sequence[Path]) -> list[Measurements]:
@@ -102,29 +92,25 @@ def _read(path: Path) -> list[Measurements]:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ArgumentError(f"{path} cannot be read ({reason}); give a file that a benchmark wrote with --json") from (
-            error
-        )
+        raise ArgumentError(f"{path} cannot be read ({reason}); {REMEDY}") from error
     runs: dict[str, Measurements] = {}
-    for place, row in _rows(path, text):
-        if kind := KINDS.get(str(row.get("kind"))):
+    # A last line without an end is still being written, and left out.
+    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
+        place, row = f"{path}:{number}", _parsed(line, f"{path}:{number}")
+        if kind := KINDS.get(name := str(row.get("kind"))):
             measured, where = read_row(kind, row, place), read_row(Where, row, place)
-            runs.setdefault(where.run, Measurements(path.name)).add(measured, where.origin)
+            run = runs.setdefault(where.run, Measurements(path.name))
+            getattr(run, f"{name}s").append(measured)
+            if where.origin not in run.origins:
+                run.origins.append(where.origin)
     if not runs:
         raise ArgumentError(f"{path} has no measurements; give a file with rows of kind {', '.join(KINDS)}")
     return list(runs.values())
 
 
-def _rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows with their file and line; a last one without an end is still being written, and left out."""
-    for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):
-        if not line.strip():
-            continue
-        place = f"{path}:{number}"
-        try:
-            row = from_json(line, allow_inf_nan=False)
-        except ValueError as error:
-            raise ArgumentError(f"{place} is not a row that a benchmark wrote ({error}); {REMEDY}") from error
-        if not isinstance(row, dict):
-            raise ArgumentError(f"{place} is not a row that a benchmark wrote (it is no object); {REMEDY}")
-        yield place, row
+def _parsed(line: str, place: str) -> dict[str, Any]:
+    try:
+        row = from_json(line, allow_inf_nan=False) if line.strip() else {}
+    except ValueError as error:
+        raise ArgumentError(f"{place} is not a row that a benchmark wrote ({error}); {REMEDY}") from error
+    return read_row(dict[str, Any], row, place)

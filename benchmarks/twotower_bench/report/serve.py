@@ -10,9 +10,9 @@ from twotower_bench.report.columns import (
     Column,
     columns,
     estimate,
+    milliseconds,
     number,
     place_and_noise,
-    quantiles,
     rate,
     share,
     table,
@@ -23,7 +23,6 @@ from twotower_bench.report.plots import load_panels
 from twotower_bench.report.reading import Measurements
 from twotower_bench.summary import ServerSummary, highest_within_bound, summarise_points
 
-TIMES = "median / 99th percentile over requests, medians of the repeats"
 BOUND = (
     "The highest of the measured loads under which 90 % of the requests or more are within the bound in every repeat."
 )
@@ -44,12 +43,20 @@ SPEED: Mapping[str, Column] = {
     "Different texts": COLUMNS["Different texts"],
     "Failed": Column(lambda one: str(one.num_failed)),
 }
+
+
+def _latency(name: str) -> Callable[[ServerSummary], str]:
+    return lambda one: milliseconds(getattr(one, name).median, getattr(one, name).p99)
+
+
 LATENCY: Mapping[str, Column] = {
     "System": COLUMNS["System"],
-    "TTFT ms": Column(lambda one: quantiles(one.ttft), f"to the first token, {TIMES}"),
-    "TPOT ms": Column(lambda one: quantiles(one.tpot), "per token after it"),
-    "ITL ms": Column(lambda one: quantiles(one.itl), "between pieces of text, which can be several tokens"),
-    "E2EL ms": Column(lambda one: quantiles(one.e2el), "to the end"),
+    "TTFT ms": Column(
+        _latency("ttft"), "to the first token, median / 99th percentile over requests, medians of the repeats"
+    ),
+    "TPOT ms": Column(_latency("tpot"), "per token after it"),
+    "ITL ms": Column(_latency("itl"), "between pieces of text, which can be several tokens"),
+    "E2EL ms": Column(_latency("e2el"), "to the end"),
 }
 # Name, title, label, value and caption.
 PLOTS: Sequence[tuple[str, str, str, Callable[[ServerSummary], float], str]] = (

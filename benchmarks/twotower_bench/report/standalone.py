@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from twotower_bench.pareto import pareto_front
 from twotower_bench.report.columns import Column, estimate, number, over_gamma, rate, share, table, times
@@ -77,6 +78,13 @@ def _finding(summaries: Sequence[Summary]) -> str:
 
 
 def _table(summaries: Sequence[Summary], front: Sequence[Summary], scores: Sequence[Score]) -> Table:
+    found = {(f"{one.score.task} {one.score.metric}", one.setting): one.score for one in scores}
+
+    def score(name: str, one: Summary) -> str:
+        if (own := found.get((name, one.setting))) is None:
+            return ""
+        return number(own.value, 3) + ("" if own.standard_error is None else f" ± {own.standard_error:.3f}")
+
     def heading(one: Summary) -> str:
         return "Baselines" if one.setting in BASELINES else "Mask diffusion, fastest first"
 
@@ -84,25 +92,10 @@ def _table(summaries: Sequence[Summary], front: Sequence[Summary], scores: Seque
         "Setting": Column(lambda one: one.setting.label),
         "Pareto": Column(lambda one: "front" if one in front else "", "nothing is both faster and more often the same"),
         **COLUMNS,
-        **{" ".join(task): _score(scores, task) for task in dict.fromkeys(map(_task, scores))},
+        **{name: Column(partial(score, name)) for name, _ in found},
     }
     ranked = sorted(summaries, key=lambda one: 0 if one.setting in BASELINES else 1 / one.speed_up)
     return table("Speed and fidelity", ranked, columns, heading)
-
-
-def _task(one: Score) -> tuple[str, str]:
-    return one.score.task, one.score.metric
-
-
-def _score(scores: Sequence[Score], task: tuple[str, str]) -> Column:
-    own = {one.setting: one.score for one in scores if _task(one) == task}
-
-    def text(one: Summary) -> str:
-        if (score := own.get(one.setting)) is None:
-            return ""
-        return number(score.value, 3) + ("" if score.standard_error is None else f" ± {score.standard_error:.3f}")
-
-    return Column(text)
 
 
 def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Plot:
@@ -122,19 +115,17 @@ def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Pl
 def _phase_plot(cells: Sequence[Cell], front: Sequence[Summary]) -> Plot:
     """Milliseconds per token by phase: baselines, and the front."""
     settings = dict.fromkeys([*BASELINES, *(one.setting for one in reversed(front))])
-    by_setting = {setting: [cell for cell in cells if cell.setting == setting] for setting in settings}
-    shown = {setting: own for setting, own in list(by_setting.items())[:MOST_BARS] if own}
-    layers = {
-        phase: [
-            1e3 * sum(cell.phase_seconds.get(phase, 0.0) for cell in own) / sum(cell.num_tokens for cell in own)
-            for own in shown.values()
-        ]
-        for phase in PHASES
-    }
+    found = {how: own for how in settings if (own := [cell for cell in cells if cell.setting == how])}
+    shown = dict(list(found.items())[:MOST_BARS])
+
+    def per_token(phase: str, own: Sequence[Cell]) -> float:
+        return 1e3 * sum(cell.phase_seconds.get(phase, 0.0) for cell in own) / sum(cell.num_tokens for cell in own)
+
+    layers = {phase: [per_token(phase, own) for own in shown.values()] for phase in PHASES}
     names = [setting.label.replace("mask-diffusion ", "") for setting in shown]
     caption = (
         "Of the baselines and the Pareto front, over all repeats. Shorter is better; the longest part of a bar is what "
         "there is to gain."
     )
-    panel = stacked_bars(names, layers, list(PHASES.values()), "milliseconds per token")
-    return Plot("phases", "Time per token by phase", caption, [panel])
+    panels = [stacked_bars(names, layers, PHASES.values(), "milliseconds per token")]
+    return Plot("phases", "Time per token by phase", caption, panels)

@@ -17,7 +17,7 @@ from twotower_bench.report.acceptance import acceptance_section
 from twotower_bench.report.document import Report, Section
 from twotower_bench.report.palette import DARK, LIGHT
 from twotower_bench.report.plots import STYLE, svg_of
-from twotower_bench.report.reading import Measurements, read_measurements
+from twotower_bench.report.reading import REMEDY, Measurements, read_measurements
 from twotower_bench.report.serve import serve_section
 from twotower_bench.report.standalone import standalone_section
 from twotower_bench.report.sweep import is_sweep, sweep_section
@@ -87,27 +87,23 @@ def _built(build: Builder, measured: Measurements) -> Section:
     except ArgumentError:
         raise
     except (ArithmeticError, ValueError) as error:
-        raise ArgumentError(
-            f"{measured.source} holds numbers that no run can have ({type(error).__name__}: {error}); give a file that "
-            f"a benchmark wrote with --json, as it was written"
-        ) from error
+        reason = f"numbers that no run can have ({type(error).__name__}: {error})"
+        raise ArgumentError(f"{measured.source} holds {reason}; {REMEDY}") from error
 
 
 def html_of(report: Report) -> str:
     """The whole page."""
+    loader = PackageLoader("twotower_bench.report", ".")
     environment = Environment(
-        loader=PackageLoader("twotower_bench.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
+        loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    template = environment.get_template("template.html.j2")
 
     def svg(name: str, label: str, index: int, axes: Any) -> Markup:
         return Markup(svg_of(axes, f"{name}-{index}", label))  # labels were escaped as they were drawn
 
-    return template.render(report=report, light=LIGHT, dark=DARK, svg=svg, verdicts=VERDICTS)
+    return environment.get_template("template.html.j2").render(
+        report=report, light=LIGHT, dark=DARK, svg=svg, verdicts=VERDICTS
+    )
 
 
 def json_of(report: Report) -> str:
