@@ -162,6 +162,11 @@ class CellSummary(Summary):
     calibration: tuple[CalibrationBin, ...]
     without_drafts: Mapping[str, int]
 
+    @property
+    def place(self) -> Load:
+        """Where systems are compared."""
+        return self.load
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerSummary(Summary):
@@ -190,6 +195,11 @@ class ServerSummary(Summary):
     itl: Quantiles
     e2el: Quantiles
     acceptance_length: float | None
+
+    @property
+    def place(self) -> Traffic:
+        """Where systems are compared."""
+        return self.traffic
 
     @property
     def keeps_bound(self) -> bool:

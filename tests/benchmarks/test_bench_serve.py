@@ -19,11 +19,11 @@ from rich.console import Console
 
 from tests.vllm_plugin.server import serving
 from twotower_bench.child_process import ChildError, ChildProcess
-from twotower_bench.cli.load_tables import failures, latency_table, throughput_table
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.options import Models
 from twotower_bench.cli.serve import points_file, serve
 from twotower_bench.cli.serve_options import most_at_once, serve_arguments, traffics_of
+from twotower_bench.cli.tables import failures, latency_table, throughput_table
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.records import LatencyBound, LoadPoint, System, Traffic, read_row
 from twotower_bench.servers import ServePlan, Workload

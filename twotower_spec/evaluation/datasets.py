@@ -35,7 +35,7 @@ from typing import IO, Any
 
 from twotower_spec.demo.trio import CATEGORIES, held_out_prompts
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.formats import FORMATS, Content, FieldError, Row, plain
+from twotower_spec.evaluation.formats import FORMATS, Content, FieldError, Record, plain
 
 BUNDLED = {
     "gsm8k": "gsm8k.jsonl.gz",
@@ -144,7 +144,7 @@ def _name(dataset: str) -> str:
     return dataset.lower().replace("_", "-")
 
 
-def _source(source: str) -> tuple[Iterable[Row], str]:
+def _source(source: str) -> tuple[Iterable[Record], str]:
     """Rows of a file or of a hub dataset, and the name of it."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -159,7 +159,7 @@ def _source(source: str) -> tuple[Iterable[Row], str]:
     )
 
 
-def _rows(path: Path) -> Iterator[Row]:
+def _rows(path: Path) -> Iterator[Record]:
     """Rows of a JSONL file; lines of a text file as rows with a prompt.
 
     Raises:
@@ -197,7 +197,7 @@ def _open(path: Path) -> IO[str]:
     return path.open(encoding="utf-8-sig")
 
 
-def _hub_rows(source: str, path: str, config: str | None, split: str) -> Iterator[Row]:
+def _hub_rows(source: str, path: str, config: str | None, split: str) -> Iterator[Record]:
     try:
         # A folder called "datasets" in the working directory imports too, without the function.
         load_dataset: Any = import_module("datasets").load_dataset
@@ -224,7 +224,7 @@ def _trio() -> list[Prompt]:
     ]
 
 
-def _prompts(rows: Iterable[Row], name: str, content: Callable[[Row], Content], source: str) -> list[Prompt]:
+def _prompts(rows: Iterable[Record], name: str, content: Callable[[Record], Content], source: str) -> list[Prompt]:
     prompts: dict[str, Prompt] = {}
     for i, row in enumerate(rows):
         try:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-Row = Mapping[str, Any]
+Record = Mapping[str, Any]
 
 MT_BENCH_CATEGORIES = frozenset(
     ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
@@ -26,7 +26,7 @@ class FieldError(Exception):
     """None of the fields named holds what is needed."""
 
 
-def _text(row: Row, *fields: str) -> str:
+def _text(row: Record, *fields: str) -> str:
     for field in fields:
         value = row.get(field)
         if isinstance(value, str) and value.strip():
@@ -34,7 +34,7 @@ def _text(row: Row, *fields: str) -> str:
     raise FieldError(" or ".join(fields))
 
 
-def _texts(row: Row, *fields: str) -> tuple[str, ...]:
+def _texts(row: Record, *fields: str) -> tuple[str, ...]:
     for field in fields:
         value = row.get(field)
         if isinstance(value, list) and value and all(isinstance(item, str) and item.strip() for item in value):
@@ -42,7 +42,7 @@ def _texts(row: Row, *fields: str) -> tuple[str, ...]:
     raise FieldError(" or ".join(fields))
 
 
-def _category(row: Row) -> str | None:
+def _category(row: Record) -> str | None:
     value = row.get("category")
     return None if value is None else str(value)
 
@@ -52,17 +52,17 @@ def _framed(question: str) -> str:
     return f"Question: {question}\nAnswer:"
 
 
-def _gsm8k(row: Row) -> Content:
+def _gsm8k(row: Record) -> Content:
     question = _text(row, "question")
     return Content(_framed(question), (question,))
 
 
-def _humaneval(row: Row) -> Content:
+def _humaneval(row: Record) -> Content:
     prompt = _text(row, "prompt")
     return Content(prompt, (prompt,))
 
 
-def _mbpp(row: Row) -> Content:
+def _mbpp(row: Record) -> Content:
     """The task and one test, which fixes the function's name, in a docstring.
 
     Source: Fried et al., InCoder (arXiv:2204.05999), as in the BigCode evaluation harness.
@@ -72,17 +72,17 @@ def _mbpp(row: Row) -> Content:
     return Content(f'"""\n{task}\n{test}\n"""\n', (f"{task}\nYour code should pass this test:\n{test}",))
 
 
-def _mt_bench(row: Row) -> Content:
+def _mt_bench(row: Record) -> Content:
     turns = _texts(row, "turns", "prompt")
     return Content(_framed(turns[0]), turns, _category(row))
 
 
-def _spec_bench(row: Row) -> Content:
+def _spec_bench(row: Record) -> Content:
     turns, category = _texts(row, "turns"), _category(row)
     return Content(_framed(turns[0]), turns, "multi-turn" if category in MT_BENCH_CATEGORIES else category)
 
 
-def plain(row: Row) -> Content:
+def plain(row: Record) -> Content:
     try:
         turns: tuple[str, ...] = (_text(row, "prompt", "text"),)
     except FieldError:
@@ -93,7 +93,7 @@ def plain(row: Row) -> Content:
     return Content(turns[0], turns, _category(row))
 
 
-FORMATS: dict[str, Callable[[Row], Content]] = {
+FORMATS: dict[str, Callable[[Record], Content]] = {
     "gsm8k": _gsm8k,
     "humaneval": _humaneval,
     "mbpp": _mbpp,

@@ -12,7 +12,7 @@ from rich.console import Console
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import systems_of
-from twotower_bench.cli.tables import acceptance_table, position_table, print_origin, print_remarks, speed_table
+from twotower_bench.cli.tables import acceptance_table, left_out, position_table, print_remarks, speed_table
 from twotower_bench.engines import EnginePool
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.measurement_file import SystemsFile
@@ -73,9 +73,8 @@ def acceptance(
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
     console = Console(highlight=False)
-    figures = summarise_cells([*over_categories(cells), *cells])
-    for table in (speed_table(figures), acceptance_table(figures), position_table(figures)):
+    summaries = summarise_cells([*over_categories(cells), *cells])
+    for table in (speed_table(summaries), acceptance_table(summaries), position_table(summaries)):
         console.print(table)
-    print_remarks(console, len(texts), cells)
-    print_origin(console, record)
+    print_remarks(console, left_out(len(texts), cells), record)
     options.write_report_of(report, json_file)

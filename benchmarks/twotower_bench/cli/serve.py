@@ -11,9 +11,9 @@ from rich.console import Console
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options, serve_options
-from twotower_bench.cli.load_tables import print_load_tables
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.options import same_model
+from twotower_bench.cli.tables import failures, kept_loads, latency_table, print_remarks, throughput_table
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import LatencyBound, LoadPoint, System
 from twotower_bench.schedule import complete, key_of_slot
@@ -108,7 +108,14 @@ def serve(
         points = complete(record, plan.slots(), key_of_slot, measure)
     names = [system.name for system in plan.systems]
     points.sort(key=lambda point: names.index(point.system.name))  # for tables; they were measured in a drawn order
-    print_load_tables(Console(highlight=False), summarise_points(points), plan, dataset, record)
+    console, summaries = Console(highlight=False), summarise_points(points)
+    for table in (throughput_table(summaries), latency_table(summaries)):
+        console.print(table)
+    asked = (
+        f"{len(texts)} prompts of {dataset}, up to {max_new_tokens} new tokens, temperature {temperature:g}, "
+        f"{repeat} repeats, servers {plan.mode}"
+    )
+    print_remarks(console, (*failures(summaries), kept_loads(summaries), asked), record)
     options.write_report_of(report, json_file)
 
 

@@ -16,7 +16,7 @@ from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import baselines
 from twotower_bench.cli.options import numbers
-from twotower_bench.cli.tables import print_origin, print_remarks
+from twotower_bench.cli.tables import left_out, print_remarks
 from twotower_bench.engines import EnginePool, EngineSpec
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.grid import draft_settings, knobs_of, system_of
@@ -123,8 +123,7 @@ def sweep(
         for line in (best.serve_command, best.python_call):
             console.print(f"\n    {line(models.verifier, models.arguments)}", markup=False, soft_wrap=True)
         console.print()
-    print_remarks(console, len(texts), cells)
-    print_origin(console, record)
+    print_remarks(console, left_out(len(texts), cells), record)
     if profile:
         where = record.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)

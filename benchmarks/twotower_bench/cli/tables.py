@@ -1,9 +1,9 @@
-"""Tables of measured cells for a terminal of 80 columns."""
+"""Summaries for a terminal of 80 columns: a row for each system, under the place where it was measured."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -11,92 +11,159 @@ from rich.table import Table
 
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.records import BASELINE, EXPECTED_WITHOUT_DRAFTS, ServingCell
-from twotower_bench.summary import CellSummary
+from twotower_bench.summary import GOOD_ENOUGH, CellSummary, ServerSummary, Summary, highest_within_bound
 from twotower_spec.machine import commit, describe_machine
 
-
-def speed_table(figures: Sequence[CellSummary]) -> Table:
-    """Tokens per second and latency, a section per load."""
-    table = _table("tok/s", "speed-up", "verdict", "TTFT ms", "ITL ms", "differ")
-    for row in _with_sections(table, figures):
-        latency = row.latency
-        table.add_row(
-            row.system.title,
-            f"{row.tokens_per_s.value:.0f}",
-            "" if row.speed_up is None or row.system.name == BASELINE else f"{row.speed_up:.2f}x",
-            "" if row.verdict == "-" else row.verdict,
-            f"{1e3 * latency.first_token:.0f} / {1e3 * latency.first_token_p99:.0f}",
-            f"{1e3 * latency.gap:.0f} / {1e3 * latency.gap_p99:.0f}",
-            "" if row.num_different is None else str(row.num_different),
-        )
-    table.caption = "TTFT, ITL: median / 99th percentile. differ: prompts with another text than without speculation."
-    return table
+S = TypeVar("S", CellSummary, ServerSummary)
+# Its heading, and what it says of a summary.
+Column = tuple[str, Callable[[Any], str]]
 
 
-def acceptance_table(figures: Sequence[CellSummary]) -> Table:
-    """What became of drafts and where a round's time goes, a section per load; systems without drafts left out."""
-    table = _table("accept. length", "tok / step", "tok / NFE", "extend", "denoise", "host", "verify")
-    drafted = [row for row in figures if row.acceptance.acceptance_length]
-    for row in _with_sections(table, drafted):
-        found, times = row.acceptance, row.round_times
-        phases = (times.extend, times.denoise, times.host, times.verify) if times else ()
-        table.add_row(
-            row.system.title,
-            str(found.acceptance_length),
-            f"{found.tokens_per_step.value:.2f}",
-            f"{row.tokens_per_nfe:.2f}" if row.tokens_per_nfe else "",
-            *(f"{1e3 * seconds:.1f}" for seconds in phases),
-        )
-    table.caption = "Acceptance length: with 95 % interval over prompts. extend to verify: ms per round of the batch."
-    return table
+def speed_table(summaries: Sequence[CellSummary]) -> Table:
+    """Tokens per second and latency."""
+    return _table(
+        summaries,
+        [
+            ("tok/s", lambda one: f"{one.tokens_per_s.value:.0f}"),
+            ("speed-up", _speed_up),
+            ("verdict", lambda one: one.verdict),
+            ("TTFT ms", lambda one: f"{1e3 * one.latency.first_token:.0f} / {1e3 * one.latency.first_token_p99:.0f}"),
+            ("ITL ms", lambda one: f"{1e3 * one.latency.gap:.0f} / {1e3 * one.latency.gap_p99:.0f}"),
+            ("differ", lambda one: _known(one.num_different)),
+        ],
+        "TTFT, ITL: median / 99th percentile. differ: prompts with another text than without speculation.",
+    )
 
 
-def position_table(figures: Sequence[CellSummary]) -> Table:
-    """Conditional acceptance by position, a section per load."""
-    most = max((len(row.acceptance.by_position) for row in figures), default=0)
-    table = _table(*(str(i + 1) for i in range(min(most, 8))))
-    for row in _with_sections(table, [row for row in figures if row.acceptance.by_position]):
-        table.add_row(row.system.title, *(f"{share:.2f}" for share in row.acceptance.conditional_by_position[:8]))
-    table.caption = "Accepted at each position, of the drafts that were reached; the first 8."
-    return table
+def acceptance_table(summaries: Sequence[CellSummary]) -> Table:
+    """What became of drafts and where a round's time goes; systems without drafts left out."""
+
+    def phase(name: str) -> Column:
+        return name, lambda one: f"{1e3 * getattr(one.round_times, name):.1f}" if one.round_times else "-"
+
+    return _table(
+        [one for one in summaries if one.acceptance.acceptance_length],
+        [
+            ("accept. length", lambda one: str(one.acceptance.acceptance_length)),
+            ("tok / step", lambda one: f"{one.acceptance.tokens_per_step.value:.2f}"),
+            ("tok / NFE", lambda one: _known(one.tokens_per_nfe, ".2f")),
+            *map(phase, ("extend", "denoise", "host", "verify")),
+        ],
+        "Acceptance length: with 95 % interval over prompts. extend to verify: ms per round of the batch.",
+    )
 
 
-def print_remarks(console: Console, num_prompts: int, cells: Sequence[ServingCell]) -> None:
-    """Prompts that were left out, and requests that went without drafts for a reason that should not be."""
-    left_out = num_prompts - len({request.prompt_id for cell in cells for request in cell.requests})
-    if left_out:
-        console.print(f"{left_out} of {num_prompts} prompts were too long and are left out.")
+def position_table(summaries: Sequence[CellSummary]) -> Table:
+    """Conditional acceptance by position."""
+
+    def position(i: int) -> Column:
+        return str(i + 1), lambda one: f"{shares[i]:.2f}" if i < len(shares := conditional(one)) else ""
+
+    def conditional(one: CellSummary) -> tuple[float, ...]:
+        return one.acceptance.conditional_by_position
+
+    drafted = [one for one in summaries if conditional(one)]
+    most = max((len(conditional(one)) for one in drafted), default=0)
+    caption = "Accepted at each position, of the drafts that were reached; the first 8."
+    return _table(drafted, [position(i) for i in range(min(most, 8))], caption)
+
+
+def throughput_table(summaries: Sequence[ServerSummary]) -> Table:
+    """Rates, the speed-up, and what became of drafts and texts."""
+    return _table(
+        summaries,
+        [
+            ("req/s", lambda one: f"{one.requests_per_s.value:.2f}"),
+            ("good/s", lambda one: f"{one.goodput.value:.2f}"),
+            ("good", lambda one: f"{one.good_share:.0%}"),
+            ("tok/s", lambda one: f"{one.tokens_per_s.value:.0f}"),
+            ("speed-up", _speed_up),
+            ("verdict", lambda one: one.verdict),
+            ("accept", lambda one: _known(one.acceptance_length, ".2f")),
+            ("differ", lambda one: _known(one.num_different)),
+        ],
+        "speed-up: of tokens/s at a concurrency, of the median time to the end at a rate",
+        "throughput",
+    )
+
+
+def latency_table(summaries: Sequence[ServerSummary]) -> Table:
+    """All four latencies, in milliseconds."""
+
+    def columns(name: str) -> list[Column]:
+        return [
+            (name.upper(), lambda one: _milliseconds(getattr(one, name).median)),
+            ("p99", lambda one: _milliseconds(getattr(one, name).p99)),
+        ]
+
+    both = [column for name in ("ttft", "tpot", "itl", "e2el") for column in columns(name)]
+    return _table(summaries, both, None, "latency in ms, median and 99th percentile")
+
+
+def kept_loads(summaries: Sequence[ServerSummary]) -> str:
+    """The highest loads that each system keeps the bound under, as a sentence."""
+    parts = []
+    for name, title in {one.system.name: one.system.title for one in summaries}.items():
+        found = (highest_within_bound(summaries, name, is_closed=is_closed) for is_closed in (True, False))
+        parts.append(f"{title}: {' and '.join(map(str, filter(None, found))) or 'none'}")
+    return f"Highest load with {GOOD_ENOUGH:.0%} of the requests within {summaries[0].bound}: {'; '.join(parts)}."
+
+
+def failures(summaries: Sequence[ServerSummary]) -> list[str]:
+    """A sentence for every system and load with requests that failed."""
+    return [
+        f"{one.system.title} failed {one.num_failed} of {one.num_requests * one.num_repeats} requests at {one.traffic}."
+        for one in summaries
+        if one.num_failed
+    ]
+
+
+def left_out(num_prompts: int, cells: Sequence[ServingCell]) -> list[str]:
+    """Sentences on prompts that were too long, and requests without drafts for a reason that should not be."""
+    found = []
+    if missing := num_prompts - len({request.prompt_id for cell in cells for request in cell.requests}):
+        found.append(f"{missing} of {num_prompts} prompts were too long and are left out.")
     for cell in cells:
         reasons = cell.drafting.without_drafts if cell.drafting else {}
-        odd = ", ".join(
-            f"{reason} {count}" for reason, count in reasons.items() if reason not in EXPECTED_WITHOUT_DRAFTS
-        )
-        if odd:
+        odd = (f"{reason} {count}" for reason, count in reasons.items() if reason not in EXPECTED_WITHOUT_DRAFTS)
+        if words := ", ".join(odd):
             where = f"{cell.system.title}, {cell.load}, repeat {cell.repeat + 1}"
-            console.print(f"{where}: requests without drafts: {odd}", markup=False, soft_wrap=True)
+            found.append(f"{where}: requests without drafts: {words}")
+    return found
 
 
-def print_origin(console: Console, record: MeasurementFile[Any]) -> None:
-    """What was measured with, and how."""
-    vllm = next((f"vllm {v}" for n, v in record.where["versions"].items() if n.startswith("vllm") and v), "vllm ?")
-    console.print(f"{describe_machine()}, {vllm}, commit {commit() or 'unknown'}", markup=False, soft_wrap=True)
-    console.print(record.where["command"], markup=False, soft_wrap=True)
+def print_remarks(console: Console, lines: Sequence[str], file: MeasurementFile[Any]) -> None:
+    """Prints sentences under tables, then what was measured with, and how."""
+    where = file.where
+    vllm = next((f"vllm {v}" for name, v in where["versions"].items() if name.startswith("vllm") and v), "vllm ?")
+    for line in (*lines, f"{describe_machine()}, {vllm}, commit {commit() or 'unknown'}", where["command"]):
+        console.print(line, markup=False, soft_wrap=True)
 
 
-def _table(*headings: str) -> Table:
-    table = Table("system", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in headings:
-        # Rather two lines than a heading cut off.
-        table.add_column(heading, justify="right", overflow="fold")
+def _table(summaries: Sequence[S], columns: Sequence[Column], caption: str | None, title: str | None = None) -> Table:
+    # The box itself puts a space between columns; more would not fit. Rather two lines than a heading cut off.
+    table = Table("system", title=title, caption=caption, box=SIMPLE_HEAD, padding=0, pad_edge=False)
+    table.title_justify = table.caption_justify = "left"
+    table.columns[0].no_wrap = True
+    for heading, _ in columns:
+        is_verdict = heading == "verdict"
+        table.add_column(heading, justify="left" if is_verdict else "right", overflow="fold", no_wrap=is_verdict)
+    for place in dict.fromkeys(one.place for one in summaries):
+        table.add_section()
+        table.add_row(str(place), style="bold")
+        for one in summaries:
+            if one.place == place:
+                table.add_row(f" {one.system.title}", *(say(one) for _, say in columns))
     return table
 
 
-def _with_sections(table: Table, figures: Sequence[CellSummary]) -> Iterator[CellSummary]:
-    """The same rows; a section with the load as its heading before the first of each."""
-    load = None
-    for row in figures:
-        if row.load != load:
-            load = row.load
-            table.add_section()
-            table.add_row(f"[bold]{load}")
-        yield row
+def _speed_up(one: Summary) -> str:
+    return "-" if one.speed_up is None or one.system.name == BASELINE else f"{one.speed_up:.2f}x"
+
+
+def _known(value: float | None, how: str = "") -> str:
+    return "-" if value is None else format(value, how)
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{seconds * 1000:.0f}" if seconds >= 0.1 else f"{seconds * 1000:.1f}"
