@@ -31,7 +31,7 @@ def acceptance(
     category: options.Category = None,
     prompts: Annotated[int, typer.Option(help="Prompts, balanced over the categories.")] = 24,
     max_new_tokens: options.MaxNewTokens = 64,
-    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1",
+    concurrency: options.Concurrency = "1",
     temperature: options.Temperature = 0.0,
     repeat: options.Repeat = 5,
     rival: options.Rival = None,

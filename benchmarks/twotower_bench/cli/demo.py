@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +16,6 @@ from rich.console import Console
 
 from twotower_bench.demo import (
     Sizes,
-    as_json,
     demo_engines,
     demo_systems,
     measure,
@@ -49,7 +50,7 @@ def demo(
     repeats: Annotated[
         int | None, typer.Option(help=f"Passes, of which medians are taken; default: {DEFAULT_REPEATS}.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file, too.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file, too.")] = None,
     standalone: Annotated[
         bool, typer.Option("--standalone", help="The TwoTower model alone, in its four modes, without vLLM.")
     ] = False,
@@ -79,7 +80,7 @@ def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, veri
     Args:
         console: where both go.
         sizes: how much is measured.
-        json_file: gets the figures, too.
+        json_file: gets the table, too.
         verifier: directory of another verifier than the bundled one.
 
     Raises:
@@ -115,7 +116,8 @@ def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, veri
     print_table(console, systems, rows)
     _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")
     if json_file is not None:
-        write_atomically(json_file, as_json(machine, versions, rows))
+        record = {"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}
+        write_atomically(json_file, json.dumps(record, indent=1) + "\n")
 
 
 def _versions(vllm_version: str) -> dict[str, str]:

@@ -29,6 +29,10 @@ Category = Annotated[list[str] | None, typer.Option(help="Only prompts of this c
 Chat = Annotated[bool, typer.Option("--chat", help="First turns in the verifier's chat template, not plain text.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Most new tokens per prompt.")]
 Temperature = Annotated[float, typer.Option(help="Of the verifier; above 0 texts are not compared.")]
+Concurrency = Annotated[str, typer.Option(help="Requests at once, with commas.")]
+BlockSizes = Annotated[str, typer.Option("--block-size", "-S", help="Positions that are denoised, with commas.")]
+Gammas = Annotated[str, typer.Option("--gamma", help="Confidence thresholds, with commas.")]
+Steps = Annotated[str, typer.Option(help="Most denoising steps per block, with commas.")]
 Repeat = Annotated[
     int, typer.Option(help="Passes over everything, of which medians are taken; 3 or more for verdicts.")
 ]

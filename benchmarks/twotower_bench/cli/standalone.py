@@ -15,6 +15,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from twotower_bench.cli import options
 from twotower_bench.cli.options import numbers
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.schedule import Say, Slot, complete, in_order
@@ -37,17 +38,15 @@ def standalone(
     model: Annotated[
         str | None, typer.Option(help="Checkpoint: a directory or a hub id; default: the bundled small one.")
     ] = None,
-    dataset: Annotated[str, typer.Option(help="A named set, a file, or a hub id; see docs/evaluation.md.")] = "trio",
-    gamma: Annotated[str, typer.Option(help="Confidence thresholds, with commas.")] = "0.5,0.8,0.95",
-    block_size: Annotated[str, typer.Option("--block-size", "-S", help="Tokens per block.")] = "4,8,16",
-    steps: Annotated[str, typer.Option(help="Most denoising steps per block.")] = "1,2,4,16",
+    dataset: options.Dataset = "trio",
+    gamma: options.Gammas = "0.5,0.8,0.95",
+    block_size: options.BlockSizes = "4,8,16",
+    steps: options.Steps = "1,2,4,16",
     prompts: Annotated[int, typer.Option(help="Prompts, balanced over the dataset's categories.")] = 12,
-    max_new_tokens: Annotated[int, typer.Option(help="Most new tokens per prompt.")] = 64,
+    max_new_tokens: options.MaxNewTokens = 64,
     repeat: Annotated[int, typer.Option(help="Passes over everything, of which medians are taken.")] = 3,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="JSON lines, one per finished cell; a stopped run goes on.")
-    ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --json anew.")] = False,
+    json_file: options.JsonFile = None,
+    overwrite: options.Overwrite = False,
     task: Annotated[
         str | None, typer.Option(help="A generating task of lm-eval that every setting is scored on, too.")
     ] = None,

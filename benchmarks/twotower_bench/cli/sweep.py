@@ -50,16 +50,16 @@ def sweep(
     category: options.Category = None,
     prompts: Annotated[int, typer.Option(help="Prompts of every cell, balanced over the categories.")] = 48,
     max_new_tokens: options.MaxNewTokens = 64,
-    gamma: Annotated[str, typer.Option(help="Confidence thresholds, with commas.")] = "0.8",
-    block_size: Annotated[str, typer.Option("--block-size", "-S", help="Positions that are denoised.")] = "4,8,16",
-    steps: Annotated[str, typer.Option(help="Most denoising steps per block.")] = "1,4",
+    gamma: options.Gammas = "0.8",
+    block_size: options.BlockSizes = "4,8,16",
+    steps: options.Steps = "1,4",
     policy: Annotated[str, typer.Option(help="fixed, threshold, adaptive.")] = "fixed,threshold,adaptive",
     num_speculative_tokens: Annotated[
         int | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts per round; default: the whole block.")
     ] = None,
     first_token: Annotated[str, typer.Option(help="Tower of the first draft: context or denoiser.")] = "context",
     temperature: Annotated[str, typer.Option(help="Of the verifier, with commas.")] = "0",
-    concurrency: Annotated[str, typer.Option(help="Requests at once, with commas.")] = "1,4,8,16",
+    concurrency: options.Concurrency = "1,4,8,16",
     repeat: options.Repeat = 3,
     goal: Annotated[
         str, typer.Option(help="throughput: most tokens/s in all; latency: fastest for one user.")

@@ -1,26 +1,28 @@
-"""Systems in turn, several times over, and what comes of it in the middle."""
+"""The demo in real vLLM: the bundled verifier without speculation, and with three ways to draft for it."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from twotower_bench.engines import EnginePool
+from twotower_bench.engines import EnginePool, Piece
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
-from twotower_bench.schedule import Candidate, engine_of, in_order
+from twotower_bench.schedule import Candidate, Say, engine_of, in_order
 from twotower_bench.summary import acceptance_length
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
-from twotower_spec.demo import demo_prompts, trio_path
+from twotower_spec.demo import HeldOutPrompt, demo_prompts, trio_path
 from twotower_spec.evaluation import Prompt
 
 LARGEST_BATCH = 8
 BATCH_SIZES = (1, LARGEST_BATCH)
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class DemoRow:
-    """Figures of one system at one batch size.
+    """A system at one batch size, in the middle of its repeats.
 
     Attributes:
         system: its name.
@@ -82,7 +84,7 @@ def demo_engines(systems: Sequence[System], verifier: Path | None = None) -> Eng
 def measure(
     engines: EnginePool, systems: Sequence[System], sizes: Sizes, say: Say = lambda progress: None
 ) -> list[DemoRow]:
-    """Figures of all systems at all batch sizes.
+    """Measures all systems at all batch sizes.
 
     Args:
         engines: of the systems.
@@ -125,3 +127,45 @@ def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
         acceptance_length=acceptance_length(sum(kept), len(kept)) or 1.0,
         identical=all(cell.answers == expected.answers for cell in found),
     )
+
+
+def print_text(console: Console, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
+    """A prompt and its text as it comes, accepted drafts in green, then how many there were."""
+    console.rule(f"{prompt.category}, held out by {prompt.held_out}: {prompt.source}")
+    console.out(prompt.prompt, style="dim", highlight=False, end="")
+    num_steps = num_accepted = 0
+    for piece in pieces:
+        console.out(piece.accepted, style="green", highlight=False, end="")
+        console.out(piece.own, highlight=False, end="")
+        num_steps, num_accepted = num_steps + 1, num_accepted + piece.num_accepted_tokens
+    colour = ", in green," if console.color_system else ""
+    console.print(
+        Text(
+            f"\n[{num_steps + num_accepted} tokens in {num_steps} steps of the verifier: "
+            f"{num_accepted} accepted drafts{colour} and {num_steps} of its own]\n",
+            style="italic",
+        )
+    )
+
+
+def print_table(console: Console, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
+    """All rows, batch sizes apart, with the speed-up over no speculation."""
+    titles = {system.name: system.title for system in systems}
+    without = {row.batch_size: row.tokens_per_s for row in rows if row.system == "none"}
+    table = Table("batch", "system")
+    for heading in ("tokens/s", "speed-up", "acceptance length"):
+        table.add_column(heading, justify="right")
+    table.add_column("identical")
+    for batch_size, plain in without.items():
+        table.add_section()
+        for row in rows:
+            if row.batch_size == batch_size:
+                table.add_row(
+                    str(batch_size),
+                    titles[row.system],
+                    f"{row.tokens_per_s:.0f}",
+                    f"{row.tokens_per_s / plain:.2f}",
+                    f"{row.acceptance_length:.2f}",
+                    "yes" if row.identical else "no",
+                )
+    console.print(table)
