@@ -58,9 +58,7 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="JSON lines, one per finished cell; a stopped run goes on.")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Begin --json anew.")]
-ReportFolder = Annotated[
-    Path | None, typer.Option("--report", help="Folder for the report of it: HTML, PNG, Markdown, JSON.")
-]
+ReportFolder = Annotated[Path | None, typer.Option("--report", help="Folder for the report of it: HTML and JSON.")]
 
 Number = TypeVar("Number", int, float)
 Holding = Literal["auto", "together", "in-turn"]
@@ -164,7 +162,7 @@ def check_sizes(prompts: int, max_new_tokens: int, repeat: int) -> None:
 
 
 def check_at_once(most: int, groups: Mapping[str, int]) -> None:
-    """Refuses more requests at once than there are: figures would be of fewer than they name.
+    """Refuses more requests at once than there are: numbers would be of fewer than they name.
 
     Args:
         most: the largest number at once.
@@ -223,7 +221,7 @@ def measurements_file(json_file: Path | None, report: Path | None, name: str) ->
 
 
 def require_packages(report: Path | None) -> None:
-    """Checks that vLLM, and what figures and a report are made with, are there.
+    """Checks that vLLM, and what summaries, loads and a report are made with, are there.
 
     Raises:
         ArgumentError: one is not.

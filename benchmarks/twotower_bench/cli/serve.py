@@ -67,7 +67,6 @@ def serve(
     """
     # Everything that can be refused is checked before anything starts.
     options.require_packages(report)
-    serve_options.require_load_generator()
     options.check_sizes(prompts, max_new_tokens, repeat)
     (temperature,) = options.temperatures(str(temperature))
     bound = LatencyBound.parse(goodput)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
 from twotower_bench.cli.options import numbers
@@ -31,16 +30,6 @@ TAKEN = frozenset(
         "--api-key",
     ]
 )
-
-
-def require_load_generator() -> None:
-    """Checks that what `vllm bench serve` reads prompts with is there.
-
-    Raises:
-        ArgumentError: it is not.
-    """
-    if find_spec("pandas") is None:
-        raise ArgumentError("package 'pandas' is not installed; vLLM's load generator needs it: pip install pandas")
 
 
 def traffics_of(concurrency: str, request_rate: str) -> tuple[Traffic, ...]:
