@@ -16,7 +16,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from twotower_bench.engines.environment import engine_environment
+from twotower_bench.environment import engine_environment
 from twotower_bench.records import LoadPoint, ServingCell, System, read_row
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.errors import ArgumentError

@@ -121,6 +121,12 @@ class System:
         """Whether TwoTower drafts."""
         return self.setting is not None or self.name == "twotower" or "twotower" in (self.speculative_config or {})
 
+    @property
+    def is_to_draft(self) -> bool:
+        """Whether TwoTower is meant to draft in some rounds."""
+        knobs = (self.speculative_config or {}).get("twotower", {})
+        return self.is_two_tower and knobs.get("policy") != "off"
+
 
 @dataclass(frozen=True, order=True)
 class Load:

@@ -58,9 +58,3 @@ def engine_spec(system: System, verifier: str | Path, arguments: Mapping[str, An
             "speculative_config": dict(config) if config else None,
         },
     )
-
-
-def drafts(system: System) -> bool:
-    """Whether TwoTower is meant to draft."""
-    knobs = (system.speculative_config or {}).get("twotower", {})
-    return system.is_two_tower and knobs.get("policy") != "off"

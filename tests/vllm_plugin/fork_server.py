@@ -10,8 +10,8 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from twotower_bench.engines import engine_environment as quiet_environment
 from twotower_bench.engines.fork_server import ForkServer
+from twotower_bench.environment import engine_environment as quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
 

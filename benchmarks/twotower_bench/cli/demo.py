@@ -22,7 +22,7 @@ from twotower_bench.demo import (
     print_table,
     print_text,
 )
-from twotower_bench.engines import engine_environment
+from twotower_bench.environment import engine_environment
 from twotower_spec.cli.demo import demo as standalone_demo
 from twotower_spec.config import check_integer
 from twotower_spec.demo import demo_prompts

@@ -1,6 +1,5 @@
 """vLLM engines in processes of their own, and what is measured in them."""
 
-from twotower_bench.engines.environment import engine_environment
 from twotower_bench.engines.messages import Asked, Piece, Ready, Served, ServeOrder
 from twotower_bench.engines.pool import EnginePool, EngineSpec
 from twotower_bench.engines.process import EngineProcess
@@ -14,5 +13,4 @@ __all__ = [
     "Ready",
     "ServeOrder",
     "Served",
-    "engine_environment",
 ]

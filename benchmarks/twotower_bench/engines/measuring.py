@@ -9,7 +9,6 @@ from twotower_bench.engines.pool import EnginePool
 from twotower_bench.engines.process import EngineProcess
 from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell
 from twotower_bench.schedule import Candidate, Say, Slot
-from twotower_bench.systems import drafts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import Prompt
 
@@ -67,7 +66,7 @@ class ServingRun:
                 engine.serve(self._warm_up(order))
                 self._warm.add((engine, candidate.system.name, load))
             served = engine.serve(order)
-            if drafts(candidate.system) and not (served.drafting and served.drafting.rounds):
+            if candidate.system.is_to_draft and not (served.drafting and served.drafting.rounds):
                 raise engine.failure("has not drafted at all")
             yield ServingCell(
                 candidate.system, load, slot.repeat, served.seconds, served.requests, served.steps, served.drafting

@@ -13,9 +13,9 @@ from typing import Any, Self
 import torch
 
 from twotower_bench.child_process import signals_held
-from twotower_bench.engines.environment import engine_environment
 from twotower_bench.engines.fork_server import ForkServer
 from twotower_bench.engines.process import LONGEST_SILENCE_S, EngineProcess
+from twotower_bench.environment import engine_environment
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from twotower_bench.child_process import ChildError, ChildProcess
-from twotower_bench.engines.environment import engine_environment
 from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.engines.messages import Piece, Ready, Served, ServeOrder
+from twotower_bench.environment import engine_environment
 
 LONGEST_SILENCE_S = 300.0
 WORKER = "twotower_bench.engines.worker:serve"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from twotower_bench.child_process import ChildError, ChildProcess
-from twotower_bench.engines import engine_environment
+from twotower_bench.environment import engine_environment
 from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic
 from twotower_bench.servers.server import Endpoint, Server, without_proxy
 

@@ -19,7 +19,7 @@ from urllib.request import ProxyHandler, Request, build_opener
 import torch
 
 from twotower_bench.child_process import ChildProcess, signals_held
-from twotower_bench.engines import engine_environment
+from twotower_bench.environment import engine_environment
 from twotower_bench.records import System
 from twotower_spec.errors import ArgumentError
 
