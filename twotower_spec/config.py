@@ -128,7 +128,7 @@ class TwoTowerConfig:
             raw, _ = PretrainedConfig.get_config_dict(str(name_or_path), revision=revision)
             raw.pop("_commit_hash", None)
         except (OSError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
+            reason = (str(error).strip() or repr(error)).splitlines()[0]
             raise ConfigError(
                 f"no readable config.json at {str(name_or_path)!r} ({reason}); "
                 f"give a checkpoint directory or a hub id that can be reached"

@@ -17,6 +17,7 @@ from twotower_spec.drafting import (
     ThresholdPolicy,
 )
 from twotower_spec.drafting.policies import FixedSteps
+from twotower_spec.drafting.policies.adaptive import load_class
 from twotower_spec.generation.denoising import DenoisingStep
 
 
@@ -143,7 +144,8 @@ def test_a_policy_learns_also_when_only_some_requests_are_verified() -> None:
         drafted += plan is not None
         counts, confidence = ([8] * 3, torch.full((3, 8), 0.9)) if plan else ([0] * 3, torch.zeros(3, 0))
         accepted = [8 * bool(plan)] * 3
-        policy.observe(RoundOutcome(plan, counts, accepted, confidence, [1] * 3, 9, 0.001, 0.005, 0.01))
+        outcome = RoundOutcome(plan, counts, accepted, confidence, [1] * 3, 9, 0.001, 0.005, 0.01, num_planned=5)
+        policy.observe(outcome)
     assert drafted > 180
 
 
@@ -300,3 +302,15 @@ def test_a_block_size_that_was_slow_at_the_start_is_tried_again() -> None:
         world.round(policy)
     world.step_s = usual
     assert sizes(policy, world, 600)[300:].count(8) > 0.8 * 300
+
+
+def test_an_outcome_counts_for_the_load_it_was_planned_for_whatever_was_planned_since() -> None:
+    policy = AdaptivePolicy([4], most_steps=1)
+    nothing = [0, 0]  # of eight requests the target ran two
+    outcome = RoundOutcome(None, nothing, nothing, torch.zeros(2, 0), nothing, 0, 0.0, 0.0, 0.02, num_planned=8)
+    for planned_between in (1, 2, 8, 30):
+        policy.plan(8)
+        policy.plan(planned_between)
+        policy.observe(outcome)
+    rounds = {n: sum(policy._loads[load_class(n)].num_rounds.values()) for n in (1, 2, 8, 30)}
+    assert rounds == {1: 0, 2: 0, 8: 4, 30: 0}

@@ -71,7 +71,7 @@ def resolve_checkpoint(
     try:
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise CheckpointError(
             f"{str(name_or_path)!r} is neither a directory here nor a hub id that can be downloaded ({reason}); "
             f"check the path, or download the checkpoint first"

@@ -93,4 +93,5 @@ class Round:
             denoise_s=self.times.denoise_s,
             verify_s=max(0.0, result.verify_s - self.late_s),
             with_prompts=result.with_prompts,
+            num_planned=len(block.request_ids),
         )

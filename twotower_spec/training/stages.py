@@ -135,7 +135,7 @@ def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = to
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
         raise ArgumentError(f"the model in {directory} cannot be loaded: {reason}") from error
     model.to(device).eval()  # type: ignore[arg-type]
     return model

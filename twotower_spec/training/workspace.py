@@ -93,7 +93,7 @@ class Workspace:
                 config = AutoConfig.from_pretrained(self.verifier, local_files_only=True, trust_remote_code=False)
                 return int(config.get_text_config().vocab_size)
             except (OSError, ValueError, AttributeError) as error:
-                reason = str(error).strip().splitlines()[0]
+                reason = (str(error).strip() or repr(error)).splitlines()[0]
                 raise ArgumentError(f"config.json of verifier {self.verifier} cannot be read: {reason}") from error
         return len(self.tokenizer())
 

@@ -171,7 +171,7 @@ class FoundAtStart:
     It travels beside the knobs, in `"twotower_found": {...}`.
 
     Attributes:
-        block_size: where no knob names one.
+        block_size: positions of a block at start: the knob's, or else the checkpoint's.
         num_token_ids: ids that verifier and drafter share.
 
     Raises:

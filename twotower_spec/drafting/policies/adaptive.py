@@ -188,7 +188,6 @@ class AdaptivePolicy:
         # Without drafts first: two lengths of verification tell what a token of it costs.
         self._choices = (0, *self.block_sizes) if may_skip else self.block_sizes
         self._loads: dict[int, _Load] = defaultdict(_Load)
-        self._load = self._loads[0]
         self._reading = _Reading()
         self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
         bins = len(CALIBRATION_EDGES) + 1
@@ -198,7 +197,7 @@ class AdaptivePolicy:
 
     def plan(self, num_reqs: int) -> DraftPlan | None:
         """See `DraftPolicy.plan`."""
-        load = self._load = self._loads[load_class(num_reqs)]
+        load = self._loads[load_class(num_reqs)]
         new = [size for size in self._choices if load.num_rounds[size] < (FIRST_ROUNDS if size else 2)]
         size = new[0] if new else max(self._choices, key=lambda size: load.arms[size].optimistic_rate)
         return DraftPlan(size, size, _AdaptiveSteps(self, load, size)) if size else None
@@ -218,7 +217,7 @@ class AdaptivePolicy:
         num_reqs = len(outcome.num_accepted)
         if not num_reqs:
             return
-        load = self._load  # of the plan: not all of its requests need have been verified
+        load = self._loads[load_class(outcome.num_planned or num_reqs)]
         size = outcome.plan.block_size if outcome.plan else 0
         gained = sum(outcome.num_accepted) + num_reqs
         seconds = self._seconds(outcome, gained)

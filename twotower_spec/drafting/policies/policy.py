@@ -39,6 +39,7 @@ class RoundOutcome:
         extend_s, denoise_s, verify_s: seconds of the three phases, for the whole batch.
         with_prompts: whether the target read prompts in the same pass, so that `verify_s` is not the price of drafts
             alone.
+        num_planned: requests that the plan was made for, where the target did not run all of them; None for those here.
     """
 
     plan: DraftPlan | None
@@ -51,6 +52,7 @@ class RoundOutcome:
     denoise_s: float
     verify_s: float
     with_prompts: bool = False
+    num_planned: int | None = None
 
 
 class DraftPolicy(Protocol):
