@@ -166,7 +166,7 @@ def test_engines_end_when_the_command_is_ended(tmp_path: Path) -> None:
     # By its folder for temporary files, which its engines are started with.
     running = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "TMPDIR": str(tmp_path)})
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 150
         while len(processes_in(tmp_path)) < 3:
             assert running.poll() is None and time.monotonic() < deadline
             time.sleep(0.2)

@@ -142,7 +142,7 @@ def test_server_that_fails_is_one_sentence_with_its_last_lines_and_keeps_what_wa
 @pytest.mark.slow
 def test_server_that_runs_already_is_measured_alone(tmp_path: Path, capsys: Capture) -> None:
     file = tmp_path / "points.jsonl"
-    with serving(tmp_path) as server:
+    with serving() as server:
         loads = ["--concurrency", "", "--request-rate", "8", "--prompts", "4", "--max-new-tokens", "8", "--repeat", "1"]
         bench("--base-url", server.endpoint.url, *loads, "--json", file)
     (point,) = (read_row(LoadPoint, row) for row in rows_of(file))

@@ -28,7 +28,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
     arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
-    with serving(tmp_path_factory.mktemp("serve"), *arguments) as running:
+    with serving(*arguments) as running:
         yield running
 
 
