@@ -53,7 +53,7 @@ def generate(llm: Any, prompts: list[str], max_tokens: int) -> list[str]:
 
 
 def print_acceptance(llm: Any) -> None:
-    """What vLLM counted, the TwoTower drafter's own numbers among it."""
+    """Prints what vLLM counted, the TwoTower drafter's own numbers among it."""
     counted = {metric.name: metric.value for metric in llm.get_metrics() if hasattr(metric, "value")}
     drafts = counted["vllm:spec_decode_num_drafts"]
     accepted = counted["vllm:spec_decode_num_accepted_tokens"]

@@ -35,7 +35,7 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not i
 
 @dataclass(frozen=True)
 class Run:
-    """What a command printed, and its file."""
+    """Text that a command printed, and its file."""
 
     text: str
     file: Path

@@ -1,4 +1,4 @@
-"""What a fork that cannot begin says; engines that fork, fail and are ended are in the tests of the commands."""
+"""Error of a fork that cannot begin; engines that fork, fail and are ended are in the tests of the commands."""
 
 from pathlib import Path
 

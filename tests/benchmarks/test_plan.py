@@ -250,7 +250,7 @@ def test_measured_profiles_are_predicted_as_before(
 
 
 def predictions_beside_measured(name: str) -> list[tuple[Prediction, float]]:
-    """Of fixed settings, with the speed-ups that the same run measured."""
+    """Predictions for fixed settings, with the speed-ups that the same run measured."""
     given, speeds = ServingProfile.load(DATA / name), {}
     for cell in json.loads((DATA / name).read_text())["measured_cells"]:
         speed = cell["tokens_per_s"]

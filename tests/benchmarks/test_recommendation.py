@@ -1,4 +1,4 @@
-"""What a sweep speaks for: the goal, the floor, the noise, and the flags."""
+"""Recommendations of a sweep: the goal, the floor, the noise, and the flags."""
 
 import json
 import shlex

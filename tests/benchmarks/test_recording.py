@@ -1,4 +1,4 @@
-"""What is read at a scheduler, from steps made by hand."""
+"""Records of a scheduler's steps, which are made by hand."""
 
 from types import SimpleNamespace
 from typing import Any

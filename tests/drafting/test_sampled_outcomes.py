@@ -1,4 +1,4 @@
-"""What the rules draw follows what they say, and whole texts follow the target. N and bounds fixed beforehand."""
+"""Draws of the rules follow their stated probabilities, and whole texts the target. N and bounds fixed beforehand."""
 
 from __future__ import annotations
 

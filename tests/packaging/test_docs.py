@@ -1,4 +1,4 @@
-"""What the documentation names is there: links, files, modules, names in snippets, commands and their options."""
+"""Checks that what the documentation names is there: links, files, modules, names in snippets, commands, options."""
 
 from __future__ import annotations
 

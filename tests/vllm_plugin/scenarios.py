@@ -432,7 +432,7 @@ def equal_ranks(engine: Engine) -> Any:
 
 
 def without_hooks(engine: Engine) -> Any:
-    """What the proposer does where it was not told whose runner it is, and so whose rows are whose: no drafts."""
+    """Generates where the proposer was not told whose runner it is, and so whose rows are whose: it drafts nothing."""
     proposer = engine.runner.drafter
     with patch.object(type(proposer), "begin_step", lambda self, runner, scheduler_output: None):
         accepted = proposer.stats.get("accepted_tokens")

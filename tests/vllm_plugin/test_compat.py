@@ -1,4 +1,4 @@
-"""What the plugin touches of vLLM is looked for, in a module and in its source alike; versions differ as known."""
+"""Hooks of the plugin in vLLM are looked for in a module and in its source alike; versions differ as known."""
 
 import ast
 import os

@@ -12,7 +12,7 @@ from vllm_twotower.faults import LONGEST_PAUSE, FaultHandler
 
 @pytest.fixture
 def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What is logged, whatever vLLM does to loggers."""
+    """Lines that are logged, whatever vLLM does to loggers."""
     lines: list[str] = []
 
     def error(text: str, *values: object, **_: Any) -> None:

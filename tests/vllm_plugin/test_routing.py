@@ -56,7 +56,7 @@ def write_outcomes(given: str, output: str) -> None:
 
 
 def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
-    """What vLLM makes of each set of arguments, after the verifier was added."""
+    """Outcome of each set of arguments in vLLM, after the verifier was added."""
     verifier = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
     filled = [
         {"cli": ["--model", str(trio_path("verifier")), "--dtype", "float32", "--enforce-eager", *one["cli"]]}

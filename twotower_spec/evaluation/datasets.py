@@ -53,7 +53,7 @@ HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+)(?::(?P<
 
 @dataclass(frozen=True)
 class Prompt:
-    """What a benchmark gives a model.
+    """Prompt of a benchmark.
 
     Attributes:
         prompt_id: unique in its dataset and the same wherever the dataset was read from, as `mt-bench/81`.

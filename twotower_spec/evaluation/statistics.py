@@ -176,7 +176,7 @@ class Comparison:
 
     @property
     def interval_name(self) -> str:
-        """What the ends of the speed-up are."""
+        """Name of the interval around the speed-up."""
         return "95 % interval" if self.num_rounds >= FEWEST_FOR_INTERVAL else "lowest to highest"
 
     def to_json(self) -> dict[str, Any]:

@@ -41,7 +41,7 @@ class WheelError(Exception):
 
 @dataclass(frozen=True)
 class Finding:
-    """What the sources say about one hook.
+    """Finding about one hook in the sources.
 
     Attributes:
         hook: that was looked for.
@@ -82,7 +82,7 @@ def check_wheel(wheel: Path) -> list[Finding]:
 
 
 def check(hook: Hook, tree: ast.Module) -> Finding:
-    """What the source of the hook's module says about it."""
+    """Looks for the hook in the source of its module."""
     owner_name, _, name = hook.name.rpartition(".")
     owner = _definition(tree, owner_name) if owner_name else tree
     if not isinstance(owner, ast.Module | ast.ClassDef):

@@ -166,7 +166,7 @@ class DrafterKnobs:
 
 @dataclass(frozen=True)
 class FoundAtStart:
-    """What verifier and checkpoint say, looked up once, by the process that starts vLLM.
+    """Values from verifier and checkpoint, looked up once, by the process that starts vLLM.
 
     It travels beside the knobs, in `"twotower_found": {...}`.
 

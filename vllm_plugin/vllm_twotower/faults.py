@@ -1,4 +1,4 @@
-"""What becomes of a fault of the drafter: it costs drafts, never a request and never the engine."""
+"""Handling of the drafter's faults: a fault costs drafts, never a request and never the engine."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ Stage = Literal["routing", "v1", "measuring"]
 
 
 class Kind(StrEnum):
-    """What a hook is, and so how its presence is checked."""
+    """Kind of a hook, which decides how its presence is checked."""
 
     FUNCTION = "function"  # a function or method, with the parameters that we pass or that vLLM passes to ours
     FIELD = "field"  # annotated or defined in the class body, or assigned on self in one of its methods
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True)
 class Need:
-    """What some hooks are for.
+    """Need that some hooks serve.
 
     Attributes:
         purpose: what is lost without them, as a phrase that can follow "needed for".

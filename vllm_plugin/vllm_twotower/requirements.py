@@ -1,4 +1,4 @@
-"""What a verifier and a TwoTower checkpoint must have in common; refused at start, in one sentence."""
+"""Requirements on a verifier and a TwoTower checkpoint; a pair that fails them is refused at start, in one sentence."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from twotower_kernels.block_attention.types import PagedBatch
 
 
 def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """What `attention` computes. Same arguments and result."""
+    """Computes what `attention` does. Same arguments and result."""
     per_group = query.shape[2] // key.shape[2]
     key = key.repeat_interleave(per_group, dim=2)
     value = value.repeat_interleave(per_group, dim=2)
@@ -23,7 +23,7 @@ def attention_reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor 
 def paged_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
-    """What `paged_attention` computes. Same arguments and result."""
+    """Computes what `paged_attention` does. Same arguments and result."""
     bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
     assert max(stop - start for start, stop in pairwise(bounds)) <= batch.max_query_len
     out = torch.empty_like(query)

@@ -34,7 +34,7 @@ CANDIDATES: dict[str, list[Settings]] = {
 
 
 def variants() -> list[Variant]:
-    """What dispatch launches at the shapes of the release (32 heads, 2 of keys and values) and of the bundled trio."""
+    """Variants launched at the shapes of the release (32 heads, 2 of keys and values) and of the bundled trio."""
     return [
         _attend("bf16", queries=16, split=True),
         _attend("bf16", queries=16, split=False),

@@ -15,7 +15,7 @@ def block_scan_reference(
     weights: ScanWeights,
     query_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What `block_scan` computes, as written in the paper. Same arguments and results."""
+    """Computes what `block_scan` does, as written in the paper. Same arguments and results."""
     num_reqs, num_tokens, _ = u.shape
     heads, head_dim, state_size = ssm_state.shape[1:]
     groups, taps = weights.num_groups, weights.conv_weight.shape[1]

@@ -20,7 +20,7 @@ CANDIDATES: dict[str, list[Settings]] = {
 
 
 def variants() -> list[Variant]:
-    """What drafting with and extending of the real model launch: 64 heads of 64, state 128, 8 groups, 4 taps."""
+    """Variants launched to draft with the real model and to extend it: 64 heads of 64, state 128, 8 groups, 4 taps."""
     return [
         _variant("draft of 16, bf16", "*bf16", 16, ragged=False, output=True, state=False),
         _variant("draft of 16, fp32", "*fp32", 16, ragged=False, output=True, state=False),

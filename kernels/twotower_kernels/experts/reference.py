@@ -7,13 +7,13 @@ from twotower_kernels.experts.types import ExpertChoice
 
 
 def route_tokens_reference(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
-    """What `route_tokens` computes. Same arguments and results."""
+    """Computes what `route_tokens` does. Same arguments and results."""
     scores = 1 / (1 + torch.exp(-(x.double() @ router.double().T)))
     return route_reference(scores, bias.double(), choice)
 
 
 def route_reference(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
-    """What `route` computes, token by token. Same arguments and results.
+    """Computes what `route` does, token by token. Same arguments and results.
 
     Of equal corrected scores the lower id goes first: a stable sort keeps their order.
     """
@@ -37,7 +37,7 @@ def route_reference(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple
 def grouped_experts_reference(
     x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None = None
 ) -> Tensor:
-    """What `grouped_experts` computes, token by token. Same arguments and result."""
+    """Computes what `grouped_experts` does, token by token. Same arguments and result."""
     output = expert_weights.new_zeros(x.shape)
     for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), expert_weights, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):

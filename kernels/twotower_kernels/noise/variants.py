@@ -12,7 +12,7 @@ CANDIDATES: dict[str, list[Settings]] = {
 
 
 def variants() -> list[Variant]:
-    """What a launch over float32 and bfloat16 scores compiles."""
+    """Variants that launches over float32 and bfloat16 scores compile."""
     chosen = settings("noise", "gumbel_argmax")
     return [
         Variant(

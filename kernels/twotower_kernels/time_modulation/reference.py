@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What `rms_norm` computes. Same arguments and result."""
+    """Computes what `rms_norm` does. Same arguments and result."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
     return (wide / torch.sqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
 
@@ -16,7 +16,7 @@ def modulate_reference(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> Tens
 
 
 def gated_group_norm_reference(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
-    """What `gated_group_norm` computes, group by group. Same arguments and result."""
+    """Computes what `gated_group_norm` does, group by group. Same arguments and result."""
     wide = torch.float64 if gate.dtype == torch.float64 else torch.float32
     y, z = scanned.to(gate.dtype).to(wide), gate.to(wide)
     gated = y * z * torch.sigmoid(z)

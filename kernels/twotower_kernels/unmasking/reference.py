@@ -21,7 +21,7 @@ def unmask_reference(
     num_token_ids: int | None = None,
     noise: PickNoise | None = None,
 ) -> Unmasked:
-    """What `unmask` computes. Same arguments and results."""
+    """Computes what `unmask` does. Same arguments and results."""
     block_size = masked.shape[1]
     at = range(masked.numel()) if positions is None else positions.tolist()
     picked, seen = token_ids.clone(), confidence.clone()
@@ -45,7 +45,7 @@ def unmask_reference(
 def pick_tokens_reference(
     logits: Tensor, mask_token_id: int, num_token_ids: int | None = None, noise: PickNoise | None = None
 ) -> tuple[Tensor, Tensor]:
-    """What `pick_tokens` computes. Same arguments and results."""
+    """Computes what `pick_tokens` does. Same arguments and results."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
     logits[:, mask_token_id] = -torch.inf
     logits[:, num_token_ids or logits.shape[1] :] = -torch.inf
@@ -61,7 +61,7 @@ def pick_tokens_reference(
 def choose_commits_reference(
     confidence: Tensor, masked: Tensor, confidence_threshold: float | Tensor, remaining_steps: int | Tensor
 ) -> Tensor:
-    """What `choose_commits` computes. Same arguments and result."""
+    """Computes what `choose_commits` does. Same arguments and result."""
     num_reqs = len(masked)
     thresholds = torch.as_tensor(confidence_threshold).expand(num_reqs).tolist()
     steps = torch.as_tensor(remaining_steps).expand(num_reqs).tolist()

@@ -1,4 +1,4 @@
-"""What sections say about measurements whose answer is known."""
+"""Sections of a report on measurements whose answer is known."""
 
 from dataclasses import replace
 from pathlib import Path

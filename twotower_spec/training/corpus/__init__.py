@@ -1,4 +1,4 @@
-"""What the bundled trio is trained on."""
+"""Corpus that the bundled trio is trained on."""
 
 from twotower_spec.training.corpus.generated import HeldOut, training_documents
 from twotower_spec.training.corpus.real_text import gsm8k_train, standard_library, user_texts

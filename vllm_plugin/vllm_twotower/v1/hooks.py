@@ -1,4 +1,4 @@
-"""What the proposer needs of vLLM's model runner, installed in the worker processes that draft, and only there."""
+"""Hooks in vLLM's model runner that the proposer needs, installed only in the worker processes that draft."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
 
 @dataclass(frozen=True)
 class _RequestBatch:
-    """What is the same in every step until the requests of the batch change.
+    """Values that stay the same in every step until the requests of the batch change.
 
     Attributes:
         sampling_metadata: vLLM's, made anew when they change.
