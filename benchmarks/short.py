@@ -84,7 +84,7 @@ def main() -> None:
 
 
 def _ops() -> str:
-    """What pytest-benchmark measured, as a table; ratios are of rounds that alternated."""
+    """Table of what pytest-benchmark measured; ratios are of rounds that alternated."""
     result = json.loads(OPS.read_text(encoding="utf-8"))
     info, rows = result["machine_info"], []
     for one in result["benchmarks"]:

@@ -111,7 +111,7 @@ class ChildProcess:
 
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
-    """What is open is closed, too, when the command is ended or its terminal goes; under `nohup` it then goes on."""
+    """Closes what is open when the command is ended or its terminal goes; under `nohup` the latter is ignored."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         sys.exit(128 + number)

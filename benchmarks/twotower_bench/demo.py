@@ -65,7 +65,7 @@ class DemoRow:
 
 
 def demo_systems() -> tuple[System, ...]:
-    """What the demo compares, no speculation first and TwoTower last.
+    """Systems that the demo compares, no speculation first and TwoTower last.
 
     Raises:
         CheckpointError: the package was installed without the trio's weights.

@@ -1,4 +1,4 @@
-"""What became of drafts: by category of prompts, by position in the block, by confidence, and beside plain steps."""
+"""Acceptance of drafts: by category of prompts, by position in the block, by confidence, and beside plain steps."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ FEWEST_STEPS = 5
 
 @dataclass(frozen=True)
 class CategorySummary:
-    """What became of a system's drafts on one category of prompts.
+    """Acceptance of a system's drafts on one category of prompts.
 
     Attributes:
         category: of the prompts; `ALL_CATEGORIES` for all together.

@@ -1,4 +1,4 @@
-"""What vLLM needs of the environment."""
+"""Environment variables that vLLM needs."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def knobs_of(setting: DraftSetting) -> dict[str, Any]:
 
 
 def speculative_config(setting: DraftSetting, model: str | Path) -> dict[str, Any]:
-    """What vLLM is given to draft so.
+    """Builds the `speculative_config` that makes vLLM draft so.
 
     Args:
         setting: how.

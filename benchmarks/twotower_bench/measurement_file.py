@@ -132,7 +132,7 @@ class SystemsFile(MeasurementFile[Served]):
 
 
 def key_of(item: ServingCell | LoadPoint) -> Hashable:
-    """What a measurement is of."""
+    """Key of a measurement: its system, place and repeat."""
     return item.system.name, item.place, item.repeat
 
 

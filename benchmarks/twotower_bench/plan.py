@@ -1,4 +1,4 @@
-"""What drafting with TwoTower gains under a load, from step times and acceptance lengths, and whether it pays.
+"""Speed-up of drafting with TwoTower under a load, from step times and acceptance lengths, and whether it pays.
 
 `ServingProfile` holds what was measured or assumed, `speed_up` is the formula, `CostModel` carries the doubt of its
 terms to the result, and `advise` says what the result means.
@@ -406,7 +406,7 @@ def _value(number: Number) -> float:
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do under one load, and why.
+    """Advice for one load: whether drafting pays, and why.
 
     Attributes:
         outcome: whether drafting pays; "no difference" where the interval includes 1 or the speed-up is within `BAND`.

@@ -28,7 +28,7 @@ GoalName = Literal["throughput", "latency"]
 
 @dataclass(frozen=True)
 class Goal:
-    """What the user wants.
+    """Goal of the user: fast for all together or fast for one.
 
     Attributes:
         name: "throughput" for most tokens/s of all users together, "latency" for the fastest text of one user.
@@ -85,7 +85,7 @@ class Point:
     user_tokens_per_s: Estimate
 
     def value(self, goal: Goal) -> Estimate:
-        """What the goal is about."""
+        """Speed that the goal is about."""
         return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
 
     def reaches(self, floor: float | None) -> bool:
@@ -101,7 +101,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """What to use.
+    """Point that a sweep recommends, and why.
 
     Attributes:
         goal: that was asked for.
@@ -203,7 +203,7 @@ def recommend(
 def best_by_concurrency(
     cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES
 ) -> list[Recommendation]:
-    """What gives most tokens/s at each concurrency, smallest first."""
+    """Recommends what gives most tokens/s at each concurrency, smallest first."""
     points = sweep_points(cells, temperature, category)
     concurrencies = sorted({point.load.concurrency for point in points if point.system.name == BASELINE})
     return [recommend(cells, Goal(concurrency=number), temperature, category) for number in concurrencies]

@@ -130,7 +130,7 @@ class System:
 
 @dataclass(frozen=True, order=True)
 class Load:
-    """What is asked of an engine.
+    """Load of an engine: which prompts, how many at once, how sampled.
 
     Attributes:
         category: of the prompts; `ALL_CATEGORIES` for all together.
@@ -204,7 +204,7 @@ class DecodingSteps:
 
 @dataclass(frozen=True)
 class Drafting:
-    """What TwoTower's drafter counted.
+    """Counts of TwoTower's drafter.
 
     Attributes:
         rounds: of drafting.
@@ -249,7 +249,7 @@ class ServingCell:
 
     @property
     def place(self) -> Load:
-        """What systems are compared under."""
+        """Load that systems are compared under."""
         return self.load
 
     @property
@@ -264,7 +264,7 @@ class ServingCell:
 
     @property
     def speed(self) -> float:
-        """What systems are compared by, more is better."""
+        """Speed that systems are compared by, more is better."""
         return self.tokens_per_s
 
     @property
@@ -316,7 +316,7 @@ class Traffic:
 
 @dataclass(frozen=True)
 class LatencyBound:
-    """What a request must keep to be good, in milliseconds; None where anything will do.
+    """Bounds in milliseconds that a good request keeps; None where anything will do.
 
     Attributes:
         ttft: time to the first token.
@@ -352,7 +352,7 @@ class LatencyBound:
 
     @property
     def pairs(self) -> tuple[str, ...]:
-        """What is bound, as `ttft:500`."""
+        """Bounds that are set, as `ttft:500`."""
         return tuple(f"{name}:{limit:g}" for name, limit in asdict(self).items() if limit is not None)
 
     def __str__(self) -> str:
@@ -408,7 +408,7 @@ class LoadPoint:
 
     @property
     def place(self) -> Traffic:
-        """What systems are compared under."""
+        """Traffic that systems are compared under."""
         return self.traffic
 
     @property
@@ -448,5 +448,5 @@ class LoadPoint:
 
     @property
     def speed(self) -> float:
-        """What systems are compared by, more is better: tokens/s in a closed loop, else 1 / median time to the end."""
+        """Speed that systems are compared by: tokens/s in a closed loop, else 1 / median time to the end."""
         return self.tokens_per_s if self.traffic.is_closed else 1 / self.e2el.median

@@ -1,4 +1,4 @@
-"""What is measured when: systems in turn, in another order under every load and in every repeat, so that what changes
+"""Order of measurements: systems in turn, in another order under every load and in every repeat, so that what changes
 slowly on the machine hits all alike."""
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Candidate:
 
 
 def engine_of(candidate: Candidate) -> str:
-    """What candidates share where one is held at a time."""
+    """Name of the engine that candidates share where one is held at a time."""
     return candidate.engine
 
 
@@ -54,7 +54,7 @@ class Slot(Generic[Subject, Place]):
 
 
 def key_of_slot(slot: Slot[Candidate, Place]) -> Hashable:
-    """What a measurement of a system is found by, see `SystemsFile`."""
+    """Key that a measurement of a system is found by, see `SystemsFile`."""
     return slot.subject.system.name, slot.place, slot.repeat
 
 

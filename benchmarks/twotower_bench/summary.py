@@ -1,4 +1,4 @@
-"""What measurements come to over their repeats: made once, shown in terminals, in JSON and in the report.
+"""Summaries of measurements over their repeats: made once, shown in terminals, in JSON and in the report.
 
 pandas groups and scipy makes intervals (extra `bench`); both are imported where they are needed.
 """
@@ -78,7 +78,7 @@ class Summary:
 
 @dataclass(frozen=True)
 class Acceptance:
-    """What became of drafts, over requests.
+    """Acceptance of drafts, over requests.
 
     Attributes:
         acceptance_length: accepted + 1 per step that verified drafts, intervals over prompts; None without drafts.
@@ -120,7 +120,7 @@ class Latency:
 
     @property
     def user_tokens_per_s(self) -> float:
-        """What one user sees; 0 where texts have one token."""
+        """Tokens/s that one user sees after the first token; 0 where texts have one token."""
         return 1 / self.token if self.token else 0.0
 
 

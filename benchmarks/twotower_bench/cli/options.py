@@ -69,7 +69,7 @@ LONGEST_SILENCE_S = 3600.0
 
 @dataclass(frozen=True)
 class Models:
-    """What is measured with what.
+    """Models to measure with, and the arguments that they get.
 
     Attributes:
         verifier, drafter: directories or hub ids.
@@ -84,7 +84,7 @@ class Models:
 
     @property
     def identity(self) -> list[Any]:
-        """What must be the same for measurements to be compared, as JSON."""
+        """Models and arguments that measurements must share to be compared, as JSON."""
         # More requests at once go on with a file.
         return [
             same_model(self.verifier),

@@ -36,7 +36,7 @@ def speed_table(summaries: Sequence[CellSummary]) -> Table:
 
 
 def acceptance_table(summaries: Sequence[CellSummary]) -> Table:
-    """What became of drafts and where a round's time goes; systems without drafts left out."""
+    """Table of how many drafts were accepted and where a round's time goes; systems without drafts are left out."""
 
     def phase(name: str) -> Column:
         return name, lambda one: f"{1e3 * getattr(one.round_times, name):.1f}" if one.round_times else "-"

@@ -1,4 +1,4 @@
-"""What is said to an engine in a process of its own, and what it answers."""
+"""Messages to an engine in a process of its own, and its answers."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ServeOrder:
 
 @dataclass(frozen=True)
 class Served:
-    """What came of it; see `ServingCell`."""
+    """Outcome of a `ServeOrder`; for its fields see `ServingCell`."""
 
     seconds: float
     requests: tuple[ServedRequest, ...]

@@ -53,7 +53,7 @@ class EngineProcess:
         self._send(dict(arguments))
 
     def wait_until_ready(self) -> Ready:
-        """What it says when the models are loaded.
+        """Waits until the models are loaded, and returns what the engine then says of itself.
 
         Raises:
             ChildError: they cannot be.

@@ -67,7 +67,7 @@ class StepRecorder:
         return tuple(found)
 
     def drafting(self) -> Drafting | None:
-        """What TwoTower counted since `begin`; None where there is no such drafter."""
+        """Counts of TwoTower's drafter since `begin`; None where there is no such drafter."""
         grown = by_place(self._totals() - self._begun)
         if not any(grown.values()):
             return None
@@ -111,7 +111,7 @@ class StepRecorder:
 
 
 def _own_id(request_id: str) -> str:
-    """What we called a request: vLLM adds a part of its own, where its ids must not collide."""
+    """Id that we gave a request: vLLM adds a part of its own where its ids must not collide."""
     return request_id.partition("-")[0]
 
 

@@ -53,7 +53,7 @@ class Engine:
 
     @property
     def ready(self) -> Ready:
-        """What is to be known of it."""
+        """Version of vLLM, and most tokens of a prompt and its text together."""
         import vllm
 
         return Ready(vllm.__version__, int(self.llm.llm_engine.vllm_config.model_config.max_model_len))

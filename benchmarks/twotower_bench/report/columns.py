@@ -113,7 +113,7 @@ def milliseconds(*seconds: float) -> str:
 
 
 def interval_names(figures: Iterable[Any]) -> str:
-    """What the ends of their speed-ups are, in brackets after a space, as ` (95 % interval)`; "" without any."""
+    """Names of their speed-ups' intervals, in brackets after a space, as ` (95 % interval)`; "" without any."""
     found = [one.comparison for one in figures if getattr(one, "comparison", None)]
     names = dict.fromkeys(one.interval_name for one in found)
     return f" ({' or '.join(names)})" if names else ""

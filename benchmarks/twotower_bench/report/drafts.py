@@ -1,4 +1,4 @@
-"""What became of drafts: acceptance by category and position, the time of a round, and how true confidences are."""
+"""Section on drafts: acceptance by category and position, the time of a round, and how true confidences are."""
 
 from __future__ import annotations
 

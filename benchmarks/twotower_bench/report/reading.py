@@ -54,7 +54,7 @@ class Where:
 
 @dataclass
 class Measurements:
-    """What one run in one file has measured; most lists are empty.
+    """Measurements of one run in one file; most lists are empty.
 
     Attributes:
         source: name of the file.
@@ -73,7 +73,7 @@ class Measurements:
 
 
 def read_measurements(files: Sequence[Path]) -> list[Measurements]:
-    """What files hold, run by run; a file that is named twice is read once.
+    """Reads files, run by run; a file that is named twice is read once.
 
     Args:
         files: JSON lines of the benchmarks.

@@ -131,7 +131,7 @@ def _settings_table(summaries: Sequence[CellSummary], points: Points, front: Poi
 
 
 def _gamma_tables(summaries: Sequence[CellSummary]) -> list[Table]:
-    """What gamma does to speed, and to drafts under the first load."""
+    """Tables of speed over gamma, and of drafts over gamma under the first load."""
     by_setting = [
         (
             place_of(one).title,

@@ -21,7 +21,7 @@ ERROR_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Workload:
-    """What is asked of every server.
+    """Requests that every server gets.
 
     Attributes:
         prompts: texts, in order.

@@ -23,7 +23,7 @@ WARM_UP_CONCURRENCY = 8
 
 @dataclass(frozen=True)
 class ServePlan:
-    """What is measured, and how.
+    """Plan of a measurement: servers, traffic and workload.
 
     Attributes:
         verifier: directory or hub id.

@@ -79,7 +79,7 @@ class Endpoint:
 
 
 class Server(Protocol):
-    """What is asked."""
+    """Server that the load generator asks."""
 
     @property
     def endpoint(self) -> Endpoint:
