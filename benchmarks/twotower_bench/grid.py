@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from twotower_bench.records import DraftSetting, System
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.config import check_integer, check_schedule
 from twotower_spec.errors import ArgumentError
 
 POLICIES: tuple[str, ...] = get_args(get_type_hints(DraftSetting)["policy"])
@@ -51,7 +51,7 @@ def draft_settings(
     _check_choices("policy", policies, POLICIES)
     _check_choices("first_token", [first_token], FIRST_TOKENS)
     for gamma, block_size, num_steps in product(gammas, block_sizes, steps):
-        DiffusionConfig(block_size, num_steps, gamma)
+        check_schedule(block_size, num_steps, gamma)
     found = (
         _setting(num_speculative_tokens, gamma, block_size, num_steps, policy, first_token)
         for policy, block_size, num_steps, gamma in product(policies, block_sizes, steps, gammas)

@@ -8,7 +8,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from twotower_kernels.acceptance import AcceptanceRule
-from twotower_spec.config import TORCH_DTYPES, DiffusionConfig, check_integer
+from twotower_spec.config import TORCH_DTYPES, check_integer, check_schedule
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS
@@ -86,7 +86,7 @@ class DrafterKnobs:
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
         block_size = self.block_size or DEFAULT_BLOCK_SIZE
-        DiffusionConfig(block_size, self.steps_per_block or 1, self.confidence_threshold)
+        check_schedule(block_size, self.steps_per_block or 1, self.confidence_threshold)
         for name in ("model", "revision", "context_device", "denoiser_device"):
             value = getattr(self, name)
             if not isinstance(value, str) and not (value is None and name != "model"):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.unmasking import choose_commits
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.config import check_integer, check_schedule
 from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import DenoisingStep
@@ -179,7 +179,7 @@ class AdaptivePolicy:
         if not block_sizes:
             raise ArgumentError("block_sizes is empty; give at least one, [8] for instance")
         for size in block_sizes:
-            DiffusionConfig(size, most_steps, confidence_threshold)
+            check_schedule(size, most_steps, confidence_threshold)
         check_integer("most_steps", most_steps, minimum=1)
         self.block_sizes, self.most_steps, self.threshold = tuple(block_sizes), most_steps, confidence_threshold
         self.num_speculative_tokens = max(block_sizes)

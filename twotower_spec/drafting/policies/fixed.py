@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from twotower_spec.config import DiffusionConfig, check_integer
+from twotower_spec.config import check_integer, check_schedule
 from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import CommitRule, Schedule
@@ -62,8 +62,8 @@ class FixedPolicy(SteadyPolicy):
         confidence_threshold: float = 0.8,
         num_tokens: int | None = None,
     ) -> None:
-        config = DiffusionConfig(block_size, num_steps, confidence_threshold)
-        super().__init__(block_size, num_steps, num_tokens, FixedSteps(num_steps, config.confidence_threshold))
+        check_schedule(block_size, num_steps, confidence_threshold)
+        super().__init__(block_size, num_steps, num_tokens, FixedSteps(num_steps, confidence_threshold))
 
 
 @dataclass(frozen=True)

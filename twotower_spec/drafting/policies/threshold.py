@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from twotower_spec.config import DiffusionConfig
+from twotower_spec.config import check_schedule
 from twotower_spec.drafting.policies.fixed import SteadyPolicy
 from twotower_spec.generation.denoising import PublishedSchedule
 
@@ -30,7 +30,6 @@ class ThresholdPolicy(SteadyPolicy):
         confidence_threshold: float = 0.8,
         num_tokens: int | None = None,
     ) -> None:
-        config = DiffusionConfig(block_size, steps_per_block, confidence_threshold)
-        super().__init__(
-            block_size, steps_per_block, num_tokens, PublishedSchedule(config.confidence_threshold, steps_per_block)
-        )
+        check_schedule(block_size, steps_per_block, confidence_threshold)
+        schedule = PublishedSchedule(confidence_threshold, steps_per_block)
+        super().__init__(block_size, steps_per_block, num_tokens, schedule)
