@@ -173,6 +173,28 @@ def chunked_prefill(engine: Engine) -> Any:
     return engine.generate([*cut, *engine.prompts(3)], max_tokens=20)
 
 
+def seed_and_a_prompt_in_pieces(engine: Engine) -> Any:
+    """Without drafts: vLLM's error, and what our repair gives, from pieces and then from the prefix cache at once."""
+    from vllm_twotower.v1 import cpu_repairs
+
+    ids = engine.llm.get_tokenizer().encode("\n\n".join(engine.prompts(10)))[:129]
+    prompts = [{"prompt_token_ids": ids}, {"prompt_token_ids": ids[:20]}]
+
+    def sampled() -> Any:
+        return engine.generate(prompts, temperature=0.9, seed=1, top_k=30)
+
+    try:
+        stock = sampled()
+    except RuntimeError as error:
+        stock = str(error)
+        engine.core.abort_request(list(engine.core.output_processor.request_states), internal=True)
+    cpu_repairs.install()
+    found = [sampled()]
+    hits = engine.metric("vllm:prefix_cache_hits")
+    found.append(sampled())
+    return {"stock": stock, "repaired": found, "hits": engine.metric("vllm:prefix_cache_hits") - hits}
+
+
 def near_max_model_len(engine: Engine) -> Any:
     """One request runs into max_model_len while others have room."""
     tokenizer = engine.llm.get_tokenizer()

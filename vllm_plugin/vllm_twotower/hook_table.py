@@ -149,6 +149,9 @@ HOOKS: tuple[Hook, ...] = (
         CPU_SAMPLING,
         "logits cu_num_draft_tokens sampling_metadata",
     ),
+    function(RUNNER, "GPUModelRunner.sample_tokens", CPU_SAMPLING, "grammar_output"),
+    *fields(RUNNER, "GPUModelRunner", "discard_request_mask", CPU_SAMPLING),
+    *fields(INPUT_BATCH, "InputBatch", "generators", CPU_SAMPLING),
     function(SAMPLER, "Sampler.apply_logits_processors", VERIFYING, "logits sampling_metadata predict_bonus_token"),
     *fields(
         DRAFT_METADATA,

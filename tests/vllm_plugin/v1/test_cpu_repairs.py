@@ -6,6 +6,8 @@ from importlib.util import find_spec
 
 import pytest
 
+from tests.vllm_plugin.engine import TIGHT, run_engine
+
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 BEFORE = """
@@ -63,3 +65,12 @@ def test_the_stock_function_is_wrong_and_ours_is_right(code: str) -> None:
     )
     said = [line for line in done.stdout.splitlines() if line.startswith(("stock", "fixed", "replaced"))]
     assert said == ["stock right False", "fixed right True", "replaced True"], done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_a_seed_and_a_prompt_in_pieces_end_stock_vllm_and_give_the_same_text_as_at_once_with_ours() -> None:
+    found = run_engine(["seed_and_a_prompt_in_pieces"], None, **TIGHT)["seed_and_a_prompt_in_pieces"]
+    assert "does not use offset" in found["stock"]
+    in_pieces, at_once = found["repaired"]
+    assert found["hits"] >= 128
+    assert in_pieces == at_once
