@@ -264,14 +264,16 @@ def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def check_integer(name: str, value: object, minimum: int) -> None:
-    """Refuses anything but an integer of at least `minimum`.
+def check_integer(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Refuses anything but an integer of at least `minimum`, and of at most `maximum` where there is one.
 
     Raises:
         ArgumentError: with the name and value.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ArgumentError(f"{name} {value!r} is not allowed; give an integer of at least {minimum}")
+    too_large = maximum is not None and isinstance(value, int) and value > maximum
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum or too_large:
+        allowed = f"of at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+        raise ArgumentError(f"{name} {value!r} is not allowed; give an integer {allowed}")
 
 
 def check_schedule(block_size: int, steps_per_block: int, confidence_threshold: float) -> None:

@@ -30,6 +30,14 @@ def test_the_adaptive_policy_chooses_among_blocks_that_are_of_use(
     assert adaptive_block_sizes(block_size, num_speculative_tokens) == expected
 
 
+def test_knobs_that_are_not_given_are_resolved() -> None:
+    assert DrafterKnobs("T", policy="fixed").resolved(8) == DrafterKnobs(
+        "T", policy="fixed", block_size=8, steps_per_block=1
+    )
+    assert DrafterKnobs("T", block_size=4).resolved(8).steps_per_block == 4
+    assert DrafterKnobs("T", policy="off").policy_for(4, 8) is None
+
+
 @pytest.mark.parametrize("num_speculative_tokens", [1, 5, 16])
 def test_no_policy_drafts_more_than_a_block(num_speculative_tokens: int) -> None:
     for policy in ("adaptive", "fixed", "threshold"):
@@ -79,7 +87,14 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
         ({"model": "T", "denoiser_device": 1}, "denoiser_device 1"),
         ({"model": "T", "prefill_budget": -4}, "prefill_budget -4"),
         ({"model": "T", "pad_drafts": "yes"}, "pad_drafts 'yes'"),
+        ({"model": "T", "pad_drafts": 1}, "pad_drafts 1"),
         ({"model": "T", "log_interval_s": "often"}, "log_interval_s 'often'"),
+        ({"model": "T", "log_interval_s": -1}, "log_interval_s -1"),
+        ({"model": "T", "log_interval_s": float("nan")}, "log_interval_s nan"),
+        ({"model": "T", "block_size": 0}, "block_size 0"),
+        ({"model": "T", "pool_tokens": 0}, "pool_tokens 0"),
+        ({"model": ""}, "model ''"),
+        ({"model": "T", "context_device": ""}, "context_device ''"),
     ],
 )
 def test_knobs_are_refused_by_name(knobs: dict[str, Any], message: str) -> None:

@@ -55,8 +55,8 @@ def write_outcomes(given: str, output: str) -> None:
     Path(output).write_text(json.dumps([outcome(one) for one in json.loads(given)]))
 
 
-def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, Any]]:
-    """Outcome of each set of arguments in vLLM, after the verifier was added."""
+def outcomes(given: list[dict[str, Any]], log_to: Path | None = None, **environment: str) -> list[dict[str, Any]]:
+    """Outcome of each set of arguments in vLLM, after the verifier was added; with a copy of the log."""
     verifier = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True}
     filled = [
         {"cli": ["--model", str(trio_path("verifier")), "--dtype", "float32", "--enforce-eager", *one["cli"]]}
@@ -68,7 +68,10 @@ def outcomes(given: list[dict[str, Any]], **environment: str) -> list[dict[str, 
         folder = Path(name)
         function, output = "tests.vllm_plugin.test_routing:write_outcomes", folder / "outcomes.json"
         code = run_forked(function, json.dumps(filled), str(output), folder=folder, environment=environment)
-        assert code == 0, (folder / "log").read_text()
+        said = (folder / "log").read_text()
+        assert code == 0, said
+        if log_to is not None:
+            log_to.write_text(said)
         found: list[dict[str, Any]] = json.loads(output.read_text())
     return found
 
@@ -87,14 +90,18 @@ def test_every_spelling_leads_to_the_proposer() -> None:
             "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 15},
             "additional_config": {"twotower": {"model": drafter}},
         },
-        {"speculative_config": {"model": drafter}},
+        {"speculative_config": {"model": drafter, "method": "TwoTower", "num_speculative_tokens": 15}},
+        {"speculative_config": {"model": drafter, "method": "TWO-TOWER", "num_speculative_tokens": 15}},
+        {"speculative_config": {"model": drafter, "method": "draft_model", "num_speculative_tokens": 15}},
+        {"speculative_config": {"model": drafter, "method": "custom_class", "num_speculative_tokens": 15}},
+        {"speculative_config": {"model": drafter, "num_speculative_tokens": None}},
         {"speculative_config": {"model": drafter, "twotower": knobs}},
     ]
     found = outcomes(spellings)
     for one in found:
         assert one.get("method") == "custom_class" and one["model"] == PROPOSER, one
         assert one["knobs"]["model"] == drafter and one["found"]["num_token_ids"] == 2048
-    assert [one["num_speculative_tokens"] for one in found] == [15] * 7 + [16, 8]
+    assert [one["num_speculative_tokens"] for one in found] == [15] * 11 + [16, 8]
     assert found[-1]["knobs"] | knobs == found[-1]["knobs"]
     assert [one["found"]["block_size"] for one in found[-2:]] == [16, 8]
 
@@ -107,11 +114,21 @@ def test_other_speculative_methods_are_left_alone() -> None:
             {"speculative_config": {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}},
             {"speculative_config": {"model": draft, "num_speculative_tokens": 4}},
             {"speculative_config": {"model": "no/such-model", "num_speculative_tokens": 4}},
+            {
+                "speculative_config": {
+                    "method": "ngram",
+                    "model": str(trio_path("twotower")),
+                    "num_speculative_tokens": 4,
+                    "prompt_lookup_max": 3,
+                }
+            },
+            {"speculative_config": {"model": "a.b" * 200, "num_speculative_tokens": 4}},
         ]
     )
     assert [one.get("method") for one in found[:3]] == [None, "ngram", "draft_model"]
     assert found[2]["model"] == draft and found[2]["knobs"] is None
     assert "no/such-model" in found[3]["error"] and "twotower" not in found[3]["error"].lower()
+    assert found[4]["method"] == "ngram" and "a.ba.b" in found[5]["model"]
 
 
 def test_vllm_plugins_switches_it_off_and_the_spelling_without_plugin_still_works() -> None:
@@ -146,6 +163,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
     headless = broken_copy(tmp_path / "headless")
     (Path(headless) / "model.safetensors").unlink()
     wider = broken_copy(tmp_path / "wider", hidden_size=512)
+    eight = broken_copy(tmp_path / "eight", block_size="8")
     stranger = broken_copy(tmp_path / "stranger")
     tokenizer = json.loads((Path(stranger) / "tokenizer.json").read_text())
     vocab = tokenizer["model"]["vocab"]
@@ -163,6 +181,27 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         ({"model": drafter, "twotower": {"dtype": "int4"}}, ("dtype 'int4'", "bfloat16")),
         ({"model": drafter, "twotower": {"pool_requests": 0}}, ("pool_requests 0",)),
         ({"model": drafter, "twotower": 5}, ("twotower 5",)),
+        ({"model": drafter, "num_speculative_tokens": 0}, ("num_speculative_tokens 0", "from 1 to 128")),
+        ({"model": drafter, "num_speculative_tokens": -3}, ("num_speculative_tokens -3",)),
+        ({"model": drafter, "num_speculative_tokens": "7"}, ("num_speculative_tokens '7'",)),
+        ({"model": drafter, "num_speculative_tokens": [7]}, ("num_speculative_tokens [7]",)),
+        ({"model": drafter, "num_speculative_tokens": True}, ("num_speculative_tokens True",)),
+        ({"model": drafter, "num_speculative_tokens": 7.0}, ("num_speculative_tokens 7.0",)),
+        ({"model": drafter, "num_speculative_tokens": 10**9}, ("num_speculative_tokens 1000000000", "to 128")),
+        (
+            {"model": drafter, "num_speculative_tokens": 129, "twotower": {"block_size": 256}},
+            ("num_speculative_tokens 129", "to 128"),
+        ),
+        ({"model": drafter, "twotower": {"block_size": 10**9}}, ("block_size 1000000000", "to 1024")),
+        ({"model": eight}, ("eight", "block_size '8'")),
+        ({"model": drafter, "twotower": {"context_device": "cuda:7"}}, ("context_device", "cuda:7 is not there")),
+        ({"model": drafter, "twotower": {"denoiser_device": "meta"}}, ("denoiser_device", "meta")),
+        ({"model": drafter, "twotower": {"denoiser_device": "xpu"}}, ("denoiser_device", "xpu is not supported")),
+        ({"model": drafter, "twotower": {"context_device": "the gpu"}}, ("context_device", "'the gpu'")),
+        ({"model": drafter, "twotower": {"model": "another"}}, (repr(drafter), "'another'", "give one")),
+        ({"model": drafter, "method": "eagle"}, ("method 'eagle'", "is a TwoTower checkpoint", "'twotower'")),
+        ({"model": drafter, "method": "two towers"}, ("method 'two towers'", "'twotower'")),
+        ({"model": 5, "method": "twotower"}, ("model 5",)),
         ({"model": drafter, "num_speculative_tokens": 17}, ("num_speculative_tokens 17", "block_size 16")),
         ({"model": drafter, "num_speculative_tokens": 9, "twotower": {"block_size": 8}}, ("9", "block_size 8")),
         ({"method": "twotower", "model": str(tmp_path / "nowhere")}, ("nowhere", "config.json")),
@@ -179,10 +218,31 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         assert len(one["error"].strip().splitlines()) == 1, one["error"]
 
 
+def test_settings_of_other_drafters_are_named_in_the_log_and_dropped(tmp_path: Path) -> None:
+    given = {
+        "model": str(trio_path("twotower")),
+        "num_speculative_tokens": 4,
+        "max_model_len": 128,
+        "enforce_eager": True,
+        "quantization": None,
+        "parallel_drafting": False,
+        "use_heterogeneous_vocab": True,
+        "draft_tensor_parallel_size": 1,
+        "rejection_sample_method": "block",
+    }
+    found = outcomes([{"speculative_config": given}], log_to=tmp_path / "log")
+    assert found[0].get("num_speculative_tokens") == 4, found
+    lines = [line for line in (tmp_path / "log").read_text().splitlines() if "mean nothing to this drafter" in line]
+    names = "max_model_len, enforce_eager, use_heterogeneous_vocab, draft_tensor_parallel_size, rejection_sample_method"
+    assert len(lines) == 1 and f"TwoTower: {names} of the speculative settings" in lines[0]
+
+
 def test_verifiers_that_cannot_be_served_are_refused() -> None:
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
     (piped,) = outcomes([{**given, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}])
     assert "pipeline_parallel_size 2" in piped["error"]
+    (scheduled,) = outcomes([{**given, "async_scheduling": True}])
+    assert "--async-scheduling does not work with a TwoTower drafter" in scheduled["error"]
     (forced,) = outcomes([given], VLLM_USE_V2_MODEL_RUNNER="1")
     assert "VLLM_USE_V2_MODEL_RUNNER" in forced["error"]
 

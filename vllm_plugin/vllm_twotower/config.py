@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from twotower_kernels.acceptance import AcceptanceRule
 from twotower_spec.config import TORCH_DTYPES, check_integer, check_schedule
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
-from twotower_spec.drafting.block_drafter import FirstToken
+from twotower_spec.drafting.block_drafter import MOST_OFFSETS, FirstToken
 from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS
 from twotower_spec.errors import ArgumentError
 from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
@@ -22,6 +23,8 @@ FOUND = "twotower_found"
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
 
 DEFAULT_BLOCK_SIZE = 16
+# Drafts per request and step: vLLM's own rejection sampler, which takes over from ours after a fault, asserts it.
+MOST_DRAFT_TOKENS = 128
 SMALLEST_ADAPTIVE_BLOCK = 4
 MOST_DEFAULT_SLOTS = 64
 
@@ -82,19 +85,17 @@ class DrafterKnobs:
         ):
             _check_choice(name, getattr(self, name), allowed)
         check_integer("prefill_budget", self.prefill_budget, minimum=1)
-        for name in ("block_size", "steps_per_block", "pool_requests", "pool_tokens"):
+        for name in ("steps_per_block", "pool_requests", "pool_tokens"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
-        block_size = self.block_size or DEFAULT_BLOCK_SIZE
-        check_schedule(block_size, self.steps_per_block or 1, self.confidence_threshold)
+        if self.block_size is not None:
+            check_integer("block_size", self.block_size, minimum=1, maximum=MOST_OFFSETS)
+        check_schedule(1, 1, self.confidence_threshold)
         for name in ("model", "revision", "context_device", "denoiser_device"):
-            value = getattr(self, name)
-            if not isinstance(value, str) and not (value is None and name != "model"):
-                raise ArgumentError(f"{name} {value!r} is not allowed; give text")
-        if self.pad_drafts not in (None, True, False):
+            _check_text(name, getattr(self, name), may_be_none=name != "model")
+        if self.pad_drafts is not None and not isinstance(self.pad_drafts, bool):
             raise ArgumentError(f"pad_drafts {self.pad_drafts!r} is not allowed; give true or false")
-        if isinstance(self.log_interval_s, bool) or not isinstance(self.log_interval_s, int | float):
-            raise ArgumentError(f"log_interval_s {self.log_interval_s!r} is not allowed; give a number of seconds")
+        _check_seconds("log_interval_s", self.log_interval_s)
 
     @classmethod
     def parse(cls, knobs: Mapping[str, Any]) -> DrafterKnobs:
@@ -120,40 +121,57 @@ class DrafterKnobs:
         """Refuses more drafts than a block has.
 
         Args:
-            num_speculative_tokens: drafts per request and step.
+            num_speculative_tokens: drafts per request and step, as the user gave them.
             default_block_size: where no knob names one.
 
         Raises:
-            ArgumentError: with both numbers.
+            ArgumentError: with both numbers; or it is no number that vLLM can verify.
         """
-        block_size = self.block_size or default_block_size
+        check_integer("num_speculative_tokens", num_speculative_tokens, minimum=1, maximum=MOST_DRAFT_TOKENS)
+        block_size = self.resolved(default_block_size).block_size
+        assert block_size is not None
         if num_speculative_tokens > block_size:
             raise ArgumentError(
                 f"num_speculative_tokens {num_speculative_tokens} is more than block_size {block_size}; give "
                 f"{block_size} or fewer, or a larger block_size in the twotower knobs"
             )
 
-    def policy_for(self, num_speculative_tokens: int, default_block_size: int) -> DraftPolicy:
-        """Makes the policy; not for "off".
+    def resolved(self, default_block_size: int) -> DrafterKnobs:
+        """Fills in block size and steps where none are named."""
+        block_size = default_block_size if self.block_size is None else self.block_size
+        default_steps = 1 if self.policy == "fixed" else block_size
+        steps = default_steps if self.steps_per_block is None else self.steps_per_block
+        return replace(self, block_size=block_size, steps_per_block=steps)
+
+    def policy_for(self, num_speculative_tokens: int, default_block_size: int) -> DraftPolicy | None:
+        """Makes the policy; None for "off".
 
         Args:
             num_speculative_tokens: most drafts per request and step.
             default_block_size: where no knob names one.
         """
-        block_size = self.block_size or default_block_size
-        if self.policy == "adaptive":
-            sizes = adaptive_block_sizes(block_size, num_speculative_tokens)
-            return AdaptivePolicy(sizes, self.steps_per_block or max(sizes), self.confidence_threshold)
+        knobs = self.resolved(default_block_size)
+        block_size, steps, threshold = knobs.block_size, knobs.steps_per_block, knobs.confidence_threshold
+        assert block_size is not None and steps is not None
         tokens = min(num_speculative_tokens, block_size)
-        if self.policy == "fixed":
-            return FixedPolicy(block_size, self.steps_per_block or 1, self.confidence_threshold, tokens)
-        steps = self.steps_per_block or block_size
-        return ThresholdPolicy(block_size, steps, self.confidence_threshold, tokens)
+        match self.policy:
+            case "adaptive":
+                sizes = adaptive_block_sizes(block_size, tokens)
+                return AdaptivePolicy(sizes, min(steps, max(sizes)), threshold)
+            case "fixed":
+                return FixedPolicy(block_size, steps, threshold, tokens)
+            case "threshold":
+                return ThresholdPolicy(block_size, steps, threshold, tokens)
+            case "off":
+                return None
 
     def pool_size(self, vllm_config: Any) -> tuple[int, int]:
         """Requests and tokens that the pool holds."""
-        requests = self.pool_requests or min(int(vllm_config.scheduler_config.max_num_seqs), MOST_DEFAULT_SLOTS)
-        tokens = self.pool_tokens or requests * min(int(vllm_config.model_config.max_model_len), DEFAULT_NUM_TOKENS)
+        requests, tokens = self.pool_requests, self.pool_tokens
+        if requests is None:
+            requests = min(int(vllm_config.scheduler_config.max_num_seqs), MOST_DEFAULT_SLOTS)
+        if tokens is None:
+            tokens = requests * min(int(vllm_config.model_config.max_model_len), DEFAULT_NUM_TOKENS)
         return requests, tokens
 
     def pads_drafts(self, vllm_config: Any) -> bool:
@@ -212,6 +230,16 @@ def adaptive_block_sizes(block_size: int, num_speculative_tokens: int) -> list[i
     if size < block_size:  # no larger block is of use
         sizes[0] = size
     return sorted(sizes)
+
+
+def _check_text(name: str, value: object, may_be_none: bool) -> None:
+    if not (isinstance(value, str) and value) and not (value is None and may_be_none):
+        raise ArgumentError(f"{name} {value!r} is not allowed; give text")
+
+
+def _check_seconds(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise ArgumentError(f"{name} {value!r} is not allowed; give a number of seconds, 0 for none")
 
 
 def _check_choice(name: str, value: object, allowed: tuple[object, ...]) -> None:

@@ -61,8 +61,9 @@ def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -
     # What the kernels say of their choices stands in vLLM's log.
     logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
     register_long_scan("vllm", _vllm_scan)
-    context_device = knobs.context_device or str(device)
-    if knobs.dtype:
+    context_device = str(device) if knobs.context_device is None else knobs.context_device
+    denoiser_device = context_device if knobs.denoiser_device is None else knobs.denoiser_device
+    if knobs.dtype is not None:
         dtype = TORCH_DTYPES[knobs.dtype]
     elif dtype not in (torch.float32, torch.bfloat16):
         dtype = torch.bfloat16
@@ -71,7 +72,7 @@ def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -
         revision=knobs.revision,
         dtype=dtype,
         context_device=context_device,
-        denoiser_device=knobs.denoiser_device or context_device,
+        denoiser_device=denoiser_device,
     )
 
 

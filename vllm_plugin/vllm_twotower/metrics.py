@@ -34,6 +34,7 @@ FALLBACKS = (
     "error",
     "recovering",
     "not loaded",
+    "no runner",
 )
 RESOURCES = ("requests", "tokens")
 # Lower bounds, as labels.

@@ -10,10 +10,12 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import find_tokenizer
-from twotower_spec.config import TwoTowerConfig
+from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.drafting import shared_token_ids
+from twotower_spec.drafting.block_drafter import MOST_OFFSETS
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
+from twotower_spec.towers.model import usable_device
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
 
 logger = logging.getLogger("vllm.twotower")
@@ -30,7 +32,7 @@ def configuration_of(vllm_config: Any) -> tuple[DrafterKnobs, FoundAtStart]:
     """
     given = vllm_config.additional_config
     knobs = DrafterKnobs.parse(knobs_in(given))
-    num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+    num_speculative_tokens = vllm_config.speculative_config.num_speculative_tokens
     return knobs, check_requirements(
         knobs, given.get(FOUND), num_speculative_tokens, vllm_config.model_config, vllm_config.parallel_config
     )
@@ -48,18 +50,25 @@ def check_requirements(
     Args:
         knobs: of the drafter.
         found: what another process found before; None looks into the checkpoint.
-        num_speculative_tokens: drafts per request and step; None for a whole block.
+        num_speculative_tokens: drafts per request and step, as the user gave them; None for a whole block.
         model_config, parallel_config: vLLM's, of the verifier.
 
     Raises:
         TwoTowerError: with the value, what is allowed, and the remedy.
     """
-    block_size = knobs.block_size or (found["block_size"] if found else _block_size_of_checkpoint(knobs))
-    knobs.check_num_speculative_tokens(num_speculative_tokens or block_size, block_size)
+    known = None if found is None else FoundAtStart(**found)
+    block_size = knobs.block_size
+    if block_size is None:
+        block_size = _block_size_of_checkpoint(knobs) if known is None else known.block_size
+    if num_speculative_tokens is not None:
+        knobs.check_num_speculative_tokens(num_speculative_tokens, block_size)
     _check_runner()
     _check_verifier(model_config, parallel_config)
-    if found:
-        return FoundAtStart(**found)
+    # With Ray the towers are on another machine, where this is asked again.
+    if known is not None or parallel_config.distributed_executor_backend != "ray":
+        _check_devices(knobs)
+    if known is not None:
+        return known
     inspection = inspect_checkpoint(knobs.model, revision=knobs.revision)
     if inspection.problems or inspection.config is None:
         others = f" (and {len(inspection.problems) - 1} more)" if len(inspection.problems) > 1 else ""
@@ -72,7 +81,13 @@ def check_requirements(
 def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
     """Block size in config.json, or the published one."""
     config = TwoTowerConfig.from_pretrained(knobs.model, knobs.revision)
-    block_size: int = config.unknown_fields.get("block_size", DEFAULT_BLOCK_SIZE)
+    block_size: int | None = config.unknown_fields.get("block_size")
+    if block_size is None:
+        return DEFAULT_BLOCK_SIZE
+    try:
+        check_integer("block_size", block_size, minimum=1, maximum=MOST_OFFSETS)
+    except ArgumentError as error:
+        raise CheckpointError(f"config.json of {knobs.model}: {error}, or name one in the twotower knobs") from error
     return block_size
 
 
@@ -82,6 +97,16 @@ def _check_runner() -> None:
             "VLLM_USE_V2_MODEL_RUNNER=1 forces a model runner that takes no drafter from outside; unset it, vLLM then "
             "takes the V1 runner by itself"
         )
+
+
+def _check_devices(knobs: DrafterKnobs) -> None:
+    for name in ("context_device", "denoiser_device"):
+        device = getattr(knobs, name)
+        try:
+            if device is not None and usable_device(device).type == "meta":
+                raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
+        except ArgumentError as error:
+            raise ArgumentError(f"twotower knob {name}: {error}") from error
 
 
 def _check_verifier(model_config: Any, parallel_config: Any) -> None:

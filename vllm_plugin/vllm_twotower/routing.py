@@ -11,8 +11,9 @@ import argparse
 import contextlib
 import importlib
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,19 @@ from typing import Any
 PROPOSER = "vllm_twotower.TwoTowerProposer"
 PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
+
+# Settings of vLLM that count with our drafter; those for vLLM's own sampler, which replaces ours for them, included.
+COUNTING_SETTINGS = {
+    "method",
+    "model",
+    "num_speculative_tokens",
+    "rejection_sample_method",
+    "synthetic_acceptance_rates",
+    "synthetic_acceptance_length",
+}
+# Methods of vLLM that a TwoTower checkpoint may stand beside; those of the second row do not look at a checkpoint.
+OPEN_METHODS = (None, "draft_model", "custom_class")
+METHODS_WITHOUT_CHECKPOINT = ("ngram", "[ngram]", "ngram_gpu", "suffix", "extract_hidden_states")
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -99,24 +113,23 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     if given is None or not _is_ours(given):
         return
     from vllm_twotower import metrics
-    from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
+    from vllm_twotower.config import FOUND, KNOBS, MOST_DRAFT_TOKENS, DrafterKnobs, knobs_in
     from vllm_twotower.requirements import check_requirements
 
-    additional = dict(engine_args.additional_config or {})
+    _check_scheduling(engine_args)
+    additional = {} if engine_args.additional_config is None else dict(engine_args.additional_config)
     given_knobs = {**knobs_in(additional), **knobs_in(given)}
     given.pop(KNOBS, None)
     if given.get("model") not in PROPOSER_PATHS:  # the other spelling may have been here before
         additional.pop(FOUND, None)
-        revision = given.pop("revision", None)
-        given_knobs = {"model": given.get("model"), "revision": revision, **given_knobs}
+        given_knobs = _naming_checkpoint(given_knobs, given.get("model"), given.pop("revision", None))
     knobs = DrafterKnobs.parse(given_knobs)
     num_speculative_tokens = given.get("num_speculative_tokens")
     found = check_requirements(knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config)
-    given |= {
-        "method": "custom_class",
-        "model": PROPOSER,
-        "num_speculative_tokens": num_speculative_tokens or found.block_size,
-    }
+    _drop_settings_without_meaning(given)
+    if num_speculative_tokens is None:
+        num_speculative_tokens = min(found.block_size, MOST_DRAFT_TOKENS)
+    given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
     engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = given
     engine_args.additional_config = {**additional, KNOBS: given_knobs, FOUND: asdict(found)}
@@ -124,13 +137,60 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
 
 
 def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:
-    """The speculative settings and their flags together; None if they differ, which vLLM refuses itself."""
-    given = {key.replace("-", "_"): value for key, value in (engine_args.speculative_config or {}).items()}
+    """The speculative settings and their flags together; None for what vLLM refuses itself, as where they differ."""
+    settings = {} if engine_args.speculative_config is None else engine_args.speculative_config
+    if not isinstance(settings, Mapping) or not all(isinstance(key, str) for key in settings):
+        return None
+    given = {key.replace("-", "_"): value for key, value in settings.items()}
     for key, flag in (("method", "spec_method"), ("model", "spec_model"), ("num_speculative_tokens", "spec_tokens")):
         value = getattr(engine_args, flag)
         if value is not None and given.setdefault(key, value) != value:
             return None
     return given
+
+
+def _check_scheduling(engine_args: Any) -> None:
+    from twotower_spec.errors import ArgumentError
+
+    if getattr(engine_args, "async_scheduling", None):
+        raise ArgumentError(
+            "--async-scheduling does not work with a TwoTower drafter, which needs the tokens of a step before the "
+            "next one is scheduled; leave it out"
+        )
+
+
+def _naming_checkpoint(knobs: Mapping[str, Any], model: object, revision: object) -> dict[str, Any]:
+    """Puts the checkpoint of the speculative settings among the knobs.
+
+    Raises:
+        ArgumentError: the knobs name another one.
+    """
+    from twotower_spec.errors import ArgumentError
+
+    named = dict(knobs)
+    for name, value in (("model", model), ("revision", revision)):
+        if named.get(name) is None:
+            named[name] = value
+        elif value is not None and named[name] != value:
+            raise ArgumentError(
+                f"the speculative settings name {name} {value!r} and the twotower knobs {named[name]!r}; give one"
+            )
+    return named
+
+
+def _drop_settings_without_meaning(given: dict[str, Any]) -> None:
+    """Removes settings of vLLM that our drafter does not have, and names them in one line of the log."""
+    from vllm.config.speculative import SpeculativeConfig
+
+    defaults = {field.name: field.default for field in fields(SpeculativeConfig)}
+    ignored = [name for name in given if name in defaults and name not in COUNTING_SETTINGS]
+    if given.get("rejection_sample_method") == "block":  # V1, the runner of drafters from outside, does not have it
+        ignored.append("rejection_sample_method")
+    asked = [name for name in ignored if given[name] is not None and given[name] != defaults[name]]
+    for name in ignored:
+        del given[name]
+    if asked:
+        logger.warning("TwoTower: %s of the speculative settings mean nothing to this drafter.", ", ".join(asked))
 
 
 def _is_two_tower(model: object, revision: object = None) -> bool:
@@ -139,9 +199,11 @@ def _is_two_tower(model: object, revision: object = None) -> bool:
 
     from twotower_spec.config import ARCHITECTURE
 
-    if not isinstance(model, str) or (Path(model).is_dir() and not Path(model, "config.json").is_file()):
+    if not isinstance(model, str):
         return False
     try:
+        if Path(model).is_dir() and not Path(model, "config.json").is_file():
+            return False
         raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
         return ARCHITECTURE in (raw.get("architectures") or [])
     except Exception:  # whatever is wrong there, vLLM will say it
@@ -149,13 +211,30 @@ def _is_two_tower(model: object, revision: object = None) -> bool:
 
 
 def _is_ours(given: Mapping[str, Any]) -> bool:
+    """Whether speculative settings mean our drafter.
+
+    Raises:
+        ArgumentError: they name a TwoTower checkpoint and a method that cannot draft with it.
+    """
+    from twotower_spec.errors import ArgumentError
+
     method, model = given.get("method"), given.get("model")
-    if method == METHOD or (model in PROPOSER_PATHS and method in (None, "custom_class")):
+    if isinstance(method, str) and method.lower().replace("-", "").replace("_", "") == METHOD:
         return True
-    elsewhere = model is None or model.strip("[]") == "ngram" or _is_import_path(model)
-    return method is None and not elsewhere and _is_two_tower(model, given.get("revision"))
+    if model in PROPOSER_PATHS:
+        return method in OPEN_METHODS
+    elsewhere = not isinstance(model, str) or model.strip("[]") == "ngram" or _is_import_path(model)
+    if elsewhere or method in METHODS_WITHOUT_CHECKPOINT or not _is_two_tower(model, given.get("revision")):
+        return False
+    if method not in OPEN_METHODS:
+        raise ArgumentError(
+            f"method {method!r} cannot draft with {model}, which is a TwoTower checkpoint; leave the method out, or "
+            f"give {METHOD!r}"
+        )
+    return True
 
 
 def _is_import_path(model: str) -> bool:
     """Whether a model is named like a class of another drafter, `package.module.Class`, as vLLM sees it."""
-    return "." in model and all(part.isidentifier() for part in model.split(".")) and not Path(model).exists()
+    is_dotted = "." in model and all(part.isidentifier() for part in model.split("."))
+    return is_dotted and not os.path.exists(model)  # noqa: PTH110 (Path.exists raises for names that are too long)

@@ -10,6 +10,7 @@ import pytest
 
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec.drafting import DraftingSession, FixedPolicy
+from twotower_spec.errors import ArgumentError
 from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import FOUND, KNOBS
 from vllm_twotower.metrics import PHASES
@@ -35,7 +36,8 @@ def make(monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> Any:
             device_config=SimpleNamespace(device_type="cpu"),
         )
     )
-    proposer.session = DraftingSession(tiny_model(), FixedPolicy(8, 1, num_tokens=NUM_DRAFTS))
+    if proposer.knobs.policy != "off":
+        proposer.session = DraftingSession(tiny_model(), FixedPolicy(8, 1, num_tokens=NUM_DRAFTS))
     request = SimpleNamespace(sampling_params=None, output_token_ids=[])
     batch = SimpleNamespace(req_ids=["a"])
     proposer.begin_step(SimpleNamespace(requests={"a": request}, input_batch=batch, max_model_len=200), None)
@@ -91,3 +93,45 @@ def test_a_policy_is_not_told_of_a_round_that_another_one_has_planned(monkeypatc
     monkeypatch.setattr(proposer.session.policy, "observe", told.append)
     assert len(step(proposer, 11, [5])) == NUM_DRAFTS
     assert not told
+
+
+def test_policy_off_drafts_nothing_and_another_policy_takes_over_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    assert step(proposer, 10, [5])
+    proposer.change_policy({"policy": "off"})
+    rounds = proposer.stats.get("rounds")
+    assert not step(proposer, 11, [5]) and not step(proposer, 12, [5])
+    assert proposer.stats.get("rounds") == rounds and proposer.stats.get("fallbacks", "policy") == 2
+    proposer.change_policy({})
+    assert len(step(proposer, 13, [5])) == NUM_DRAFTS
+
+
+def test_a_policy_that_is_meant_again_keeps_what_it_has_learnt(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    proposer.change_policy({"policy": "adaptive", "block_size": 8, "steps_per_block": None})
+    learnt = proposer.session.policy
+    for changes in ({"block_size": None}, {"steps_per_block": 8}, {"dtype": "float32"}):
+        proposer.change_policy({})
+        proposer.change_policy({"policy": "adaptive", **changes})
+        assert proposer.session.policy is learnt
+    proposer.change_policy({"policy": "adaptive", "confidence_threshold": 0.5})
+    assert proposer.session.policy is not learnt
+
+
+def test_requests_without_drafts_are_counted_by_why_there_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    runner, proposer._runner = proposer._runner, None
+    assert not step(proposer, 10, [5])
+    assert proposer.stats.get("fallbacks", "no runner") == 1 and not proposer.stats.get("fallbacks", "not loaded")
+    proposer._runner, proposer.session = runner, None
+    assert not step(proposer, 10, [5])
+    assert proposer.stats.get("fallbacks", "not loaded") == 1
+
+
+def test_off_at_start_is_counted_as_the_policy_and_cannot_be_changed(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch, policy="off")
+    assert not step(proposer, 10, [5])
+    assert proposer.stats.get("fallbacks", "policy") == 1 and not proposer.stats.get("fallbacks", "not loaded")
+    proposer.change_policy({"block_size": 16})
+    with pytest.raises(ArgumentError, match="policy 'fixed' needs the towers"):
+        proposer.change_policy({"policy": "fixed"})

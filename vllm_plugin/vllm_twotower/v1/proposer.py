@@ -15,7 +15,7 @@ from vllm.logger import init_logger
 
 from twotower_kernels.acceptance import warm_up
 from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
-from twotower_spec.errors import TwoTowerError
+from twotower_spec.errors import ArgumentError, TwoTowerError
 from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import DrafterKnobs
 from vllm_twotower.faults import FaultHandler
@@ -67,7 +67,9 @@ class TwoTowerProposer:
         self._round: Round | None = None
         # Seconds of the towers that are not counted yet, and of the whole round.
         self._untimed: tuple[PhaseTimes, float] | None = None
-        self._policies: dict[DrafterKnobs, DraftPolicy] = {}
+        # By what makes them different; None where nothing is to be drafted.
+        self._policies: dict[tuple[object, ...], DraftPolicy | None] = {}
+        self._is_off = self.knobs.policy == "off"
         self._faults = FaultHandler()
         self._sampler_failures = 0
         self._logged_at, self._logged = time.monotonic(), self.stats.copy()
@@ -101,6 +103,7 @@ class TwoTowerProposer:
         except Exception as error:
             self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
             return
+        self._policies[self._policy_key(self.knobs)] = self.session.policy
         for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
             self.stats.set("pool_size", size, resource)
 
@@ -111,19 +114,29 @@ class TwoTowerProposer:
             changes: as in `"twotower": {...}`; knobs that are not named are as at start.
 
         Raises:
-            TwoTowerError: one is refused.
+            TwoTowerError: one is refused, or nothing was loaded because the policy was "off" at start.
         """
         knobs = DrafterKnobs.parse({**asdict(self.knobs), **changes})
         knobs.check_num_speculative_tokens(self.num_speculative_tokens, self._found.block_size)
+        if self.knobs.policy == "off" != knobs.policy:
+            raise ArgumentError(f'policy {knobs.policy!r} needs the towers, which "off" at start has left unloaded')
         if self.session is None:
             return
-        if knobs not in self._policies:
-            self._policies[knobs] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+        key = self._policy_key(knobs)
+        if key not in self._policies:
+            self._policies[key] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+        policy = self._policies[key]
         self._round = None  # its policy is not the one to be told
-        self.session.policy = self._policies[knobs]
-        self.session.drafter.first_token = knobs.first_token
+        self._is_off = policy is None
         self.session.reset()
-        self.session.warm_up()
+        if policy is not None:
+            self.session.policy = policy
+            self.session.drafter.first_token = knobs.first_token
+            self.session.warm_up()
+
+    def _policy_key(self, knobs: DrafterKnobs) -> tuple[object, ...]:
+        full = knobs.resolved(self._found.block_size)
+        return full.policy, full.block_size, full.steps_per_block, full.confidence_threshold
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step; never raises."""
@@ -155,8 +168,8 @@ class TwoTowerProposer:
         """
         num_reqs = len(sampled_token_ids)
         self._count_sampler_failures()
-        if self.session is None or self._runner is None:
-            self.stats.add("fallbacks", num_reqs, "not loaded")
+        if self.session is None or self._runner is None or self._is_off:
+            self.stats.add("fallbacks", num_reqs, self._reason_to_rest())
             return [[] for _ in range(num_reqs)]
         start = time.perf_counter()
         try:
@@ -169,6 +182,11 @@ class TwoTowerProposer:
             drafts = [[] for _ in range(num_reqs)]
         self._round_end = time.perf_counter()
         return drafts
+
+    def _reason_to_rest(self) -> str:
+        if self._is_off:
+            return "policy"
+        return "not loaded" if self.session is None else "no runner"
 
     def _draft(
         self,
