@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,13 +48,7 @@ Number = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Measured
 
 @dataclass(frozen=True)
 class VerifierStep:
-    """Time of one step of the serving engine with the verifier, everything but drafting included.
-
-    Attributes:
-        batch_size: requests in it.
-        num_tokens: that it reads per request: 1 in a plain step, 1 + K in one that verifies K drafts.
-        ms: of the whole batch.
-    """
+    """Time of a step of the whole batch, drafting left out, in which every request reads 1 + its drafts."""
 
     batch_size: Count
     num_tokens: Count
@@ -63,15 +57,7 @@ class VerifierStep:
 
 @dataclass(frozen=True)
 class DraftingPhases:
-    """Times of drafting one block, for the whole batch.
-
-    Attributes:
-        batch_size: requests in it.
-        block_size: positions that are denoised.
-        extend_ms: the context tower reads what was accepted.
-        denoise_ms: one denoiser pass.
-        host_ms: everything else, per round.
-    """
+    """Times of drafting for the whole batch: context pass, one denoiser pass, and everything else per round."""
 
     batch_size: Count
     block_size: Count
@@ -122,14 +108,7 @@ class AcceptanceLength:
 
 @dataclass(frozen=True)
 class ServingProfile:
-    """All that was measured on one machine, in one JSON file: `plan --profile` reads it.
-
-    Attributes:
-        source: the command and date, or the document, that the numbers come from.
-        machine, versions: hardware, packages and commit.
-        verifier_steps, drafting_phases, acceptance_lengths: see the classes.
-        format: version of this layout.
-    """
+    """All that was measured on one machine, in one JSON file (docs/planning.md): `plan --profile` reads it."""
 
     source: str
     machine: Mapping[str, Any] = field(default_factory=dict)
@@ -174,15 +153,6 @@ def speed_up(
 
     A round with K drafts per request gains L tokens of each, in the time of the denominator; a plain step gains one, in
     t(1). All times are of the whole batch.
-
-    Args:
-        acceptance_length: L, accepted drafts + 1.
-        plain_ms: t(1), a step in which the verifier reads one token per request.
-        verify_ms: t(1 + K), a step in which it reads K drafts more.
-        extend_ms: the context tower reads what was accepted.
-        denoise_ms: one pass of the denoiser tower.
-        num_passes: of the denoiser tower in a round.
-        host_ms: all else that drafting takes in a round.
     """
     return acceptance_length * plain_ms / (verify_ms + extend_ms + num_passes * denoise_ms + host_ms)
 
@@ -235,6 +205,8 @@ VERIFIER, EXTEND, DENOISE, HOST = "a verifier step", "the context pass", "the de
 LENGTH: Place = ("acceptance length", 0, 0)
 # One factor for all passes of a drafter that was not measured: their errors have one cause, the bound.
 SIZE_FACTOR: Place = ("times the bound", 0, 0)
+# Figures of a prediction that get an interval.
+IN_DOUBT = ("acceptance_length", "tokens_per_s", "plain_tokens_per_s", "speed_up")
 
 
 @dataclass(frozen=True)
@@ -273,77 +245,67 @@ class CostModel:
         num_drafts = acceptance.setting.num_speculative_tokens if num_drafts is None else num_drafts
         known = self._known(acceptance)
         values = {place: one.value for place, one in known.items()}
-        terms = self._terms(values, batch_size, acceptance, num_drafts)
+        figures = self._figures(values, batch_size, acceptance, num_drafts)
         changed = [
-            self._terms({**values, place: end}, batch_size, acceptance, num_drafts)
+            self._figures({**values, place: end}, batch_size, acceptance, num_drafts)
             for place, one in known.items()
             for end in (one.low, one.high)
         ]
 
-        def estimate(of: Callable[[Mapping[str, float]], float]) -> Estimate:
-            value = of(terms)
-            changes = [math.log(of(one) / value) for one in changed]
+        def estimate(name: str) -> Estimate:
+            value = figures[name]
+            changes = [math.log(one[name] / value) for one in changed]
             below, above = (math.hypot(*(end(one, 0.0) for one in changes)) for end in (min, max))
             return Estimate(value, value * math.exp(-below), value * math.exp(above))
 
-        return Prediction(
-            category=acceptance.category,
-            temperature=acceptance.temperature,
-            batch_size=batch_size,
-            setting=replace(acceptance.setting, num_speculative_tokens=num_drafts),
-            acceptance_length=estimate(lambda one: one["acceptance_length"]),
-            plain_ms=terms["plain_ms"],
-            verify_ms=terms["verify_ms"],
-            extend_ms=terms["extend_ms"],
-            denoise_ms=terms["num_passes"] * terms["denoise_ms"],
-            host_ms=terms["host_ms"],
-            tokens_per_s=estimate(lambda one: 1e3 * batch_size / one["plain_ms"] * speed_up(**one)),
-            plain_tokens_per_s=estimate(lambda one: 1e3 * batch_size / one["plain_ms"]),
-            speed_up=estimate(lambda one: speed_up(**one)),
-            break_even_length=terms["acceptance_length"] / speed_up(**terms),
-        )
+        with_doubt: dict[str, Any] = {**figures, **{name: estimate(name) for name in IN_DOUBT}}
+        setting = replace(acceptance.setting, num_speculative_tokens=num_drafts)
+        return Prediction(acceptance.category, acceptance.temperature, batch_size, setting, **with_doubt)
 
     def _known(self, acceptance: AcceptanceLength) -> dict[Place, Estimate]:
         """All numbers, with intervals; host work has none."""
-        numbers: dict[Place, Number] = {LENGTH: acceptance.length}
+        numbers: dict[Place, Number | Estimate] = {LENGTH: acceptance.length}
         numbers |= {(VERIFIER, one.batch_size, one.num_tokens): one.ms for one in self.profile.verifier_steps}
         if self.size:
-            return {place: self._estimate(number) for place, number in (numbers | {SIZE_FACTOR: 1.0}).items()}
-        host = {}
-        for one in self.profile.drafting_phases:
+            numbers[SIZE_FACTOR] = 1.0
+        for one in self.profile.drafting_phases if not self.size else ():
             place = (one.batch_size, one.block_size)
-            numbers |= {(EXTEND, *place): one.extend_ms, (DENOISE, *place): one.denoise_ms}
-            host[HOST, *place] = Estimate(one.host_ms, one.host_ms, one.host_ms)
-        return host | {place: self._estimate(number) for place, number in numbers.items()}
+            host = Estimate(one.host_ms, one.host_ms, one.host_ms)
+            numbers |= {(EXTEND, *place): one.extend_ms, (DENOISE, *place): one.denoise_ms, (HOST, *place): host}
+        return {place: self._estimate(number) for place, number in numbers.items()}
 
-    def _estimate(self, number: Number) -> Estimate:
+    def _estimate(self, number: Number | Estimate) -> Estimate:
         if isinstance(number, Estimate):  # a time is never 0, whatever its interval says
             return replace(number, low=max(number.low, 1e-3 * number.value))
         return Estimate(number, number * (1 - self.assumed_error), number * (1 + self.assumed_error))
 
-    def _terms(
+    def _figures(
         self, values: Mapping[Place, float], batch_size: int, acceptance: AcceptanceLength, num_drafts: int
     ) -> dict[str, float]:
-        """Arguments of `speed_up`."""
+        """Numbers of a `Prediction`."""
         block_size, passes = acceptance.setting.block_size, acceptance.denoiser_passes
         length = length_of_first(num_drafts, acceptance, values[LENGTH])
         # Where the policy chose, a lower limit shortens those drafts alone that were longer.
         drafted = num_drafts if acceptance.num_draft_tokens is None else min(acceptance.num_draft_tokens, num_drafts)
         if self.size:
-            extend, denoise = (
-                values[SIZE_FACTOR] * self.size.pass_ms(batch_size * num_tokens) for num_tokens in (length, block_size)
-            )
-            host = 0.0
+            factor, host = values[SIZE_FACTOR], 0.0
+            extend, denoise = (factor * self.size.pass_ms(batch_size * tokens) for tokens in (length, block_size))
         else:
             extend, denoise, host = (time_at(what, values, batch_size, block_size) for what in (EXTEND, DENOISE, HOST))
+        denoise *= acceptance.setting.steps_per_block if passes is None else passes
+        plain, verify = (time_at(VERIFIER, values, batch_size, 1 + drafts) for drafts in (0, drafted))
+        gain, plain_rate = speed_up(length, plain, verify, extend, denoise, host_ms=host), 1e3 * batch_size / plain
         return {
             "acceptance_length": length,
-            "plain_ms": time_at(VERIFIER, values, batch_size, 1),
-            "verify_ms": time_at(VERIFIER, values, batch_size, 1 + drafted),
+            "plain_ms": plain,
+            "verify_ms": verify,
             "extend_ms": extend,
             "denoise_ms": denoise,
-            "num_passes": acceptance.setting.steps_per_block if passes is None else passes,
             "host_ms": host,
+            "tokens_per_s": plain_rate * gain,
+            "plain_tokens_per_s": plain_rate,
+            "speed_up": gain,
+            "break_even_length": length / gain,
         }
 
 
@@ -420,15 +382,10 @@ class Advice:
 
 
 def advise(predictions: Sequence[Prediction]) -> Advice:
-    """Says whether the best of several ways to draft is good enough.
-
-    Args:
-        predictions: of one category and batch size; at least one.
-    """
+    """Says whether the best of several ways to draft, of one load, is good enough."""
     best = max(predictions, key=lambda one: one.speed_up.value)
     value, low, high = best.speed_up.value, best.speed_up.low, best.speed_up.high
-    gain = f"{value:.2f} times as fast ({low:.2f} to {high:.2f})"
-    where = f"at batch size {best.batch_size}"
+    gain, where = f"{value:.2f} times as fast ({low:.2f} to {high:.2f})", f"at batch size {best.batch_size}"
     if high <= 1 and value <= 1 - BAND:
         sentence = f"Drafting does not pay {where}, because {_why_not(best)}: at best {gain}."
         return Advice("drafting does not pay", sentence, best)
@@ -438,36 +395,30 @@ def advise(predictions: Sequence[Prediction]) -> Advice:
             f"{_why_not(best)}. Do not draft there, or narrow it with measured times and acceptance lengths."
         )
         return Advice("no difference", sentence, best)
-    most = max(one.setting.num_speculative_tokens for one in predictions)
-    longest = max(
-        (one for one in predictions if one.setting.num_speculative_tokens == most), key=lambda one: one.speed_up.value
-    )
+    longest = max(predictions, key=lambda one: (one.setting.num_speculative_tokens, one.speed_up.value))
+    beside = f"; the longest drafts, {longest.setting.name}, give {longest.speed_up.value:.2f}"
     sentence = (
         f"Drafting pays {where}: {best.setting.name}, {gain}, because a round gains {best.acceptance_length.value:.2f} "
         f"tokens and pays from {best.break_even_length:.2f}"
+        f"{beside if value > (1 + BAND) * longest.speed_up.value else ''}."
     )
-    if value > (1 + BAND) * longest.speed_up.value:
-        sentence += f"; the longest drafts, {longest.setting.name}, give {longest.speed_up.value:.2f}"
-    return Advice("drafting pays", f"{sentence}.", best)
+    return Advice("drafting pays", sentence, best)
 
 
 def _why_not(one: Prediction) -> str:
     """Names the largest reason against drafting."""
-    drafts, plain = one.setting.num_speculative_tokens, one.plain_ms
-    if one.break_even_length >= 1 + drafts:
+    drafts, plain, extra = one.setting.num_speculative_tokens, one.plain_ms, one.verify_ms - one.plain_ms
+    length, needed = one.acceptance_length.value, one.break_even_length
+    if needed >= 1 + drafts:
         return (
-            f"even {drafts} accepted drafts of {drafts} would not pay: a round takes {one.break_even_length:.1f} plain "
-            f"steps ({one.drafting_ms:.1f} ms drafting and {one.verify_ms:.1f} ms verifying, beside {plain:.1f} ms)"
+            f"even {drafts} accepted drafts of {drafts} would not pay: a round takes {needed:.1f} plain steps "
+            f"({one.drafting_ms:.1f} ms drafting and {one.verify_ms:.1f} ms verifying, beside {plain:.1f} ms)"
         )
-    extra_ms = one.verify_ms - plain
-    if one.acceptance_length.value - 1 < FEW_ACCEPTED * drafts:
-        return (
-            f"a round gains {one.acceptance_length.value:.2f} tokens and pays from {one.break_even_length:.2f}: too "
-            f"few drafts are accepted"
-        )
-    if one.drafting_ms > extra_ms:
+    if length - 1 < FEW_ACCEPTED * drafts:
+        return f"a round gains {length:.2f} tokens and pays from {needed:.2f}: too few drafts are accepted"
+    if one.drafting_ms > extra:
         return f"drafting takes {one.drafting_ms:.1f} ms a round, beside a verifier step of {plain:.1f} ms"
     return (
-        f"verifying {drafts} drafts takes {extra_ms:.1f} ms more than a plain step of {plain:.1f} ms, as where the "
+        f"verifying {drafts} drafts takes {extra:.1f} ms more than a plain step of {plain:.1f} ms, as where the "
         f"verifier computes all the time instead of waiting for memory"
     )

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,8 +17,6 @@ FEWEST_STEPS = 3
 # Of a number that was measured in several cells; of a few of them this is nearly the range.
 TAILS = (0.025, 0.975)
 DIGITS = 5
-K = TypeVar("K")
-V = TypeVar("V")
 
 
 def serving_profile(
@@ -35,41 +32,41 @@ def serving_profile(
         source: command and date.
         machine, versions: that they were measured on.
     """
-    plain = [cell for cell in cells if cell.system.speculative_config is None]
-    drafting = [(cell, cell.system.setting) for cell in cells if cell.system.setting]
-    full = [(one, steps) for cell, one in drafting for steps in _full_steps(cell, one.num_speculative_tokens)]
-    verifying = [steps for cell in plain for steps in _full_steps(cell, 0)] + [steps for _, steps in full]
-    known = [(one, steps) for one, steps in full if one.policy != "adaptive" and steps.denoiser_passes]
-    alike = _grouped(
-        ((category, one, cell.load.temperature, _batch_size_that_matters(cell, one)), cell)
-        for cell, one in drafting
-        for category in sorted({cell.load.category, *(request.category for request in cell.requests)})
-    )
+    shapes: dict[tuple[int, int], list[DecodingSteps]] = {}
+    blocks: dict[tuple[int, int], list[DecodingSteps]] = {}
+    lengths: dict[tuple[str, DraftSetting, float, int | None], list[ServingCell]] = {}
+    for cell in cells:
+        setting, batch_size = cell.system.setting, min(cell.load.concurrency, len(cell.requests))
+        if setting is None and cell.system.speculative_config is not None:
+            continue
+        # Steps in which the batch was full and every request had all drafts.
+        shape = batch_size, 1 + (setting.num_speculative_tokens if setting else 0)
+        full = [one for one in cell.steps if (one.num_reqs, one.num_tokens) == shape]
+        shapes.setdefault(shape, []).extend(full)
+        if setting is None:
+            continue
+        if setting.policy != "adaptive":
+            own = blocks.setdefault((batch_size, setting.block_size), [])
+            own += [one for one in full if one.denoiser_passes]
+        # The slowest request decides how many passes a block takes, where it is not always one.
+        is_one_pass = setting.steps_per_block == 1 and setting.policy == "fixed"
+        for category in sorted({cell.load.category, *(request.category for request in cell.requests)}):
+            place = category, setting, cell.load.temperature, None if is_one_pass else batch_size
+            lengths.setdefault(place, []).append(cell)
     return ServingProfile(
         source=source,
         machine=machine,
         versions=versions,
-        verifier_steps=tuple(
-            VerifierStep(*shape, _median_ms(group))
-            for shape, group in _often(((steps.num_reqs, steps.num_tokens), steps) for steps in verifying)
-        ),
-        drafting_phases=tuple(
-            _phases(*shape, group)
-            for shape, group in _often(((steps.num_reqs, one.block_size), steps) for one, steps in known)
-        ),
-        acceptance_lengths=tuple(one for place, group in alike.items() for one in _acceptance_length(*place, group)),
+        verifier_steps=tuple(VerifierStep(*shape, _median_ms(steps)) for shape, steps in _often(shapes)),
+        drafting_phases=tuple(_phases(*block, steps) for block, steps in _often(blocks)),
+        acceptance_lengths=tuple(one for place, group in lengths.items() for one in _acceptance_length(*place, group)),
     )
 
 
-def _full_steps(cell: ServingCell, num_drafts: int) -> list[DecodingSteps]:
-    """Steps in which the batch was full and every request had all drafts."""
-    return [one for one in cell.steps if (one.num_reqs, one.num_tokens) == (_batch_size(cell), 1 + num_drafts)]
-
-
-def _often(pairs: Iterable[tuple[K, DecodingSteps]]) -> list[tuple[K, list[DecodingSteps]]]:
+def _often(found: Mapping[tuple[int, int], list[DecodingSteps]]) -> list[tuple[tuple[int, int], list[DecodingSteps]]]:
     """Steps by shape, where there are enough to say something."""
-    groups = sorted(_grouped(pairs).items())
-    return [(shape, group) for shape, group in groups if sum(len(one.seconds) for one in group) >= FEWEST_STEPS]
+    enough = {shape for shape, steps in found.items() if sum(len(one.seconds) for one in steps) >= FEWEST_STEPS}
+    return [(shape, found[shape]) for shape in sorted(enough)]
 
 
 def _median_ms(found: Sequence[DecodingSteps]) -> float | Measured:
@@ -115,22 +112,6 @@ def _acceptance_length(
         denoiser_passes=round(passes, DIGITS),
         by_position=(*by_position, *[0.0] * (most - len(by_position))),
     )
-
-
-def _batch_size(cell: ServingCell) -> int:
-    return min(cell.load.concurrency, len(cell.requests))
-
-
-def _batch_size_that_matters(cell: ServingCell, setting: DraftSetting) -> int | None:
-    """Batch size where the slowest request decides how many passes a block takes; None where it is always one."""
-    return None if setting.steps_per_block == 1 and setting.policy == "fixed" else _batch_size(cell)
-
-
-def _grouped(pairs: Iterable[tuple[K, V]]) -> dict[K, list[V]]:
-    groups = defaultdict[K, list[V]](list)
-    for key, value in pairs:
-        groups[key].append(value)
-    return groups
 
 
 def _with_spread(value: float, cells: Sequence[float]) -> float | Measured:

@@ -6,19 +6,18 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import groupby
+from itertools import groupby, product
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from twotower_bench.cli.options import numbers
+from twotower_bench.cli.tables import Columns, table
 from twotower_bench.drafter_size import PUBLISHED_SIZE, DrafterSize
-from twotower_bench.plan import AcceptanceLength, Advice, CostModel, Prediction, ServingProfile, advise
+from twotower_bench.plan import CostModel, Prediction, ServingProfile, advise
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, read_row
 from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
@@ -27,6 +26,15 @@ PUBLISHED = "published"
 # Of a profile where no more is asked.
 AS_MEASURED = "Prompts of all kinds together, where measured, and drafts as measured; --category and -K give others."
 STRAIGHT_LINES = "Between measured batch sizes, numbers of tokens and block sizes: straight lines; beyond: nothing."
+COLUMNS: Columns = {
+    "setting": lambda one: one.setting.name,
+    "tokens a round": lambda one: str(one.acceptance_length),
+    "verify ms": lambda one: f"{one.verify_ms:.1f}",
+    "draft ms": lambda one: f"{one.drafting_ms:.1f}",
+    "tok/s": lambda one: f"{one.tokens_per_s.value:.0f}",
+    "speed-up": lambda one: str(one.speed_up),
+    "pays from": lambda one: f"{one.break_even_length:.2f}",
+}
 _NUMBER = r"(\d+\.?\d*|\.\d+)"
 _ENTRY = re.compile(rf"(?:(\d+):)?{_NUMBER}(?:\+-{_NUMBER})?")
 
@@ -81,15 +89,16 @@ def plan(
     batch_sizes = numbers("--batch-size", batch_size, int) if batch_size else []
     num_drafts = numbers("--num-speculative-tokens", num_speculative_tokens, int) if num_speculative_tokens else []
     size = _drafter_size(drafter, bandwidth_gb_s, launch_overhead_ms, times_floor, dtype)
-    times = {
+    typed = {
         "--verifier-step-ms": verifier_step_ms,
         "--verify-step-ms": verify_step_ms,
         "--context-pass-ms": context_pass_ms,
         "--denoiser-step-ms": denoiser_step_ms,
+        "--acceptance-length": acceptance_length,
+        "--acceptance-by-position": acceptance_by_position,
     }
-    lengths = {"--acceptance-length": acceptance_length, "--acceptance-by-position": acceptance_by_position}
     if profile is not None:
-        for option, value in {**times, **lengths}.items():
+        for option, value in typed.items():
             if value is not None:
                 raise ArgumentError(f"{option} {value!r} is measured in --profile {profile}; leave one of them out")
         given = ServingProfile.load(profile)
@@ -98,57 +107,84 @@ def plan(
         most = max(num_drafts or [len(shares) or min(15, block_size or 15)])
         block_size, steps_per_block = block_size or max(16, most), steps_per_block or 1
         setting = DraftSetting(len(shares) or most, block_size, steps_per_block)
-        raw = _typed_steps(times, batch_sizes or [1], 1 + most, block_size, host_ms, derived=size is not None)
-        raw["acceptance_lengths"] = _typed_lengths(acceptance_length, shares, setting)
-        given = read_row(ServingProfile, raw, "what was typed", "a profile", "see --help")
+        given = _typed_profile(typed, batch_sizes or [1], setting, shares, 1 + most, host_ms, derived=size is not None)
         num_drafts = num_drafts or [*(k for k in (1, 3, 7) if shares and k < most), most]
-    sizes = batch_sizes or [one.batch_size for one in given.verifier_steps if one.num_tokens == 1]
-    places = _places(given, sorted(set(sizes)), num_drafts, category, block_size, steps_per_block)
-    predictions, failures = _predictions(CostModel(given, size, assumed_error), places)
+    sizes = set(batch_sizes) or {one.batch_size for one in given.verifier_steps if one.num_tokens == 1}
+    is_together = category is None and any(one.category == ALL_CATEGORIES for one in given.acceptance_lengths)
+    wanted = (ALL_CATEGORIES if is_together else category, block_size, steps_per_block)
+    predictions, failures = _predictions(CostModel(given, size, assumed_error), sorted(sizes), num_drafts, wanted)
     advice = [advise(list(group)) for _, group in groupby(predictions, lambda one: one.load)]
     remarks = [f"{len(failures)} predictions were left out, the first because: {failures[0]}."] if failures else []
     remarks += [AS_MEASURED] if profile and not (category and num_drafts) else []
-    remarks += _assumptions(assumed_error, size)
+    remarks.append(
+        f"Intervals: what those of all numbers do to the result together; numbers without one reach "
+        f"{100 * assumed_error:g} % to both sides."
+    )
+    if size:
+        remarks.append(
+            f"The drafter's passes take {size.times_floor:g} times their weights over {size.bandwidth_gb_s:g} GB/s, "
+            f"and {size.launch_overhead_ms:g} ms more: a bound that holds while they wait for memory. Where they "
+            f"compute all the time (large batches, CPUs) they take longer, and the gain is smaller."
+        )
+    remarks.append(STRAIGHT_LINES)
     if as_json:
         advised = [{"category": one.best.category, **asdict(one)} for one in advice]
         print(json.dumps({"predictions": list(map(asdict, predictions)), "advice": advised, "remarks": remarks}))
-    else:
-        _show(predictions, advice, remarks)
+        return
+    console, best = Console(), [one.best for one in advice]
+    for (kind, temperature, number), group in groupby(predictions, lambda one: one.load):
+        own = list(group)
+        title = f"{_prefix(kind, ', ')}batch {number}, temperature {temperature:g}: a plain step takes "
+        console.print(table(own, COLUMNS, title=f"{title}{own[0].plain_ms:.1f} ms", is_bold=best.__contains__))
+    for one in advice:
+        console.print(Text(_prefix(one.best.category, ": ") + one.sentence, style="bold"), soft_wrap=True)
+    for remark in remarks:
+        console.print(Text(remark, style="dim"), soft_wrap=True)
 
 
-def _typed_steps(
-    times: Mapping[str, str | None],
+def _prefix(category: str, separator: str) -> str:
+    return "" if category == ALL_CATEGORIES else category + separator
+
+
+def _typed_profile(
+    typed: Mapping[str, str | None],
     batch_sizes: Sequence[int],
+    setting: DraftSetting,
+    shares: Sequence[float],
     num_tokens: int,
-    block_size: int,
     host_ms: float,
     derived: bool,
-) -> dict[str, Any]:
-    """Makes step times as a profile's file has them.
+) -> ServingProfile:
+    """Makes a profile of typed numbers.
 
     Args:
-        times: by option, as typed: both steps of the verifier, then both passes of the drafter.
+        typed: by option: both steps of the verifier, both passes of the drafter, and the acceptance length.
         batch_sizes: that were asked for.
+        setting: of the drafts, whose acceptance by position is `shares`.
         num_tokens: that the verifier reads per request with the most drafts.
-        block_size: of the drafter's passes.
         host_ms: of a drafting round.
         derived: the drafter's times come from its size.
     """
-    needed = list(times)[: 2 if derived else 4]
-    if missing := [option for option in needed if times[option] is None]:
+    steps = list(typed)[: 2 if derived else 4]
+    if missing := [option for option in steps if typed[option] is None]:
         raise ArgumentError(
             f"{', '.join(missing)} missing; give what was measured or assumed, or --profile; --bandwidth-gb-s derives "
             f"the drafter's passes"
         )
-    if derived and (host_ms or any(list(times.values())[2:])):
+    if derived and (host_ms or typed["--context-pass-ms"] or typed["--denoiser-step-ms"]):
         raise ArgumentError(
             "--bandwidth-gb-s derives what --context-pass-ms, --denoiser-step-ms and --host-ms give; leave one out"
         )
-    plain, verify, *passes = (_by_batch_size(option, times[option] or "", batch_sizes) for option in needed)
+    plain, verify, *passes = (_by_batch_size(option, typed[option] or "", batch_sizes) for option in steps)
     if any(one.keys() != plain.keys() for one in (verify, *passes)):
-        raise ArgumentError(f"{', '.join(needed)} differ in batch sizes; give the same for all")
-    block = {"block_size": block_size, "host_ms": host_ms}
-    return {
+        raise ArgumentError(f"{', '.join(steps)} differ in batch sizes; give the same for all")
+    length = typed["--acceptance-length"]
+    if length is None and not shares:
+        raise ArgumentError("--acceptance-length is missing; give it, or --acceptance-by-position, or --profile")
+    lengths = _by_batch_size("--acceptance-length", length, [None]) if length else {None: 1 + sum(shares)}
+    same = {"category": ALL_CATEGORIES, "setting": asdict(setting), "by_position": shares}
+    block = {"block_size": setting.block_size, "host_ms": host_ms}
+    raw = {
         "source": "the command line",
         "verifier_steps": [
             {"batch_size": size, "num_tokens": num, "ms": ms[size]}
@@ -159,15 +195,9 @@ def _typed_steps(
             {"batch_size": size, **block, "extend_ms": extend_ms, "denoise_ms": passes[1][size]}
             for size, extend_ms in (passes[0].items() if passes else ())
         ],
+        "acceptance_lengths": [{**same, "batch_size": size, "length": one} for size, one in lengths.items()],
     }
-
-
-def _typed_lengths(text: str | None, shares: Sequence[float], setting: DraftSetting) -> list[dict[str, Any]]:
-    if text is None and not shares:
-        raise ArgumentError("--acceptance-length is missing; give it, or --acceptance-by-position, or --profile")
-    by_size = _by_batch_size("--acceptance-length", text, [None]) if text else {None: 1 + sum(shares)}
-    same = {"category": ALL_CATEGORIES, "setting": asdict(setting), "by_position": shares}
-    return [{**same, "batch_size": size, "length": length} for size, length in by_size.items()]
+    return read_row(ServingProfile, raw, "what was typed", "a profile", "see --help")
 
 
 def _by_batch_size(option: str, text: str, sizes: Sequence[int | None]) -> dict[int | None, Any]:
@@ -204,91 +234,37 @@ def _drafter_size(
     return DrafterSize(config, bandwidth_gb_s, TORCH_DTYPES[dtype].itemsize, launch_overhead_ms, times_floor)
 
 
-def _places(
-    given: ServingProfile,
-    batch_sizes: Sequence[int],
-    num_drafts: Sequence[int],
-    category: str | None,
-    block_size: int | None,
-    steps_per_block: int | None,
-) -> list[tuple[int, AcceptanceLength, int]]:
-    """Finds what was asked; without a category, of all prompts together where they are known."""
-    known = given.acceptance_lengths
-    if category is None and any(one.category == ALL_CATEGORIES for one in known):
-        category = ALL_CATEGORIES
-    places = [
-        (batch_size, one, k)
-        for one in known
-        if category in (None, one.category)
-        and block_size in (None, one.setting.block_size)
-        and steps_per_block in (None, one.setting.steps_per_block)
-        for batch_size in batch_sizes
-        if one.batch_size in (None, batch_size)
-        for k in num_drafts or [one.setting.num_speculative_tokens]
-        if k <= one.setting.num_speculative_tokens
-    ]
-    if not places:
+def _predictions(
+    model: CostModel, batch_sizes: Sequence[int], num_drafts: Sequence[int], wanted: tuple[str | int | None, ...]
+) -> tuple[list[Prediction], list[ArgumentError]]:
+    """Predicts what was asked and can be, load by load, and keeps the reasons why the rest cannot.
+
+    Args:
+        model: that predicts.
+        batch_sizes: requests at once.
+        num_drafts: K; empty for those that were measured.
+        wanted: category, block size and steps; None for all.
+
+    Raises:
+        ArgumentError: nothing can be predicted.
+    """
+    known = model.profile.acceptance_lengths
+    found, failures = [], []
+    for one in known:
+        setting, most = one.setting, one.setting.num_speculative_tokens
+        own = (one.category, setting.block_size, setting.steps_per_block)
+        if any(value not in (None, its) for value, its in zip(wanted, own, strict=True)):
+            continue
+        sizes = [size for size in batch_sizes if one.batch_size in (None, size)]
+        for size, k in product(sizes, [k for k in num_drafts or [most] if k <= most]):
+            try:
+                found.append(model.predict(size, one, k))
+            except ArgumentError as error:
+                failures.append(error)
+    if not found and failures:
+        raise failures[0]
+    if not found:
         names = "; ".join(sorted({f"{one.category}: {one.setting.name}" for one in known}))
         raise ArgumentError(f"no acceptance length is known for what was asked; known are {names or 'none'}")
-    return places
-
-
-def _predictions(
-    model: CostModel, places: Sequence[tuple[int, AcceptanceLength, int]]
-) -> tuple[list[Prediction], list[ArgumentError]]:
-    """Predicts what can be, load by load, and keeps the reasons why the rest cannot; raises one if nothing can."""
-    found, failures = [], []
-    for place in places:
-        try:
-            found.append(model.predict(*place))
-        except ArgumentError as error:
-            failures.append(error)
-    if not found:
-        raise failures[0]
     found.sort(key=lambda one: one.setting.num_speculative_tokens)
     return sorted(found, key=lambda one: (one.load, one.setting.block_size, one.setting.steps_per_block)), failures
-
-
-def _assumptions(assumed_error: float, size: DrafterSize | None) -> list[str]:
-    remarks = [
-        f"Intervals: what those of all numbers do to the result together; numbers without one reach "
-        f"{100 * assumed_error:g} % to both sides."
-    ]
-    if size is not None:
-        remarks.append(
-            f"The drafter's passes take {size.times_floor:g} times their weights over {size.bandwidth_gb_s:g} GB/s, "
-            f"and {size.launch_overhead_ms:g} ms more: a bound that holds while they wait for memory. Where they "
-            f"compute all the time (large batches, CPUs) they take longer, and the gain is smaller."
-        )
-    return [*remarks, STRAIGHT_LINES]
-
-
-def _show(predictions: Sequence[Prediction], advice: Sequence[Advice], remarks: Sequence[str]) -> None:
-    console, best = Console(), [one.best for one in advice]
-    headings = ["tokens a round", "verify ms", "draft ms", "tok/s", "speed-up", "pays from"]
-    for (category, temperature, batch_size), group in groupby(predictions, lambda one: one.load):
-        own = list(group)
-        text = "" if category == ALL_CATEGORIES else f"{category}, "
-        title = f"{text}batch {batch_size}, temperature {temperature:g}: a plain step takes {own[0].plain_ms:.1f} ms"
-        # Without lines between columns it fits a terminal of 80.
-        table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        table.add_column("setting", min_width=len("adaptive,"), overflow="fold")
-        for heading in headings:
-            table.add_column(heading, justify="right")
-        for one in own:
-            table.add_row(
-                one.setting.name,
-                str(one.acceptance_length),
-                f"{one.verify_ms:.1f}",
-                f"{one.drafting_ms:.1f}",
-                f"{one.tokens_per_s.value:.0f}",
-                str(one.speed_up),
-                f"{one.break_even_length:.2f}",
-                style="bold" if one in best else "",
-            )
-        console.print(table)
-    for advised in advice:
-        text = "" if advised.best.category == ALL_CATEGORIES else f"{advised.best.category}: "
-        console.print(Text(text + advised.sentence, style="bold"), soft_wrap=True)
-    for remark in remarks:
-        console.print(Text(remark, style="dim"), soft_wrap=True)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from twotower_bench.cli import options
 from twotower_bench.cli.options import numbers
+from twotower_bench.cli.tables import Columns, table
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.schedule import Say, Slot, complete, in_order
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
@@ -118,7 +117,7 @@ def standalone(
             scores[setting] = found.score
     figures = {row.setting: row for row in summarise(cell for cell in cells if isinstance(cell, Cell))}
     console = Console(highlight=False)
-    console.print(_table([figures[setting] for setting in settings], scores))
+    console.print(table([figures[setting] for setting in settings], _columns(scores)))
     console.print(
         f"{len(rows)} prompts of {dataset}, up to {max_new_tokens} new tokens, batch 1, greedy, {repeat} repeats; "
         f"{describe_machine()}",
@@ -160,35 +159,33 @@ def _key(item: Cell | Score) -> Hashable:
     return item.setting, item.repeat if isinstance(item, Cell) else json.dumps(item.task)
 
 
-def _table(figures: Sequence[Summary], scores: Mapping[ModeOptions, TaskScore]) -> Table:
-    names = ["mode", "S", "steps", "gamma", "tok/s", "vs AR", "tok / NFE", "tok / ctx", "same text", "prefix", "length"]
-    table = Table(*names, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    table.columns[0].no_wrap = True
-    for column in table.columns[1:]:
-        column.overflow = "fold"  # rather two lines than a heading cut off
-    metric = next((f"{score.task} {score.metric}" for score in scores.values()), None)
-    if metric:
-        table.add_column(metric)
-    for row in figures:
-        how = row.setting
-        values = [
-            how.mode,
-            *("-" if value is None else f"{value:g}" for value in (how.block_size, how.steps_per_block)),
-            "-" if how.confidence_threshold is None else f"{how.confidence_threshold:g}",
-            f"{row.tokens_per_s.value:.0f}",
-            f"{row.speed_up:.2f}x",
-            f"{row.tokens_per_nfe.value:.2f}" if row.tokens_per_nfe else "-",
-            f"{row.tokens_per_context_pass.value:.2f}",
-            f"{row.identical.value:.0%}",
-            f"{row.common_prefix.value:.1f}",
-            f"{row.length:.1f}",
-        ]
-        if metric:
-            score = scores[row.setting]
-            error = "" if score.standard_error is None else f" ± {score.standard_error:.3f}"
-            values.append(f"{score.value:.3f}{error}")
-        table.add_row(*values)
-    return table
+COLUMNS: Columns = {
+    "mode": lambda one: one.setting.mode,
+    "S": lambda one: _known(one.setting.block_size),
+    "steps": lambda one: _known(one.setting.steps_per_block),
+    "gamma": lambda one: _known(one.setting.confidence_threshold),
+    "tok/s": lambda one: f"{one.tokens_per_s.value:.0f}",
+    "vs AR": lambda one: f"{one.speed_up:.2f}x",
+    "tok / NFE": lambda one: f"{one.tokens_per_nfe.value:.2f}" if one.tokens_per_nfe else "-",
+    "tok / ctx": lambda one: f"{one.tokens_per_context_pass.value:.2f}",
+    "same text": lambda one: f"{one.identical.value:.0%}",
+    "prefix": lambda one: f"{one.common_prefix.value:.1f}",
+    "length": lambda one: f"{one.length:.1f}",
+}
+
+
+def _columns(scores: Mapping[ModeOptions, TaskScore]) -> Columns:
+    """All columns, with one for the task if there is one."""
+
+    def score(one: Summary) -> str:
+        found = scores[one.setting]
+        return f"{found.value:.3f}" + ("" if found.standard_error is None else f" ± {found.standard_error:.3f}")
+
+    return COLUMNS | {f"{found.task} {found.metric}": score for found in scores.values()}
+
+
+def _known(value: float | None) -> str:
+    return "-" if value is None else f"{value:g}"
 
 
 def _task(name: str | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> WantedTask | None:

@@ -8,15 +8,13 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import baselines
 from twotower_bench.cli.options import numbers
-from twotower_bench.cli.tables import left_out, print_remarks
+from twotower_bench.cli.tables import Columns, left_out, print_remarks, table
 from twotower_bench.engines import EnginePool, EngineSpec
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.grid import draft_settings, knobs_of, system_of
@@ -25,8 +23,6 @@ from twotower_bench.profile_of_cells import serving_profile
 from twotower_bench.recommendation import (
     Goal,
     GoalName,
-    Point,
-    Recommendation,
     best_by_concurrency,
     front_of,
     recommend,
@@ -41,6 +37,20 @@ from twotower_spec.files import check_writable
 
 # Rounds of prompts before a setting counts under a load.
 NUM_WARM_UP = 2
+FRONT: Columns = {
+    "best compromises": lambda point: point.system.title,
+    "at once": lambda point: str(point.load.concurrency),
+    "tok/s in all": lambda point: f"{point.tokens_per_s.value:.0f}",
+    "tok/s per user": lambda point: f"{point.user_tokens_per_s.value:.1f}",
+}
+BEST: Columns = {
+    "most tokens/s": lambda best: best.point.system.title,
+    "at once": lambda best: str(best.point.load.concurrency),
+    "tok/s": lambda best: f"{best.point.tokens_per_s.value:.0f}",
+    "best that speculates": lambda best: (
+        f"{best.comparison.speed_up.value:.2f}x, {best.comparison.verdict}" if best.comparison else "-"
+    ),
+}
 
 
 def sweep(
@@ -116,8 +126,8 @@ def sweep(
     for heat in temperatures:
         if len(temperatures) > 1:
             console.rule(f"temperature {heat:g}")
-        console.print(_front_table(front_of(sweep_points(cells, heat))))
-        console.print(_best_table(best_by_concurrency(cells, heat)))
+        console.print(table(front_of(sweep_points(cells, heat)), FRONT))
+        console.print(table(best_by_concurrency(cells, heat), BEST))
         best = recommend(cells, wanted, heat)
         console.print(best.sentence, markup=False, soft_wrap=True)
         for line in (best.serve_command, best.python_call):
@@ -150,25 +160,3 @@ def _candidates(
         candidates.append(Candidate(system, f"twotower-{drafts}", knobs_of(setting)))
         specs.setdefault(f"twotower-{drafts}", engine_spec(system, models.verifier, models.arguments))
     return candidates, specs
-
-
-def _front_table(points: Sequence[Point]) -> Table:
-    table = Table("best compromises", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("at once", "tok/s in all", "tok/s per user"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for point in points:
-        row = (point.load.concurrency, f"{point.tokens_per_s.value:.0f}", f"{point.user_tokens_per_s.value:.1f}")
-        table.add_row(point.system.title, *map(str, row))
-    return table
-
-
-def _best_table(best: Sequence[Recommendation]) -> Table:
-    table = Table("at once", "most tokens/s", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for heading in ("tok/s", "best that speculates"):
-        table.add_column(heading, justify="right", overflow="fold")
-    for one in best:
-        compared = one.comparison
-        found = f"{compared.speed_up.value:.2f}x, {compared.verdict}" if compared else "-"
-        point = one.point
-        table.add_row(str(point.load.concurrency), point.system.title, f"{point.tokens_per_s.value:.0f}", found)
-    return table
