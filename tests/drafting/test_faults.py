@@ -9,10 +9,17 @@ import pytest
 import torch
 
 from tests.drafting.rounds import draft_rows
-from tests.support.builders import random_ids, tiny_model
+from tests.support.builders import random_ids, tiny_config, tiny_model
 from twotower_kernels.block_attention import op as attention_op
-from twotower_spec import ArgumentError
-from twotower_spec.drafting import AdaptivePolicy, DraftBlock, DraftingSession, FixedPolicy, ThresholdPolicy
+from twotower_spec import ArgumentError, TwoTowerModel
+from twotower_spec.drafting import (
+    AdaptivePolicy,
+    DraftBlock,
+    DraftingSession,
+    DraftRequest,
+    FixedPolicy,
+    ThresholdPolicy,
+)
 from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.towers import ContextTower, DenoiserTower
@@ -62,6 +69,25 @@ def test_a_damaged_state_costs_only_its_own_request_a_round_of_drafts(
             expected[broken] = []
         assert actual == expected
     assert drafter.without_drafts["not finite"] == 1 and drafter.state.num_restarts == 1
+
+
+def test_a_request_whose_numbers_stay_damaged_is_read_ever_more_rarely() -> None:
+    model, undisturbed = TwoTowerModel.from_config(tiny_config(), dtype="float64", seed=0), make()
+    model.context.embeddings.data[60] = torch.nan
+    drafter = DraftingSession(model, FixedPolicy(8, 1, num_tokens=7))
+    rows = {"a": [60, *random_ids(20)], "b": random_ids(5, seed=1, vocab_size=60)}
+    tried = []
+    for round_index in range(40):
+        rows = {name: row + random_ids(1, seed=round_index, vocab_size=60) for name, row in rows.items()}
+        drafted = drafter.draft([DraftRequest(name, row) for name, row in rows.items()])
+        if drafted.num_damaged:
+            tried.append(round_index)
+        assert drafts(drafted.block)["b"] == drafts(draft_rows(undisturbed, {"b": rows["b"]}))["b"]
+        assert drafted.without_drafts["not finite"] == 1
+    assert tried == [0, 1, 3, 7, 15, 31]
+    drafter.release("a")
+    drafter.release("b")
+    assert not drafter._damaged
 
 
 def test_samples_of_the_others_keep_their_distributions() -> None:

@@ -229,7 +229,7 @@ def facts(engine: Engine) -> dict[str, float]:
     """Counters of the drafter, read after the other scenarios."""
     from twotower_spec.drafting import AdaptivePolicy
 
-    # Requests that ended together are forgotten in the next step, so there has to be one.
+    # In this process nobody runs the step after the last request has ended, which tells the drafter so.
     engine.generate(engine.prompts(1), max_tokens=4)
     stats = engine.runner.drafter.stats
     session = engine.session

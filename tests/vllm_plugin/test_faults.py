@@ -6,8 +6,10 @@ from unittest.mock import Mock
 import pytest
 import torch
 
+from twotower_spec.drafting import DraftBlock, Round
+from twotower_spec.drafting.backoff import LONGEST_PAUSE
 from vllm_twotower import faults
-from vllm_twotower.faults import LONGEST_PAUSE, FaultHandler
+from vllm_twotower.faults import FaultHandler
 
 
 @pytest.fixture
@@ -20,6 +22,10 @@ def logged(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(faults.logger, "error", error)
     return lines
+
+
+def ended(denoised: int, damaged: int) -> Round:
+    return Round(DraftBlock.empty(()), None, num_denoised=denoised, num_damaged=damaged)
 
 
 def rounds_skipped(handler: FaultHandler) -> int:
@@ -36,9 +42,22 @@ def test_the_pause_grows_while_rounds_fail_and_begins_anew_after_one_that_does_n
         assert handler.recover(RuntimeError("injected"), lambda: None)
         pauses.append(rounds_skipped(handler))
     assert pauses == [0, 1, 3, 7, 15, 31, 63, LONGEST_PAUSE, LONGEST_PAUSE]
-    handler.round_succeeded()
+    handler.judge(ended(denoised=3, damaged=1))
     assert handler.recover(RuntimeError("injected"), lambda: None)
     assert rounds_skipped(handler) == 0
+
+
+def test_rounds_of_nothing_but_nan_are_followed_by_pauses_and_one_line(logged: list[str]) -> None:
+    handler, pauses = FaultHandler(), []
+    for _ in range(4):
+        handler.judge(ended(denoised=2, damaged=2))
+        pauses.append(rounds_skipped(handler))
+        handler.judge(ended(denoised=0, damaged=0))  # nothing is ready: neither a failure nor a success
+    assert pauses == [0, 1, 3, 7]
+    handler.judge(ended(denoised=2, damaged=1))
+    handler.judge(ended(denoised=2, damaged=2))
+    assert rounds_skipped(handler) == 0
+    assert len(logged) == 1 and "gave NaN" in logged[0] and "checkpoint's weights" in logged[0]
 
 
 def test_every_kind_of_fault_is_logged_once_with_its_remedy(logged: list[str]) -> None:

@@ -60,6 +60,7 @@ class Round:
         times: seconds of the towers; on CUDA to be read when the round is over.
         host_s: seconds until the drafts were given, by the host's clock.
         without_drafts: requests that got none, by reason (see `DraftingSession.without_drafts`).
+        num_denoised, num_damaged: requests that the denoiser worked for, and those of them for which it gave NaN.
     """
 
     block: DraftBlock
@@ -68,6 +69,8 @@ class Round:
     times: PhaseTimes = field(default_factory=PhaseTimes)
     host_s: float = 0.0
     without_drafts: Counter[str] = field(default_factory=Counter)
+    num_denoised: int = 0
+    num_damaged: int = 0
 
     @property
     def late_s(self) -> float:

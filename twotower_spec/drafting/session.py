@@ -14,6 +14,7 @@ from twotower_kernels.backend import use_triton
 from twotower_kernels.block_scan import warm_up
 from twotower_spec.config import check_integer
 from twotower_spec.drafting.admission import Admission, Admitted
+from twotower_spec.drafting.backoff import Backoff
 from twotower_spec.drafting.block_drafter import BlockDrafter, FirstToken
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
 from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy
@@ -72,7 +73,7 @@ class DraftingSession:
         without_drafts: requests that got none in a round, all rounds together, by reason: "prefilling" (their context
             is not computed yet), "no room" (the pool is full), "foreign token" (an id that the drafter does not have),
             "policy" (drafting did not pay), "limit" (no draft was asked for), "not finite" (a tower or the state gave
-            NaN; the context is read anew).
+            NaN; the context is read anew, after a pause that grows where others' numbers are sound).
     """
 
     def __init__(
@@ -134,6 +135,8 @@ class DraftingSession:
         )
         self.without_drafts: Counter[str] = Counter()
         self._admission = Admission(self.state, token_budget, vocab_size)
+        # Requests that gave NaN when others did not.
+        self._damaged: dict[RequestId, Backoff] = {}
 
     @property
     def num_speculative_tokens(self) -> int:
@@ -153,10 +156,12 @@ class DraftingSession:
     def release(self, request_id: RequestId) -> None:
         """Forgets a request; unknown ids are ignored."""
         self._admission.release(request_id)
+        self._damaged.pop(request_id, None)
 
     def reset(self) -> None:
         """Forgets all requests; also after an exception in the middle of a round, which leaves contexts half read."""
         self._admission.reset()
+        self._damaged.clear()
 
     @torch.inference_mode()
     def draft(self, requests: Sequence[DraftRequest]) -> Round:
@@ -174,23 +179,26 @@ class DraftingSession:
         if plan is None:
             return self._counted(Round(block, None, without_drafts=Counter(policy=len(requests))))
         wanting = [one for one in requests if one.read_only or one.max_draft_tokens is None or one.max_draft_tokens > 0]
+        trusted = [one for one in wanting if not self._rests(one.request_id)]
         times = PhaseTimes()
         with times.measure("extend", self.towers.context.device):
-            admitted = self._read(wanting)
+            admitted = self._read(trusted)
         drafted = [one for one in admitted.ready if not one.read_only]
         without_drafts = admitted.without_drafts + Counter(
             limit=len(requests) - len(wanting), prefilling=len(admitted.ready) - len(drafted)
         )
+        without_drafts["not finite"] += len(wanting) - len(trusted)
+        damaged: list[RequestId] = []
         if drafted:
             with times.measure("denoise", self.towers.denoiser.device):
                 done, probs = self._denoise(plan, drafted)
                 block, damaged = self._as_block(plan, block.request_ids, drafted, admitted, done, probs)
-            for request_id in damaged:  # so that drafts return when the fault has passed
-                self._admission.restart(request_id)
+            self._note_damage(drafted, damaged)
             without_drafts["not finite"] += len(damaged)
         num_context_tokens = sum(map(len, admitted.increments.values()))
         host_s = time.perf_counter() - start
-        return self._counted(Round(block, plan, num_context_tokens, times, host_s, without_drafts))
+        sizes = len(drafted), len(damaged)
+        return self._counted(Round(block, plan, num_context_tokens, times, host_s, without_drafts, *sizes))
 
     def observe(self, finished: Round, result: RoundResult) -> None:
         """Tells the policy what became of a round; also of one without drafts, where 0 were accepted."""
@@ -251,6 +259,25 @@ class DraftingSession:
             workspace_bytes=self.state.workspace_nbytes + self.drafter.nbytes,
             denoiser_device=denoiser.device,
         )
+
+    def _rests(self, request_id: RequestId) -> bool:
+        backoff = self._damaged.get(request_id)
+        return backoff is not None and backoff.skips_round()
+
+    def _note_damage(self, drafted: Sequence[DraftRequest], damaged: Sequence[RequestId]) -> None:
+        """Reads contexts of damaged requests again, so that drafts return when the fault has passed.
+
+        Where all are damaged the fault is not theirs, and it is the caller's to pause.
+        """
+        for request_id in damaged:
+            self._admission.restart(request_id)
+        if len(damaged) == len(drafted):
+            return
+        for one in drafted:
+            if one.request_id in damaged:
+                self._damaged.setdefault(one.request_id, Backoff()).failed()
+            else:
+                self._damaged.pop(one.request_id, None)
 
     def _counted(self, done: Round) -> Round:
         self.without_drafts.update(done.without_drafts)

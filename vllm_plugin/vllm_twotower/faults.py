@@ -7,34 +7,42 @@ from collections.abc import Callable
 
 import torch
 
-logger = logging.getLogger("vllm.twotower.faults")
+from twotower_spec.drafting import Round
+from twotower_spec.drafting.backoff import Backoff
 
-# A fault that does not pass costs one attempt in so many rounds at most.
-LONGEST_PAUSE = 64
+logger = logging.getLogger("vllm.twotower.faults")
 
 
 class FaultHandler:
     """Logs every kind of fault once, makes the drafter forget what it left half done, and pauses where faults go on.
 
     Whoever calls the drafter catches what it raises, hands it to `recover`, and counts the requests left without
-    drafts. The n-th failed round in a row is followed by a pause of 2^(n - 1) - 1 rounds, `LONGEST_PAUSE` at most.
+    drafts; a round that ended is handed to `judge`. `Backoff` says how long the pauses are.
     """
 
     def __init__(self) -> None:
         """Begins without faults."""
         self._logged: set[str] = set()
-        self._failed_in_row = self._pause = 0
+        self._backoff = Backoff()
 
     def skips_round(self) -> bool:
         """Whether nothing is to be drafted in this round, which is then one fewer of the pause."""
-        if not self._pause:
-            return False
-        self._pause -= 1
-        return True
+        return self._backoff.skips_round()
 
-    def round_succeeded(self) -> None:
-        """Ends the row of failed rounds."""
-        self._failed_in_row = 0
+    def judge(self, ended: Round) -> None:
+        """Begins a pause after a round that gave nothing but NaN, and ends the row of failures after a sound one."""
+        if ended.num_damaged:
+            self._log_once(
+                "NaN",
+                "TwoTower: a tower or its state gave NaN; drafts of %d requests are dropped, their contexts are read "
+                "again, after pauses that grow if this goes on; look for NaN in the checkpoint's weights then, or give "
+                "another dtype",
+                ended.num_damaged,
+            )
+        if ended.num_denoised > ended.num_damaged:
+            self._backoff.succeeded()
+        elif ended.num_damaged:
+            self._backoff.failed()
 
     def recover(self, error: Exception, reset: Callable[[], None]) -> bool:
         """Begins the pause after a failed round; never raises.
@@ -46,8 +54,7 @@ class FaultHandler:
         Returns:
             Whether the drafter can be used again.
         """
-        self._failed_in_row += 1
-        self._pause = min(2 ** (self._failed_in_row - 1) - 1, LONGEST_PAUSE)
+        self._backoff.failed()
         usable = True
         try:
             reset()
@@ -62,10 +69,12 @@ class FaultHandler:
     def log(self, error: Exception, outcome: str) -> None:
         """Logs the first error of every type, with the remedy."""
         kind = type(error).__name__
-        if kind in self._logged:
-            return
-        self._logged.add(kind)
         remedy = "please report this"
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "lower pool_requests or pool_tokens, or place the towers on other devices"
-        logger.error("TwoTower: %s (%s: %s); %s", outcome, kind, error, remedy, exc_info=error)
+        self._log_once(kind, "TwoTower: %s (%s: %s); %s", outcome, kind, error, remedy, exc_info=error)
+
+    def _log_once(self, kind: str, text: str, *values: object, exc_info: Exception | None = None) -> None:
+        if kind not in self._logged:
+            self._logged.add(kind)
+            logger.error(text, *values, exc_info=exc_info)

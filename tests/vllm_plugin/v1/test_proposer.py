@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from tests.support.builders import random_ids, tiny_model
+from tests.support.builders import random_ids, tiny_config, tiny_model
+from twotower_spec import TwoTowerModel
 from twotower_spec.drafting import DraftingSession, FixedPolicy
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation import PhaseTimes
@@ -135,3 +137,33 @@ def test_off_at_start_is_counted_as_the_policy_and_cannot_be_changed(monkeypatch
     proposer.change_policy({"block_size": 16})
     with pytest.raises(ArgumentError, match="policy 'fixed' needs the towers"):
         proposer.change_policy({"policy": "fixed"})
+
+
+def test_a_permanently_damaged_drafter_reads_its_contexts_ever_more_rarely(monkeypatch: pytest.MonkeyPatch) -> None:
+    def context_tokens(model: TwoTowerModel) -> float:
+        proposer = make(monkeypatch)
+        proposer.session = DraftingSession(model, FixedPolicy(8, 1, num_tokens=NUM_DRAFTS))
+        for length in range(50, 150):
+            step(proposer, length, [5])
+        return float(proposer.stats.get("context_tokens"))
+
+    damaged = TwoTowerModel.from_config(tiny_config(), dtype="float64")
+    for parameter in damaged.denoiser.parameters():
+        parameter.data.fill_(math.nan)
+    assert context_tokens(tiny_model()) == 149
+    assert context_tokens(damaged) < 8 * 150  # rounds 0, 1, 3, 7, 15, 31 and 63; with every round it were 9950
+
+
+def test_an_idle_server_holds_no_contexts(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    step(proposer, 10, [5])
+    assert (proposer.stats.get("pool_used", "requests"), proposer.stats.get("pool_used", "tokens")) == (1, 10)
+    proposer.begin_step(proposer._runner, SimpleNamespace(finished_req_ids={"a", "unknown"}))
+    assert (proposer.stats.get("pool_used", "requests"), proposer.stats.get("pool_used", "tokens")) == (0, 0)
+
+
+def test_a_request_that_cannot_be_released_does_not_end_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    step(proposer, 10, [5])
+    monkeypatch.setattr(proposer.session.state, "release", lambda request_id: 1 / 0)
+    proposer.begin_step(proposer._runner, SimpleNamespace(finished_req_ids={"a"}))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
@@ -139,8 +139,9 @@ class TwoTowerProposer:
         return full.policy, full.block_size, full.steps_per_block, full.confidence_threshold
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
-        """Told by the hook of `execute_model` before every step; never raises."""
+        """Told by the hook of `execute_model` before every step, also of one that runs nothing; never raises."""
         self._scheduled = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
+        self._forget(getattr(scheduler_output, "finished_req_ids", None) or ())
         if self._runner is not runner:
             self._runner = runner
             runner.effective_drafter_max_model_len = ANY_LENGTH
@@ -196,8 +197,7 @@ class TwoTowerProposer:
         num_tokens_no_spec: npt.NDArray[np.int32],
         token_ids_cpu: npt.NDArray[np.int32],
     ) -> list[list[int]]:
-        for request_id in gone(session.request_ids, self._runner):
-            session.release(request_id)
+        self._forget(gone(session.request_ids, self._runner))
         self._count_phases()
         request_ids: list[str] = self._runner.input_batch.req_ids[: len(sampled_token_ids)]
         self._observe(session, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
@@ -218,7 +218,7 @@ class TwoTowerProposer:
             )
         ]
         self._round = session.draft(requests)
-        self._faults.round_succeeded()
+        self._faults.judge(self._round)
         self._count(session, self._round, start)
         drafts = self._round.block.rows()
         return padded(drafts, sampled_token_ids, requests) if self._pads else drafts
@@ -277,9 +277,7 @@ class TwoTowerProposer:
         stats.add("context_tokens", drafted.num_context_tokens)
         for reason, count in drafted.without_drafts.items():
             stats.add("fallbacks", count, reason)
-        held = session.request_ids
-        stats.set("pool_used", len(held), "requests")
-        stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
+        self._show_pool(session)
         self._untimed = drafted.times, time.perf_counter() - start
         if drafted.times.known:
             self._count_phases()
@@ -289,6 +287,22 @@ class TwoTowerProposer:
             if line:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
+
+    def _forget(self, request_ids: Collection[Hashable]) -> None:
+        """Releases requests that have ended: after the last one of all there is no round that would."""
+        if self.session is None or not request_ids:
+            return
+        try:
+            for request_id in request_ids:
+                self.session.release(request_id)
+            self._show_pool(self.session)
+        except Exception as error:
+            self._faults.log(error, "the state of a request that has ended could not be released")
+
+    def _show_pool(self, session: DraftingSession) -> None:
+        held = session.request_ids
+        self.stats.set("pool_used", len(held), "requests")
+        self.stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
 
     def _count_phases(self) -> None:
         """Counts a round's seconds: at once where its passes are over, else when the next one begins. Nothing waits."""
