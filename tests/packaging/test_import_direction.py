@@ -25,12 +25,19 @@ importlib.import_module(sys.argv[1])
 print("\\n".join({name.partition(".")[0] for name in sys.modules}))
 """
 
+BUILD_COMMAND_LINE = """
+import sys
+from twotower_spec.cli.app import build_app
+build_app()
+print("\\n".join(sys.modules))
+"""
 
-def loaded_top_level_names(code: str, package: str) -> set[str]:
-    """Runs `code` on a package in a fresh interpreter and returns what it says is loaded."""
+
+def loaded_names(code: str, *arguments: str) -> set[str]:
+    """Runs `code` in a fresh interpreter and returns what it says is loaded."""
     path = os.pathsep.join(str(ROOT / folder) for folder in (".", "kernels", "vllm_plugin", "benchmarks"))
     result = subprocess.run(
-        [sys.executable, "-P", "-c", code, package],
+        [sys.executable, "-P", "-c", code, *arguments],
         env={**os.environ, "PYTHONPATH": path},
         capture_output=True,
         text=True,
@@ -48,16 +55,23 @@ def loaded_top_level_names(code: str, package: str) -> set[str]:
     ],
 )
 def test_package_imports_nothing_that_stands_above_it(package: str, above: set[str]) -> None:
-    loaded = loaded_top_level_names(IMPORT_EVERYTHING, package)
+    loaded = loaded_names(IMPORT_EVERYTHING, package)
     assert package in loaded
     assert not loaded & above
 
 
 def test_importing_vllm_twotower_does_not_import_vllm() -> None:
     """vLLM loads it while starting, and `cpu_install` runs where vLLM cannot be imported."""
-    loaded = loaded_top_level_names(IMPORT_PACKAGE_ONLY, "vllm_twotower")
+    loaded = loaded_names(IMPORT_PACKAGE_ONLY, "vllm_twotower")
     assert "vllm_twotower" in loaded
     assert "vllm" not in loaded
+
+
+def test_the_command_line_starts_without_what_few_commands_need() -> None:
+    """transformers' models alone double the time until `--help` or a refused option is answered."""
+    loaded = loaded_names(BUILD_COMMAND_LINE)
+    assert "twotower_spec.cli.app" in loaded
+    assert not loaded & {"transformers.modeling_utils", "matplotlib", "pandas", "scipy", "sklearn", "vllm"}
 
 
 @pytest.mark.parametrize("folder", ["kernels", "vllm_plugin", "benchmarks"])

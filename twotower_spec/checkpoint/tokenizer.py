@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from twotower_spec.checkpoint.index import TOKENIZER_FILES, resolve_checkpoint
 from twotower_spec.errors import ArgumentError
@@ -42,6 +42,8 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
             fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(directory)
             return fast
         if (directory / "tokenizer_config.json").is_file():
+            from transformers import AutoTokenizer  # brings all of transformers' models, which few checkpoints need
+
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, trust_remote_code=trust_remote_code
             )

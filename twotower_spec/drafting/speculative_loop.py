@@ -6,9 +6,10 @@ import secrets
 import time
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.config import check_integer
 from twotower_spec.drafting.draft_block import DraftBlock
@@ -23,6 +24,9 @@ from twotower_spec.generation.batch import Prompts, parse_eos, parse_prompts, pa
 from twotower_spec.generation.options import EosTokenIds, Seeds
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state.context_state import RequestId
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,15 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 logger = logging.getLogger(__name__)
 

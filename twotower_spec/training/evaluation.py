@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
@@ -29,6 +29,9 @@ from twotower_spec.training.quality import (
     write_texts,
 )
 from twotower_spec.training.stages import load_verifier
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 TEMPERATURES = (0.0, 0.7)
 GAMMA, MOST_STEPS = 0.8, 16

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, Qwen3Config, Qwen3ForCausalLM
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from twotower_spec.training.loop import StepLoss
 from twotower_spec.training.recipe import LanguageModelConfig
 from twotower_spec.training.tokenizer import MODEL_MAX_LENGTH
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 
 def build_language_model(
     model: LanguageModelConfig, vocab_size: int, tokenizer: PreTrainedTokenizerBase, seed: int
 ) -> PreTrainedModel:
     """A model with random weights from a private generator, in float32."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
     config = Qwen3Config(
         vocab_size=vocab_size,
         tie_word_embeddings=True,

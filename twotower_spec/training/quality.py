@@ -10,10 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
-from transformers import PreTrainedModel
 
 from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest
 from twotower_spec.drafting.block_drafter import FirstToken
@@ -24,6 +23,9 @@ from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
 from twotower_spec.towers.model import TwoTowers
 from twotower_spec.training.sampling import continue_prompts
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 NGRAM_LENGTHS = (3, 2)
 

@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from multiprocessing import parent_process
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from rich.progress import track
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache
 
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.training.corpus import training_documents
 from twotower_spec.training.recipe import SamplingConfig
 from twotower_spec.training.workspace import Workspace
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 # Beginnings are drawn with another seed than the corpus.
 FRESH_SEED = 1_000_003

@@ -7,11 +7,11 @@ import itertools
 import shutil
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twotower_spec.checkpoint import save_checkpoint
 from twotower_spec.errors import ArgumentError
@@ -30,6 +30,9 @@ from twotower_spec.training.streams import TokenStream
 from twotower_spec.training.tokenizer import train_tokenizer
 from twotower_spec.training.tower_losses import ContextLoss, DenoiserLoss, ExpertBalance
 from twotower_spec.training.workspace import VERIFIER_SAMPLES, Workspace
+
+if TYPE_CHECKING:  # transformers' models take seconds to import
+    from transformers import PreTrainedModel
 
 # Tokenizer training sees at most this much of every source.
 TOKENIZER_CHARACTERS = 4_000_000
@@ -130,6 +133,8 @@ def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = to
     Raises:
         ArgumentError: it cannot be read.
     """
+    from transformers import AutoModelForCausalLM
+
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True

@@ -11,7 +11,6 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import torch
 import typer
-from transformers import AutoTokenizer
 
 from twotower_bench.systems import TRIO_ARGUMENTS
 from twotower_spec.config import check_integer
@@ -258,6 +257,8 @@ def check_chat(chat: bool, verifier: str) -> None:
     """
     if not chat:
         return
+    from transformers import AutoTokenizer  # seconds, that no other option costs
+
     try:
         template = AutoTokenizer.from_pretrained(verifier, trust_remote_code=False).chat_template
     except (OSError, ValueError) as error:
