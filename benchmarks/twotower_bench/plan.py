@@ -20,6 +20,7 @@ from twotower_bench.drafter_size import DrafterSize
 from twotower_bench.records import DraftSetting, read_row
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import Estimate
+from twotower_spec.reading import read_json
 
 # Two runs of one engine differ by as much (docs/benchmarks.md, A/A noise): a speed-up within it is none.
 BAND = 0.02
@@ -129,12 +130,7 @@ class ServingProfile:
         Raises:
             ArgumentError: it cannot be read, or something is missing or out of range.
         """
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise ArgumentError(
-                f"profile {path} cannot be read ({error}); give a file that bench sweep --profile wrote"
-            ) from error
+        raw = read_json(path, "profile", "give a file that bench sweep --profile wrote")
         return read_row(cls, raw, str(path), "a profile", "docs/planning.md has the fields")
 
 

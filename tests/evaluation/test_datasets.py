@@ -145,8 +145,8 @@ def test_names_of_datasets_may_be_written_as_their_authors_do() -> None:
 @pytest.mark.parametrize(
     ("name", "data", "message"),
     [
-        ("a.jsonl", b'{"prompt": "x"}\nnot json\n', "line 2 of .* is not JSON"),
-        ("a.jsonl", b'["x"]\n', "line 1 of .* is no JSON object"),
+        ("a.jsonl", b'{"prompt": "x"}\nnot json\n', r"a\.jsonl:2 is not JSON"),
+        ("a.jsonl", b'["x"]\n', r"a\.jsonl:1 is no JSON object"),
         ("a.jsonl", b'{"question": "x", "n": 1}\n', "no text in prompt or text or turns, only the fields question, n"),
         ("a.jsonl", b'{"prompt": "  "}\n', "row 1 of .* has no text"),
         ("a.jsonl", b'{"prompt": "x", "id": 1}\n{"prompt": "y", "id": 1}\n', "two prompts with id 1"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +11,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from twotower_spec.errors import CheckpointError
+from twotower_spec.errors import CheckpointError, FileError
+from twotower_spec.reading import is_directory, is_file, read_json
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -64,9 +64,9 @@ def resolve_checkpoint(
         CheckpointError: it is neither a directory nor a hub id that can be downloaded.
     """
     directory = Path(name_or_path)
-    if directory.is_dir():
+    if is_directory(directory):
         return directory
-    if directory.exists():
+    if is_file(directory):
         raise CheckpointError(f"{directory} is a file; give the directory that holds config.json and the weights")
     try:
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(files)))
@@ -124,13 +124,15 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
                 raise CheckpointError(_no_safetensors(self.directory))
             return {}
         try:
-            listed = json.loads(path.read_text())["weight_map"]
+            listed = read_json(path)["weight_map"]
             shards = {str(name): str(shard) for name, shard in listed.items()}
             if not shards:
                 raise ValueError("weight_map is empty")
+        except FileError as error:
+            raise CheckpointError(f"{path} is not a safetensors index ({error})") from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not a safetensors index ({error!r}); download it again") from error
-        absent = sorted({shard for shard in shards.values() if not (self.directory / shard).is_file()})
+        absent = sorted({shard for shard in shards.values() if not is_file(self.directory / shard)})
         if absent:
             raise CheckpointError(f"{path} names shards that are not there: {', '.join(absent)}; download them again")
         return shards

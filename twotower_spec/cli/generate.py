@@ -37,7 +37,7 @@ def generate(
     mode: Annotated[Mode, typer.Option(help="How to generate.")] = Mode.MASK_DIFFUSION,
     token_ids: Annotated[list[str] | None, typer.Option(help="A prompt as ids: 12,44,7. Repeatable.")] = None,
     prompt_file: Annotated[
-        Path | None, typer.Option(help='One prompt per line; .jsonl with "prompt", "text" or "token_ids".')
+        Path | None, typer.Option(help='One prompt per line; .jsonl with "prompt", "text" or "token_ids"; - is stdin.')
     ] = None,
     output: Annotated[Path | None, typer.Option(help="Write JSON lines here; a stopped run goes on.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Begin --output anew.")] = False,

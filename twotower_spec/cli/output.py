@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any
 
 from twotower_spec.errors import ArgumentError
+from twotower_spec.reading import parse_json
 
 
 class ResumableOutput:
@@ -31,9 +32,9 @@ class ResumableOutput:
         self.path, self.run, self._option = path, run, option
         self.done: set[int] = set()
         self._begin_anew = overwrite
-        if path.exists() and not path.is_file():
-            raise ArgumentError(f"output file {path} is not a regular file; give another")
         try:
+            if path.exists() and not path.is_file():
+                raise ArgumentError(f"output file {path} is not a regular file; give another")
             # Unbuffered, so that closing does not try to write again what a failed write left in a buffer.
             self._file = path.open("ab+", buffering=0)
         except OSError as error:
@@ -84,8 +85,10 @@ class ResumableOutput:
         whole = content[: content.rfind(b"\n") + 1]
         for number, line in enumerate(whole.splitlines(), start=1):
             try:
-                row = json.loads(line)
+                row = parse_json(line.decode(), self.path, "", number)
                 index, run = row["index"], row["run"]
+                if type(index) is not int:
+                    raise TypeError
             except (ValueError, KeyError, TypeError) as error:
                 raise ArgumentError(
                     f"{self.path}:{number} is not a row of such a run; give another {self._option}, or --overwrite"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import ArgumentError, FileError
+from twotower_spec.reading import check_text, read_rows
 
 _TEXT_FIELDS = ("prompt", "text")
 
@@ -28,8 +29,8 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
     Args:
         texts: prompts as text.
         token_ids: comma-separated ids, one string per prompt.
-        prompt_file: one prompt per line; with the suffix .jsonl one object per line with "prompt", "text" or
-            "token_ids".
+        prompt_file: one prompt per line; of JSON lines (.jsonl, .ndjson, .json) one object per line with "prompt",
+            "text" or "token_ids". `-` is standard input.
 
     Raises:
         ArgumentError: none or several sources, or a line that cannot be read.
@@ -40,17 +41,11 @@ def read_prompts(texts: list[str], token_ids: list[str], prompt_file: Path | Non
             f"{sum(sources)} sources of prompts were given; give one of a text, --token-ids or --prompt-file"
         )
     if texts:
-        return [Prompt(text=text) for text in texts]
+        return [Prompt(text=check_text(text, f"prompt {i}")) for i, text in enumerate(texts)]
     if token_ids:
         return [Prompt(token_ids=_parse_ids(ids)) for ids in token_ids]
     assert prompt_file is not None
-    try:
-        # utf-8-sig drops a byte order mark. Not splitlines(): JSON strings may hold Unicode's other line separators.
-        lines = prompt_file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ArgumentError(f"prompt file {prompt_file} cannot be read ({error}); give a UTF-8 text file") from error
-    parse = _parse_json if prompt_file.suffix == ".jsonl" else _parse_line
-    prompts = [parse(line, f"{prompt_file}:{i}") for i, line in enumerate(lines, start=1) if line.strip()]
+    prompts = [_prompt_of(row, place) for place, row in read_rows(prompt_file, "prompt file")]
     if not prompts:
         raise ArgumentError(f"prompt file {prompt_file} holds no prompt; give at least one line")
     return prompts
@@ -79,20 +74,11 @@ def _parse_ids(ids: str) -> list[int]:
         raise ArgumentError(f"--token-ids {ids!r} is not a list of ids; give integers like 12,44,7") from error
 
 
-def _parse_line(line: str, _where: str) -> Prompt:
-    return Prompt(text=line)
-
-
-def _parse_json(line: str, where: str) -> Prompt:
-    try:
-        row: Any = json.loads(line)
-    except ValueError as error:
-        raise ArgumentError(f"{where} is not JSON ({error}); give one object per line") from error
-    if isinstance(row, dict):
-        ids = row.get("token_ids")
-        if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
-            return Prompt(token_ids=ids)
-        for name in _TEXT_FIELDS:
-            if isinstance(row.get(name), str):
-                return Prompt(text=row[name])
-    raise ArgumentError(f'{where} has no prompt; give an object with "prompt", "text" or "token_ids"')
+def _prompt_of(row: Mapping[str, Any], place: str) -> Prompt:
+    ids = row.get("token_ids")
+    if isinstance(ids, list) and all(isinstance(i, int) for i in ids):
+        return Prompt(token_ids=ids)
+    for name in _TEXT_FIELDS:
+        if isinstance(row.get(name), str):
+            return Prompt(text=row[name])
+    raise FileError(f'{place} has no prompt; give an object with "prompt", "text" or "token_ids"')

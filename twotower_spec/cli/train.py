@@ -23,6 +23,7 @@ from twotower_spec.machine import describe_machine
 from twotower_spec.training.evaluation import EvaluationRow, TrioFiles, evaluate_side_by_side
 from twotower_spec.training.model_card import write_model_cards
 from twotower_spec.training.pipeline import STAGES, Job, default_device, train_all
+from twotower_spec.training.workspace import keep_standard_input
 
 app = typer.Typer(
     help="Train a drafter: a trio from a recipe, or towers for a verifier of your own.",
@@ -32,13 +33,17 @@ app = typer.Typer(
 Output = Annotated[Path, typer.Option(help="Folder of the training; a stopped one goes on from its checkpoints.")]
 RecipeFile = Annotated[Path | None, typer.Option(help="TOML file, or a bundled recipe: trio (default), trio-gpu.")]
 Verifier = Annotated[Path | None, typer.Option(help="Directory of your own verifier; towers share its tokenizer.")]
-Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 files, or .jsonl with "text".')]
+Text = Annotated[list[Path] | None, typer.Option(help='Your own text: UTF-8 files, or .jsonl with "text"; - is stdin.')]
 MoreText = Annotated[list[Path] | None, typer.Argument(help="More files for --text.", show_default=False)]
 Device = Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")]
 
 SIDE_BY_SIDE = min(2, os.cpu_count() or 1)
 # The two kinds of real text are measured apart.
 REAL_TEXTS = {"split": "gsm8k", "file": "standard library"}
+
+
+def _texts(text: list[Path] | None, more_text: list[Path] | None, output: Path) -> list[Path]:
+    return keep_standard_input([*(text or []), *(more_text or [])], output)
 
 
 def _add_stage(stage: str, summary: str) -> None:
@@ -50,7 +55,7 @@ def _add_stage(stage: str, summary: str) -> None:
         more_text: MoreText = None,
         device: Device = None,
     ) -> None:
-        job = Job(output, recipe, verifier, [*(text or []), *(more_text or [])], device)
+        job = Job(output, recipe, verifier, _texts(text, more_text, output), device)
         print(job.run(stage))
 
     app.command(stage, help=summary)(command)
@@ -76,7 +81,7 @@ def train_everything(
     processes: Annotated[int, typer.Option(help="Stages that may run side by side.", min=1)] = SIDE_BY_SIDE,
 ) -> None:
     """Run every stage of the recipe, in order."""
-    job = Job(output, recipe, verifier, [*(text or []), *(more_text or [])], device)
+    job = Job(output, recipe, verifier, _texts(text, more_text, output), device)
     for path in train_all(job, processes):
         print(path)
 

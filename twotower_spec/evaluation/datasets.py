@@ -10,32 +10,32 @@ Fields read from a row, and the prompt made of them:
 | `mbpp` | `prompt` or `text`, `test` or `test_list`, `task_id` | a docstring of the task and its first test | `mbpp` |
 | `mt-bench` | `turns` or `prompt`, `category`, `question_id` | first turn, framed as for gsm8k | eight, as `writing` |
 | `spec-bench` | `turns`, `category`, `question_id` | first turn, framed as for gsm8k | as published, see below |
-| a JSONL file | `prompt` or `text` or `turns`; `category`, `id` | as it is, or its first turn | as given, or its name |
+| JSON lines | `prompt` or `text` or `turns`; `category`, `id` | as it is, or its first turn | as given, or its name |
 | a text file | one prompt per line; empty lines are skipped | as it is | its name |
 
-Fields `category` and `id` (or `prompt_id`, `task_id`, `question_id`) of a JSONL file are optional. Spec-Bench's tables
+JSON lines are files `.jsonl`, `.ndjson` or `.json`. Their fields `category` and `id` (or `prompt_id`, `task_id`,
+`question_id`) are optional. Spec-Bench's tables
 count its eight MT-Bench categories as one subtask; they are the category `multi-turn` here.
 Sources and licences: twotower_spec/evaluation/data/README.md.
 """
 
 from __future__ import annotations
 
-import gzip
-import json
 import re
-import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from importlib import import_module
 from importlib.resources import as_file, files
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from twotower_spec.demo.trio import CATEGORIES, held_out_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.formats import FORMATS, Content, FieldError, Record, plain
+from twotower_spec.reading import STDIN, check_text, holds_json_lines, is_directory, is_file, read_rows
 
 BUNDLED = {
     "gsm8k": "gsm8k.jsonl.gz",
@@ -47,7 +47,6 @@ BUNDLED = {
 DATASETS = ("trio", *FORMATS)
 NOT_BUNDLED = frozenset(("translation", "summarization", "qa", "rag"))
 ID_FIELDS = ("prompt_id", "task_id", "question_id", "id")
-JSONL_SUFFIXES = (".jsonl", ".json", ".ndjson")
 HUB_ID = re.compile(r"(?P<path>\w[\w.-]*/[\w.-]+)(?::(?P<config>[\w.-]+)(?::(?P<split>[\w.-]+))?)?")
 
 
@@ -78,10 +77,10 @@ def load_prompts(
     their prompts as they were.
 
     Args:
-        dataset: a name of `DATASETS`; a file (`.jsonl`, `.txt`, either with `.gz`); `owner/name`,
-            `owner/name:config` or `owner/name:config:split` of the Hugging Face hub, split `test` by default. A file
-            or a hub dataset in the format of a named one is `gsm8k=FILE`, `mt-bench=owner/name` and so on; without
-            that its prompts are taken as they are.
+        dataset: a name of `DATASETS`; a file (`.jsonl`, `.txt`, either with `.gz`), `-` for standard input;
+            `owner/name`, `owner/name:config` or `owner/name:config:split` of the Hugging Face hub, split `test` by
+            default. A file or a hub dataset in the format of a named one is `gsm8k=FILE`, `mt-bench=owner/name` and so
+            on; without that its prompts are taken as they are.
         categories: those wanted; all by default.
         limit: at most so many prompts, at least 1; all by default.
         seed: of the order.
@@ -146,11 +145,16 @@ def _name(dataset: str) -> str:
 
 def _source(source: str) -> tuple[Iterable[Record], str]:
     """Rows of a file or of a hub dataset, and the name of it."""
-    path = Path(source).expanduser()
-    if path.is_file():
+    path = Path(source)
+    with suppress(RuntimeError):  # there is no such user
+        path = path.expanduser()
+    if path == STDIN:
+        return _rows(path), "stdin"
+    if is_file(path):
         return _rows(path), path.name.removesuffix(".gz").rpartition(".")[0]
     hub = HUB_ID.fullmatch(source)
-    is_path = source.startswith((".", "/", "~")) or path.suffix in (".gz", ".txt", *JSONL_SUFFIXES) or path.exists()
+    is_path = source.startswith((".", "/", "~")) or path.suffix in (".gz", ".txt") or holds_json_lines(path)
+    is_path = is_path or is_directory(path)
     if hub and not is_path:
         return _hub_rows(source, hub["path"], hub["config"], hub["split"] or "test"), hub["path"]
     raise ArgumentError(
@@ -160,41 +164,15 @@ def _source(source: str) -> tuple[Iterable[Record], str]:
 
 
 def _rows(path: Path) -> Iterator[Record]:
-    """Rows of a JSONL file; lines of a text file as rows with a prompt.
+    """Rows of a file of JSON lines; lines of a text file as rows with a prompt.
 
     Raises:
         ArgumentError: another suffix, not UTF-8, or a line that is no JSON object.
     """
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    if suffix not in (".txt", *JSONL_SUFFIXES):
+    suffix = Path(path.name.lower().removesuffix(".gz")).suffix
+    if path != STDIN and suffix != ".txt" and not holds_json_lines(path):
         raise ArgumentError(f"{path} ends in {suffix or 'no suffix'}; use .jsonl or .txt, either with .gz after it")
-    try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                if suffix == ".txt":
-                    yield {"prompt": line.rstrip("\r\n")}
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise ArgumentError(f"line {number} of {path} is no JSON object; write one object per line")
-                yield row
-    except json.JSONDecodeError as error:
-        raise ArgumentError(
-            f"line {number} of {path} is not JSON ({error.msg}); write one JSON object per line"
-        ) from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise ArgumentError(
-            f"{path} cannot be read ({error}); use a UTF-8 file, plain or gzip as its name says"
-        ) from None
-
-
-def _open(path: Path) -> IO[str]:
-    # utf-8-sig: files written on Windows may begin with a byte order mark.
-    if path.suffix == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig")
-    return path.open(encoding="utf-8-sig")
+    return (row for _, row in read_rows(path))
 
 
 def _hub_rows(source: str, path: str, config: str | None, split: str) -> Iterator[Record]:
@@ -238,6 +216,8 @@ def _prompts(rows: Iterable[Record], name: str, content: Callable[[Record], Cont
         number = next((row[field] for field in ID_FIELDS if row.get(field) is not None), i)
         # HumanEval's own ids begin with its name.
         prompt_id = f"{name}/{str(number).removeprefix('HumanEval/')}"
+        for text in (made.text, *made.turns, made.category or "", prompt_id):
+            check_text(text, f"row {i + 1} of {source}")
         if prompt_id in prompts:
             raise ArgumentError(f"{source} has two prompts with id {number}; give each row an id of its own, or none")
         prompts[prompt_id] = Prompt(prompt_id, made.category or name, made.text, made.turns)

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from twotower_spec.reading import read_json_lines
 from twotower_spec.training.corpus import HeldOut, standard_library, training_documents
 from twotower_spec.training.corpus.generated import held_out_draws, held_out_templates, training_templates
 from twotower_spec.training.corpus.real_text import word_problem
@@ -50,7 +51,7 @@ def trained_prompts(domain: str, recipe: Recipe) -> set[str]:
 
 def gsm8k_prompts(test_file: Path, count: int) -> Iterator[dict[str, Any]]:
     """Questions of GSM8K's test split (MIT licence), evenly spread over the file."""
-    rows = [json.loads(line) for line in test_file.read_text(encoding="utf-8").splitlines()]
+    rows = [row for _, row in read_json_lines(test_file)]
     for index in range(0, len(rows) // count * count, len(rows) // count):
         question, _ = word_problem(rows[index])
         yield {"prompt": question, "held_out": "split", "source": f"gsm8k test {index}"}

@@ -18,8 +18,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twotower_spec.errors import ArgumentError, TrainingError
+from twotower_spec.errors import ArgumentError, FileError, TrainingError
 from twotower_spec.machine import commit, describe_machine
+from twotower_spec.reading import read_json_lines
 from twotower_spec.training.optimiser import Optimiser
 from twotower_spec.training.recipe import TrainingConfig
 from twotower_spec.training.streams import Mixture
@@ -193,11 +194,10 @@ def draw_loss_curve(log_file: Path, image: Path, title: str) -> None:
 def read_log(path: Path) -> Iterator[dict[str, Any]]:
     """Reads the entries of a log, up to a line that a kill cut short; the steps after it are trained again."""
     if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError:
-                return
+        try:
+            yield from (row for _, row in read_json_lines(path))
+        except FileError:
+            return
 
 
 def _means(records: list[dict[str, float]]) -> dict[str, float]:

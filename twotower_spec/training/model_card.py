@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from twotower_spec.reading import read_json
 from twotower_spec.training.loop import DESCRIPTION, read_log
 from twotower_spec.training.workspace import VERIFIER_SAMPLES
 
@@ -66,7 +67,7 @@ def write_model_cards(directory: Path, evaluation: dict[str, Any]) -> list[Path]
 
 def _tokenizer_card(directory: Path, evaluation: dict[str, Any]) -> Iterable[str]:
     facts = _description(directory / "runs" / "verifier")
-    tokenizer = json.loads((directory / "tokenizer" / "tokenizer.json").read_text(encoding="utf-8"))
+    tokenizer = read_json(directory / "tokenizer" / "tokenizer.json")
     yield "---\nlicense: apache-2.0\nlibrary_name: transformers\n---"
     yield "# tokenizer\n\nThe tokenizer that all models of the trio share; every model's directory holds a copy.\n"
     yield f"Byte-level BPE with {len(tokenizer['model']['vocab'])} tokens, digits one by one; ids 0 to 3 are pad, bos,"
@@ -122,7 +123,7 @@ def _table(rows: list[dict[str, Any]]) -> Iterable[str]:
 def _description(run: Path) -> dict[str, Any]:
     """Notes that a run left for its card; empty if it was not part of this training."""
     file = run / DESCRIPTION
-    facts: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    facts: dict[str, Any] = read_json(file) if file.is_file() else {}
     return facts
 
 

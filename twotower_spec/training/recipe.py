@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError, ConfigError
+from twotower_spec.reading import read_toml
 
 Section = TypeVar("Section")
 
@@ -248,11 +248,12 @@ def load_recipe(path: Path | None) -> Recipe:
         ArgumentError: the file cannot be read, or a field is unknown, missing or of the wrong type.
     """
     path = path or Path("trio")
-    bundled = files("twotower_spec.training") / "data" / f"{path}.toml"
-    try:
-        table = tomllib.loads(bundled.read_text("utf-8") if bundled.is_file() else path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ArgumentError(f"recipe {path} cannot be read ({error}); give a TOML file") from error
+    remedy = f"give a TOML file, or the name of a bundled recipe: {', '.join(BUNDLED_RECIPES)}"
+    if str(path) in BUNDLED_RECIPES:
+        with as_file(files("twotower_spec.training") / "data" / f"{path}.toml") as bundled:
+            table = read_toml(bundled)
+    else:
+        table = read_toml(path, "recipe", remedy)
     recipe = _section(Recipe, table, "recipe")
     given = sorted(SET_BY_TRAINING & set(recipe.two_tower))
     check(

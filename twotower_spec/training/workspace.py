@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,8 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
+from twotower_spec.files import write_atomically
+from twotower_spec.reading import STDIN, holds_json_lines, is_file, read_text
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
 from twotower_spec.training.corpus.arithmetic import arithmetic_documents
 from twotower_spec.training.corpus.generated import version
@@ -41,13 +44,14 @@ class Workspace:
         self, directory: Path, recipe: Recipe, verifier: Path | None = None, texts: Iterable[Path] = ()
     ) -> None:
         self.directory, self.recipe, self._verifier, self.texts = directory, recipe, verifier, list(texts)
-        if verifier is not None and not (verifier / "config.json").is_file():
+        if verifier is not None and not is_file(verifier / "config.json"):
             raise ArgumentError(f"verifier {verifier} has no config.json; give the directory of a model")
         if verifier is None and recipe.verifier is None:
             raise ArgumentError("the recipe has no section [verifier]; add one, or give --verifier DIR")
         for path in self.texts:
-            if not path.is_file():
+            if not is_file(path):
                 raise ArgumentError(f"text file {path} is not there; give files of UTF-8 text or JSON lines")
+        deque(user_texts(self.texts), maxlen=0)  # whatever cannot be read is refused before anything is trained
         directory.mkdir(parents=True, exist_ok=True)
 
     @property
@@ -220,6 +224,23 @@ class Workspace:
         texts = [self.stream_directory(source).name for source in self.mixture_weights(training)]
         made_from = [asdict(training), self.recipe.seed, texts, *inputs]
         return TrainingRun(name, self.directory / "runs" / name, training, fingerprint(made_from))
+
+
+def keep_standard_input(texts: Iterable[Path], directory: Path) -> list[Path]:
+    """Files of text with standard input, `-`, among them as a file of the folder, which every stage can read.
+
+    Raises:
+        ArgumentError: it cannot be read, or not be written there.
+    """
+    return [_written(directory) if path == STDIN else path for path in texts]
+
+
+def _written(directory: Path) -> Path:
+    text = read_text(STDIN)
+    path = directory / ("stdin.jsonl" if holds_json_lines(STDIN, text) else "stdin.txt")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text, "--text")
+    return path
 
 
 def fingerprint(made_from: Sequence[Any]) -> str:

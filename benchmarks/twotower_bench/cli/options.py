@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -17,6 +16,7 @@ from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
+from twotower_spec.reading import parse_json
 
 Verifier = Annotated[
     str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
@@ -273,10 +273,7 @@ def as_object(option: str, text: str | None) -> dict[str, Any]:
     Raises:
         ArgumentError: it is something else.
     """
-    try:
-        value = json.loads(text) if text else {}
-    except ValueError as error:
-        raise ArgumentError(f"{option} {text!r} is not JSON ({error}); give an object in single quotes") from error
+    value = parse_json(text, f"{option} {text!r}", "give an object in single quotes", None) if text else {}
     if not isinstance(value, dict):
         raise ArgumentError(f"{option} {text!r} is not an object; give one, like {{}}")
     return value

@@ -15,6 +15,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.lm_eval_model import TaskScore
 from twotower_spec.evaluation.standalone import Cell
 from twotower_spec.generation.options import ModeOptions
+from twotower_spec.reading import read_text
 
 REMEDY = "give a file that a benchmark wrote with --json, as it was written"
 
@@ -88,11 +89,7 @@ def read_measurements(files: Sequence[Path]) -> list[Measurements]:
 
 
 def _read(path: Path) -> list[Measurements]:
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no text"
-        raise ArgumentError(f"{path} cannot be read ({reason}); {REMEDY}") from error
+    text = read_text(path, remedy=REMEDY)
     runs: dict[str, Measurements] = {}
     # A last line without an end is still being written, and left out.
     for number, line in enumerate(text[: text.rfind("\n") + 1].split("\n"), start=1):

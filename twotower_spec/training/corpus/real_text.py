@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import FileError
+from twotower_spec.reading import holds_json_lines, read_json_lines, read_text
 
 CALCULATOR_MARK = re.compile(r"<<[^>]*>>")
 LEFT_OUT = {
@@ -25,6 +26,8 @@ LEFT_OUT = {
     "ensurepip",
     "turtledemo",
 }
+# How messages call a user's file, and what they ask for.
+_CALLED = ("text file", "give UTF-8 text, or JSON lines with the field text")
 # One file in this many is held out, chosen by a hash of its path.
 HELD_OUT_FILES = 20
 
@@ -63,31 +66,23 @@ def is_held_out(name: str) -> bool:
 
 
 def user_texts(paths: list[Path]) -> Iterator[str]:
-    """Documents of a user's files: one per line of .jsonl (field "text"), otherwise the whole file.
+    """Documents of a user's files: one per line of JSON lines (field "text"), otherwise the whole file.
 
     Raises:
-        ArgumentError: a file is not there, empty, or no text.
+        FileError: a file is not there, empty, or no text.
     """
     for path in paths:
-        try:
-            content = path.read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ArgumentError(f"text file {path} cannot be read: {error}; give UTF-8 text or JSON lines") from error
-        if not content.strip():
-            raise ArgumentError(f"text file {path} is empty; give UTF-8 text or JSON lines")
-        if path.suffix != ".jsonl":
-            yield content
-            continue
-        for number, line in enumerate(content.split("\n"), 1):
-            if line.strip():
-                yield _text_of(line, path, number)
+        documents = _texts_of_rows(path) if holds_json_lines(path) else [read_text(path, *_CALLED)]
+        is_empty = True
+        for text in documents:
+            is_empty = is_empty and not text.strip()
+            yield text
+        if is_empty:
+            raise FileError(f"{_CALLED[0]} {path} is empty; {_CALLED[1]}")
 
 
-def _text_of(line: str, path: Path, number: int) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ArgumentError(f"{path}, line {number} is not JSON ({error}); give one object per line") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise ArgumentError(f'{path}, line {number} has no field "text"; give objects like {{"text": "..."}}')
-    return str(row["text"])
+def _texts_of_rows(path: Path) -> Iterator[str]:
+    for place, row in read_json_lines(path, *_CALLED):
+        if not isinstance(row.get("text"), str):
+            raise FileError(f'{place} has no field "text"; give objects like {{"text": "..."}}')
+        yield row["text"]
