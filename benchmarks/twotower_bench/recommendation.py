@@ -88,10 +88,6 @@ class Point:
         """Speed that the goal is about."""
         return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
 
-    def reaches(self, floor: float | None) -> bool:
-        """Whether every user has so many tokens/s, in the median."""
-        return floor is None or self.user_tokens_per_s.value >= floor
-
     def __str__(self) -> str:
         return (
             f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.value:.4g} tokens/s, "
@@ -157,7 +153,12 @@ def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, categor
         for cell in cells
         if (cell.load.temperature, cell.load.category) == (temperature, category) and cell.system.name != BASELINE_AGAIN
     )
-    return [_point(cells, name, load) for name, load in places]
+    repeats = {place: repeats_of(cells, *place) for place in places}
+    together, user = (
+        {place: median_and_spread([_rate(cell, goal) for cell in own]) for place, own in repeats.items()}
+        for goal in get_args(GoalName)
+    )
+    return [Point(own[0].system, place[1], together[place], user[place]) for place, own in repeats.items()]
 
 
 def front_of(points: Sequence[Point]) -> list[Point]:
@@ -192,12 +193,12 @@ def recommend(
             f"no cell without speculation at temperature {temperature:g} and {where} is among those measured, which "
             f"are of {places or 'nothing'}; measure it, or ask for one of these"
         )
-    reaching = [point for point in points if point.reaches(goal.min_user_tokens_per_s)]
+    floor = goal.min_user_tokens_per_s
+    reaching = [point for point in points if floor is None or point.user_tokens_per_s.value >= floor]
     if reaching:
         return _recommended(cells, goal, points, reaching)
     closest = _recommended(cells, Goal("latency", concurrency=goal.concurrency), points, points)
-    sentence = f"Nothing that was measured gives {goal}. {closest.sentence}"
-    return replace(closest, sentence=sentence)
+    return replace(closest, sentence=f"Nothing that was measured gives {goal}. {closest.sentence}")
 
 
 def best_by_concurrency(
@@ -209,69 +210,52 @@ def best_by_concurrency(
     return [recommend(cells, Goal(concurrency=number), temperature, category) for number in concurrencies]
 
 
-def _point(cells: Sequence[ServingCell], name: str, load: Load) -> Point:
-    own = repeats_of(cells, name, load)
-    together, user = (median_and_spread([_rate(cell, Goal(goal)) for cell in own]) for goal in get_args(GoalName))
-    return Point(own[0].system, load, together, user)
-
-
 def _recommended(
     cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
 ) -> Recommendation:
     """Chooses among the points that reach the floor."""
     ranked = sorted(reaching, key=lambda one: one.value(goal).value, reverse=True)
-    baseline = next((one for one in ranked if one.system.name == BASELINE), None)
-    best = next((one for one in ranked if one.system.name != BASELINE), None)
-    if baseline is None:  # and so there is one that speculates
-        assert best is not None
-        nearest = max(
-            (one for one in points if one.system.name == BASELINE), key=lambda one: one.user_tokens_per_s.value
-        )
-        why = f"no speculation does not reach that: it gives each user {nearest.user_tokens_per_s.value:.4g} at most"
-        return _made(goal, best, nearest, None, why, ranked)
-    if best is None:
-        return _made(goal, baseline, baseline, None, "nothing that speculates was measured, or reaches that", ranked)
-    comparison = _comparison(cells, goal, baseline, best)
-    against = _against(goal, baseline, best, comparison)
-    # The best alone is asked: of many that are no better, one looks better in the end.
-    if best.value(goal).value > baseline.value(goal).value and (comparison is None or comparison.verdict == "faster"):
-        doubt = "" if comparison else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
-        why = f"it is {against} as no speculation{doubt}{_chosen_among(ranked)}"
-        return _made(goal, best, baseline, comparison, why, ranked)
-    noise = ", which cannot be told from noise" if comparison and comparison.verdict == "no difference" else ""
-    why = f"the best that speculates, {best}, is {against} as that{noise}"
-    return _made(goal, baseline, baseline, comparison, why, ranked)
-
-
-def _chosen_among(ranked: Sequence[Point]) -> str:
-    """A warning where it was one of several: the best of many looks better than it is."""
-    number = sum(one.system.name != BASELINE for one in ranked)
-    return f"; it is the best of {number}, so measure it anew to confirm" if number > 1 else ""
-
-
-def _made(
-    goal: Goal, point: Point, baseline: Point, comparison: Comparison | None, why: str, ranked: Sequence[Point]
-) -> Recommendation:
-    near = tuple(
-        one
-        for one in ranked
-        if comparison
-        and one != point
-        and one.system.name != BASELINE
-        and one.value(goal).value * comparison.noise_floor >= point.value(goal).value
-    )
-    return Recommendation(goal, point, baseline, comparison, near, f"For {goal}: {point}, because {why}.")
+    plain = [one for one in ranked if one.system.name == BASELINE]
+    speculating = [one for one in ranked if one.system.name != BASELINE]
+    comparison, runners_up = None, []
+    if not plain:  # and so there is one that speculates
+        slow = (one for one in points if one.system.name == BASELINE)
+        baseline = max(slow, key=lambda one: one.user_tokens_per_s.value)
+        chosen, most = speculating[0], baseline.user_tokens_per_s.value
+        why = f"no speculation does not reach that: it gives each user {most:.4g} at most"
+    elif not speculating:
+        chosen = baseline = plain[0]
+        why = "nothing that speculates was measured, or reaches that"
+    else:
+        # The best alone is asked: of many that are no better, one looks better in the end.
+        best, chosen = speculating[0], plain[0]
+        baseline = chosen
+        comparison = _comparison(cells, goal, baseline, best)
+        against, verdict = _against(goal, baseline, best, comparison), comparison.verdict if comparison else None
+        if best.value(goal).value > baseline.value(goal).value and verdict in (None, "faster"):
+            doubt = "" if verdict else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
+            # The best of many looks better than it is.
+            many = f"; it is the best of {len(speculating)}, so measure it anew to confirm"
+            chosen, why = best, f"it is {against} as no speculation{doubt}{many if len(speculating) > 1 else ''}"
+        else:
+            noise = ", which cannot be told from noise" if verdict == "no difference" else ""
+            why = f"the best that speculates, {best}, is {against} as that{noise}"
+    if comparison:
+        lowest = chosen.value(goal).value / comparison.noise_floor
+        runners_up = [one for one in speculating if one != chosen and one.value(goal).value >= lowest]
+    sentence = f"For {goal}: {chosen}, because {why}."
+    return Recommendation(goal, chosen, baseline, comparison, tuple(runners_up), sentence)
 
 
 def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
     places = ((BASELINE, baseline.load), (candidate.system.name, candidate.load), (BASELINE_AGAIN, baseline.load))
     return compare_same_repeats(
-        *({cell.repeat: _rate(cell, goal) for cell in repeats_of(cells, *one)} for one in places)
+        *({cell.repeat: _rate(cell, goal.name) for cell in repeats_of(cells, *one)} for one in places)
     )
 
 
-def _rate(cell: ServingCell, goal: Goal) -> float:
-    return latency_of(cell.requests).user_tokens_per_s if goal.name == "latency" else cell.tokens_per_s
+def _rate(cell: ServingCell, goal: GoalName) -> float:
+    return latency_of(cell.requests).user_tokens_per_s if goal == "latency" else cell.tokens_per_s
 
 
 def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:

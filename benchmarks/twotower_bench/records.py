@@ -227,7 +227,7 @@ class Drafting:
 
 @dataclass(frozen=True)
 class ServingCell:
-    """A system under a load, measured once.
+    """A system in an engine under a load, measured once.
 
     Attributes:
         system: what was measured.
@@ -268,13 +268,8 @@ class ServingCell:
         return self.tokens_per_s
 
     @property
-    def num_failed(self) -> int:
-        """Always 0: where a request fails the engine does, and there is no cell."""
-        return 0
-
-    @property
     def answers(self) -> Mapping[str, tuple[int, ...] | None]:
-        """Texts by prompt."""
+        """Texts by prompt; none is missing: where a request fails the engine does, and there is no cell."""
         return {request.prompt_id: request.token_ids for request in self.requests}
 
 

@@ -43,6 +43,8 @@ Measured = TypeVar("Measured", ServingCell, LoadPoint)
 
 # Of the requests of every repeat that must be within the bound for a load to count as kept.
 GOOD_ENOUGH = 0.9
+# Of the drafts in a bin of calibration; 0 without any.
+MEANS = ("mean_confidence", "acceptance_rate")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,23 +211,15 @@ class ServerSummary(Summary):
 
 def summarise_cells(cells: Sequence[ServingCell]) -> list[CellSummary]:
     """Summarises every system under every load: loads as they come first, systems in the order of tables."""
-    return [summary_of_cells(cells, name, load) for name, load in _places(cells)]
+    return [_summary_of_cells(cells, own) for own in _in_places(cells)]
 
 
 def summarise_points(points: Sequence[LoadPoint]) -> list[ServerSummary]:
     """Summarises every system under every traffic: traffics as they come first, systems in the order of tables."""
-    return [_summary_of_points(points, name, traffic) for name, traffic in _places(points)]
+    return [_summary_of_points(points, own) for own in _in_places(points)]
 
 
-def summary_of_cells(cells: Sequence[ServingCell], system: str, load: Load) -> CellSummary:
-    """Summarises one system under one load.
-
-    Args:
-        cells: with those of no speculation, to compare with.
-        system: its name.
-        load: at least one cell must be of both.
-    """
-    own = repeats_of(cells, system, load)
+def _summary_of_cells(cells: Sequence[ServingCell], own: Sequence[ServingCell]) -> CellSummary:
     requests = [request for cell in own for request in cell.requests]
     drafting = [cell.drafting for cell in own if cell.drafting]
     passes = sum(one.request_denoiser_passes for one in drafting)
@@ -234,7 +228,7 @@ def summary_of_cells(cells: Sequence[ServingCell], system: str, load: Load) -> C
     return CellSummary(
         **_beside_baseline(cells, own),
         num_requests=len(own[0].requests),
-        load=load,
+        load=own[0].load,
         acceptance=acceptance,
         tokens_per_nfe=length.value * acceptance.num_drafted_steps / passes if length and passes else None,
         latency=latency_of(requests),
@@ -244,17 +238,21 @@ def summary_of_cells(cells: Sequence[ServingCell], system: str, load: Load) -> C
     )
 
 
-def _summary_of_points(points: Sequence[LoadPoint], system: str, traffic: Traffic) -> ServerSummary:
-    own = repeats_of(points, system, traffic)
+def _summary_of_points(points: Sequence[LoadPoint], own: Sequence[LoadPoint]) -> ServerSummary:
     goodput = median_and_spread([point.goodput for point in own])
-    times: dict[str, Any] = {
-        name: _middle([getattr(point, name) for point in own]) for name in ("ttft", "tpot", "itl", "e2el")
-    }
+
+    def middle(name: str) -> Quantiles:
+        found = [getattr(point, name) for point in own]
+        return Quantiles(*(statistics.median(getattr(one, which) for one in found) for which in ("median", "p99")))
+
     return ServerSummary(
         **_beside_baseline(points, own),
-        **times,
+        ttft=middle("ttft"),
+        tpot=middle("tpot"),
+        itl=middle("itl"),
+        e2el=middle("e2el"),
         num_requests=len(own[0].texts),
-        traffic=traffic,
+        traffic=own[0].traffic,
         bound=own[0].bound,
         num_failed=sum(point.num_failed for point in own),
         requests_per_s=median_and_spread([point.requests_per_s for point in own]),
@@ -340,10 +338,10 @@ def merged_calibration(parts: Iterable[Sequence[CalibrationBin]]) -> tuple[Calib
         by_bounds.setdefault((one.low, one.high), []).append(one)
     merged = []
     for bounds, bins in sorted(by_bounds.items()):
-        count = sum(one.num_drafts for one in bins)
-        confidence = sum(one.mean_confidence * one.num_drafts for one in bins)
-        accepted = sum(one.acceptance_rate * one.num_drafts for one in bins)
-        merged.append(CalibrationBin(*bounds, count, confidence / max(count, 1), accepted / max(count, 1)))
+        counts = [one.num_drafts for one in bins]
+        weights = counts if any(counts) else None
+        means = (np.average([getattr(one, name) for one in bins], weights=weights) for name in MEANS)
+        merged.append(CalibrationBin(*bounds, sum(counts), *map(float, means)))
     return tuple(merged)
 
 
@@ -410,12 +408,12 @@ def highest_within_bound(summaries: Sequence[ServerSummary], system: str, *, is_
     return max(kept, key=lambda traffic: traffic.amount, default=None)
 
 
-def _places(measured: Sequence[Any]) -> list[tuple[str, Any]]:
-    """Names the systems in each place where they were measured."""
-    seen = {(one.system.name, one.place) for one in measured}
-    names = [system.name for system in in_order_of_tables(one.system for one in measured)]
+def _in_places(measured: Sequence[Measured]) -> list[list[Measured]]:
+    """Repeats of every system in every place: places as they come first, systems in the order of tables."""
+    systems = in_order_of_tables(one.system for one in measured)
     places = dict.fromkeys(one.place for one in measured)
-    return [(name, place) for place in places for name in names if (name, place) in seen]
+    groups = [repeats_of(measured, system.name, place) for place in places for system in systems]
+    return [group for group in groups if group]
 
 
 def _beside_baseline(measured: Sequence[Measured], own: Sequence[Measured]) -> dict[str, Any]:
@@ -423,8 +421,9 @@ def _beside_baseline(measured: Sequence[Measured], own: Sequence[Measured]) -> d
     system, place = own[0].system, own[0].place
     plain: Sequence[Measured] = repeats_of(measured, BASELINE, place)
     again: Sequence[Measured] = repeats_of(measured, BASELINE_AGAIN, place)
-    speeds, plain_speeds, again_speeds = _speeds(own), _speeds(plain), _speeds(again)
-    if any(one.num_failed for one in (*own, *plain, *again)):
+    speeds, plain_speeds, again_speeds = ({one.repeat: one.speed for one in group} for group in (own, plain, again))
+    # A server with fewer requests to answer has less to do.
+    if any(None in one.answers.values() for one in (*own, *plain, *again)):
         speeds = {}
     is_baseline = system.name == BASELINE
     return {
@@ -435,10 +434,6 @@ def _beside_baseline(measured: Sequence[Measured], own: Sequence[Measured]) -> d
         "comparison": None if is_baseline else compare_same_repeats(plain_speeds, speeds, again_speeds),
         "num_different": num_different(own, plain[0]) if plain and not own[0].temperature else None,
     }
-
-
-def _speeds(repeats: Sequence[ServingCell | LoadPoint]) -> dict[int, float]:
-    return {one.repeat: one.speed for one in repeats}
 
 
 def _gain_per_step(steps: Any) -> Estimate:
@@ -482,12 +477,8 @@ def _added_up(parts: Sequence[Drafting]) -> Drafting | None:
         context_tokens=sum(part.context_tokens for part in parts),
         denoiser_passes=sum(part.denoiser_passes for part in parts),
         request_denoiser_passes=sum(part.request_denoiser_passes for part in parts),
-        seconds=dict(seconds),
-        without_drafts=dict(without_drafts),
+        seconds=seconds,
+        without_drafts=without_drafts,
         # Bins of the same bounds are merged where they are looked at.
         calibration=tuple(one for part in parts for one in part.calibration),
     )
-
-
-def _middle(times: Sequence[Quantiles]) -> Quantiles:
-    return Quantiles(*(statistics.median(getattr(one, name) for one in times) for name in ("median", "p99")))

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from twotower_bench.cli.acceptance import TABLES
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.plan import ServingProfile
 from twotower_bench.records import Load, ServingCell, read_row
@@ -126,7 +127,8 @@ def test_rows_and_the_last_lines_say_what_was_measured_on(acceptance: Run) -> No
         assert row["kind"] == "serving_cell" and row["machine"]["threads"] == 1
         assert row["machine"]["torch"] and row["command"].startswith("twotower-spec bench acceptance --prompts 4")
         assert "vllm" in row["versions"] and row["versions"]["twotower-spec"]
-    assert "all, 1 at once" in acceptance.text and "maths, 1 at once" in acceptance.text
+    assert "all prompts, 1 at once" in acceptance.text and "maths, 1 at once" in acceptance.text
+    assert all(f"\n{title}\n" in acceptance.text for title in TABLES)
     assert "too few repeats" in acceptance.text
     assert acceptance.text.splitlines()[-1].startswith("twotower-spec bench acceptance")
 

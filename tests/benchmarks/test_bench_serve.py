@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
@@ -23,9 +24,11 @@ from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.options import Models
 from twotower_bench.cli.serve import points_file, serve
 from twotower_bench.cli.serve_options import most_at_once, serve_arguments, traffics_of
-from twotower_bench.cli.tables import failures, latency_table, throughput_table
+from twotower_bench.cli.tables import print_section
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.records import LatencyBound, LoadPoint, System, Traffic, read_row
+from twotower_bench.report.reading import Measurements
+from twotower_bench.report.serve import serve_section
 from twotower_bench.servers import ServePlan, Workload
 from twotower_bench.servers.load_generator import as_point
 from twotower_bench.summary import summarise_points
@@ -106,8 +109,9 @@ def test_texts_are_those_of_no_speculation_in_fewer_steps(run: Run) -> None:
 @pytest.mark.slow
 def test_table_names_every_system_and_the_highest_loads(run: Run) -> None:
     assert run.output.count("no speculation") >= 4 and run.output.count("TwoTower") >= 4
-    assert "Highest load with 90% of the requests within TTFT 500 ms, TPOT 50 ms:" in run.output
-    assert max(map(len, run.output.split("Highest load")[0].splitlines())) <= 80
+    assert "Good requests: within TTFT 500 ms, TPOT 50 ms." in run.output
+    (highest,) = [part for part in run.output.split("\n\n") if part.startswith("System") and "Closed loop" in part]
+    assert [line.split("  ")[0] for line in highest.splitlines()[:3]] == ["System", "no speculation", "TwoTower"]
 
 
 @pytest.mark.slow
@@ -279,14 +283,20 @@ def result(**given: Any) -> dict[str, Any]:
     }
 
 
-def test_failed_request_is_counted_and_named_under_the_tables() -> None:
+def printed(points: list[LoadPoint]) -> str:
+    console = Console(width=80, file=StringIO(), record=True)
+    print_section(console, serve_section(Measurements("", load_points=points)))
+    return console.export_text()
+
+
+def test_failed_request_is_counted_in_the_tables() -> None:
     point = as_point(result(), WORKLOAD, NONE, Traffic(concurrency=4), repeat=0)
     assert point.texts == ("a", None, "c") and point.num_good == 1
-    assert failures(summarise_points([point])) == ["no speculation failed 1 of 3 requests at concurrency 4."]
+    (table,) = [part for part in printed([point]).split("\n\n") if "Failed" in part.partition("\n")[0]]
+    assert "concurrency 4; 3 prompts\n" in table and re.search(r"no speculation .* 1\n", table)
 
 
-@pytest.mark.parametrize("make", [throughput_table, latency_table])
-def test_tables_fit_80_columns_without_cutting_a_word(make: Callable[..., Any]) -> None:
+def test_tables_fit_80_columns_and_say_all_of_every_cell() -> None:
     points = [
         as_point(
             result(median_e2el_ms=54321.0, p99_e2el_ms=54321.0, median_ttft_ms=54321.0, p99_ttft_ms=54321.0),
@@ -298,7 +308,9 @@ def test_tables_fit_80_columns_without_cutting_a_word(make: Callable[..., Any]) 
         for repeat in range(3)
         for system in (NONE, System("draft_model", "AR draft model"), System("none_again", "none again (A/A)"))
     ]
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(make(summarise_points(points)))
-    text = console.export_text()
-    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    text, section = printed(points), serve_section(Measurements("", load_points=points))
+    tables = [part.splitlines() for part in text.split("\n\n") if part.startswith("System")]
+    sentences = {section.finding, *section.notes, *(table.note for table in section.tables)}
+    assert max(len(line) for lines in tables for line in lines if line not in sentences) <= 80
+    cells = [cell for table in section.tables for row in table.rows for cell in (*table.columns, *row.values())]
+    assert all(cell in text for cell in cells)

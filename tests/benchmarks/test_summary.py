@@ -8,6 +8,7 @@ import pytest
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_bench.records import Drafting, DraftSetting, Load, ServedRequest, ServingCell, System, read_row
 from twotower_bench.summary import (
+    CellSummary,
     acceptance_of,
     latency_of,
     merged_calibration,
@@ -15,9 +16,15 @@ from twotower_bench.summary import (
     over_categories,
     plain_step_s,
     summarise_cells,
-    summary_of_cells,
 )
 from twotower_spec.drafting.metrics import CalibrationBin
+
+
+def summary_of_cells(cells: list[ServingCell], system: str, load: Load) -> CellSummary:
+    """Summarises one system under one load."""
+    (found,) = [one for one in summarise_cells(cells) if (one.system.name, one.load) == (system, load)]
+    return found
+
 
 OTHER = System("ngram", "n-gram lookup", {"method": "ngram"})
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
+from twotower_spec.evaluation.lm_eval_model import TaskScore
 from twotower_spec.evaluation.statistics import Estimate, bootstrap_interval, median_and_spread
 from twotower_spec.generation.options import Mode, ModeOptions
 from twotower_spec.generation.self_speculative import agreeing
@@ -55,6 +57,21 @@ class Cell:
     def tokens_per_s(self) -> float:
         """Tokens of all texts per second."""
         return self.num_tokens / sum(self.seconds)
+
+
+@dataclass(frozen=True)
+class Score:
+    """Score of one setting on a task of lm-eval.
+
+    Attributes:
+        setting: how text was generated.
+        score: what it reached.
+        task: JSON that is equal where scores are comparable.
+    """
+
+    setting: ModeOptions
+    score: TaskScore
+    task: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -12,15 +12,17 @@ from rich.console import Console
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import systems_of
-from twotower_bench.cli.tables import acceptance_table, left_out, position_table, print_remarks, speed_table
+from twotower_bench.cli.tables import print_remarks, print_section, too_long
 from twotower_bench.engines import EnginePool
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import Load, ServingCell
 from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
-from twotower_bench.summary import over_categories, summarise_cells
 from twotower_bench.systems import engine_spec
 from twotower_spec.evaluation import load_prompts
+
+# The report has more.
+TABLES = ("Speed and latency", "What drafts gain", "Accepted at each position that was reached", "Time of a round")
 
 
 def acceptance(
@@ -50,7 +52,7 @@ def acceptance(
     two differ by is called no difference. Texts are compared with those without speculation.
     """
     # Everything that can be refused is checked before anything is loaded.
-    options.require_packages(report)
+    options.require_packages()
     options.check_sizes(prompts, max_new_tokens, repeat)
     at_once = options.concurrencies(concurrency)
     (temperature,) = options.temperatures(str(temperature))
@@ -73,8 +75,9 @@ def acceptance(
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
     console = Console(highlight=False)
-    summaries = summarise_cells([*over_categories(cells), *cells])
-    for table in (speed_table(summaries), acceptance_table(summaries), position_table(summaries)):
-        console.print(table)
-    print_remarks(console, left_out(len(texts), cells), record)
+    from twotower_bench.report.acceptance import acceptance_section  # matplotlib
+    from twotower_bench.report.reading import Measurements
+
+    print_section(console, acceptance_section(Measurements("", serving_cells=cells)), *TABLES)
+    print_remarks(console, too_long(len(texts), [one.prompt_id for cell in cells for one in cell.requests]), record)
     options.write_report_of(report, json_file)

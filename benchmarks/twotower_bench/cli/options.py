@@ -62,6 +62,8 @@ ReportFolder = Annotated[Path | None, typer.Option("--report", help="Folder for 
 Number = TypeVar("Number", int, float)
 Holding = Literal["auto", "together", "in-turn"]
 
+# What summaries and their tables, in a terminal or a report, are made with.
+REPORTING = ("pandas", "scipy", "matplotlib", "jinja2")
 # Large models take their time to load, and a cell may have many prompts.
 LONGEST_SILENCE_S = 3600.0
 
@@ -219,8 +221,8 @@ def measurements_file(json_file: Path | None, report: Path | None, name: str) ->
     return json_file or report / f"{name}.jsonl"
 
 
-def require_packages(report: Path | None) -> None:
-    """Checks that vLLM, and what summaries, loads and a report are made with, are there.
+def require_packages() -> None:
+    """Checks that vLLM, and what loads, summaries and reports are made with, are there.
 
     Raises:
         ArgumentError: one is not.
@@ -229,7 +231,7 @@ def require_packages(report: Path | None) -> None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
         )
-    require_extra("bench", "pandas", "scipy", *(("matplotlib", "jinja2") if report else ()))
+    require_extra("bench", *REPORTING)
 
 
 def write_report_of(report: Path | None, *files: Path | None) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from itertools import groupby, product
 from pathlib import Path
@@ -12,10 +12,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.text import Text
 
 from twotower_bench.cli.options import numbers
-from twotower_bench.cli.tables import Columns, table
+from twotower_bench.cli.tables import print_table
 from twotower_bench.drafter_size import PUBLISHED_SIZE, DrafterSize
 from twotower_bench.plan import CostModel, Prediction, ServingProfile, advise
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, read_row
@@ -26,7 +25,7 @@ PUBLISHED = "published"
 # Of a profile where no more is asked.
 AS_MEASURED = "Prompts of all kinds together, where measured, and drafts as measured; --category and -K give others."
 STRAIGHT_LINES = "Between measured batch sizes, numbers of tokens and block sizes: straight lines; beyond: nothing."
-COLUMNS: Columns = {
+COLUMNS: Mapping[str, Callable[[Prediction], str]] = {
     "setting": lambda one: one.setting.name,
     "tokens a round": lambda one: str(one.acceptance_length),
     "verify ms": lambda one: f"{one.verify_ms:.1f}",
@@ -128,18 +127,22 @@ def plan(
         )
     remarks.append(STRAIGHT_LINES)
     if as_json:
-        advised = [{"category": one.best.category, **asdict(one)} for one in advice]
-        print(json.dumps({"predictions": list(map(asdict, predictions)), "advice": advised, "remarks": remarks}))
+        by_load = [{"category": one.best.category, **asdict(one)} for one in advice]
+        print(json.dumps({"predictions": list(map(asdict, predictions)), "advice": by_load, "remarks": remarks}))
         return
-    console, best = Console(), [one.best for one in advice]
-    for (kind, temperature, number), group in groupby(predictions, lambda one: one.load):
-        own = list(group)
-        title = f"{_prefix(kind, ', ')}batch {number}, temperature {temperature:g}: a plain step takes "
-        console.print(table(own, COLUMNS, title=f"{title}{own[0].plain_ms:.1f} ms", is_bold=best.__contains__))
-    for one in advice:
-        console.print(Text(_prefix(one.best.category, ": ") + one.sentence, style="bold"), soft_wrap=True)
+    console = Console(highlight=False)
+    groups: dict[str, list[dict[str, str]]] = {}
+    for one in predictions:
+        where = f"{_prefix(one.category, ', ')}batch {one.batch_size}, temperature {one.temperature:g}"
+        rows = groups.setdefault(f"{where}: a plain step takes {one.plain_ms:.1f} ms", [])
+        rows.append({name: say(one) for name, say in COLUMNS.items()})
+    print_table(console, list(COLUMNS), groups)
+    console.print()
+    for advised in advice:
+        sentence = _prefix(advised.best.category, ": ") + advised.sentence
+        console.print(sentence, style="bold", markup=False, soft_wrap=True)
     for remark in remarks:
-        console.print(Text(remark, style="dim"), soft_wrap=True)
+        console.print(remark, style="dim", markup=False, soft_wrap=True)
 
 
 def _prefix(category: str, separator: str) -> str:

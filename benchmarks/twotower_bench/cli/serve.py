@@ -13,12 +13,11 @@ from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options, serve_options
 from twotower_bench.cli.measured_systems import systems_of
 from twotower_bench.cli.options import same_model
-from twotower_bench.cli.tables import failures, kept_loads, latency_table, print_remarks, throughput_table
+from twotower_bench.cli.tables import print_remarks, print_section
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import LatencyBound, LoadPoint, System
 from twotower_bench.schedule import complete, key_of_slot
 from twotower_bench.servers import Endpoint, ServePlan, Workload, measure_endpoint, measure_servers
-from twotower_bench.summary import summarise_points
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 
@@ -66,7 +65,7 @@ def serve(
     repeated; no speculation runs twice (A/A), and a speed-up within what these two differ by is called no difference.
     """
     # Everything that can be refused is checked before anything starts.
-    options.require_packages(report)
+    options.require_packages()
     options.check_sizes(prompts, max_new_tokens, repeat)
     (temperature,) = options.temperatures(str(temperature))
     bound = LatencyBound.parse(goodput)
@@ -105,16 +104,16 @@ def serve(
     measure = partial(measure_endpoint, plan, endpoint) if endpoint else partial(measure_servers, plan)
     with ended_by_signals(), record.opened(json_file, overwrite):
         points = complete(record, plan.slots(), key_of_slot, measure)
-    names = [system.name for system in plan.systems]
-    points.sort(key=lambda point: names.index(point.system.name))  # for tables; they were measured in a drawn order
-    console, summaries = Console(highlight=False), summarise_points(points)
-    for table in (throughput_table(summaries), latency_table(summaries)):
-        console.print(table)
+    from twotower_bench.report.reading import Measurements  # matplotlib
+    from twotower_bench.report.serve import serve_section
+
+    console = Console(highlight=False)
+    print_section(console, serve_section(Measurements("", load_points=points)))
     asked = (
         f"{len(texts)} prompts of {dataset}, up to {max_new_tokens} new tokens, temperature {temperature:g}, "
         f"{repeat} repeats, servers {plan.mode}"
     )
-    print_remarks(console, (*failures(summaries), kept_loads(summaries), asked), record)
+    print_remarks(console, [asked], record)
     options.write_report_of(report, json_file)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Generator, Hashable, Mapping, Sequence
+from collections.abc import Generator, Hashable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -15,7 +15,7 @@ from rich.console import Console
 
 from twotower_bench.cli import options
 from twotower_bench.cli.options import numbers
-from twotower_bench.cli.tables import Columns, table
+from twotower_bench.cli.tables import print_section
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.schedule import Say, Slot, complete, in_order
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
@@ -24,7 +24,7 @@ from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
 from twotower_spec.evaluation.lm_eval_model import Loaded, TaskScore, check_task, score_task
-from twotower_spec.evaluation.standalone import Cell, Summary, measure, summarise, sweep, warm_up
+from twotower_spec.evaluation.standalone import Cell, Score, measure, sweep, warm_up
 from twotower_spec.extras import require_extra
 from twotower_spec.generation.batch import parse_eos, parse_prompts
 from twotower_spec.generation.options import ModeOptions
@@ -64,7 +64,7 @@ def standalone(
     is, and a block takes no more steps than it has tokens.
     """
     # Everything that can be refused is checked before weights are read.
-    require_extra("bench", "scipy")
+    require_extra("bench", *options.REPORTING)
     settings = sweep(numbers("--gamma", gamma, float), numbers("-S", block_size, int), numbers("--steps", steps, int))
     for name, value in (("--max-new-tokens", max_new_tokens), ("--repeat", repeat), ("--batch-size", batch_size)):
         check_integer(name, value, minimum=1)
@@ -100,7 +100,7 @@ def standalone(
                 warm.add(slot.subject)
             yield measure(towers(), slot.subject, slot.repeat, rows, max_new_tokens, eos)
 
-    scores: dict[ModeOptions, TaskScore] = {}
+    scores: list[Score] = []
     with file.opened(json_file, overwrite):
         slots = in_order(settings, [None], repeat)
         cells = complete(file, slots, lambda slot: (slot.subject, slot.repeat), measured)
@@ -111,13 +111,16 @@ def standalone(
                 # lm-eval has bars of its own.
                 print(f"{wanted_task.name}: {setting.label}", file=sys.stderr)
                 score = wanted_task.score(Loaded(towers(), tokenizer), setting, batch_size)
-                file.keep(Score(setting, wanted_task.to_json(), score))
+                file.keep(Score(setting, score, wanted_task.to_json()))
             found = file.found[key]
             assert isinstance(found, Score)
-            scores[setting] = found.score
-    figures = {row.setting: row for row in summarise(cell for cell in cells if isinstance(cell, Cell))}
+            scores.append(found)
+    from twotower_bench.report.reading import Measurements  # matplotlib
+    from twotower_bench.report.standalone import standalone_section
+
     console = Console(highlight=False)
-    console.print(table([figures[setting] for setting in settings], _columns(scores)))
+    found_cells = [cell for cell in cells if isinstance(cell, Cell)]
+    print_section(console, standalone_section(Measurements("", cells=found_cells, scores=scores)))
     console.print(
         f"{len(rows)} prompts of {dataset}, up to {max_new_tokens} new tokens, batch 1, greedy, {repeat} repeats; "
         f"{describe_machine()}",
@@ -145,47 +148,9 @@ class WantedTask:
         return {**asdict(self), "include_path": path}
 
 
-@dataclass(frozen=True)
-class Score:
-    """A setting on the wanted task, see `WantedTask.to_json`."""
-
-    setting: ModeOptions
-    task: Mapping[str, Any]
-    score: TaskScore
-
-
 def _key(item: Cell | Score) -> Hashable:
     """A file goes on with more settings, repeats or another task."""
     return item.setting, item.repeat if isinstance(item, Cell) else json.dumps(item.task)
-
-
-COLUMNS: Columns = {
-    "mode": lambda one: one.setting.mode,
-    "S": lambda one: _known(one.setting.block_size),
-    "steps": lambda one: _known(one.setting.steps_per_block),
-    "gamma": lambda one: _known(one.setting.confidence_threshold),
-    "tok/s": lambda one: f"{one.tokens_per_s.value:.0f}",
-    "vs AR": lambda one: f"{one.speed_up:.2f}x",
-    "tok / NFE": lambda one: f"{one.tokens_per_nfe.value:.2f}" if one.tokens_per_nfe else "-",
-    "tok / ctx": lambda one: f"{one.tokens_per_context_pass.value:.2f}",
-    "same text": lambda one: f"{one.identical.value:.0%}",
-    "prefix": lambda one: f"{one.common_prefix.value:.1f}",
-    "length": lambda one: f"{one.length:.1f}",
-}
-
-
-def _columns(scores: Mapping[ModeOptions, TaskScore]) -> Columns:
-    """All columns, with one for the task if there is one."""
-
-    def score(one: Summary) -> str:
-        found = scores[one.setting]
-        return f"{found.value:.3f}" + ("" if found.standard_error is None else f" ± {found.standard_error:.3f}")
-
-    return COLUMNS | {f"{found.task} {found.metric}": score for found in scores.values()}
-
-
-def _known(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"
 
 
 def _task(name: str | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> WantedTask | None:

@@ -14,20 +14,13 @@ from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
 from twotower_bench.cli.measured_systems import baselines
 from twotower_bench.cli.options import numbers
-from twotower_bench.cli.tables import Columns, left_out, print_remarks, table
+from twotower_bench.cli.tables import print_remarks, print_section, too_long
 from twotower_bench.engines import EnginePool, EngineSpec
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.grid import draft_settings, knobs_of, system_of
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.profile_of_cells import serving_profile
-from twotower_bench.recommendation import (
-    Goal,
-    GoalName,
-    best_by_concurrency,
-    front_of,
-    recommend,
-    sweep_points,
-)
+from twotower_bench.recommendation import Goal, GoalName, recommend
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, Load, ServingCell
 from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
 from twotower_bench.systems import engine_spec
@@ -37,20 +30,8 @@ from twotower_spec.files import check_writable
 
 # Rounds of prompts before a setting counts under a load.
 NUM_WARM_UP = 2
-FRONT: Columns = {
-    "best compromises": lambda point: point.system.title,
-    "at once": lambda point: str(point.load.concurrency),
-    "tok/s in all": lambda point: f"{point.tokens_per_s.value:.0f}",
-    "tok/s per user": lambda point: f"{point.user_tokens_per_s.value:.1f}",
-}
-BEST: Columns = {
-    "most tokens/s": lambda best: best.point.system.title,
-    "at once": lambda best: str(best.point.load.concurrency),
-    "tok/s": lambda best: f"{best.point.tokens_per_s.value:.0f}",
-    "best that speculates": lambda best: (
-        f"{best.comparison.speed_up.value:.2f}x, {best.comparison.verdict}" if best.comparison else "-"
-    ),
-}
+# The report has more.
+TABLES = ("Best at each concurrency", "Pareto front")
 
 
 def sweep(
@@ -92,7 +73,7 @@ def sweep(
     faster beyond what these two differ by, that is what is recommended.
     """
     # Everything that can be refused is checked before anything is loaded.
-    options.require_packages(report)
+    options.require_packages()
     options.check_sizes(prompts, max_new_tokens, repeat)
     at_once, temperatures = options.concurrencies(concurrency), options.temperatures(temperature)
     wanted = _goal(goal, min_user_tokens_per_s, at_concurrency, at_once)
@@ -122,18 +103,20 @@ def sweep(
         run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
+    from twotower_bench.report.reading import Measurements  # matplotlib
+    from twotower_bench.report.sweep import sweep_section
+
     console = Console(highlight=False)
+    print_section(console, sweep_section(Measurements("", serving_cells=cells)), *TABLES)
     for heat in temperatures:
         if len(temperatures) > 1:
             console.rule(f"temperature {heat:g}")
-        console.print(table(front_of(sweep_points(cells, heat)), FRONT))
-        console.print(table(best_by_concurrency(cells, heat), BEST))
         best = recommend(cells, wanted, heat)
         console.print(best.sentence, markup=False, soft_wrap=True)
         for line in (best.serve_command, best.python_call):
             console.print(f"\n    {line(models.verifier, models.arguments)}", markup=False, soft_wrap=True)
         console.print()
-    print_remarks(console, left_out(len(texts), cells), record)
+    print_remarks(console, too_long(len(texts), [one.prompt_id for cell in cells for one in cell.requests]), record)
     if profile:
         where = record.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)

@@ -12,20 +12,10 @@ from pydantic_core import from_json
 from twotower_bench.records import LoadPoint, ServingCell, read_row
 from twotower_bench.report.document import Origin
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.lm_eval_model import TaskScore
-from twotower_spec.evaluation.standalone import Cell
-from twotower_spec.generation.options import ModeOptions
+from twotower_spec.evaluation.standalone import Cell, Score
 from twotower_spec.reading import read_text
 
 REMEDY = "give a file that a benchmark wrote with --json, as it was written"
-
-
-@dataclass(frozen=True)
-class Score:
-    """A setting of the model alone on a task of lm-eval."""
-
-    setting: ModeOptions
-    score: TaskScore
 
 
 # By the field `kind` of a row; a list of `Measurements` is called as that with an s.

@@ -9,9 +9,9 @@ from twotower_bench.pareto import pareto_front
 from twotower_bench.report.columns import Column, estimate, number, over_gamma, rate, share, table, times
 from twotower_bench.report.document import Plot, Section, Table
 from twotower_bench.report.plots import FRONT, Point, line_panels, stacked_bars
-from twotower_bench.report.reading import Measurements, Score
+from twotower_bench.report.reading import Measurements
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Summary, summarise
+from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Score, Summary, summarise
 
 DIFFUSION = "mask-diffusion"
 HUES = {FRONT: 6, DIFFUSION: 1, "ar": 0, "mock-ar": 2, "self-speculative": 3}
