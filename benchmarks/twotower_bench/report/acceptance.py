@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from twotower_bench.report.columns import columns, place_and_noise, table
 from twotower_bench.report.document import Section
-from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
+from twotower_bench.report.drafts import draft_tables, without_drafts_notes
+from twotower_bench.report.findings import finding, places_of, remarks
+from twotower_bench.report.plots import speed_up_plot
 from twotower_bench.report.reading import Measurements
 from twotower_bench.report.wording import is_rival, place_of
 from twotower_bench.summary import over_categories, summarise_cells
@@ -23,7 +24,6 @@ def acceptance_section(measured: Measurements) -> Section:
     places = places_of([one for one in summaries if one.load in loads])
     drafted = [one for one in summaries if one.acceptance.acceptance_length]
     shown = [one for one in summaries if one.system.is_two_tower or is_rival(one.system)]
-    tables, plots = draft_parts(cells, summaries)
     repeats = " or ".join(map(str, sorted({one.num_repeats for one in summaries})))
     return Section(
         "Acceptance and speed in vLLM",
@@ -37,8 +37,8 @@ def acceptance_section(measured: Measurements) -> Section:
         [
             table("Speed and latency", summaries, SPEED, place_and_noise(summaries)),
             table("What drafts gain", drafted, GAINS, lambda one: place_of(one).title),
-            *tables,
+            *draft_tables(cells, summaries),
         ],
-        [speed_up_plot(shown), *plots],
+        speed_up_plot(shown),
         summaries,
     )

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from twotower_bench.records import BASELINE
 from twotower_bench.report.document import Row, Table
-from twotower_bench.report.wording import place_of, short_title
+from twotower_bench.report.wording import interval_names, place_of, short_title
 from twotower_bench.summary import CellSummary
 from twotower_spec.evaluation.statistics import Estimate
 
@@ -110,13 +110,6 @@ def estimate(found: Estimate | None, write: Callable[[float], str] = number, uni
 def milliseconds(*seconds: float) -> str:
     """One or several times, with slashes between."""
     return " / ".join(f"{1e3 * one:.0f}" if one >= 0.1 else f"{1e3 * one:.1f}" for one in seconds)
-
-
-def interval_names(figures: Iterable[Any]) -> str:
-    """Names of their speed-ups' intervals, in brackets after a space, as ` (95 % interval)`; "" without any."""
-    found = [one.comparison for one in figures if getattr(one, "comparison", None)]
-    names = dict.fromkeys(one.interval_name for one in found)
-    return f" ({' or '.join(names)})" if names else ""
 
 
 def place_and_noise(figures: Sequence[Any]) -> Callable[[Any], str]:

@@ -1,4 +1,4 @@
-"""Parts of a report: sections with a sentence, tables and plots, which the page and JSON are made from."""
+"""Parts of a report: sections with a sentence, a picture and tables, which page, Markdown and JSON are made from."""
 
 from __future__ import annotations
 
@@ -60,16 +60,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Plot:
-    """Panels that belong together.
+    """Panels that belong together, each in a figure of its own, with what was measured and how to read it."""
 
-    Attributes:
-        name: unique in a section; for anchors.
-        title: what it shows.
-        caption: what was measured, and how to read it.
-        panels: axes by matplotlib, each in a figure of its own.
-    """
-
-    name: str
     title: str
     caption: str
     panels: Sequence[Axes]
@@ -83,8 +75,9 @@ class Section:
         title: its heading.
         finding: its answer in a sentence.
         notes: what to know about the finding and the measurement.
-        tables, plots: in order; the first panel of the first plot stands beside the finding.
-        figures: what tables and plots show, as numbers.
+        tables: in order; those without rows are left out of a report.
+        plot: its first panel stands beside the finding.
+        figures: what tables and plot show, as numbers.
         name: unique in a report; for anchors.
         origins: of its measurements.
     """
@@ -93,7 +86,7 @@ class Section:
     finding: str
     notes: Sequence[str]
     tables: Sequence[Table]
-    plots: Sequence[Plot]
+    plot: Plot
     figures: Sequence[Any]
     name: str = ""
     origins: Sequence[Origin] = ()
@@ -101,12 +94,8 @@ class Section:
 
 @dataclass(frozen=True)
 class Report:
-    """All sections.
-
-    Attributes:
-        title: its heading.
-        sources: names of the files that it was made from.
-        sections: at least one; the page opens with the first one's finding.
+    """Sections, at least one, and the names of the files they were made from; the page opens with the first one's
+    finding.
     """
 
     title: str

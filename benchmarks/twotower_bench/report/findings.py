@@ -1,13 +1,11 @@
-"""Whether TwoTower pays: one sentence that answers, what to know beside it, and the picture of it."""
+"""Whether TwoTower pays: one sentence that answers, and what to know beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 from twotower_bench.records import BASELINE, BASELINE_AGAIN
-from twotower_bench.report.columns import interval_names, times
-from twotower_bench.report.document import Plot
-from twotower_bench.report.plots import load_panels
+from twotower_bench.report.columns import times
 from twotower_bench.report.wording import is_rival, listed, place_of, short_title
 from twotower_bench.summary import ServerSummary, Summary
 from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
@@ -62,24 +60,6 @@ def remarks(places: Mapping[str, Sequence[Summary]]) -> list[str]:
         return [f"{text}."]
     rival = max(rivals, key=lambda one: one.speed_up or 0.0)
     return [f"{text}.", f"The best rival there is {rival.system.title} with {times(rival.speed_up)} ({rival.verdict})."]
-
-
-def speed_up_plot(summaries: Sequence[Summary], what: str = "Tokens/s") -> Plot:
-    """The picture that opens a section: speed-up by load, or by kind of prompts where there is one load alone.
-
-    Args:
-        summaries: of systems that speculate.
-        what: is compared.
-    """
-    reading = "Only what lies outside the grey band, which is no speculation against itself, is beyond noise."
-    if not any(one.comparison for one in summaries):
-        reading = "With fewer than three repeats nothing here can be told from noise."
-    ends = interval_names(summaries)
-    caption = f"{what} over no speculation in the same repeat, the median of the repeats{ends}. {reading}"
-    panels = load_panels(
-        summaries, "speed-up", lambda one: one.comparison.speed_up if one.comparison else one.speed_up, is_ratio=True
-    )
-    return Plot("speed-up", "Speed-up by load", caption, panels)
 
 
 def _best_by_place(places: Mapping[str, Sequence[Summary]]) -> dict[str, Summary]:

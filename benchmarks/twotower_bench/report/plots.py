@@ -1,29 +1,26 @@
-"""Plots by matplotlib: lines with intervals, the band of the A/A noise, stacked bars, and SVG for the page."""
+"""Plots by matplotlib: lines with intervals, the band of the A/A noise, and SVG for the page."""
 
 from __future__ import annotations
 
 import io
 import re
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import matplotlib
 from matplotlib.axes import Axes
-from matplotlib.axis import Axis
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedFormatter, FixedLocator, MaxNLocator, NullLocator
+from matplotlib.ticker import MaxNLocator
 
+from twotower_bench.report.document import Plot
 from twotower_bench.report.palette import DASHES, LIGHT, MARKERS, NUM_HUES
-from twotower_bench.report.wording import hues_of, place_of
+from twotower_bench.report.wording import hues_of, interval_names, place_of
 from twotower_bench.summary import Summary
 from twotower_spec.evaluation.statistics import Estimate
 
-# The line that joins what nothing beats.
-FRONT = "Pareto front"
 # Inches. The SVG's own units are points: on a phone, 358 px wide, a panel is drawn 1.08 times as large.
 WIDTH, HEIGHT = 4.6, 3.4
-BAR_HEIGHT, BARS_MARGIN = 0.26, 1.1
 # Of a legend's line, in characters; a marker takes as much room as some.
 LEGEND_CHARACTERS, MARKER_CHARACTERS = 60, 8
 
@@ -47,148 +44,75 @@ STYLE: dict[Any, Any] = {
 }
 
 
-class Point(NamedTuple):
-    """A point of a line.
-
-    Attributes:
-        panel, line: titles of its panel and of its line.
-        x, y: where.
-        ends: of an interval around `y`; None for none.
-    """
-
-    panel: str
-    line: str
-    x: float
-    y: float
-    ends: tuple[float, float] | None = None
-
-
-def line_panels(
-    points: Iterable[Point],
-    hues: Mapping[str, int],
-    x: str,
-    y: str,
-    unjoined: Collection[str] = (),
-    decorate: Callable[[str, Axes], None] = lambda *_: None,
-) -> list[Axes]:
-    """Panels with their lines, all with the same range of heights.
+def speed_up_plot(summaries: Iterable[Summary], what: str = "Tokens/s") -> Plot:
+    """The picture that opens a section: speed-up by load, or by kind of prompts where there is one load alone.
 
     Args:
-        points: those of a line in order.
-        hues: by line; the others get what follows.
-        x, y: labels of the axes.
-        unjoined: lines whose points stand alone.
-        decorate: draws more on the axes of the panel of a title.
+        summaries: of systems that speculate; those without a speed-up are left out.
+        what: is compared.
     """
-    lines: dict[tuple[str, str], list[Point]] = {}
-    for one in points:
-        lines.setdefault((one.panel, one.line), []).append(one)
-    numbers = {**{name: place for place, name in enumerate(dict.fromkeys(name for _, name in lines), start=1)}, **hues}
-    panels = {title: _new_axes(title, x, y) for title, _ in lines}
-    for (title, name), own in lines.items():
-        _draw_line(panels[title], own, numbers[name] % NUM_HUES, is_joined=name not in unjoined)
-    for title, axes in panels.items():
-        decorate(title, axes)
-    ends = [end for axes in panels.values() for end in axes.get_ylim()]
-    for axes in panels.values():
+    known = [(one, place_of(one)) for one in summaries if one.speed_up is not None]
+    kinds = list(dict.fromkeys(place.kind for _, place in known))
+    is_one_load = len({place.phrase for _, place in known}) == 1 < len(kinds)
+    panels: dict[str, dict[str, list[Summary]]] = {}
+    for one, place in sorted(known, key=lambda pair: (kinds.index(pair[1].kind), pair[1].amount)):
+        panel, load = (place.phrase, place.kind) if is_one_load else (place.kind, f"{place.amount:g}")
+        panels.setdefault(panel, {}).setdefault(load, []).append(one)
+    hues = hues_of(one.system for one, _ in known)
+    drawn = [_speed_up_panel(title, by_load, hues, is_joined=not is_one_load) for title, by_load in panels.items()]
+    ends = [end for axes in drawn for end in axes.get_ylim()]
+    for axes in drawn:
         axes.set_ylim(min(ends), max(ends))
-    return list(panels.values())
+    reading = "Only what lies outside the grey band, which is no speculation against itself, is beyond noise."
+    if not any(one.comparison for one, _ in known):
+        reading = "With fewer than three repeats nothing here can be told from noise."
+    names = interval_names(one for one, _ in known)
+    caption = f"{what} over no speculation in the same repeat, the median of the repeats{names}. {reading}"
+    return Plot("Speed-up by load", caption, drawn)
 
 
-def load_panels(
-    summaries: Sequence[Summary], y: str, value: Callable[[Any], Estimate | float | None], *, is_ratio: bool = False
-) -> list[Axes]:
-    """Panels over load, one for each kind of load; one over kinds of prompts where there is one load alone.
-
-    Args:
-        summaries: those without a value are left out.
-        y: label of the values.
-        value: with an interval, if it has one.
-        is_ratio: draws no speculation, which is 1, and the band of the A/A noise.
-    """
-    known = [(one, place_of(one), found) for one in summaries if (found := value(one)) is not None]
-    kinds = list(dict.fromkeys(place.kind for _, place, _ in known))
-    is_one_load = len({place.phrase for _, place, _ in known}) == 1 < len(kinds)
-    points, places, floors = [], set[tuple[str, float]](), dict[tuple[str, float], float]()
-    for one, place, found in sorted(known, key=lambda each: (kinds.index(each[1].kind), each[1].amount)):
-        panel, x = (place.phrase, kinds.index(place.kind)) if is_one_load else (place.kind, place.amount)
-        middle, ends = (found.value, (found.low, found.high)) if isinstance(found, Estimate) else (found, None)
-        points.append(Point(panel, one.system.title, x, middle, ends))
-        places.add((panel, x))
-        if one.comparison:
-            floors[panel, x] = one.comparison.noise_floor
-
-    def decorate(panel: str, axes: Axes) -> None:
-        if is_ratio:
-            _draw_noise(axes, {x: floor for (title, x), floor in floors.items() if title == panel})
-        if is_one_load:
-            _set_places(axes.xaxis, kinds)
-            axes.set(xlabel="", xlim=(-0.5, len(kinds) - 0.5))
-            return
-        own = sorted(x for title, x in places if title == panel)
-        if len(own) > 1:
-            axes.set_xscale("log", base=2)  # every doubling is as wide
-        _set_places(axes.xaxis, [f"{one:g}" for one in own], own)
-        axes.set_xlabel("requests/s that come" if panel == "open loop" else "requests at once")
-
-    hues = hues_of(one.system for one, _, _ in known)
-    return line_panels(points, hues, "", y, hues if is_one_load else (), decorate)
-
-
-def stacked_bars(names: Sequence[str], layers: Mapping[str, Sequence[float]], hues: Iterable[int], x: str) -> Axes:
-    """Horizontal bars, the first on top, of layers that add up.
-
-    Args:
-        names: of the bars.
-        layers: values by name of the layer, one for every bar.
-        hues: of the layers.
-        x: label of the lengths.
-    """
-    axes = _new_axes("", x, "", BARS_MARGIN + BAR_HEIGHT * len(names))
-    left = [0.0] * len(names)
-    for (label, values), hue in zip(layers.items(), hues, strict=True):
-        axes.barh(range(len(names)), values, 0.66, left, color=LIGHT[f"hue-{hue}"], label=label)
-        left = [start + value for start, value in zip(left, values, strict=True)]
-    _set_places(axes.yaxis, names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(visible=False, axis="y")
+def _speed_up_panel(title: str, by_load: dict[str, list[Summary]], hues: dict[str, int], *, is_joined: bool) -> Axes:
+    """Speed-ups side by side by load, no speculation, which is 1, and the band of the A/A noise."""
+    axes = new_axes(title, "requests/s that come" if title == "open loop" else "requests at once", "speed-up")
+    dashes, band = (0, (2, 2)), "noise (A/A)"
+    axes.axhline(1, color=LIGHT["muted"], linewidth=1.1, linestyle=dashes, zorder=1.5, label="no speculation")
+    lines: dict[str, list[tuple[int, Estimate]]] = {}
+    for x, summaries in enumerate(by_load.values()):
+        floors = [one.comparison.noise_floor for one in summaries if one.comparison]
+        if floors:
+            style: dict[str, Any] = {"color": LIGHT["hue-0"], "alpha": 0.22, "linewidth": 0, "label": band}
+            axes.fill_between([x - 0.5, x + 0.5], 1 / floors[0], floors[0], **style)
+            band = "_"  # the legend names it once
+        for one in summaries:
+            ratio = one.speed_up or 0.0
+            found = one.comparison.speed_up if one.comparison else Estimate(ratio, ratio, ratio)
+            lines.setdefault(one.system.title, []).append((x, found))
+    for name, points in lines.items():
+        draw(axes, name, hues[name], points, is_joined=is_joined)
+    axes.set_xticks(range(len(by_load)), list(by_load))
+    axes.set_xlim(-0.5, len(by_load) - 0.5)
+    if not is_joined:
+        axes.set_xlabel("")
     return axes
 
 
-def _new_axes(title: str, x: str, y: str, height: float = HEIGHT) -> Axes:
-    axes: Axes = Figure(figsize=(WIDTH, height), layout="constrained").subplots()
+def new_axes(title: str, x: str, y: str) -> Axes:
+    """A panel in a figure of its own, with labels on its axes."""
+    axes: Axes = Figure(figsize=(WIDTH, HEIGHT), layout="constrained").subplots()
     axes.set(title=title, xlabel=x, ylabel=y)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 2.5, 5, 10]))
     return axes
 
 
-def _draw_line(axes: Axes, points: Sequence[Point], hue: int, *, is_joined: bool) -> None:
-    """A line with its markers, and intervals where all points have one."""
-    xs, ys = [one.x for one in points], [one.y for one in points]
+def draw(axes: Axes, name: str, hue: int, points: Sequence[tuple[float, Estimate]], *, is_joined: bool) -> None:
+    """Draws markers with their intervals, if any has one, and the line that joins them if it is to be."""
+    hue %= NUM_HUES
+    xs, ys = zip(*points, strict=True)
     # An estimate may lie a rounding error outside its interval.
-    errors = [[max(one.y - one.ends[0], 0.0), max(one.ends[1] - one.y, 0.0)] for one in points if one.ends]
-    style: dict[str, Any] = {"color": LIGHT[f"hue-{hue}"], "marker": MARKERS[hue], "label": points[0].line}
-    style |= {"linestyle": DASHES[hue] if is_joined else "none", "elinewidth": 1.3}
-    axes.errorbar(xs, ys, [*zip(*errors, strict=True)] if len(errors) == len(points) else None, **style)
-
-
-def _draw_noise(axes: Axes, floors: Mapping[float, float]) -> None:
-    """Speed 1, and the band of noise floors by x in which nothing can be told from no speculation against itself."""
-    dashes = (0, (2, 2))
-    axes.axhline(1, color=LIGHT["muted"], linewidth=1.1, linestyle=dashes, zorder=1.5, label="no speculation")
-    style: dict[str, Any] = {"color": LIGHT["hue-0"], "alpha": 0.22, "linewidth": 0, "label": "noise (A/A)"}
-    xs, high = sorted(floors), [floors[x] for x in sorted(floors)]
-    if len(xs) == 1:
-        axes.axhspan(1 / high[0], high[0], **style)
-    elif xs:
-        axes.fill_between(xs, [1 / floor for floor in high], high, **style)
-
-
-def _set_places(axis: Axis, names: Sequence[str], places: Sequence[float] | None = None) -> None:
-    """Writes names at places of an axis, or at 0, 1, ..."""
-    axis.set_major_locator(FixedLocator(range(len(names)) if places is None else places))
-    axis.set_major_formatter(FixedFormatter(names))
-    axis.set_minor_locator(NullLocator())
+    errors = [[max(one.value - one.low, 0.0) for one in ys], [max(one.high - one.value, 0.0) for one in ys]]
+    style: dict[str, Any] = {"color": LIGHT[f"hue-{hue}"], "marker": MARKERS[hue], "label": name, "elinewidth": 1.3}
+    style["linestyle"] = DASHES[hue] if is_joined else "none"
+    axes.errorbar(xs, [one.value for one in ys], errors if any(one.has_width for one in ys) else None, **style)
 
 
 def svg_of(axes: Axes, name: str, label: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 from twotower_bench.records import BASELINE, BASELINE_AGAIN
 from twotower_bench.report.columns import (
@@ -17,9 +17,9 @@ from twotower_bench.report.columns import (
     share,
     table,
 )
-from twotower_bench.report.document import Plot, Section
-from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
-from twotower_bench.report.plots import load_panels
+from twotower_bench.report.document import Section
+from twotower_bench.report.findings import finding, places_of, remarks
+from twotower_bench.report.plots import speed_up_plot
 from twotower_bench.report.reading import Measurements
 from twotower_bench.summary import ServerSummary, highest_within_bound, summarise_points
 
@@ -58,30 +58,13 @@ LATENCY: Mapping[str, Column] = {
     "ITL ms": Column(_latency("itl"), "between pieces of text, which can be several tokens"),
     "E2EL ms": Column(_latency("e2el"), "to the end"),
 }
-# Name, title, label, value and caption.
-PLOTS: Sequence[tuple[str, str, str, Callable[[ServerSummary], float], str]] = (
-    (
-        *("goodput", "Goodput", "good requests/s", lambda one: one.goodput.value),
-        "Requests within the bound per second, median of the repeats. A server that keeps up rises with its load; "
-        "where it bends, requests miss the bound.",
-    ),
-    (
-        *("end", "Time to the end of a request", "seconds", lambda one: one.e2el.median),
-        "Median over requests, and of that over repeats. Lower is better; where a line turns up, requests wait for "
-        "each other.",
-    ),
-    (
-        *("first", "Time to the first token", "seconds", lambda one: one.ttft.p99),
-        "99th percentile over requests, median of the repeats. Lower is better; this is what the unluckiest users see.",
-    ),
-)
 
 
 def serve_section(measured: Measurements) -> Section:
     """Makes the section of load points."""
     summaries = summarise_points(measured.load_points)
     places = places_of(summaries)
-    shown = [one for one in summaries if one.system.name != BASELINE_AGAIN]
+    speculating = [one for one in summaries if one.system.name not in (BASELINE, BASELINE_AGAIN)]
 
     def highest(*, is_closed: bool) -> Column:
         return Column(lambda one: str(highest_within_bound(summaries, one.system.name, is_closed=is_closed) or "none"))
@@ -106,9 +89,6 @@ def serve_section(measured: Measurements) -> Section:
             table("Throughput and goodput", summaries, SPEED, place_and_noise(summaries)),
             table("Latency", summaries, LATENCY, place_and_noise(summaries)),
         ],
-        [
-            speed_up_plot([one for one in shown if one.system.name != BASELINE], "Tokens/s, or 1 / time to the end,"),
-            *(Plot(name, title, text, load_panels(shown, y, value)) for name, title, y, value, text in PLOTS),
-        ],
+        speed_up_plot(speculating, "Tokens/s, or 1 / time to the end,"),
         summaries,
     )

@@ -8,17 +8,15 @@ from functools import partial
 from twotower_bench.pareto import pareto_front
 from twotower_bench.report.columns import Column, estimate, number, over_gamma, rate, share, table, times
 from twotower_bench.report.document import Plot, Section, Table
-from twotower_bench.report.plots import FRONT, Point, line_panels, stacked_bars
+from twotower_bench.report.plots import draw, new_axes
 from twotower_bench.report.reading import Measurements
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Score, Summary, summarise
+from twotower_spec.evaluation.standalone import AR, BASELINES, Cell, Summary, summarise
+from twotower_spec.evaluation.statistics import Estimate
 
 DIFFUSION = "mask-diffusion"
+FRONT = "Pareto front"
 HUES = {FRONT: 6, DIFFUSION: 1, "ar": 0, "mock-ar": 2, "self-speculative": 3}
-MOST_BARS = 14
-# Phases of a text with their hues.
-PHASES = {"prefill": 4, "denoise": 2, "extend": 1}
-
 COLUMNS: Mapping[str, Column] = {
     "Tokens/s": Column(lambda one: estimate(one.tokens_per_s, rate), "median of the repeats (quartiles)"),
     "Of AR": Column(lambda one: "" if one.setting == AR else times(one.speed_up)),
@@ -51,10 +49,10 @@ def standalone_section(measured: Measurements) -> Section:
         _finding(summaries),
         [f"Greedy, one prompt at a time, {repeats} repeats. AR is the context tower's own text."],
         [
-            _table(summaries, front, measured.scores),
+            _table(summaries, front, measured),
             *(over_gamma(name, COLUMNS[name], by_setting) for name in ("Of AR", "Same text")),
         ],
-        [_fidelity_plot(summaries, front), _phase_plot(measured.cells, front)],
+        _plot(summaries, front),
         [*summaries, *measured.scores],
     )
 
@@ -77,55 +75,51 @@ def _finding(summaries: Sequence[Summary]) -> str:
     return text + (f". Self-speculation reaches {times(own.speed_up)}." if own else ".")
 
 
-def _table(summaries: Sequence[Summary], front: Sequence[Summary], scores: Sequence[Score]) -> Table:
-    found = {(f"{one.score.task} {one.score.metric}", one.setting): one.score for one in scores}
+def _table(summaries: Sequence[Summary], front: Sequence[Summary], measured: Measurements) -> Table:
+    found = {(f"{one.score.task} {one.score.metric}", one.setting): one.score for one in measured.scores}
 
     def score(name: str, one: Summary) -> str:
         if (own := found.get((name, one.setting))) is None:
             return ""
         return number(own.value, 3) + ("" if own.standard_error is None else f" ± {own.standard_error:.3f}")
 
-    def heading(one: Summary) -> str:
-        return "Baselines" if one.setting in BASELINES else "Mask diffusion, fastest first"
-
     columns = {
         "Setting": Column(lambda one: one.setting.label),
         "Pareto": Column(lambda one: "front" if one in front else "", "nothing is both faster and more often the same"),
         **COLUMNS,
+        **{f"{phase} ms".capitalize(): _phase(phase, measured.cells) for phase in ("prefill", "denoise", "extend")},
         **{name: Column(partial(score, name)) for name, _ in found},
     }
     ranked = sorted(summaries, key=lambda one: 0 if one.setting in BASELINES else 1 / one.speed_up)
-    return table("Speed and fidelity", ranked, columns, heading)
+    return table("Speed and fidelity", ranked, columns, _heading)
 
 
-def _fidelity_plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Plot:
-    modes = dict.fromkeys(one.setting.mode for one in summaries)
-    points = [
-        Point("", label, one.speed_up, one.identical.value)
-        for label, one in (*((FRONT, one) for one in front), *((one.setting.mode, one) for one in summaries))
-    ]
+def _heading(one: Summary) -> str:
+    return "Baselines" if one.setting in BASELINES else "Mask diffusion, fastest first"
+
+
+def _phase(name: str, cells: Sequence[Cell]) -> Column:
+    """Milliseconds per token that a phase takes, over all repeats."""
+
+    def text(one: Summary) -> str:
+        own = [cell for cell in cells if cell.setting == one.setting]
+        seconds = sum(cell.phase_seconds.get(name, 0.0) for cell in own)
+        return number(1e3 * seconds / sum(cell.num_tokens for cell in own))
+
+    return Column(text, "per token, over all repeats" if name == "prefill" else "")
+
+
+def _plot(summaries: Sequence[Summary], front: Sequence[Summary]) -> Plot:
+    axes = new_axes("", "speed, AR = 1", "share of texts that are AR's")
+    lines: dict[str, list[Summary]] = {FRONT: list(front)}
+    for one in summaries:
+        lines.setdefault(one.setting.mode, []).append(one)
+    for name, own in lines.items():
+        shares = [one.identical.value for one in own]
+        points = [(one.speed_up, Estimate(y, y, y)) for one, y in zip(own, shares, strict=True)]
+        draw(axes, name, HUES[name], points, is_joined=name == FRONT)
     caption = (
         "Every setting: speed over AR in the same repeat, and how often the text is AR's to the token. Up and to the "
         "right is better; the line joins what nothing beats in both."
     )
-    panels = line_panels(points, HUES, "speed, AR = 1", "share of texts that are AR's", modes)
-    return Plot("fidelity", "Speed against fidelity", caption, panels)
-
-
-def _phase_plot(cells: Sequence[Cell], front: Sequence[Summary]) -> Plot:
-    """Milliseconds per token by phase: baselines, and the front."""
-    settings = dict.fromkeys([*BASELINES, *(one.setting for one in reversed(front))])
-    found = {how: own for how in settings if (own := [cell for cell in cells if cell.setting == how])}
-    shown = dict(list(found.items())[:MOST_BARS])
-
-    def per_token(phase: str, own: Sequence[Cell]) -> float:
-        return 1e3 * sum(cell.phase_seconds.get(phase, 0.0) for cell in own) / sum(cell.num_tokens for cell in own)
-
-    layers = {phase: [per_token(phase, own) for own in shown.values()] for phase in PHASES}
-    names = [setting.label.replace("mask-diffusion ", "") for setting in shown]
-    caption = (
-        "Of the baselines and the Pareto front, over all repeats. Shorter is better; the longest part of a bar is what "
-        "there is to gain."
-    )
-    panels = [stacked_bars(names, layers, PHASES.values(), "milliseconds per token")]
-    return Plot("phases", "Time per token by phase", caption, panels)
+    return Plot("Speed against fidelity", caption, [axes])

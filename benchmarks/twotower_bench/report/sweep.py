@@ -8,18 +8,15 @@ from twotower_bench import recommendation
 from twotower_bench.recommendation import Goal, Recommendation, best_by_concurrency, front_of, recommend, sweep_points
 from twotower_bench.records import BASELINE, ServingCell
 from twotower_bench.report.columns import COLUMNS, Column, columns, estimate, over_gamma, place_and_noise, rate, table
-from twotower_bench.report.document import Plot, Section, Table
-from twotower_bench.report.drafts import draft_parts, without_drafts_notes
-from twotower_bench.report.findings import finding, places_of, remarks, speed_up_plot
-from twotower_bench.report.plots import FRONT, Point, line_panels
+from twotower_bench.report.document import Section, Table
+from twotower_bench.report.drafts import draft_tables, without_drafts_notes
+from twotower_bench.report.findings import finding, places_of, remarks
+from twotower_bench.report.plots import speed_up_plot
 from twotower_bench.report.reading import Measurements
 from twotower_bench.report.wording import load_in_words, place_of, short_title
 from twotower_bench.summary import CellSummary, summarise_cells
 
-# Of the Pareto plot, besides the front, rivals and no speculation: concurrencies, one by one as far as they go.
-HUES = {FRONT: 6, "rivals": 3, "no speculation": 0}
-HUES_OF_LOADS = (1, 2, 4, 5, 7)
-# Of plots with a line for every system.
+# In the plot, which has a line for every system, and in tables by position and phase.
 MOST_LINES = 7
 # Named in the table of the best.
 MOST_RUNNERS_UP = 3
@@ -63,7 +60,6 @@ def sweep_section(measured: Measurements) -> Section:
         *(point.system.name for point in reversed(front)),
     ]
     shown = list(dict.fromkeys(name for name in ranked if not name.startswith(BASELINE)))[:MOST_LINES]
-    tables, plots = draft_parts(cells, summaries, shown, fastest)
     return Section(
         "Sweep over TwoTower's settings in vLLM",
         finding(places),
@@ -76,16 +72,12 @@ def sweep_section(measured: Measurements) -> Section:
         ],
         [
             table("Best at each concurrency", best, _best_columns(summaries)),
-            table(FRONT, front[::-1], POINT, note="What no other setting beats in both numbers."),
+            table("Pareto front", front[::-1], POINT, note="What no other setting beats in both numbers."),
             _settings_table(summaries, points, front),
             *_gamma_tables(summaries),
-            *tables,
+            *draft_tables(cells, summaries, shown),
         ],
-        [
-            speed_up_plot([one for one in summaries if one.system.name in shown]),
-            _pareto_plot(points, front),
-            *plots,
-        ],
+        speed_up_plot(one for one in summaries if one.system.name in shown),
         summaries,
     )
 
@@ -148,33 +140,3 @@ def _gamma_tables(summaries: Sequence[CellSummary]) -> list[Table]:
         over_gamma(name, COLUMNS[name], found)
         for name, found in ((speed, by_setting), ("Acceptance length", first), ("Tokens / NFE", first))
     ]
-
-
-def _pareto_plot(points: Points, front: Points) -> Plot:
-    """Tokens/s of all users over those of one, a line's name by concurrency, a panel for each kind of load."""
-    concurrencies = sorted({one.load.concurrency for one in points})
-    # The last hue stands for all higher concurrencies together.
-    last = concurrencies[len(HUES_OF_LOADS) - 1 :]
-    names = {number: f"TwoTower, {number} at once" for number in concurrencies}
-    if len(last) > 1:
-        names |= dict.fromkeys(last, f"TwoTower, {last[0]} to {last[-1]} at once")
-
-    def line(one: recommendation.Point) -> str:
-        if one.system.is_two_tower:
-            return names[one.load.concurrency]
-        return "no speculation" if one.system.name == BASELINE else "rivals"
-
-    ranked = sorted(points, key=lambda one: one.load.concurrency)
-    drawn = [
-        Point(kind, label, one.user_tokens_per_s.value, one.tokens_per_s.value)
-        for label, one in (*((FRONT, one) for one in front), *((line(one), one) for one in ranked))
-        if (kind := load_in_words(one.load).rpartition(", ")[0])
-    ]
-    lines = dict(zip(dict.fromkeys(names.values()), HUES_OF_LOADS, strict=False))
-    caption = (
-        "Every setting at every concurrency: tokens/s of all users together, and of one user after its first token. "
-        "Up and to the right is better; the line joins what nothing beats in both."
-    )
-    hues, unjoined = {**HUES, **lines}, [*lines, "rivals"]
-    panels = line_panels(drawn, hues, "tokens/s of one user", "tokens/s of all", unjoined)
-    return Plot("pareto", "Throughput against the speed of one user", caption, panels)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, System
 from twotower_bench.summary import CellSummary, ServerSummary, Summary
@@ -63,6 +63,13 @@ def hues_of(systems: Iterable[System]) -> dict[str, int]:
         if name not in hues:
             hues[name] = next(hue for hue in range(1, len(titles) + len(HUES) + 1) if hue not in hues.values())
     return {titles[name]: hue for name, hue in hues.items()}
+
+
+def interval_names(figures: Iterable[Any]) -> str:
+    """Names of their speed-ups' intervals, in brackets after a space, as ` (95 % interval)`; "" without any."""
+    found = [one.comparison for one in figures if getattr(one, "comparison", None)]
+    names = dict.fromkeys(one.interval_name for one in found)
+    return f" ({' or '.join(names)})" if names else ""
 
 
 def short_title(system: System) -> str:

@@ -14,7 +14,7 @@ from markupsafe import Markup
 from pydantic_core import to_jsonable_python
 
 from twotower_bench.report.acceptance import acceptance_section
-from twotower_bench.report.document import Report, Section
+from twotower_bench.report.document import Plot, Report, Section
 from twotower_bench.report.palette import DARK, LIGHT
 from twotower_bench.report.plots import STYLE, svg_of
 from twotower_bench.report.reading import REMEDY, Measurements, read_measurements
@@ -69,9 +69,8 @@ def report_of(files: Sequence[Path]) -> Report:
         for number, one in enumerate(filter(fits, measured), start=1):
             section = _built(build, one)
             tables = [table for table in section.tables if table.rows]
-            plots = [plot for plot in section.plots if plot.panels]
             anchor = name if number == 1 else f"{name}-{number}"
-            sections.append(replace(section, name=anchor, tables=tables, plots=plots, origins=one.origins))
+            sections.append(replace(section, name=anchor, tables=tables, origins=one.origins))
     if not sections:
         raise ArgumentError(
             f"{listed([str(path) for path in files])} have scores alone, which are shown beside cells; "
@@ -98,8 +97,8 @@ def html_of(report: Report) -> str:
         loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
 
-    def svg(name: str, label: str, index: int, axes: Any) -> Markup:
-        return Markup(svg_of(axes, f"{name}-{index}", label))  # labels were escaped as they were drawn
+    def svg(name: str, label: str, axes: Any) -> Markup:
+        return Markup(svg_of(axes, name, label))  # labels were escaped as they were drawn
 
     return environment.get_template("template.html.j2").render(
         report=report, light=LIGHT, dark=DARK, svg=svg, verdicts=VERDICTS
@@ -108,9 +107,10 @@ def html_of(report: Report) -> str:
 
 def json_of(report: Report) -> str:
     """Findings, figures and tables; plots show the same figures."""
-    content = to_jsonable_python(replace(report, sections=[replace(one, plots=[]) for one in report.sections]))
+    no_plot = Plot("", "", ())
+    content = to_jsonable_python(replace(report, sections=[replace(one, plot=no_plot) for one in report.sections]))
     for section, raw in zip(report.sections, content["sections"], strict=True):
-        del raw["plots"]
+        del raw["plot"]
         for figures, found in zip(section.figures, raw["figures"], strict=True):
             if verdict := getattr(figures, "verdict", None):
                 found["verdict"] = verdict

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
-from matplotlib.colors import to_hex
-from matplotlib.container import BarContainer, ErrorbarContainer
+from matplotlib.collections import PolyCollection
+from matplotlib.container import ErrorbarContainer
 
 from tests.benchmarks.report.builders import (
     TWO_TOWER,
@@ -20,7 +20,7 @@ from tests.benchmarks.report.builders import (
 from tests.support.serving_cells import AGAIN, NONE
 from twotower_bench.records import ServingCell, System
 from twotower_bench.report import report_of
-from twotower_bench.report.document import Plot, Row, Section, Table
+from twotower_bench.report.document import Row, Section, Table
 from twotower_bench.report.findings import finding, remarks
 from twotower_bench.summary import Summary
 from twotower_spec.evaluation.statistics import Comparison, Estimate
@@ -40,15 +40,11 @@ def cells_of(found: Table, name: str) -> Row:
     return next(row for row in found.rows if row[found.columns[0]] == name)
 
 
-def plot(section: Section, name: str) -> Plot:
-    return next(one for one in section.plots if one.name == name)
-
-
-def lines(axes: Axes) -> dict[str, list[float]]:
-    """Places on the x axis by the label of a line."""
+def lines(axes: Axes) -> dict[str, list[tuple[float, float]]]:
+    """Points by the label of their line."""
     handles, labels = axes.get_legend_handles_labels()
     drawn = {label: one for one, label in zip(handles, labels, strict=True) if isinstance(one, ErrorbarContainer)}
-    return {label: [float(x) for x in one.lines[0].get_xdata()] for label, one in drawn.items()}
+    return {label: [(float(x), float(y)) for x, y in one.lines[0].get_xydata()] for label, one in drawn.items()}
 
 
 def summary(system: System, *rates: float) -> Summary:
@@ -149,25 +145,19 @@ def test_categories_of_a_load_with_all_prompts_are_told_apart(tmp_path: Path) ->
     assert lengths["python"].startswith("4.29 (") and lengths["maths"].startswith("2.80 (")
 
 
-def test_time_of_a_round_is_the_engines(tmp_path: Path) -> None:
-    section = section_of(tmp_path, serving_cells(concurrencies=(1,), speed=1.0))
-    times = cells_of(table(section, "Time of a round"), "TwoTower")
+def test_time_of_a_round_is_the_engines_beside_a_step_without_speculation(tmp_path: Path) -> None:
+    cells = serving_cells(concurrencies=(1,), speed=1.0)
+    found = table(section_of(tmp_path, cells), "Time of a round")
+    times = cells_of(found, "TwoTower")
     # 17 steps of 12.5 ms, and 4 that read a prompt, of 14.5 ms; one denoiser pass of one request.
     assert times["Verify ms"] == "12.9" and times["Denoise ms"] == "2.2" and times["Host ms"] == "0.5"
-
-
-def test_bars_of_a_round_add_up_to_its_time_beside_a_step_without_speculation(tmp_path: Path) -> None:
-    cells = serving_cells(concurrencies=(1,), speed=1.0)
-    (axes,) = plot(section_of(tmp_path, cells), "rounds").panels
-    layers = [one for one in axes.containers if isinstance(one, BarContainer)]
-    sums = [sum(bar.get_width() for bar in bars) for bars in zip(*layers, strict=True)]
-    lengths = dict(zip((label.get_text() for label in axes.get_yticklabels()), sums, strict=True))
     own = [cell for cell in cells if cell.system == TWO_TOWER]
     rounds = sum(cell.drafting.rounds for cell in own if cell.drafting)
-    assert lengths["all prompts, 1: twotower"] == pytest.approx(1e3 * sum(cell.seconds for cell in own) / rounds)
-    # 13 steps of 10.5 ms after one of 14.5 ms that reads the prompt.
-    assert lengths["all prompts, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
-    assert lengths["maths, 1: plain"] == pytest.approx((13 * 10.5 + 14.5) / 14)
+    phases = [float(times[f"{phase} ms"]) for phase in ("Extend", "Denoise", "Host", "Verify")]
+    assert sum(phases) == pytest.approx(1e3 * sum(cell.seconds for cell in own) / rounds, abs=0.2)  # rounded to 0.1
+    # 13 steps of 10.5 ms after one of 14.5 ms that reads the prompt, in the categories and in all together.
+    assert list(found.groups) == ["all prompts, 1 at once", "maths, 1 at once", "python, 1 at once"]
+    assert {row["Plain step ms"] for row in found.rows} == {f"{(13 * 10.5 + 14.5) / 14:.1f}"}
 
 
 def test_all_categories_lead_and_the_finding_is_about_them(tmp_path: Path) -> None:
@@ -198,7 +188,7 @@ def test_run_that_was_stopped_is_taken_together_only_where_every_category_was_me
 
 def test_intervals_of_few_repeats_are_called_what_they_are(tmp_path: Path) -> None:
     section = section_of(tmp_path, serving_cells())
-    for text in (table(section, "Speed and latency").note, plot(section, "speed-up").caption):
+    for text in (table(section, "Speed and latency").note, section.plot.caption):
         assert "(lowest to highest)" in text and "95 %" not in text
     more = [replace(cell, repeat=cell.repeat + 3) for cell in serving_cells()]
     assert "(95 % interval)" in table(section_of(tmp_path, [*serving_cells(), *more]), "Speed and latency").note
@@ -261,14 +251,38 @@ def test_speed_of_one_user_is_the_same_in_all_tables(tmp_path: Path) -> None:
     assert front and users == front
 
 
-def test_pareto_plot_shows_every_concurrency(tmp_path: Path) -> None:
+def test_every_setting_stands_in_the_table_under_every_concurrency(tmp_path: Path) -> None:
     cells = [cell for number in range(1, 7) for cell in swept_cells((number,))]
-    (axes,) = plot(section_of(tmp_path, cells), "pareto").panels
-    own = {label: xs for label, xs in lines(axes).items() if label.startswith("TwoTower")}
-    assert list(own)[-2:] == ["TwoTower, 4 at once", "TwoTower, 5 to 6 at once"]
-    assert sum(map(len, own.values())) == 6 * 7
-    colours = {to_hex(line.get_color()) for line in axes.get_lines() if line.get_linestyle() == "None"}
-    assert len(colours) == len(own) == 5
+    settings = table(section_of(tmp_path, cells), "All settings")
+    assert [heading.partition(",")[2].partition(";")[0] for heading in settings.groups] == [
+        f" {number} at once" for number in range(1, 7)
+    ]
+    # 7 settings, no speculation and the same again.
+    assert all(len({row["System"] for row in rows}) == len(rows) == 9 for rows in settings.groups.values())
+    assert all(row["Of one user"] for row in settings.rows if not row["System"].startswith("no"))
+
+
+def test_plot_shows_the_speed_ups_of_the_table_by_system_and_load_with_the_noise(tmp_path: Path) -> None:
+    section = section_of(tmp_path, serving_cells(categories=("maths",), concurrencies=(1, 4)))
+    (axes,) = section.plot.panels
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["1", "4"]
+    drawn = lines(axes)
+    assert list(drawn) == ["n-gram lookup", "TwoTower"]
+    for system, points in drawn.items():
+        rows = [row for row in table(section, "Speed and latency").rows if row["System"] == system]
+        assert [x for x, _ in points] == [0, 1]
+        assert [f"{y:.2f}×" for _, y in points] == [row["Speed-up"].partition(" ")[0] for row in rows]
+    floors = [one.comparison.noise_floor for one in section.figures if one.system == TWO_TOWER]
+    bands = [band.get_paths()[0].get_extents() for band in axes.collections if isinstance(band, PolyCollection)]
+    assert [(band.x0, band.x1) for band in bands] == [(-0.5, 0.5), (0.5, 1.5)]
+    assert [(band.y0, band.y1) for band in bands] == [pytest.approx((1 / floor, floor)) for floor in floors]
+
+
+def test_plot_of_one_load_stands_by_kind_of_prompts(tmp_path: Path) -> None:
+    (axes,) = section_of(tmp_path, serving_cells(concurrencies=(4,))).plot.panels
+    assert axes.get_title(loc="left") == "4 at once"
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["all prompts", "maths", "python"]
+    assert {line.get_linestyle() for line in axes.get_lines() if line.get_label() != "no speculation"} == {"None"}
 
 
 def test_settings_that_differ_in_gamma_alone_stand_side_by_side(tmp_path: Path) -> None:
@@ -292,19 +306,30 @@ def test_run_without_a_baseline_is_reported_without_verdicts(tmp_path: Path) -> 
     for cells in (serving_cells((TWO_TOWER,)), [cell for cell in swept_cells() if cell.system != NONE]):
         section = section_of(tmp_path, cells)
         assert section.finding == "TwoTower was not compared with no speculation here."
-        assert "speed-up" not in {one.name for one in section.plots}
+        assert section.plot.panels == []
 
 
 def test_model_alone_shows_scores_beside_speed(tmp_path: Path) -> None:
     (section,) = report_of([write_standalone(tmp_path / "s.jsonl")]).sections
     found = table(section, "Speed and fidelity")
     assert cells_of(found, "ar")["trio_sums exact_match"] == "0.500 ± 0.100"
-    assert cells_of(found, "mask-diffusion S=4 steps=4 gamma=0.95")["Of AR"] == "6.00×"
+    truest = cells_of(found, "mask-diffusion S=4 steps=4 gamma=0.95")
+    assert truest["Of AR"] == "6.00×"
+    # 0.1, 0.5 and 0.4 s in each of two repeats, for 2 texts of 4 tokens.
+    assert [truest[f"{phase} ms"] for phase in ("Prefill", "Denoise", "Extend")] == ["12.50", "62.50", "50.00"]
+
+
+def test_model_alone_shows_speed_against_fidelity_and_what_nothing_beats(tmp_path: Path) -> None:
+    (section,) = report_of([write_standalone(tmp_path / "s.jsonl")]).sections
+    (axes,) = section.plot.panels
+    drawn = lines(axes)
+    assert drawn["Pareto front"] == [(pytest.approx(6.0), 1.0)] == [max(drawn["mask-diffusion"])]
+    assert set(drawn) == {"Pareto front", "ar", "mock-ar", "self-speculative", "mask-diffusion"}
 
 
 def test_server_section_has_a_panel_for_each_kind_of_loop(tmp_path: Path) -> None:
     (section,) = report_of([write_rows(tmp_path / "f.jsonl", "load_point", load_points())]).sections
-    assert all(len(one.panels) == 2 for one in section.plots)
+    assert [axes.get_title(loc="left") for axes in section.plot.panels] == ["closed loop", "open loop"]
     speed = cells_of(table(section, "Throughput and goodput"), "TwoTower")
     assert speed["Verdict"] == "faster" and speed["Acceptance length"] == "4.00" and speed["Within bound"] == "75 %"
 
@@ -316,9 +341,8 @@ def test_worst_repeat_is_told_where_it_keeps_the_bound_less_often(tmp_path: Path
 
 
 @pytest.mark.parametrize("index", range(4))
-def test_rows_have_names_and_plots_names_of_their_own(tmp_path: Path, index: int) -> None:
+def test_rows_have_names(tmp_path: Path, index: int) -> None:
     (section,) = report_of(write_all(tmp_path)[index : index + 1]).sections
     for one in section.tables:
         assert all(row[one.columns[0]] for row in one.rows), one.title
-    names = [one.name for one in section.plots]
-    assert len(names) == len(set(names)) and section.origins and section.tables
+    assert section.origins and section.tables
