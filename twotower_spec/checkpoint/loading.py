@@ -12,6 +12,7 @@ from torch import Tensor
 
 from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor
 from twotower_spec.errors import CheckpointError
+from twotower_spec.terminal import Terminal
 
 # A shard is mapped into memory while it is read. Opening it anew after this many bytes lets go of the pages already
 # copied, so that a load needs the memory of the weights and no more.
@@ -61,8 +62,14 @@ def load_tensors(
             f"the weights were made with:\n  " + "\n  ".join(problems)
         )
     wanted = {name: index[name] for name in destinations}
-    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(*columns, TimeRemainingColumn(), disable=not progress, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, disable=not progress, transient=True, console=Terminal(stderr=True)) as bar:
         task = bar.add_task("reading weights", total=sum(stored.nbytes for stored in wanted.values()))
         for shard, names in _windows(wanted):
             try:

@@ -14,12 +14,16 @@ from twotower_spec.cli.generate import generate
 from twotower_spec.cli.inspect import inspect
 from twotower_spec.cli.lm_eval import SETTINGS as LM_EVAL_SETTINGS
 from twotower_spec.cli.lm_eval import lm_eval
+from twotower_spec.cli.streams import OutputError, open_standard_streams
 from twotower_spec.cli.train import app as train
 from twotower_spec.errors import TwoTowerError
+from twotower_spec.printable import as_message
 
 # Group of entry points, each a function that becomes a command; `bench.NAME` becomes `bench NAME`.
 COMMANDS_GROUP = "twotower_spec.commands"
 BENCH_PREFIX = "bench."
+# What typer raises for a command line that it cannot read.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def build_app() -> typer.Typer:
@@ -60,16 +64,37 @@ def bench_app(commands: Mapping[str, Callable[..., Any]]) -> typer.Typer:
 
 
 def main() -> None:
-    """Runs the command line. Exit codes: 0 done, 2 bad input, 130 interrupted."""
+    """Runs the command line.
+
+    Exit codes: 0 done, 1 standard output cannot be written, 2 bad input, 130 interrupted.
+    """
+    open_standard_streams()
+    sys.exit(_exit_code(lambda: build_app()(standalone_mode=False)) or _exit_code(sys.stdout.flush))
+
+
+def _exit_code(action: Callable[[], int | None]) -> int:
+    """Runs something; what goes wrong is one sentence on stderr."""
     try:
-        build_app()()
+        code = action() or 0
+    except OutputError as error:
+        return _refused(str(error), code=1)
     except TwoTowerError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except SystemExit as end:
-        if end.code == 130:  # typer ends so after Ctrl-C, without a message
-            print(
-                "interrupted; a run with --output or --json goes on where it stopped when started again",
-                file=sys.stderr,
-            )
-        raise
+        return _refused(str(error))
+    except UsageError as error:
+        return _refused_command_line(error)
+    except typer.Abort:
+        code = 130
+    if code == 130:
+        print("interrupted; a run with --output or --json goes on where it stopped when started again", file=sys.stderr)
+    return code
+
+
+def _refused_command_line(error: Any) -> int:
+    """Says what typer's error says; nothing where a command without arguments has shown its help."""
+    message, place = as_message(error.format_message()), error.ctx.command_path if error.ctx else "twotower-spec"
+    return _refused(f"{message.rstrip('.')}; see {place} --help") if message else 2
+
+
+def _refused(message: str, code: int = 2) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return code

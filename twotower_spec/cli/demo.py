@@ -9,14 +9,13 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.rule import Rule
 from rich.table import Table
-from rich.text import Text
 
 from twotower_spec.demo import demo_prompts, run_modes
 from twotower_spec.demo.standalone import DemoText
 from twotower_spec.machine import describe_machine
+from twotower_spec.terminal import Terminal, styled
 
 
 def demo(
@@ -25,17 +24,17 @@ def demo(
 ) -> None:
     """Generate with the bundled TwoTower model in its four modes, on held-out prompts, and compare them."""
     torch.set_num_threads(min(torch.get_num_threads(), 2))  # the matrices are small: more threads would only wait
-    console = Console(highlight=False)
+    console = Terminal()
     texts: list[DemoText] = []
     shown = None
     for text in run_modes(demo_prompts(prompts), max_new_tokens):
         if text.prompt is not shown:
             shown = text.prompt
             console.print(Rule(f"{shown.category}, held out by {shown.held_out}: {shown.source}"))
-            console.print(Text(shown.prompt, style="dim"))
+            console.print(styled(shown.prompt, "dim"))
         remark = " (this denoiser was trained on masked blocks alone)" if text.mode == "mock-ar" else ""
-        console.print(Text(f"[{text.mode}]{remark}", style="bold"))
-        console.print(Text(text.text.strip("\n"), style="green" if text.mode == "mask-diffusion" else ""))
+        console.print(styled(f"[{text.mode}]{remark}", "bold"))
+        console.print(styled(text.text.strip("\n"), "green" if text.mode == "mask-diffusion" else ""))
         texts.append(text)
     table = Table("mode", "tokens", "tokens per NFE", "tokens per context pass", "tokens/s")
     for mode in dict.fromkeys(text.mode for text in texts):

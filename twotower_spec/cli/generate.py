@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
@@ -26,6 +24,8 @@ from twotower_spec.generation import MODES, GenerationOptions, GenerationResult,
 from twotower_spec.generation.batch import parse_eos, parse_prompts, parse_seeds
 from twotower_spec.generation.options import BLOCK_DEFAULTS
 from twotower_spec.model import TwoTowerModel, as_dtype
+from twotower_spec.printable import printable
+from twotower_spec.terminal import progress_bar
 from twotower_spec.towers.model import usable_device
 
 
@@ -119,7 +119,7 @@ def generate(
             context_device=context_device,
             denoiser_device=denoiser_device,
         )
-        with _progress() as bar, Interrupts() as interrupts:
+        with progress_bar() as bar, Interrupts() as interrupts:
             task = bar.add_task("generating", total=len(rows), completed=len(rows) - len(left))
             for start in range(0, len(left), batch_size):
                 indices = left[start : start + batch_size]
@@ -171,17 +171,9 @@ def _print(records: list[dict[str, Any]], as_json: bool) -> None:
             line = json.dumps(record)
         else:
             line = record.get("text", ",".join(map(str, record["token_ids"])))
-        sys.stdout.write(line + "\n")
+        # A file gets the text as it is.
+        sys.stdout.write((printable(line, keep="\n\t") if sys.stdout.isatty() else line) + "\n")
         sys.stdout.flush()
-
-
-def _progress() -> Progress:
-    """A bar on stderr, where rows do not go; nothing when stderr is no terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    return Progress(
-        *columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    )
 
 
 def _eos(tokenizer: PreTrainedTokenizerBase | None, given: list[int], ignore: bool, vocab_size: int) -> list[int]:

@@ -7,8 +7,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from twotower_spec.config import check_integer
@@ -20,9 +18,11 @@ from twotower_spec.inspection import (
     compare_with_verifier,
     inspect_checkpoint,
 )
+from twotower_spec.terminal import Terminal
 
-# Differing ids that the terminal shows; --json has all.
+# Of what there is, the terminal shows so much; --json has all.
 SHOWN_DIFFERENCES = 10
+SHOWN_PROBLEMS = 100
 
 
 def inspect(
@@ -46,7 +46,7 @@ def inspect(
         if as_json:
             print(json.dumps({"drafter": checkpoint, "verifier": verifier, **_match_as_dict(match)}))
         else:
-            _show_match(match, checkpoint, verifier, Console())
+            _show_match(match, checkpoint, verifier, Terminal(highlight=True))
         raise typer.Exit(0 if match.shares_tokenizer else 2)
     check_integer("--num-requests", num_requests, minimum=0)
     check_integer("--context-length", context_length, minimum=0)
@@ -56,7 +56,7 @@ def inspect(
     if as_json:
         print(json.dumps(_as_dict(found)))
     else:
-        _show(found, Console())
+        _show(found, Terminal(highlight=True))
     if found.problems:
         raise typer.Exit(2)
 
@@ -75,28 +75,26 @@ def _match_as_dict(match: VerifierMatch) -> dict[str, object]:
     }
 
 
-def _show_match(match: VerifierMatch, drafter: str, verifier: str, console: Console) -> None:
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False)
+def _show_match(match: VerifierMatch, drafter: str, verifier: str, console: Terminal) -> None:
+    def say(text: str, style: str | None = None) -> None:
+        console.print(text, style=style, soft_wrap=True, highlight=False)
 
     vocabulary = match.vocabulary
-    say(f"drafter   {escape(drafter)}: {match.drafter_rows} ids")
-    say(f"verifier  {escape(verifier)}: {match.verifier_rows} ids")
+    say(f"drafter   {drafter}: {match.drafter_rows} ids")
+    say(f"verifier  {verifier}: {match.verifier_rows} ids")
     if match.shares_tokenizer:
-        say(
-            f"[green]{vocabulary.num_shared_ids} ids are shared[/green]; the {vocabulary.num_compared} that both "
-            f"tokenizers name mean the same"
-        )
+        shared = f"{vocabulary.num_shared_ids} ids are shared"
+        say(f"{shared}; the {vocabulary.num_compared} that both tokenizers name mean the same", "green")
         return
     differing = len(vocabulary.differences)
     if differing:
-        say(f"[bold red]{differing} of {vocabulary.num_compared} ids mean different tokens[/bold red]")
+        say(f"{differing} of {vocabulary.num_compared} ids mean different tokens", "bold red")
         table = Table("id", "verifier", "drafter")
         for one in vocabulary.differences[:SHOWN_DIFFERENCES]:
-            table.add_row(str(one.token_id), escape(repr(one.target)), escape(repr(one.drafter)))
+            table.add_row(str(one.token_id), repr(one.target), repr(one.drafter))
         console.print(table)
     else:
-        say("[bold red]no id has a token in both tokenizers[/bold red]")
+        say("no id has a token in both tokenizers", "bold red")
     if differing > SHOWN_DIFFERENCES:
         say(f"and {differing - SHOWN_DIFFERENCES} more; --json lists all")
     say("a drafter must share the verifier's tokenizer; train one with `twotower-spec train all --verifier DIR`")
@@ -120,8 +118,8 @@ def _as_dict(found: Inspection) -> dict[str, object]:
     }
 
 
-def _show(found: Inspection, console: Console) -> None:
-    console.print(f"[bold]{found.directory}[/bold]", soft_wrap=True)
+def _show(found: Inspection, console: Terminal) -> None:
+    console.print(str(found.directory), style="bold", soft_wrap=True)
     if found.config:
         table = Table("field", "value", title="configuration", title_justify="left")
         for name, value in found.config.to_dict().items():
@@ -132,11 +130,13 @@ def _show(found: Inspection, console: Console) -> None:
     if found.memory:
         console.print(_memory_table(found.memory))
     if found.problems:
-        console.print(f"[bold red]{len(found.problems)} problems[/bold red]")
-        for problem in found.problems:
-            console.print(f"  {problem}", soft_wrap=True, markup=False, highlight=False)
+        console.print(f"{len(found.problems)} problems", style="bold red")
+        for problem in found.problems[:SHOWN_PROBLEMS]:
+            console.print(f"  {problem}", soft_wrap=True, highlight=False)
+        if len(found.problems) > SHOWN_PROBLEMS:
+            console.print(f"  and {len(found.problems) - SHOWN_PROBLEMS} more; --json lists all", highlight=False)
     else:
-        console.print("[green]nothing wrong: config.json and tensors agree[/green]")
+        console.print("nothing wrong: config.json and tensors agree", style="green")
 
 
 def _parts_table(parts: dict[str, PartSummary]) -> Table:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
@@ -20,6 +17,8 @@ from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
 from twotower_spec.machine import describe_machine
+from twotower_spec.recorded_command import recorded_command
+from twotower_spec.terminal import Terminal
 from twotower_spec.training.evaluation import EvaluationRow, TrioFiles, evaluate_side_by_side
 from twotower_spec.training.model_card import write_model_cards
 from twotower_spec.training.pipeline import STAGES, Job, default_device, train_all
@@ -111,12 +110,12 @@ def evaluate(
         texts = {name: rows[:: max(1, len(rows) // prompts)][:prompts] for name, rows in texts.items()}
     files = TrioFiles(output or trio_directory(), verifier, default_device(device))
     table = Table("category", "temperature", "drafter", "K", "acceptance length", "95 % interval", "passes", "prompts")
-    with Live(table, console=Console(stderr=True), transient=True):
+    with Live(table, console=Terminal(stderr=True), transient=True):
         result = evaluate_side_by_side(files, texts, max_new_tokens, processes, lambda row: _add_row(table, row))
-    Console().print(table)
+    Terminal(highlight=True).print(table)
     for name, fraction in result["repeated_4gram_fraction"].items():
         print(f"repeated 4-grams in the verifier's greedy text, {name}: {fraction:.3f}")
-    result |= {"machine": describe_machine(), "command": shlex.join(["twotower-spec", *sys.argv[1:]])}
+    result |= {"machine": describe_machine(), "command": recorded_command()}
     if json_file:
         json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     if output:

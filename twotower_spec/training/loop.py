@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -21,6 +20,7 @@ from torch import Tensor
 from twotower_spec.errors import ArgumentError, FileError, TrainingError
 from twotower_spec.machine import commit, describe_machine
 from twotower_spec.reading import read_json_lines
+from twotower_spec.terminal import Terminal
 from twotower_spec.training.optimiser import Optimiser
 from twotower_spec.training.recipe import TrainingConfig
 from twotower_spec.training.streams import Mixture
@@ -212,4 +212,4 @@ def _progress() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
     # Workers of `train_all` print nothing: the terminal is their parent's.
     times = (TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, *times, console=Console(stderr=True), disable=parent_process() is not None)
+    return Progress(*columns, *times, console=Terminal(stderr=True), disable=parent_process() is not None)

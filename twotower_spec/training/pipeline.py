@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
+from twotower_spec.terminal import Terminal
 from twotower_spec.towers.model import usable_device
 from twotower_spec.training import stages
 from twotower_spec.training.loop import read_log
@@ -128,7 +128,7 @@ def train_all(job: Job, num_processes: int) -> list[Path]:
 def _watch(workspace: Workspace, futures: dict[str, Future[Path]]) -> None:
     """Shows the progress of stages that run in other processes, from their logs."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as bar:
+    with Progress(*columns, TimeElapsedColumn(), console=Terminal(stderr=True)) as bar:
         tasks = {stage: bar.add_task(stage, total=_training(workspace.recipe, stage), loss="") for stage in futures}
         pending = set(futures.values())
         while pending:

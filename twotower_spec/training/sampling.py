@@ -7,11 +7,11 @@ from multiprocessing import parent_process
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from transformers import DynamicCache
 
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.terminal import Terminal
 from twotower_spec.training.corpus import training_documents
 from twotower_spec.training.recipe import SamplingConfig
 from twotower_spec.training.workspace import Workspace
@@ -103,7 +103,7 @@ def sample_continuations(workspace: Workspace, model: PreTrainedModel, config: S
         rows = sorted((i for i in range(len(prompts)) if greedy[i] == wanted), key=lambda i: len(prompts[i]))
         batches += [(rows[i : i + config.batch_size], sampler) for i in range(0, len(rows), config.batch_size)]
     done: dict[int, list[int]] = {}
-    shown = Console(stderr=True)
+    shown = Terminal(stderr=True)
     for rows, sampler in track(batches, description="sampling", console=shown, disable=parent_process() is not None):
         new = continue_prompts(model, [prompts[i] for i in rows], config.max_new_tokens, sampler, eos, rows)
         done |= {i: prompts[i] + tokens for i, tokens in zip(rows, new, strict=True)}

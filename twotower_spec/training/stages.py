@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from rich.console import Console
 from torch import nn
 
 from twotower_spec.checkpoint import save_checkpoint
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
+from twotower_spec.terminal import Terminal
 from twotower_spec.towers.backbone import Backbone
 from twotower_spec.training.language_models import (
     NextTokenLoss,
@@ -179,7 +179,7 @@ def can_compile(device: torch.device) -> bool:
     if device.type != "cpu" or any(map(shutil.which, CPP_COMPILERS)):
         return True
     missing = f"compile = true needs a C++ compiler ({', '.join(CPP_COMPILERS)}); going on uncompiled"
-    Console(stderr=True).print(missing)
+    Terminal(stderr=True).print(missing)
     return False
 
 

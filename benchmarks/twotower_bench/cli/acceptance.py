@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
@@ -20,6 +19,7 @@ from twotower_bench.records import Load, ServingCell
 from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
 from twotower_bench.systems import engine_spec
 from twotower_spec.evaluation import load_prompts
+from twotower_spec.terminal import Terminal
 
 # The report has more.
 TABLES = ("Speed and latency", "What drafts gain", "Accepted at each position that was reached", "Time of a round")
@@ -74,7 +74,7 @@ def acceptance(
         candidates = [Candidate(one, one.name) for one in systems]
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
-    console = Console(highlight=False)
+    console = Terminal()
     from twotower_bench.report.acceptance import acceptance_section  # matplotlib
     from twotower_bench.report.reading import Measurements
 

@@ -12,7 +12,6 @@ from typing import Annotated
 import torch
 import transformers
 import typer
-from rich.console import Console
 
 from twotower_bench.demo import (
     Sizes,
@@ -29,6 +28,7 @@ from twotower_spec.demo import demo_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.files import check_writable, write_atomically
 from twotower_spec.machine import describe_machine
+from twotower_spec.terminal import Terminal
 
 DEFAULT_PROMPTS, DEFAULT_NEW_TOKENS, DEFAULT_REPEATS = 4, 64, 3
 STANDALONE_PROMPTS, STANDALONE_NEW_TOKENS = 2, 128
@@ -59,7 +59,7 @@ def demo(
     _check_number("--prompts", prompts, MOST_PROMPTS)
     _check_number("--max-new-tokens", max_new_tokens, MOST_NEW_TOKENS)
     _check_number("--repeats", repeats)
-    console = Console(highlight=False)
+    console = Terminal()
     has_vllm = find_spec("vllm") is not None
     if standalone or not has_vllm:
         if repeats is not None or json_file is not None:
@@ -74,7 +74,7 @@ def demo(
     run_demo(console, sizes, json_file)
 
 
-def run_demo(console: Console, sizes: Sizes, json_file: Path | None = None, verifier: Path | None = None) -> None:
+def run_demo(console: Terminal, sizes: Sizes, json_file: Path | None = None, verifier: Path | None = None) -> None:
     """Text of TwoTower as it comes, then the table.
 
     Args:
@@ -137,5 +137,5 @@ def _check_number(name: str, value: int | None, most: int | None = None) -> None
         raise ArgumentError(f"{name} {value} is not allowed; give {most} at most")
 
 
-def _say(console: Console, text: str) -> None:
-    console.print(text, markup=False, soft_wrap=True)
+def _say(console: Terminal, text: str) -> None:
+    console.print(text, soft_wrap=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from twotower_bench.cli.options import numbers
 from twotower_bench.cli.tables import print_table
@@ -20,6 +19,7 @@ from twotower_bench.plan import CostModel, Prediction, ServingProfile, advise
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, read_row
 from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
+from twotower_spec.terminal import Terminal
 
 PUBLISHED = "published"
 # Of a profile where no more is asked.
@@ -130,7 +130,7 @@ def plan(
         by_load = [{"category": one.best.category, **asdict(one)} for one in advice]
         print(json.dumps({"predictions": list(map(asdict, predictions)), "advice": by_load, "remarks": remarks}))
         return
-    console = Console(highlight=False)
+    console = Terminal()
     groups: dict[str, list[dict[str, str]]] = {}
     for one in predictions:
         where = f"{_prefix(one.category, ', ')}batch {one.batch_size}, temperature {one.temperature:g}"
@@ -140,9 +140,9 @@ def plan(
     console.print()
     for advised in advice:
         sentence = _prefix(advised.best.category, ": ") + advised.sentence
-        console.print(sentence, style="bold", markup=False, soft_wrap=True)
+        console.print(sentence, style="bold", soft_wrap=True)
     for remark in remarks:
-        console.print(remark, style="dim", markup=False, soft_wrap=True)
+        console.print(remark, style="dim", soft_wrap=True)
 
 
 def _prefix(category: str, separator: str) -> str:

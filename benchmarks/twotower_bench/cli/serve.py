@@ -7,7 +7,6 @@ from functools import partial
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options, serve_options
@@ -20,6 +19,7 @@ from twotower_bench.schedule import complete, key_of_slot
 from twotower_bench.servers import Endpoint, ServePlan, Workload, measure_endpoint, measure_servers
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
+from twotower_spec.terminal import Terminal
 
 THE_SERVER = System("server", "the server")
 
@@ -107,7 +107,7 @@ def serve(
     from twotower_bench.report.reading import Measurements  # matplotlib
     from twotower_bench.report.serve import serve_section
 
-    console = Console(highlight=False)
+    console = Terminal()
     print_section(console, serve_section(Measurements("", load_points=points)))
     asked = (
         f"{len(texts)} prompts of {dataset}, up to {max_new_tokens} new tokens, temperature {temperature:g}, "

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from twotower_bench.cli import options
 from twotower_bench.cli.options import numbers
@@ -30,6 +29,7 @@ from twotower_spec.generation.batch import parse_eos, parse_prompts
 from twotower_spec.generation.options import ModeOptions
 from twotower_spec.machine import describe_machine
 from twotower_spec.model import TwoTowerModel, as_dtype
+from twotower_spec.terminal import Terminal
 from twotower_spec.towers.model import usable_device
 
 
@@ -118,7 +118,7 @@ def standalone(
     from twotower_bench.report.reading import Measurements  # matplotlib
     from twotower_bench.report.standalone import standalone_section
 
-    console = Console(highlight=False)
+    console = Terminal()
     found_cells = [cell for cell in cells if isinstance(cell, Cell)]
     print_section(console, standalone_section(Measurements("", cells=found_cells, scores=scores)))
     console.print(

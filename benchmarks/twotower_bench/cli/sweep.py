@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, get_args
 
 import typer
-from rich.console import Console
 
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli import options
@@ -27,6 +26,7 @@ from twotower_bench.systems import engine_spec
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.files import check_writable
+from twotower_spec.terminal import Terminal
 
 # Rounds of prompts before a setting counts under a load.
 NUM_WARM_UP = 2
@@ -106,21 +106,21 @@ def sweep(
     from twotower_bench.report.reading import Measurements  # matplotlib
     from twotower_bench.report.sweep import sweep_section
 
-    console = Console(highlight=False)
+    console = Terminal()
     print_section(console, sweep_section(Measurements("", serving_cells=cells)), *TABLES)
     for heat in temperatures:
         if len(temperatures) > 1:
             console.rule(f"temperature {heat:g}")
         best = recommend(cells, wanted, heat)
-        console.print(best.sentence, markup=False, soft_wrap=True)
+        console.print(best.sentence, soft_wrap=True)
         for line in (best.serve_command, best.python_call):
-            console.print(f"\n    {line(models.verifier, models.arguments)}", markup=False, soft_wrap=True)
+            console.print(f"\n    {line(models.verifier, models.arguments)}", soft_wrap=True)
         console.print()
     print_remarks(console, too_long(len(texts), [one.prompt_id for cell in cells for one in cell.requests]), record)
     if profile:
         where = record.where
         serving_profile(cells, where["command"], where["machine"], where["versions"]).save(profile)
-        console.print(f"twotower-spec plan --profile {profile}", markup=False, soft_wrap=True)
+        console.print(f"twotower-spec plan --profile {profile}", soft_wrap=True)
     options.write_report_of(report, json_file)
 
 

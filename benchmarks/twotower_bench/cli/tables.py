@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_spec.machine import commit, describe_machine
+from twotower_spec.terminal import Terminal
 
 if TYPE_CHECKING:
     from twotower_bench.report.document import Section  # matplotlib
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 Row = Mapping[str, str]
 
 
-def print_table(console: Console, columns: Sequence[str], groups: Mapping[str, Sequence[Row]]) -> None:
+def print_table(console: Terminal, columns: Sequence[str], groups: Mapping[str, Sequence[Row]]) -> None:
     """Prints rows under the headings of their groups; columns that do not fit beside the first go on below.
 
     Args:
@@ -32,18 +31,18 @@ def print_table(console: Console, columns: Sequence[str], groups: Mapping[str, S
             first, *others = (row.get(name, "") for name in part)
             cells = (text.rjust(widths[name]) for name, text in zip(part[1:], others, strict=True))
             line = "  ".join((first.ljust(widths[part[0]]), *cells))
-            console.print(line.rstrip(), style=style, markup=False, soft_wrap=True)
+            console.print(line.rstrip(), style=style, soft_wrap=True)
 
         console.print()
         show(dict(zip(part, part, strict=True)), "underline")
         for heading, rows in groups.items():
             if heading:
-                console.print(heading, style="bold", markup=False, soft_wrap=True)
+                console.print(heading, style="bold", soft_wrap=True)
             for row in rows:
                 show(row)
 
 
-def print_section(console: Console, section: Section, *titles: str) -> None:
+def print_section(console: Terminal, section: Section, *titles: str) -> None:
     """Prints a section of the report: its finding, what to know about it, and tables.
 
     Args:
@@ -52,20 +51,20 @@ def print_section(console: Console, section: Section, *titles: str) -> None:
         titles: of the tables that are shown; all without any.
     """
     for line in (section.finding, *section.notes):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for found in section.tables:
         if found.rows and (not titles or found.title in titles):
-            console.print(f"\n{found.title}", style="bold", markup=False)
+            console.print(f"\n{found.title}", style="bold")
             print_table(console, found.columns, found.groups)
-            console.print(found.note, style="dim", markup=False, soft_wrap=True)
+            console.print(found.note, style="dim", soft_wrap=True)
 
 
-def print_remarks(console: Console, lines: Sequence[str], file: MeasurementFile[Any]) -> None:
+def print_remarks(console: Terminal, lines: Sequence[str], file: MeasurementFile[Any]) -> None:
     """Prints sentences under tables, then what was measured with, and how."""
     where = file.where
     vllm = next((f"vllm {v}" for name, v in where["versions"].items() if name.startswith("vllm") and v), "vllm ?")
     for line in (*lines, f"{describe_machine()}, {vllm}, commit {commit() or 'unknown'}", where["command"]):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
 
 
 def too_long(num_prompts: int, prompt_ids: Sequence[str]) -> list[str]:

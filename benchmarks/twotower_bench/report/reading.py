@@ -14,6 +14,7 @@ from twotower_bench.report.document import Origin
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.standalone import Cell, Score
 from twotower_spec.reading import read_text
+from twotower_spec.recorded_command import recorded_text
 
 REMEDY = "give a file that a benchmark wrote with --json, as it was written"
 
@@ -40,7 +41,12 @@ class Where:
         named = {**{name: machine.get(name) for name in ("python", "torch", "transformers")}, **versions}
         texts = (f"{name} {value}" for name, value in named.items() if value and name != "commit")
         commit = machine.get("commit") or versions.get("commit")
-        return Origin(", ".join(map(str, hardware)), ", ".join(texts), str(commit) if commit else None, self.command)
+        return Origin(
+            ", ".join(map(str, hardware)),
+            ", ".join(texts),
+            str(commit) if commit else None,
+            recorded_text(self.command),
+        )
 
 
 @dataclass

@@ -120,3 +120,9 @@ def test_scores_without_cells_and_cells_without_ar_are_refused(tmp_path: Path) -
         file.write_text("".join(line for line in lines if keep(json.loads(line))))
         with pytest.raises(ArgumentError, match=reason):
             write_report([file], tmp_path / "out")
+
+
+def test_secrets_of_a_recorded_command_are_in_no_report(tmp_path: Path) -> None:
+    command = "twotower-spec bench serve --serve-args '--api-key s3cr3t' --repeat 3"
+    (found,) = read_measurements([write_rows(tmp_path / "a.jsonl", "load_point", load_points(), command=command)])
+    assert [origin.command for origin in found.origins] == [command.replace("s3cr3t", "HIDDEN")]
