@@ -1,5 +1,6 @@
 """Faults of a checkpoint are reported before anything is loaded, all in one error."""
 
+import shutil
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -105,6 +106,35 @@ def test_broken_index_is_named(text: str, tmp_path: Path) -> None:
     directory = copy_checkpoint("T2", tmp_path)
     (directory / INDEX).write_text(text, errors="surrogateescape")
     assert f"{directory / INDEX} is not a safetensors index" in refusal(directory)
+
+
+@pytest.mark.parametrize("shard", ["../elsewhere.safetensors", "/etc/passwd", "sub/../../x.safetensors", ".."])
+def test_shard_outside_the_folder_is_refused_and_not_opened(
+    shard: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_checkpoint("T2", tmp_path)
+    shutil.copy(directory / SECOND, tmp_path / "elsewhere.safetensors")
+    places = read_index(directory)["weight_map"]
+    write_index(directory, {name: shard if place == SECOND else place for name, place in places.items()})
+    monkeypatch.setattr("twotower_spec.checkpoint.index.safe_open", None)
+    message = refusal(directory)
+    assert f"{directory / INDEX} names a shard outside its folder, {shard!r}" in message
+
+
+@pytest.mark.parametrize("shard", ["x" * 300, "a\0b", "", "."])
+def test_shard_of_an_impossible_name_is_not_there(shard: str, tmp_path: Path) -> None:
+    directory = copy_checkpoint("T2", tmp_path)
+    write_index(directory, {**read_index(directory)["weight_map"], "lm_head.weight": shard})
+    assert "names shards that are not there" in refusal(directory)
+
+
+def test_shards_may_be_links_to_another_folder_as_in_the_cache_of_the_hub(tmp_path: Path) -> None:
+    directory, blobs = copy_checkpoint("T2", tmp_path), tmp_path / "blobs"
+    blobs.mkdir()
+    for shard in (FIRST, SECOND, THIRD):
+        (directory / shard).rename(blobs / shard)
+        (directory / shard).symlink_to(Path("..") / "blobs" / shard)
+    assert TwoTowerModel.from_pretrained(directory).config.vocab_size == 320
 
 
 def test_directory_without_weights_is_refused(tmp_path: Path) -> None:

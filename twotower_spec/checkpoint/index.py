@@ -24,6 +24,8 @@ PARTS = {
 }
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# Shards that a message names when they are absent.
+_NAMED_SHARDS = 20
 TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -132,9 +134,20 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
             raise CheckpointError(f"{path} is not a safetensors index ({error})") from error
         except (ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is not a safetensors index ({error!r}); download it again") from error
-        absent = sorted({shard for shard in shards.values() if not is_file(self.directory / shard)})
+        files = sorted(set(shards.values()))
+        outside = [shard for shard in files if Path(shard).is_absolute() or ".." in Path(shard).parts]
+        if outside:
+            raise CheckpointError(
+                f"{path} names a shard outside its folder, {outside[0]!r}; shards lie beside the index, a link there "
+                f"may point elsewhere"
+            )
+        absent = [shard for shard in files if not is_file(self.directory / shard)]
         if absent:
-            raise CheckpointError(f"{path} names shards that are not there: {', '.join(absent)}; download them again")
+            more = f" and {len(absent) - _NAMED_SHARDS} more" if len(absent) > _NAMED_SHARDS else ""
+            raise CheckpointError(
+                f"{path} names shards that are not there: {', '.join(absent[:_NAMED_SHARDS])}{more}; "
+                f"download them again"
+            )
         return shards
 
 
