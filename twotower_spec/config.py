@@ -18,6 +18,9 @@ from twotower_spec.reading import is_directory, is_file, read_json
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
 DEFAULT_MASK_TOKEN_ID = 3
 
+# No dimension is larger, and no model deeper.
+MOST, MOST_LAYERS = 1 << 32, 1024
+
 MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
 LAYER_LETTERS = {MAMBA: "Mamba-2", ATTENTION: "attention", MOE: "mixture of experts", MLP: "dense MLP"}
 STATELESS_LAYERS = (MOE, MLP)
@@ -376,6 +379,8 @@ def _check_types(config: TwoTowerConfig) -> None:
         value = getattr(config, f.name)
         if allowed and (not isinstance(value, allowed) or (isinstance(value, bool) and f.type != "bool")):
             raise ConfigError(f"{f.name} {value!r} is of the wrong type; config.json needs {f.type}")
+        if f.type in ("int", "float") and not abs(value) < MOST:
+            raise ConfigError(f"{f.name} {value!r} is too large; it must be below {MOST}")
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, name)
         for token in value if isinstance(value, tuple) and name == "eos_token_id" else (value,):
@@ -391,6 +396,8 @@ def _check_geometry(config: TwoTowerConfig) -> None:
         if letter not in LAYER_LETTERS:
             known = ", ".join(f"{k} ({v})" for k, v in LAYER_LETTERS.items())
             raise ConfigError(f"hybrid_override_pattern has the unknown layer letter {letter!r}; allowed are {known}")
+    if config.num_hidden_layers > MOST_LAYERS:
+        raise ConfigError(f"num_hidden_layers {config.num_hidden_layers} is not allowed; give {MOST_LAYERS} at most")
     if len(pattern) != config.num_hidden_layers:
         raise ConfigError(
             f"hybrid_override_pattern has {len(pattern)} letters but num_hidden_layers is {config.num_hidden_layers}; "

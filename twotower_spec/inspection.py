@@ -15,7 +15,7 @@ from twotower_spec.config import DiffusionConfig, TwoTowerConfig, read_config
 from twotower_spec.drafting.vocabulary import VocabularyComparison, compare_vocabularies
 from twotower_spec.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
 from twotower_spec.model import as_dtype, stored_dtype
-from twotower_spec.towers.model import TwoTowers
+from twotower_spec.towers.model import TwoTowers, towers_without_memory
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Inspection:
         directory: of the checkpoint.
         config: None if config.json is refused.
         parts: per tower ("context", "denoiser", and "other" for names of neither).
-        memory: None if config.json is refused.
+        memory: None if config.json is refused, or makes what no memory holds.
         problems: one sentence each; empty if the checkpoint can be loaded.
     """
 
@@ -113,16 +113,19 @@ def inspect_checkpoint(
         index = CheckpointIndex(directory)
     except TwoTowerError as error:
         problems.append(str(error))
-    if config and index:
-        expected = dict(TwoTowers(config, context_device="meta").checkpoint_tensors())
-        problems += compare_with_index(index, expected)
-    elif index:
-        problems += index.problems
-    memory = None
+    towers: TwoTowers | None = None
     if config:
-        load_dtype = wanted_dtype or (stored_dtype(index, config) if index else config.dtype or torch.float32)
-        memory = _estimate(config, load_dtype, num_requests, context_length)
-    return Inspection(directory, config, _summarise(index) if index else {}, memory, problems)
+        try:
+            load_dtype = wanted_dtype or (
+                stored_dtype(index, config) if index is not None else config.dtype or torch.float32
+            )
+            towers = towers_without_memory(config, load_dtype)
+        except ConfigError as error:
+            problems.append(str(error))
+    if index is not None:
+        problems += compare_with_index(index, towers.checkpoint_tensors()) if towers else index.problems
+    memory = _estimate(towers, num_requests, context_length) if towers else None
+    return Inspection(directory, config, _summarise(index) if index is not None else {}, memory, problems)
 
 
 @dataclass(frozen=True)
@@ -206,8 +209,8 @@ def _summarise(index: CheckpointIndex) -> dict[str, PartSummary]:
     return parts
 
 
-def _estimate(config: TwoTowerConfig, dtype: torch.dtype, num_requests: int, context_length: int) -> MemoryEstimate:
-    towers = TwoTowers(config, dtype, context_device="meta")
+def _estimate(towers: TwoTowers, num_requests: int, context_length: int) -> MemoryEstimate:
+    config, dtype = towers.config, towers.dtype
 
     def weight_bytes(tower: torch.nn.Module) -> int:
         return sum(p.numel() * p.element_size() for p in tower.parameters())

@@ -8,7 +8,7 @@ from typing import Literal
 
 import torch
 
-from twotower_spec.checkpoint import CheckpointIndex, load_tensors, resolve_checkpoint, save_checkpoint
+from twotower_spec.checkpoint import CheckpointIndex, check_fit, load_tensors, resolve_checkpoint, save_checkpoint
 from twotower_spec.checkpoint.index import part_of
 from twotower_spec.checkpoint.loading import stored_dtypes
 from twotower_spec.checkpoint.saving import DEFAULT_SHARD_BYTES
@@ -16,6 +16,7 @@ from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.published import GeneratingTowers
 from twotower_spec.towers.initialisation import initialise_
+from twotower_spec.towers.model import towers_without_memory
 
 
 class TwoTowerModel(GeneratingTowers):
@@ -63,6 +64,9 @@ class TwoTowerModel(GeneratingTowers):
         directory = resolve_checkpoint(name_or_path, revision)
         config = TwoTowerConfig.from_pretrained(directory)
         index = CheckpointIndex(directory)
+        ignored = [name for name in index if part_of(name) == "denoiser"] if towers == "context" else []
+        # Before memory is taken for them: what config.json makes may be larger than what is stored, by far.
+        check_fit(index, towers_without_memory(config, with_denoiser=towers == "both").checkpoint_tensors(), ignored)
         model = cls(
             config,
             dtype=as_dtype(dtype) or stored_dtype(index, config),
@@ -72,7 +76,6 @@ class TwoTowerModel(GeneratingTowers):
             with_denoiser=towers == "both",
         )
         destinations = dict(model.checkpoint_tensors())
-        ignored = [] if model.has_denoiser else [name for name in index if part_of(name) == "denoiser"]
         show = sys.stderr.isatty() if progress is None else progress
         with torch.no_grad():
             load_tensors(index, destinations, ignored, progress=show)

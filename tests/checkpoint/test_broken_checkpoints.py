@@ -1,6 +1,9 @@
 """Faults of a checkpoint are reported before anything is loaded, all in one error."""
 
+import json
+import re
 import shutil
+import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -9,7 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.checkpoint.files import INDEX, change_shard, copy_checkpoint, read_index, stored_tensors, write_index
+from tests.support.golden_files import checkpoint
 from twotower_spec import CheckpointError, TwoTowerModel
+from twotower_spec.errors import TwoTowerError
+from twotower_spec.inspection import inspect_checkpoint
+from twotower_spec.towers.model import TwoTowers
 
 FIRST, SECOND, THIRD = (f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3))
 
@@ -45,6 +52,50 @@ def test_config_of_another_geometry_is_reported_with_both_shapes(tmp_path: Path)
     assert "misshaped: context_tower.embeddings.weight is [256, 64], config.json makes it [257, 64]" in refusal(
         directory
     )
+
+
+LARGER_THAN_STORED: dict[str, tuple[dict[str, object], str]] = {
+    "2^31 token ids": ({"vocab_size": 1 << 31}, "config.json makes it [2147483648, 64]"),
+    "2^40 token ids": ({"vocab_size": 1 << 40}, "vocab_size 1099511627776 is too large"),
+    "integer of 99 digits": ({"hidden_size": 10**98}, "is too large"),
+    "a million experts": ({"n_routed_experts": 1_000_000}, "1000 tensors or more disagree"),
+    "1024 layers": ({"num_hidden_layers": 1024, "hybrid_override_pattern": "M" * 1024}, "1000 tensors or more"),
+    "a million layers": (
+        {"num_hidden_layers": 1_000_000, "hybrid_override_pattern": "M" * 1_000_000},
+        "num_hidden_layers 1000000 is not allowed; give 1024 at most",
+    ),
+    "tensors of 2^70 bytes": (
+        {"hidden_size": (1 << 32) - 1, "moe_intermediate_size": (1 << 32) - 1},
+        "config.json makes a tensor that no memory holds",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "reason"), LARGER_THAN_STORED.values(), ids=LARGER_THAN_STORED.keys())
+def test_config_that_makes_more_than_is_stored_is_refused_before_memory_is_taken(
+    changes: dict[str, object], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = copy_checkpoint("T1", tmp_path)
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | changes))
+    made, init = [], TwoTowers.__init__
+    monkeypatch.setattr(TwoTowers, "__init__", lambda self, *a, **k: made.append(k) or init(self, *a, **k))
+    begun = time.process_time()
+    with pytest.raises(TwoTowerError, match=re.escape(reason)):
+        TwoTowerModel.from_pretrained(directory)
+    assert time.process_time() - begun < 1
+    assert all(options["context_device"] == "meta" for options in made)
+    problems = inspect_checkpoint(directory).problems
+    assert problems and len(problems) <= 1000
+
+
+def test_long_list_of_problems_is_cut_in_errors_and_bounded_in_inspections(tmp_path: Path) -> None:
+    directory = copy_checkpoint("T1", tmp_path)
+    change_shard(directory / "model.safetensors", **dict.fromkeys(stored_tensors(directory)))
+    message = refusal(directory)
+    assert message.count("\n") == 51 and message.endswith("  ...")
+    problems = inspect_checkpoint(directory).problems
+    assert f" {len(problems)} tensors disagree" in message and len(problems) == len(stored_tensors(checkpoint("T1")))
 
 
 @pytest.mark.parametrize("lost", [1, 17, 1_000_000])

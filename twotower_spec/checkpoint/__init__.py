@@ -1,13 +1,14 @@
 """Checkpoints in the published layout: finding, reading and writing safetensors, nothing else."""
 
 from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor, resolve_checkpoint
-from twotower_spec.checkpoint.loading import compare_with_index, load_tensors
+from twotower_spec.checkpoint.loading import check_fit, compare_with_index, load_tensors
 from twotower_spec.checkpoint.saving import save_checkpoint
 from twotower_spec.checkpoint.tokenizer import find_tokenizer, load_tokenizer
 
 __all__ = [
     "CheckpointIndex",
     "StoredTensor",
+    "check_fit",
     "compare_with_index",
     "find_tokenizer",
     "load_tensors",

@@ -17,28 +17,54 @@ from twotower_spec.terminal import Terminal
 # A shard is mapped into memory while it is read. Opening it anew after this many bytes lets go of the pages already
 # copied, so that a load needs the memory of the weights and no more.
 _WINDOW_BYTES = 128 << 20
+# Where looking for tensors that disagree ends, and how many of them an error shows.
+MOST_PROBLEMS, _SHOWN_PROBLEMS = 1000, 50
 
 
 def compare_with_index(
-    index: CheckpointIndex, expected: Mapping[str, Tensor], ignored: Iterable[str] = ()
+    index: CheckpointIndex, expected: Iterable[tuple[str, Tensor]], ignored: Iterable[str] = ()
 ) -> list[str]:
-    """Lists what is missing, unexpected or misshaped, a line per tensor, and the index's own problems.
+    """Lists what is missing, misshaped or unexpected, a line per tensor, and the index's own problems.
 
     Args:
         index: the checkpoint.
-        expected: destinations (or meta tensors) by published name.
+        expected: published names and destinations, or meta tensors; read until `MOST_PROBLEMS` are found, so that a
+            configuration of a million experts is refused as fast as any.
         ignored: names that may be present without a destination.
     """
-    problems = list(index.problems)
-    problems += [f"missing: {name} {list(tensor.shape)}" for name, tensor in expected.items() if name not in index]
-    known = set(expected) | set(ignored)
-    problems += [f"unexpected: {name} {list(stored.shape)}" for name, stored in index.items() if name not in known]
-    for name, tensor in expected.items():
-        if name in index and index[name].shape != tuple(tensor.shape):
+    problems, known = list(index.problems), set(ignored)
+    for name, tensor in expected:
+        known.add(name)
+        if name not in index:
+            problems.append(f"missing: {name} {list(tensor.shape)}")
+        elif index[name].shape != tuple(tensor.shape):
             problems.append(
                 f"misshaped: {name} is {list(index[name].shape)}, config.json makes it {list(tensor.shape)}"
             )
-    return problems
+        if len(problems) >= MOST_PROBLEMS:
+            return problems
+    return problems + [
+        f"unexpected: {name} {list(stored.shape)}" for name, stored in index.items() if name not in known
+    ]
+
+
+def check_fit(index: CheckpointIndex, expected: Iterable[tuple[str, Tensor]], ignored: Iterable[str] = ()) -> None:
+    """Refuses a checkpoint whose tensors are not those that config.json makes.
+
+    Args:
+        index, expected, ignored: as in `compare_with_index`.
+
+    Raises:
+        CheckpointError: names or shapes do not agree; the first of them are named.
+    """
+    problems = compare_with_index(index, expected, ignored)
+    if problems:
+        count = f"{len(problems)} tensors" if len(problems) < MOST_PROBLEMS else f"{MOST_PROBLEMS} tensors or more"
+        more = ["..."] if len(problems) > _SHOWN_PROBLEMS else []
+        raise CheckpointError(
+            f"{index.directory} does not fit its config.json, {count} disagree; use the config.json "
+            f"the weights were made with:\n  " + "\n  ".join(problems[:_SHOWN_PROBLEMS] + more)
+        )
 
 
 def load_tensors(
@@ -53,14 +79,9 @@ def load_tensors(
         progress: show a bar on stderr.
 
     Raises:
-        CheckpointError: the names or shapes do not agree (all of them are named), or a shard cannot be read.
+        CheckpointError: the names or shapes do not agree, or a shard cannot be read.
     """
-    problems = compare_with_index(index, destinations, ignored)
-    if problems:
-        raise CheckpointError(
-            f"{index.directory} does not fit its config.json, {len(problems)} tensors disagree; use the config.json "
-            f"the weights were made with:\n  " + "\n  ".join(problems)
-        )
+    check_fit(index, destinations.items(), ignored)
     wanted = {name: index[name] for name in destinations}
     columns = (
         TextColumn("{task.description}"),

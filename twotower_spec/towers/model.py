@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_spec.config import TwoTowerConfig
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import ArgumentError, ConfigError
 from twotower_spec.towers.context import ContextTower
 from twotower_spec.towers.denoiser import DenoiserTower
 
@@ -92,6 +92,23 @@ class TwoTowers(nn.Module):
         yield from self.context.checkpoint_tensors()
         if self._denoiser is not None:
             yield from self._denoiser.checkpoint_tensors()
+
+
+def towers_without_memory(
+    config: TwoTowerConfig, dtype: torch.dtype = torch.float32, with_denoiser: bool = True
+) -> TwoTowers:
+    """The towers on the device `meta`: names, shapes and sizes of all weights before any memory is taken.
+
+    Raises:
+        ConfigError: a tensor has more bytes than can be counted.
+    """
+    try:
+        return TwoTowers(config, dtype, context_device="meta", with_denoiser=with_denoiser)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"config.json makes a tensor that no memory holds ({str(error).splitlines()[0]}); use the config.json the "
+            f"weights were made with"
+        ) from error
 
 
 def usable_device(device: torch.device | str) -> torch.device:

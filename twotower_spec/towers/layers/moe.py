@@ -69,7 +69,7 @@ class MixtureOfExperts(nn.Module):
         """Views under the published names; each expert is a slice of the stacked tensors."""
         yield "gate.weight", self.router
         yield "gate.e_score_correction_bias", self.score_correction
-        for expert, (up, down) in enumerate(zip(self.up, self.down, strict=True)):
-            yield f"experts.{expert}.up_proj.weight", up
-            yield f"experts.{expert}.down_proj.weight", down
+        for expert in range(len(self.up)):  # one by one: iterating over a tensor makes all of its slices first
+            yield f"experts.{expert}.up_proj.weight", self.up[expert]
+            yield f"experts.{expert}.down_proj.weight", self.down[expert]
         yield from prefixed("shared_experts", self.shared.checkpoint_tensors())
