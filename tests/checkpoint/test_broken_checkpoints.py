@@ -93,7 +93,7 @@ def test_long_list_of_problems_is_cut_in_errors_and_bounded_in_inspections(tmp_p
     directory = copy_checkpoint("T1", tmp_path)
     change_shard(directory / "model.safetensors", **dict.fromkeys(stored_tensors(directory)))
     message = refusal(directory)
-    assert message.count("\n") == 51 and message.endswith("  ...")
+    assert message.count("\n") <= 40 and message.endswith(" more")
     problems = inspect_checkpoint(directory).problems
     assert f" {len(problems)} tensors disagree" in message and len(problems) == len(stored_tensors(checkpoint("T1")))
 

@@ -24,8 +24,6 @@ PARTS = {
 }
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Shards that a message names when they are absent.
-_NAMED_SHARDS = 20
 TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 
@@ -143,11 +141,7 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
             )
         absent = [shard for shard in files if not is_file(self.directory / shard)]
         if absent:
-            more = f" and {len(absent) - _NAMED_SHARDS} more" if len(absent) > _NAMED_SHARDS else ""
-            raise CheckpointError(
-                f"{path} names shards that are not there: {', '.join(absent[:_NAMED_SHARDS])}{more}; "
-                f"download them again"
-            )
+            raise CheckpointError(f"{path} names shards that are not there: {', '.join(absent)}; download them again")
         return shards
 
 

@@ -17,8 +17,8 @@ from twotower_spec.terminal import Terminal
 # A shard is mapped into memory while it is read. Opening it anew after this many bytes lets go of the pages already
 # copied, so that a load needs the memory of the weights and no more.
 _WINDOW_BYTES = 128 << 20
-# Where looking for tensors that disagree ends, and how many of them an error shows.
-MOST_PROBLEMS, _SHOWN_PROBLEMS = 1000, 50
+# Where looking for tensors that disagree ends.
+MOST_PROBLEMS = 1000
 
 
 def compare_with_index(
@@ -55,15 +55,14 @@ def check_fit(index: CheckpointIndex, expected: Iterable[tuple[str, Tensor]], ig
         index, expected, ignored: as in `compare_with_index`.
 
     Raises:
-        CheckpointError: names or shapes do not agree; the first of them are named.
+        CheckpointError: names or shapes do not agree; many of them are named.
     """
     problems = compare_with_index(index, expected, ignored)
     if problems:
         count = f"{len(problems)} tensors" if len(problems) < MOST_PROBLEMS else f"{MOST_PROBLEMS} tensors or more"
-        more = ["..."] if len(problems) > _SHOWN_PROBLEMS else []
         raise CheckpointError(
             f"{index.directory} does not fit its config.json, {count} disagree; use the config.json "
-            f"the weights were made with:\n  " + "\n  ".join(problems[:_SHOWN_PROBLEMS] + more)
+            f"the weights were made with:\n  " + "\n  ".join(problems)
         )
 
 
