@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -117,12 +117,8 @@ def ended_by_signals() -> Iterator[None]:
         sys.exit(128 + number)
 
     ours = [one for one in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(one) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, leave) for number in ours}
-    try:
+    with _handled(ours, leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 @contextmanager
@@ -134,11 +130,19 @@ def signals_held() -> Iterator[None]:
         came.append(number)
 
     ours = [one for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if callable(signal.getsignal(one))]
-    before = {number: signal.signal(number, remember) for number in ours}
+    try:
+        with _handled(ours, remember):
+            yield
+    finally:
+        for one in came:
+            signal.raise_signal(one)
+
+
+@contextmanager
+def _handled(signals: Sequence[signal.Signals], by: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    before = {one: signal.signal(one, by) for one in signals}
     try:
         yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        for one in came:
-            signal.raise_signal(one)
+        for one, handler in before.items():
+            signal.signal(one, handler)

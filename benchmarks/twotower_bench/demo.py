@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from rich.table import Table
 
-from twotower_bench.engines import EnginePool, Piece
+from twotower_bench.engines import EnginePool
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.records import ALL_CATEGORIES, Load, ServingCell, System
 from twotower_bench.schedule import Candidate, Say, engine_of, in_order
 from twotower_bench.summary import acceptance_length
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
-from twotower_spec.demo import HeldOutPrompt, demo_prompts, trio_path
+from twotower_spec.demo import demo_prompts, trio_path
 from twotower_spec.evaluation import Prompt
-from twotower_spec.terminal import Terminal, styled
 
 LARGEST_BATCH = 8
 BATCH_SIZES = (1, LARGEST_BATCH)
@@ -83,14 +81,7 @@ def demo_engines(systems: Sequence[System], verifier: Path | None = None) -> Eng
 def measure(
     engines: EnginePool, systems: Sequence[System], sizes: Sizes, say: Say = lambda progress: None
 ) -> list[DemoRow]:
-    """Measures all systems at all batch sizes.
-
-    Args:
-        engines: of the systems.
-        systems: in the order of the table, no speculation first.
-        sizes: how much to measure.
-        say: told what is being measured.
-    """
+    """Measures all systems, no speculation first, at all batch sizes, and says what it measures."""
     candidates = [Candidate(system, system.name) for system in systems]
     rows = []
     for batch_size in BATCH_SIZES:
@@ -126,45 +117,3 @@ def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
         acceptance_length=acceptance_length(sum(kept), len(kept)) or 1.0,
         identical=all(cell.answers == expected.answers for cell in found),
     )
-
-
-def print_text(console: Terminal, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
-    """A prompt and its text as it comes, accepted drafts in green, then how many there were."""
-    console.rule(f"{prompt.category}, held out by {prompt.held_out}: {prompt.source}")
-    console.out(prompt.prompt, style="dim", highlight=False, end="")
-    num_steps = num_accepted = 0
-    for piece in pieces:
-        console.out(piece.accepted, style="green", highlight=False, end="")
-        console.out(piece.own, highlight=False, end="")
-        num_steps, num_accepted = num_steps + 1, num_accepted + piece.num_accepted_tokens
-    colour = ", in green," if console.color_system else ""
-    console.print(
-        styled(
-            f"\n[{num_steps + num_accepted} tokens in {num_steps} steps of the verifier: "
-            f"{num_accepted} accepted drafts{colour} and {num_steps} of its own]\n",
-            "italic",
-        )
-    )
-
-
-def print_table(console: Terminal, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
-    """All rows, batch sizes apart, with the speed-up over no speculation."""
-    titles = {system.name: system.title for system in systems}
-    without = {row.batch_size: row.tokens_per_s for row in rows if row.system == "none"}
-    table = Table("batch", "system")
-    for heading in ("tokens/s", "speed-up", "acceptance length"):
-        table.add_column(heading, justify="right")
-    table.add_column("identical")
-    for batch_size, plain in without.items():
-        table.add_section()
-        for row in rows:
-            if row.batch_size == batch_size:
-                table.add_row(
-                    str(batch_size),
-                    titles[row.system],
-                    f"{row.tokens_per_s:.0f}",
-                    f"{row.tokens_per_s / plain:.2f}",
-                    f"{row.acceptance_length:.2f}",
-                    "yes" if row.identical else "no",
-                )
-    console.print(table)

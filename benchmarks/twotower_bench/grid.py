@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -42,14 +43,13 @@ def draft_settings(
     """
     if num_speculative_tokens is not None:
         check_integer("num_speculative_tokens", num_speculative_tokens, minimum=1)
-    lists: Mapping[str, Sequence[Any]] = {
-        "gammas": gammas, "block_sizes": block_sizes, "steps": steps, "policies": policies
-    }  # fmt: skip
-    for name, values in lists.items():
+    for name, values in (("gammas", gammas), ("block_sizes", block_sizes), ("steps", steps), ("policies", policies)):
         if not values:
             raise ArgumentError(f"{name} is empty, which leaves nothing to sweep; give at least one value")
-    _check_choices("policy", policies, POLICIES)
-    _check_choices("first_token", [first_token], FIRST_TOKENS)
+    choices = [("policy", one, POLICIES) for one in policies] + [("first_token", first_token, FIRST_TOKENS)]
+    for name, value, allowed in choices:
+        if value not in allowed:
+            raise ArgumentError(f"{name} {value!r} is not allowed; give one of {', '.join(allowed)}")
     for gamma, block_size, num_steps in product(gammas, block_sizes, steps):
         check_schedule(block_size, num_steps, gamma)
     found = (
@@ -61,28 +61,15 @@ def draft_settings(
 
 def knobs_of(setting: DraftSetting) -> dict[str, Any]:
     """The content of `"twotower": {...}`, the model left out."""
-    gamma = setting.confidence_threshold
-    return {
-        "policy": setting.policy,
-        "block_size": setting.block_size,
-        "steps_per_block": setting.steps_per_block,
-        **({} if gamma is None else {"confidence_threshold": gamma}),
-        "first_token": setting.first_token,
-    }
+    knobs = asdict(setting)
+    del knobs["num_speculative_tokens"]
+    return {name: value for name, value in knobs.items() if value is not None}
 
 
 def speculative_config(setting: DraftSetting, model: str | Path) -> dict[str, Any]:
-    """Builds the `speculative_config` that makes vLLM draft so.
-
-    Args:
-        setting: how.
-        model: TwoTower checkpoint, a directory or hub id.
-    """
-    return {
-        "model": str(model),
-        "num_speculative_tokens": setting.num_speculative_tokens,
-        "twotower": knobs_of(setting),
-    }
+    """Builds the `speculative_config` that makes vLLM draft so, with a directory or hub id of TwoTower."""
+    num_tokens = setting.num_speculative_tokens
+    return {"model": str(model), "num_speculative_tokens": num_tokens, "twotower": knobs_of(setting)}
 
 
 def system_of(setting: DraftSetting, model: str | Path) -> System:
@@ -105,22 +92,9 @@ def _setting(
 ) -> DraftSetting:
     tokens = block_size if most is None else min(most, block_size)
     if policy == "adaptive":
-        block_size = min(block_size, _smallest_block_for(tokens))
+        # It tries powers of two, and needs no larger one than holds the drafts.
+        block_size = min(block_size, max(SMALLEST_ADAPTIVE_BLOCK, 1 << (tokens - 1).bit_length()))
     steps = min(steps, block_size)
     if policy == "threshold" and steps == 1:
         policy = "fixed"
     return DraftSetting(tokens, block_size, steps, policy, None if steps == 1 else gamma, first_token)
-
-
-def _smallest_block_for(num_tokens: int) -> int:
-    """Finds the smallest block that `adaptive`, which tries powers of two, needs for so many drafts."""
-    size = SMALLEST_ADAPTIVE_BLOCK
-    while size < num_tokens:
-        size *= 2
-    return size
-
-
-def _check_choices(name: str, values: Collection[str], allowed: Sequence[str]) -> None:
-    for value in values:
-        if value not in allowed:
-            raise ArgumentError(f"{name} {value!r} is not allowed; give one of {', '.join(allowed)}")

@@ -14,16 +14,8 @@ import pytest
 from rich.console import Console
 
 from twotower_bench.child_process import ChildError
-from twotower_bench.cli.demo import run_demo
-from twotower_bench.demo import (
-    DemoRow,
-    Sizes,
-    demo_engines,
-    demo_systems,
-    print_table,
-    print_text,
-    rows_of,
-)
+from twotower_bench.cli.demo import print_rows, print_text, run_demo
+from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, rows_of
 from twotower_bench.engines import Asked, Piece, ServeOrder
 from twotower_bench.records import Load, ServedRequest, ServingCell, System
 from twotower_spec.cli import main
@@ -107,9 +99,10 @@ def test_demo_shows_two_texts_a_table_and_what_it_ran_on(run: Run) -> None:
         assert prompt.prompt in run.text
     assert run.text.count("steps of the verifier") == 2
     assert "adaptive policy learns what pays" in run.text
-    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in run.text.splitlines() if line[:1] == "│"]
-    assert [row[:2] for row in table] == [[size, system.title] for size in ("1", "8") for system in demo_systems()]
-    assert {row[5] for row in table} == {"yes"}
+    table = [re.split(" {2,}", line) for line in run.text.partition("\nbatch 1\n")[2].splitlines()]
+    titles = [system.title for system in demo_systems()]
+    assert [row[0] for row in table[:9]] == [*titles, "batch 8", *titles]
+    assert {row[4] for row in table[:9] if len(row) > 1} == {"yes"}
     assert f"vllm {run.record['versions']['vllm']}" in run.text.splitlines()[-1]
     assert "\x1b" not in run.text and "WARNING" not in run.text
 
@@ -189,12 +182,13 @@ def test_accepted_drafts_are_green_in_a_terminal_and_unmarked_elsewhere() -> Non
 def test_table_has_the_speed_up_over_no_speculation_at_the_same_batch_size() -> None:
     console, file = terminal()
     rows = [DemoRow("none", 1, 100.0, 1.0, True), DemoRow("twotower", 1, 250.0, 5.25, False)]
-    print_table(console, demo_systems(), [*rows, DemoRow("none", 8, 500.0, 1.0, True)])
-    lines = [line.replace(" ", "") for line in file.getvalue().splitlines() if line[:1] == "│"]
-    assert lines == [
-        "│1│nospeculation│100│1.00│1.00│yes│",
-        "│1│TwoTower│250│2.50│5.25│no│",
-        "│8│nospeculation│500│1.00│1.00│yes│",
+    print_rows(console, demo_systems(), [*rows, DemoRow("none", 8, 500.0, 1.0, True)])
+    assert [re.split(" {2,}", line) for line in file.getvalue().splitlines()[2:]] == [
+        ["batch 1"],
+        ["no speculation", "100", "1.00", "1.00", "yes"],
+        ["TwoTower", "250", "2.50", "5.25", "no"],
+        ["batch 8"],
+        ["no speculation", "500", "1.00", "1.00", "yes"],
     ]
 
 

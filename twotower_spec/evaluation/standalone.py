@@ -23,6 +23,7 @@ AR = ModeOptions(Mode.AR)
 BASELINES = (AR, ModeOptions(Mode.MOCK_AR), ModeOptions(Mode.SELF_SPECULATIVE))
 
 WARM_UP_TOKENS = 32
+PHASES = ("prefill", "denoise", "extend")
 
 
 @dataclass(frozen=True)
@@ -140,25 +141,26 @@ def measure(
         max_new_tokens: most new tokens per prompt.
         eos_token_ids: ids that end a document.
     """
-    seconds: list[float] = []
-    token_ids: list[list[int]] = []
-    denoiser_passes: list[int] = []
-    context_passes: list[int] = []
-    phases = {"prefill": 0.0, "denoise": 0.0, "extend": 0.0}
+    seconds, results = [], []
     options = setting.complete(max_new_tokens=max_new_tokens, eos_token_id=eos_token_ids)
     for prompt in prompts:
         start = time.perf_counter()
         # Tokens are on the host when this returns, so nothing is left running on a GPU.
-        result = towers.generate([prompt], options)
+        results.append(towers.generate([prompt], options))
         seconds.append(time.perf_counter() - start)
-        tokens = result.token_ids[0]
-        ends = [i for i, token in enumerate(tokens) if token in eos_token_ids]
-        token_ids.append(tokens[: ends[0] + 1] if ends else tokens)
-        denoiser_passes.append(result.num_denoiser_passes[0])
-        context_passes.append(result.num_context_passes[0])
-        for name in phases:
-            phases[name] += getattr(result.times, f"{name}_s")
-    return Cell(setting, repeat, seconds, token_ids, denoiser_passes, context_passes, phases)
+
+    def up_to_end(tokens: list[int]) -> list[int]:
+        return next((tokens[: i + 1] for i, token in enumerate(tokens) if token in eos_token_ids), tokens)
+
+    return Cell(
+        setting,
+        repeat,
+        seconds,
+        token_ids=[up_to_end(one.token_ids[0]) for one in results],
+        num_denoiser_passes=[one.num_denoiser_passes[0] for one in results],
+        num_context_passes=[one.num_context_passes[0] for one in results],
+        phase_seconds={name: sum(getattr(one.times, f"{name}_s") for one in results) for name in PHASES},
+    )
 
 
 def summarise(cells: Iterable[Cell]) -> list[Summary]:

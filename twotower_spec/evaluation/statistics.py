@@ -121,6 +121,36 @@ class Comparison:
     num_rounds: int
 
     @classmethod
+    def of_rates(
+        cls,
+        baseline: Sequence[float],
+        candidate: Sequence[float],
+        baseline_again: Sequence[float],
+        *,
+        num_resamples: int = NUM_RESAMPLES,
+        seed: int = 0,
+        sign: Literal[1, -1] = 1,
+    ) -> Self:
+        """Compares rates such as tokens per second, where more is better.
+
+        Args:
+            baseline, candidate, baseline_again: above 0, one per round and in the order of the rounds, at least 3;
+                5 or more for differences that are not several times the noise.
+            num_resamples: at least 1.
+            seed: of the resampling.
+            sign: -1 where less is better.
+
+        Raises:
+            ArgumentError: too few rounds, different numbers of them, or a number that is not above 0.
+        """
+        first, other, again = (sign * one for one in _logarithms(baseline, candidate, baseline_again))
+        gain, noise = (
+            _bootstrap((one - first,), np.median, CONFIDENCE_LEVEL, num_resamples, seed) for one in (other, again)
+        )
+        speed_up = Estimate(*np.exp([gain.value, gain.low, gain.high]).tolist())
+        return cls(speed_up, float(np.exp(max(-noise.low, noise.high))), len(first))
+
+    @classmethod
     def of_seconds(
         cls,
         baseline: Sequence[float],
@@ -130,40 +160,8 @@ class Comparison:
         num_resamples: int = NUM_RESAMPLES,
         seed: int = 0,
     ) -> Self:
-        """Compares times, where less is better.
-
-        Args:
-            baseline, candidate, baseline_again: above 0, one per round and in the order of the rounds, at least 3;
-                5 or more for differences that are not several times the noise.
-            num_resamples: at least 1.
-            seed: of the resampling.
-
-        Raises:
-            ArgumentError: too few rounds, different numbers of them, or a time that is not above 0.
-        """
-        first, other, again = _rounds(baseline, candidate, baseline_again)
-        return cls._of(first - other, first - again, num_resamples, seed)
-
-    @classmethod
-    def of_rates(
-        cls,
-        baseline: Sequence[float],
-        candidate: Sequence[float],
-        baseline_again: Sequence[float],
-        *,
-        num_resamples: int = NUM_RESAMPLES,
-        seed: int = 0,
-    ) -> Self:
-        """Compares rates such as tokens per second, where more is better; else as `of_seconds`."""
-        first, other, again = _rounds(baseline, candidate, baseline_again)
-        return cls._of(other - first, again - first, num_resamples, seed)
-
-    @classmethod
-    def _of(cls, gains: Floats, noise: Floats, num_resamples: int, seed: int) -> Self:
-        """Takes logarithms of the ratios within each round."""
-        ratio, floor = (_bootstrap((one,), np.median, CONFIDENCE_LEVEL, num_resamples, seed) for one in (gains, noise))
-        speed_up = Estimate(*np.exp([ratio.value, ratio.low, ratio.high]).tolist())
-        return cls(speed_up, float(np.exp(max(-floor.low, floor.high))), len(gains))
+        """Compares times, where less is better; else as `of_rates`."""
+        return cls.of_rates(baseline, candidate, baseline_again, num_resamples=num_resamples, seed=seed, sign=-1)
 
     @property
     def verdict(self) -> Verdict:
@@ -228,7 +226,7 @@ def _finite(values: Sequence[float], name: str) -> Floats:
     return array
 
 
-def _rounds(*systems: Sequence[float]) -> tuple[Floats, Floats, Floats]:
+def _logarithms(*systems: Sequence[float]) -> tuple[Floats, Floats, Floats]:
     """Logarithms of what the baseline, the candidate and the baseline again took in the same rounds."""
     found = []
     for name, runs in zip(("baseline", "candidate", "baseline_again"), systems, strict=True):

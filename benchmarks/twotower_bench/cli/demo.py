@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -13,22 +14,18 @@ import torch
 import transformers
 import typer
 
-from twotower_bench.demo import (
-    Sizes,
-    demo_engines,
-    demo_systems,
-    measure,
-    print_table,
-    print_text,
-)
+from twotower_bench.cli.tables import print_table
+from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, measure
+from twotower_bench.engines import Piece
 from twotower_bench.environment import engine_environment
+from twotower_bench.records import BASELINE, System
 from twotower_spec.cli.demo import demo as standalone_demo
 from twotower_spec.config import check_integer
-from twotower_spec.demo import demo_prompts
+from twotower_spec.demo import HeldOutPrompt, demo_prompts
 from twotower_spec.errors import ArgumentError
 from twotower_spec.files import check_writable, write_atomically
 from twotower_spec.machine import describe_machine
-from twotower_spec.terminal import Terminal
+from twotower_spec.terminal import Terminal, styled
 
 DEFAULT_PROMPTS, DEFAULT_NEW_TOKENS, DEFAULT_REPEATS = 4, 64, 3
 STANDALONE_PROMPTS, STANDALONE_NEW_TOKENS = 2, 128
@@ -36,6 +33,7 @@ STREAMED_TOKENS = 128
 # Of one category, and what max_model_len leaves beside the longest prompt.
 MOST_PROMPTS = 72
 MOST_NEW_TOKENS = 384
+COLUMNS = ("system", "tokens/s", "speed-up", "acceptance length", "identical")
 
 
 def demo(
@@ -113,11 +111,47 @@ def run_demo(console: Terminal, sizes: Sizes, json_file: Path | None = None, ver
     if threads := engine_environment().get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # as the engines had; the description of the machine says so
     machine, versions = describe_machine(), _versions(vllm_version)
-    print_table(console, systems, rows)
+    print_rows(console, systems, rows)
     _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")
     if json_file is not None:
         record = {"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}
         write_atomically(json_file, json.dumps(record, indent=1) + "\n")
+
+
+def print_text(console: Terminal, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
+    """A prompt and its text as it comes, accepted drafts in green, then how many there were."""
+    console.rule(f"{prompt.category}, held out by {prompt.held_out}: {prompt.source}")
+    console.out(prompt.prompt, style="dim", highlight=False, end="")
+    num_steps = num_accepted = 0
+    for piece in pieces:
+        console.out(piece.accepted, style="green", highlight=False, end="")
+        console.out(piece.own, highlight=False, end="")
+        num_steps, num_accepted = num_steps + 1, num_accepted + piece.num_accepted_tokens
+    colour = ", in green," if console.color_system else ""
+    console.print(
+        styled(
+            f"\n[{num_steps + num_accepted} tokens in {num_steps} steps of the verifier: "
+            f"{num_accepted} accepted drafts{colour} and {num_steps} of its own]\n",
+            "italic",
+        )
+    )
+
+
+def print_rows(console: Terminal, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
+    """All rows, batch sizes apart, with the speed-up over no speculation."""
+    titles = {system.name: system.title for system in systems}
+    plain = {row.batch_size: row.tokens_per_s for row in rows if row.system == BASELINE}
+    groups: dict[str, list[dict[str, str]]] = {}
+    for row in rows:
+        texts = (
+            titles[row.system],
+            f"{row.tokens_per_s:.0f}",
+            f"{row.tokens_per_s / plain[row.batch_size]:.2f}",
+            f"{row.acceptance_length:.2f}",
+            "yes" if row.identical else "no",
+        )
+        groups.setdefault(f"batch {row.batch_size}", []).append(dict(zip(COLUMNS, texts, strict=True)))
+    print_table(console, COLUMNS, groups)
 
 
 def _versions(vllm_version: str) -> dict[str, str]:

@@ -30,9 +30,6 @@ def systems_of(
         named: `NAME=JSON` each, a speculative configuration of vLLM.
         only: names with commas of those beside no speculation; None for all.
         num_repeats: passes over everything.
-
-    Raises:
-        ArgumentError: JSON that is no object, or a name that is taken or unknown.
     """
     own = two_tower(models.drafter)
     config = {**(own.speculative_config or {}), **as_object("--speculative-config", speculative_config)}

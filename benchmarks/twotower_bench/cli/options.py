@@ -1,4 +1,4 @@
-"""Options that the benchmarks in vLLM share, and what is made of them."""
+"""Options that the benchmarks in vLLM share, and what is made of them; what is not allowed is an `ArgumentError`."""
 
 from __future__ import annotations
 
@@ -102,12 +102,7 @@ class Models:
         engine_args: str | None,
         max_num_seqs: int,
     ) -> Models:
-        """The bundled ones where none are named.
-
-        Raises:
-            ArgumentError: models of the trio would be measured with others, a path has no model, or the arguments are
-                no JSON object.
-        """
+        """The bundled ones where none are named."""
         for option, model in (("--verifier", verifier), ("--drafter", drafter), ("--draft-model", draft_model)):
             if model is not None:
                 _check_path(option, model)
@@ -130,11 +125,7 @@ def same_model(model: str) -> str:
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
-    """Numbers with commas between them.
-
-    Raises:
-        ArgumentError: it is no such list.
-    """
+    """Numbers with commas between them."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError as error:
@@ -142,22 +133,14 @@ def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Numbe
 
 
 def held_together(option: str, given: str) -> bool:
-    """Whether all engines or servers are held at once.
-
-    Raises:
-        ArgumentError: an unknown word.
-    """
+    """Whether all engines or servers are held at once."""
     if given not in get_args(Holding):
         raise ArgumentError(f"{option} {given} is not there; give one of {', '.join(get_args(Holding))}")
     return given == "together" or (given == "auto" and not torch.cuda.is_available())
 
 
 def check_sizes(prompts: int, max_new_tokens: int, repeat: int) -> None:
-    """Refuses a measurement of nothing.
-
-    Raises:
-        ArgumentError: one is below 1.
-    """
+    """Refuses a measurement of nothing."""
     for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
         check_integer(name, value, minimum=1)
 
@@ -168,9 +151,6 @@ def check_at_once(most: int, groups: Mapping[str, int]) -> None:
     Args:
         most: the largest number at once.
         groups: prompts that are served together, by their category; "" for all of them.
-
-    Raises:
-        ArgumentError: one has too few.
     """
     name, fewest = min(groups.items(), key=lambda group: group[1])
     if most > fewest:
@@ -182,11 +162,7 @@ def check_at_once(most: int, groups: Mapping[str, int]) -> None:
 
 
 def concurrencies(text: str) -> list[int]:
-    """Requests at once, from a list with commas.
-
-    Raises:
-        ArgumentError: it is no such list, or one is not positive.
-    """
+    """Requests at once, from a list with commas."""
     found = numbers("--concurrency", text, int)
     for number in found:
         check_integer("--concurrency", number, minimum=1)
@@ -194,11 +170,7 @@ def concurrencies(text: str) -> list[int]:
 
 
 def temperatures(text: str) -> list[float]:
-    """Temperatures, from a list with commas.
-
-    Raises:
-        ArgumentError: it is no such list, or one is out of vLLM's range.
-    """
+    """Temperatures, from a list with commas."""
     found = numbers("--temperature", text, float)
     for number in found:
         if not 0 <= number <= 2:
@@ -207,11 +179,7 @@ def temperatures(text: str) -> list[float]:
 
 
 def measurements_file(json_file: Path | None, report: Path | None, name: str) -> Path | None:
-    """Where measured cells go: a report is made of a file.
-
-    Raises:
-        ArgumentError: the folder of the report cannot be made.
-    """
+    """Where measured cells go: a report is made of a file."""
     if report is None:
         return json_file
     try:
@@ -222,11 +190,7 @@ def measurements_file(json_file: Path | None, report: Path | None, name: str) ->
 
 
 def require_packages() -> None:
-    """Checks that vLLM, and what loads, summaries and reports are made with, are there.
-
-    Raises:
-        ArgumentError: one is not.
-    """
+    """Checks that vLLM, and what loads, summaries and reports are made with, are there."""
     if find_spec("vllm") is None:
         raise ArgumentError(
             "vLLM is not installed; install it as CONTRIBUTING.md says, or measure with bench standalone"
@@ -252,11 +216,7 @@ def _check_path(option: str, model: str) -> None:
 
 
 def check_chat(chat: bool, verifier: str) -> None:
-    """Refuses a chat template that is not there.
-
-    Raises:
-        ArgumentError: the verifier's tokenizer has none.
-    """
+    """Refuses a chat template that is not there."""
     if not chat:
         return
     from transformers import AutoTokenizer  # seconds, that no other option costs
@@ -270,11 +230,7 @@ def check_chat(chat: bool, verifier: str) -> None:
 
 
 def as_object(option: str, text: str | None) -> dict[str, Any]:
-    """A JSON object; empty without text.
-
-    Raises:
-        ArgumentError: it is something else.
-    """
+    """A JSON object; empty without text."""
     value = parse_json(text, f"{option} {text!r}", "give an object in single quotes", None) if text else {}
     if not isinstance(value, dict):
         raise ArgumentError(f"{option} {text!r} is not an object; give one, like {{}}")

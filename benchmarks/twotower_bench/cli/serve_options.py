@@ -1,4 +1,4 @@
-"""Options of `bench serve` alone, checked before anything starts."""
+"""Options of `bench serve` alone; what is not allowed is an `ArgumentError`, before anything starts."""
 
 from __future__ import annotations
 
@@ -37,9 +37,6 @@ def traffics_of(concurrency: str, request_rate: str) -> tuple[Traffic, ...]:
 
     Args:
         concurrency, request_rate: numbers with commas; empty for none.
-
-    Raises:
-        ArgumentError: both are empty, or one is no such list.
     """
     closed = numbers("--concurrency", concurrency, int) if concurrency.strip() else []
     opened = numbers("--request-rate", request_rate, float) if request_rate.strip() else []
@@ -55,9 +52,6 @@ def serve_arguments(text: str, ours: Mapping[str, Any]) -> tuple[str, ...]:
     Args:
         text: the user's, as in a shell; they come last.
         ours: what the verifier needs, as `LLM()` takes it.
-
-    Raises:
-        ArgumentError: they cannot be split, or are about what differs between the servers.
     """
     try:
         given = shlex.split(text)
@@ -80,11 +74,7 @@ def largest_loop(traffics: Sequence[Traffic]) -> int:
 
 
 def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:
-    """Refuses prompts that do not fit the bundled trio.
-
-    Raises:
-        ArgumentError: the longest leaves no room for its text.
-    """
+    """Refuses prompts that do not fit the bundled trio."""
     tokenizer = load_tokenizer(trio_path("verifier"))
     assert tokenizer is not None
     longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
