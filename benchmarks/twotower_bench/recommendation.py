@@ -11,17 +11,11 @@ from typing import Any, Literal, get_args
 
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.pareto import pareto_front
-from twotower_bench.records import ALL_CATEGORIES, BASELINE, BASELINE_AGAIN, Load, ServingCell, System
-from twotower_bench.summary import latency_of, repeats_of
+from twotower_bench.records import BASELINE, BASELINE_AGAIN
+from twotower_bench.summary import CellSummary
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
-from twotower_spec.evaluation.statistics import (
-    FEWEST_ROUNDS,
-    Comparison,
-    Estimate,
-    compare_same_repeats,
-    median_and_spread,
-)
+from twotower_spec.evaluation.statistics import FEWEST_ROUNDS, Comparison, compare_same_repeats
 
 GoalName = Literal["throughput", "latency"]
 
@@ -69,33 +63,6 @@ class Goal:
 
 
 @dataclass(frozen=True)
-class Point:
-    """A system at one concurrency, over all repeats.
-
-    Attributes:
-        system: what was measured.
-        load: what it was asked.
-        tokens_per_s: of all requests together.
-        user_tokens_per_s: of one request, from its first token on; the median over requests.
-    """
-
-    system: System
-    load: Load
-    tokens_per_s: Estimate
-    user_tokens_per_s: Estimate
-
-    def value(self, goal: Goal) -> Estimate:
-        """Speed that the goal is about."""
-        return self.user_tokens_per_s if goal.name == "latency" else self.tokens_per_s
-
-    def __str__(self) -> str:
-        return (
-            f"{self.system.title} at concurrency {self.load.concurrency} ({self.tokens_per_s.value:.4g} tokens/s, "
-            f"{self.user_tokens_per_s.value:.4g} for each user)"
-        )
-
-
-@dataclass(frozen=True)
 class Recommendation:
     """Point that a sweep recommends, and why.
 
@@ -111,10 +78,10 @@ class Recommendation:
     """
 
     goal: Goal
-    point: Point
-    no_speculation: Point
+    point: CellSummary
+    no_speculation: CellSummary
     comparison: Comparison | None
-    runners_up: tuple[Point, ...]
+    runners_up: tuple[CellSummary, ...]
     sentence: str
 
     def serve_command(self, verifier: str | Path, arguments: Mapping[str, Any]) -> str:
@@ -141,128 +108,99 @@ class Recommendation:
         return found
 
 
-def sweep_points(cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES) -> list[Point]:
-    """Every system at every concurrency, in the order in which they come first; the A/A run is no point of its own.
-
-    Args:
-        cells: of a sweep.
-        temperature, category: of the load.
-    """
-    places = dict.fromkeys(
-        (cell.system.name, cell.load)
-        for cell in cells
-        if (cell.load.temperature, cell.load.category) == (temperature, category) and cell.system.name != BASELINE_AGAIN
-    )
-    repeats = {place: repeats_of(cells, *place) for place in places}
-    together, user = (
-        {place: median_and_spread([_rate(cell, goal) for cell in own]) for place, own in repeats.items()}
-        for goal in get_args(GoalName)
-    )
-    return [Point(own[0].system, place[1], together[place], user[place]) for place, own in repeats.items()]
+def front_of(summaries: Sequence[CellSummary]) -> list[CellSummary]:
+    """The Pareto front: what no other beats both in tokens/s of all and in those of one user; slowest first."""
+    known = [one for one in summaries if one.system.name != BASELINE_AGAIN]
+    return [known[i] for i in pareto_front([(one.tokens_per_s.value, one.user_tokens_per_s.value) for one in known])]
 
 
-def front_of(points: Sequence[Point]) -> list[Point]:
-    """The Pareto front: points that no other beats both in tokens/s of all and in those of one user; slowest first."""
-    medians = [(one.tokens_per_s.value, one.user_tokens_per_s.value) for one in points]
-    return [points[i] for i in pareto_front(medians)]
-
-
-def recommend(
-    cells: Sequence[ServingCell], goal: Goal, temperature: float = 0.0, category: str = ALL_CATEGORIES
-) -> Recommendation:
+def recommend(summaries: Sequence[CellSummary], goal: Goal) -> Recommendation:
     """The best for a goal; no speculation where nothing is faster than it beyond the noise.
 
     Args:
-        cells: of a sweep, with those of no speculation, twice.
+        summaries: of a sweep, of one kind of prompts and temperature, with those of no speculation, twice.
         goal: what is wanted.
-        temperature, category: of the load.
 
     Raises:
         ArgumentError: no speculation was not measured there.
     """
-    points = [
-        point
-        for point in sweep_points(cells, temperature, category)
-        if goal.concurrency in (None, point.load.concurrency)
-    ]
-    if not any(point.system.name == BASELINE for point in points):
-        known = sorted({(cell.load.temperature, cell.load.concurrency) for cell in cells})
-        places = ", ".join(f"temperature {one:g} and concurrency {other}" for one, other in known)
+    points = [one for one in summaries if goal.concurrency in (None, one.load.concurrency)]
+    if not any(one.system.name == BASELINE for one in points):
+        known = ", ".join(map(str, sorted({one.load.concurrency for one in summaries}))) or "none"
         where = "any concurrency" if goal.concurrency is None else f"concurrency {goal.concurrency}"
         raise ArgumentError(
-            f"no cell without speculation at temperature {temperature:g} and {where} is among those measured, which "
-            f"are of {places or 'nothing'}; measure it, or ask for one of these"
+            f"no speculation was not measured at {where}; known are concurrencies {known}: measure it, or ask for "
+            f"one of these"
         )
     floor = goal.min_user_tokens_per_s
-    reaching = [point for point in points if floor is None or point.user_tokens_per_s.value >= floor]
+    reaching = [one for one in points if floor is None or one.user_tokens_per_s.value >= floor]
     if reaching:
-        return _recommended(cells, goal, points, reaching)
-    closest = _recommended(cells, Goal("latency", concurrency=goal.concurrency), points, points)
+        return _recommended(goal, points, reaching)
+    closest = _recommended(Goal("latency", concurrency=goal.concurrency), points, points)
     return replace(closest, sentence=f"Nothing that was measured gives {goal}. {closest.sentence}")
 
 
-def best_by_concurrency(
-    cells: Sequence[ServingCell], temperature: float = 0.0, category: str = ALL_CATEGORIES
-) -> list[Recommendation]:
-    """Recommends what gives most tokens/s at each concurrency, smallest first."""
-    points = sweep_points(cells, temperature, category)
-    concurrencies = sorted({point.load.concurrency for point in points if point.system.name == BASELINE})
-    return [recommend(cells, Goal(concurrency=number), temperature, category) for number in concurrencies]
+def best_by_concurrency(summaries: Sequence[CellSummary]) -> list[Recommendation]:
+    """Recommends what gives most tokens/s at each concurrency, smallest first; arguments as `recommend`."""
+    concurrencies = sorted({one.load.concurrency for one in summaries if one.system.name == BASELINE})
+    return [recommend(summaries, Goal(concurrency=number)) for number in concurrencies]
 
 
-def _recommended(
-    cells: Sequence[ServingCell], goal: Goal, points: Sequence[Point], reaching: Sequence[Point]
-) -> Recommendation:
+def _recommended(goal: Goal, points: Sequence[CellSummary], reaching: Sequence[CellSummary]) -> Recommendation:
     """Chooses among the points that reach the floor."""
-    ranked = sorted(reaching, key=lambda one: one.value(goal).value, reverse=True)
+
+    def speed(one: CellSummary) -> float:
+        return (one.user_tokens_per_s if goal.name == "latency" else one.tokens_per_s).value
+
+    def rates(one: CellSummary) -> Mapping[int, float]:
+        return one.user_rates if goal.name == "latency" else one.rates
+
+    ranked = sorted(reaching, key=speed, reverse=True)
     plain = [one for one in ranked if one.system.name == BASELINE]
-    speculating = [one for one in ranked if one.system.name != BASELINE]
+    speculating = [one for one in ranked if one.system.name not in (BASELINE, BASELINE_AGAIN)]
     comparison, runners_up = None, []
-    if not plain:  # and so there is one that speculates
-        slow = (one for one in points if one.system.name == BASELINE)
-        baseline = max(slow, key=lambda one: one.user_tokens_per_s.value)
-        chosen, most = speculating[0], baseline.user_tokens_per_s.value
-        why = f"no speculation does not reach that: it gives each user {most:.4g} at most"
+    if not plain:
+        slow = [one for one in points if one.system.name == BASELINE]
+        baseline, chosen = max(slow, key=lambda one: one.user_tokens_per_s.value), speculating[0]
+        why = f"no speculation does not reach that: it gives each user {baseline.user_tokens_per_s.value:.4g} at most"
     elif not speculating:
-        chosen = baseline = plain[0]
+        baseline = chosen = plain[0]
         why = "nothing that speculates was measured, or reaches that"
     else:
         # The best alone is asked: of many that are no better, one looks better in the end.
-        best, chosen = speculating[0], plain[0]
-        baseline = chosen
-        comparison = _comparison(cells, goal, baseline, best)
-        against, verdict = _against(goal, baseline, best, comparison), comparison.verdict if comparison else None
-        if best.value(goal).value > baseline.value(goal).value and verdict in (None, "faster"):
+        baseline = chosen = plain[0]
+        best = speculating[0]
+        again = [one for one in points if (one.system.name, one.load) == (BASELINE_AGAIN, baseline.load)]
+        comparison = compare_same_repeats(rates(baseline), rates(best), rates(again[0])) if again else None
+        against = _against(speed(best) / speed(baseline), comparison)
+        verdict = comparison.verdict if comparison else None
+        if speed(best) > speed(baseline) and verdict in (None, "faster"):
             doubt = "" if verdict else f"; to tell that from noise takes {FEWEST_ROUNDS} repeats and an A/A run"
             # The best of many looks better than it is.
             many = f"; it is the best of {len(speculating)}, so measure it anew to confirm"
             chosen, why = best, f"it is {against} as no speculation{doubt}{many if len(speculating) > 1 else ''}"
         else:
             noise = ", which cannot be told from noise" if verdict == "no difference" else ""
-            why = f"the best that speculates, {best}, is {against} as that{noise}"
+            why = f"the best that speculates, {_in_words(best)}, is {against} as that{noise}"
     if comparison:
-        lowest = chosen.value(goal).value / comparison.noise_floor
-        runners_up = [one for one in speculating if one != chosen and one.value(goal).value >= lowest]
-    sentence = f"For {goal}: {chosen}, because {why}."
+        lowest = speed(chosen) / comparison.noise_floor
+        runners_up = [one for one in speculating if one is not chosen and speed(one) >= lowest]
+    sentence = f"For {goal}: {_in_words(chosen)}, because {why}."
     return Recommendation(goal, chosen, baseline, comparison, tuple(runners_up), sentence)
 
 
-def _comparison(cells: Sequence[ServingCell], goal: Goal, baseline: Point, candidate: Point) -> Comparison | None:
-    places = ((BASELINE, baseline.load), (candidate.system.name, candidate.load), (BASELINE_AGAIN, baseline.load))
-    return compare_same_repeats(
-        *({cell.repeat: _rate(cell, goal.name) for cell in repeats_of(cells, *one)} for one in places)
+def _in_words(one: CellSummary) -> str:
+    return (
+        f"{one.system.title} at concurrency {one.load.concurrency} ({one.tokens_per_s.value:.4g} tokens/s, "
+        f"{one.user_tokens_per_s.value:.4g} for each user)"
     )
 
 
-def _rate(cell: ServingCell, goal: GoalName) -> float:
-    return latency_of(cell.requests).user_tokens_per_s if goal == "latency" else cell.tokens_per_s
-
-
-def _against(goal: Goal, baseline: Point, candidate: Point, comparison: Comparison | None) -> str:
+def _against(ratio: float, comparison: Comparison | None) -> str:
     if comparison is None:
-        return f"{candidate.value(goal).value / baseline.value(goal).value:.2f} times as fast"
-    ratio = comparison.speed_up
+        return f"{ratio:.2f} times as fast"
+    found = comparison.speed_up
     return (
-        f"{ratio.value:.2f} times as fast ({comparison.interval_name} {ratio.low:.2f} to {ratio.high:.2f}, "
+        f"{found.value:.2f} times as fast ({comparison.interval_name} {found.low:.2f} to {found.high:.2f}, "
         f"A/A noise {comparison.noise_floor:.2f}, {comparison.num_rounds} rounds)"
     )

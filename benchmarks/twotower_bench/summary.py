@@ -147,6 +147,8 @@ class CellSummary(Summary):
 
     Attributes:
         load: what it was asked.
+        rates, user_rates: tokens/s of all requests together, and of one from its first token on, by repeat.
+        user_tokens_per_s: of one request, over repeats.
         acceptance: of its drafts.
         tokens_per_nfe: tokens of steps with drafts per denoiser pass, requests counted separately; None where nothing
             was denoised or verified.
@@ -157,6 +159,9 @@ class CellSummary(Summary):
     """
 
     load: Load
+    rates: Mapping[int, float]
+    user_rates: Mapping[int, float]
+    user_tokens_per_s: Estimate
     acceptance: Acceptance
     tokens_per_nfe: float | None
     latency: Latency
@@ -225,10 +230,14 @@ def _summary_of_cells(cells: Sequence[ServingCell], own: Sequence[ServingCell]) 
     passes = sum(one.request_denoiser_passes for one in drafting)
     acceptance = acceptance_of(requests)
     length = acceptance.acceptance_length
+    user_rates = {cell.repeat: latency_of(cell.requests).user_tokens_per_s for cell in own}
     return CellSummary(
         **_beside_baseline(cells, own),
         num_requests=len(own[0].requests),
         load=own[0].load,
+        rates={cell.repeat: cell.tokens_per_s for cell in own},
+        user_rates=user_rates,
+        user_tokens_per_s=median_and_spread([*user_rates.values()]),
         acceptance=acceptance,
         tokens_per_nfe=length.value * acceptance.num_drafted_steps / passes if length and passes else None,
         latency=latency_of(requests),

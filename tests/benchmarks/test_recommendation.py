@@ -7,9 +7,13 @@ from dataclasses import replace
 import pytest
 
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
+from twotower_bench import recommendation
 from twotower_bench.engine_flags import engine_flags
-from twotower_bench.recommendation import Goal, best_by_concurrency, front_of, recommend, sweep_points
+from twotower_bench.recommendation import Goal, Recommendation, best_by_concurrency, front_of
 from twotower_bench.records import DraftSetting, ServingCell, System
+from twotower_bench.report.reading import Measurements
+from twotower_bench.report.sweep import sweep_section
+from twotower_bench.summary import CellSummary, summarise_cells
 from twotower_spec.errors import ArgumentError
 
 FAST, OTHER = drafted(DraftSetting(4, 4)), drafted(DraftSetting(8, 8))
@@ -40,6 +44,15 @@ def placed(cell: ServingCell, system: System, concurrency: int) -> ServingCell:
     return replace(cell, system=system, load=replace(cell.load, concurrency=concurrency), requests=requests)
 
 
+def recommend(measured: list[ServingCell], goal: Goal) -> Recommendation:
+    return recommendation.recommend(summarise_cells(measured), goal)
+
+
+def point_of(measured: list[ServingCell], system: System, concurrency: int) -> CellSummary:
+    (found,) = [p for p in summarise_cells(measured) if (p.system, p.load.concurrency) == (system, concurrency)]
+    return found
+
+
 def test_throughput_is_of_all_users_and_latency_of_one() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
     throughput, latency = recommend(measured, Goal("throughput")), recommend(measured, Goal("latency"))
@@ -58,10 +71,10 @@ def test_named_concurrency_is_the_only_one_that_counts() -> None:
 
 def test_floor_leaves_out_what_is_too_slow_for_one_user() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0})
-    at_4 = next(p for p in sweep_points(measured) if p.system == FAST and p.load.concurrency == 4)
+    at_4 = point_of(measured, FAST, 4)
     found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * at_4.user_tokens_per_s.value))
     assert (found.point.system, found.point.load.concurrency) == (FAST, 1)
-    none_at_1 = next(p for p in sweep_points(measured) if p.system == NONE and p.load.concurrency == 1)
+    none_at_1 = point_of(measured, NONE, 1)
     found = recommend(measured, Goal("throughput", min_user_tokens_per_s=1.2 * none_at_1.user_tokens_per_s.value))
     assert found.point.system == FAST and "no speculation does not reach that" in found.sentence
 
@@ -76,7 +89,7 @@ def test_gain_within_the_noise_is_no_reason_to_speculate() -> None:
     found = recommend(cells({("none", 1): 1.0, ("fast", 1): 1.004}), Goal())
     assert found.point.system == NONE and found.comparison is not None
     assert "cannot be told from noise" in found.sentence and "A/A noise" in found.sentence
-    assert found.runners_up == tuple(p for p in sweep_points(cells({("none", 1): 1.0, ("fast", 1): 1.004}))[1:])
+    assert found.runners_up == (point_of(cells({("none", 1): 1.0, ("fast", 1): 1.004}), FAST, 1),)
     assert found.serve_command("V", {"max_num_seqs": 8}) == "vllm serve V"
     assert found.python_call("V", {"max_num_seqs": 8}) == "LLM(model='V')"
 
@@ -149,23 +162,28 @@ def test_floor_limits_the_users_at_once() -> None:
 
 def test_front_has_the_points_that_are_beaten_in_neither() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 4.0, ("other", 4): 3.5})
-    front = [(one.system, one.load.concurrency) for one in front_of(sweep_points(measured))]
+    front = [(one.system, one.load.concurrency) for one in front_of(summarise_cells(measured))]
     assert front == [(FAST, 1), (FAST, 4)]
 
 
 def test_best_is_found_at_every_concurrency() -> None:
     measured = cells({("none", 1): 1.0, ("none", 4): 3.0, ("fast", 1): 2.0, ("fast", 4): 2.5})
-    found = [(one.point.load.concurrency, one.point.system) for one in best_by_concurrency(measured)]
+    found = [(one.point.load.concurrency, one.point.system) for one in best_by_concurrency(summarise_cells(measured))]
     assert found == [(1, FAST), (4, NONE)]
 
 
 def test_temperatures_are_kept_apart() -> None:
-    measured = cells({("none", 1): 1.0, ("fast", 1): 2.0})
-    assert sweep_points(measured, temperature=0.7) == []
-    with pytest.raises(ArgumentError, match=r"temperature 0.7 and any concurrency .* temperature 0 and concurrency 1"):
-        recommend(measured, Goal(), temperature=0.7)
-    with pytest.raises(ArgumentError, match="concurrency 2"):
-        recommend(measured, Goal(concurrency=2))
+    measured, other = cells({("none", 1): 1.0, ("fast", 1): 2.0}), cells({("none", 1): 4.0, ("fast", 1): 3.0})
+    warm = [replace(cell, load=replace(cell.load, temperature=0.7)) for cell in other]
+    sentences = [
+        one for one in sweep_section(Measurements("", serving_cells=[*measured, *warm])).notes if "For " in one
+    ]
+    assert [one.partition(": ")[2].partition(" at ")[0] for one in sentences] == [FAST.title] * 2 + [NONE.title] * 2
+
+
+def test_load_that_was_not_measured_without_speculation_is_refused() -> None:
+    with pytest.raises(ArgumentError, match="not measured at concurrency 2; known are concurrencies 1"):
+        recommend(cells({("none", 1): 1.0, ("fast", 1): 2.0}), Goal(concurrency=2))
 
 
 @pytest.mark.parametrize(

@@ -106,12 +106,12 @@ def sweep(
     from twotower_bench.report.reading import Measurements  # matplotlib
     from twotower_bench.report.sweep import sweep_section
 
-    console = Terminal()
-    print_section(console, sweep_section(Measurements("", serving_cells=cells)), *TABLES)
+    console, section = Terminal(), sweep_section(Measurements("", serving_cells=cells))
+    print_section(console, section, *TABLES)
     for heat in temperatures:
         if len(temperatures) > 1:
             console.rule(f"temperature {heat:g}")
-        best = recommend(cells, wanted, heat)
+        best = recommend([one for one in section.figures if one.load.temperature == heat], wanted)
         console.print(best.sentence, soft_wrap=True)
         for line in (best.serve_command, best.python_call):
             console.print(f"\n    {line(models.verifier, models.arguments)}", soft_wrap=True)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import get_args
 
-from twotower_bench import recommendation
-from twotower_bench.recommendation import Goal, Recommendation, best_by_concurrency, front_of, recommend, sweep_points
+from twotower_bench.recommendation import Goal, GoalName, Recommendation, best_by_concurrency, front_of, recommend
 from twotower_bench.records import BASELINE, ServingCell
 from twotower_bench.report.columns import COLUMNS, Column, columns, estimate, over_gamma, place_and_noise, rate, table
 from twotower_bench.report.document import Section, Table
@@ -28,7 +28,6 @@ POINT: Mapping[str, Column] = {
         lambda one: estimate(one.user_tokens_per_s, rate), "likewise, after the first token"
     ),
 }
-Points = Sequence[recommendation.Point]
 
 
 def is_sweep(cells: Sequence[ServingCell]) -> bool:
@@ -39,16 +38,14 @@ def is_sweep(cells: Sequence[ServingCell]) -> bool:
 def sweep_section(measured: Measurements) -> Section:
     """Makes the section of serving cells."""
     cells = measured.serving_cells
-    points, front, best, sentences = [], [], [], []
-    for category, temperature in dict.fromkeys((cell.load.category, cell.load.temperature) for cell in cells):
-        own = sweep_points(cells, temperature, category)
-        points += own
-        front += front_of(own)
-        best += best_by_concurrency(cells, temperature, category)
-        if any(point.system.name == BASELINE for point in own):
-            goals = (Goal("throughput"), Goal("latency"))
-            sentences += [recommend(cells, goal, temperature, category).sentence for goal in goals]
     summaries = summarise_cells(cells)
+    front, best, sentences = [], [], []
+    for kind in dict.fromkeys((one.load.category, one.load.temperature) for one in summaries):
+        own = [one for one in summaries if (one.load.category, one.load.temperature) == kind]
+        front += front_of(own)
+        best += best_by_concurrency(own)
+        if any(one.system.name == BASELINE for one in own):
+            sentences += [recommend(own, Goal(name)).sentence for name in get_args(GoalName)]
     places = places_of(summaries)
     two_tower = sorted((one for one in summaries if one.system.is_two_tower), key=lambda one: one.tokens_per_s.value)
     fastest = list({one.load: one for one in two_tower}.values())
@@ -57,7 +54,7 @@ def sweep_section(measured: Measurements) -> Section:
         *(one.system.name for one in summaries if not one.system.is_two_tower),
         *(one.point.system.name for one in best),
         *(one.system.name for one in fastest),
-        *(point.system.name for point in reversed(front)),
+        *(one.system.name for one in reversed(front)),
     ]
     shown = list(dict.fromkeys(name for name in ranked if not name.startswith(BASELINE)))[:MOST_LINES]
     return Section(
@@ -71,9 +68,9 @@ def sweep_section(measured: Measurements) -> Section:
             *without_drafts_notes(cells, summaries),
         ],
         [
-            table("Best at each concurrency", best, _best_columns(summaries)),
+            table("Best at each concurrency", best, BEST),
             table("Pareto front", front[::-1], POINT, note="What no other setting beats in both numbers."),
-            _settings_table(summaries, points, front),
+            _settings_table(summaries, front),
             *_gamma_tables(summaries),
             *draft_tables(cells, summaries, shown),
         ],
@@ -82,39 +79,32 @@ def sweep_section(measured: Measurements) -> Section:
     )
 
 
-def _best_columns(summaries: Sequence[CellSummary]) -> dict[str, Column]:
-    by_place = {(one.system.name, one.load): one for one in summaries}
-
-    def speed_up(best: Recommendation) -> str:
-        return COLUMNS["Speed-up"].text(by_place[best.point.system.name, best.point.load])
-
-    def near(best: Recommendation) -> str:
-        titles = [short_title(point.system) for point in best.runners_up]
-        more = [f"{len(titles) - MOST_RUNNERS_UP} more"] if len(titles) > MOST_RUNNERS_UP else []
-        return "; ".join([*titles[:MOST_RUNNERS_UP], *more]) or "none"
-
-    return {
-        "Load": Column(lambda best: load_in_words(best.point.load)),
-        "Best": Column(
-            lambda best: short_title(best.point.system),
-            "most tokens/s of all users together; no speculation where nothing is faster than it beyond the noise",
-        ),
-        "Tokens/s": Column(lambda best: estimate(best.point.tokens_per_s, rate), "median of the repeats (quartiles)"),
-        "Tokens/s of one user": Column(lambda best: rate(best.point.user_tokens_per_s.value)),
-        "Speed-up": Column(speed_up, COLUMNS["Speed-up"].meaning),
-        "Cannot be told apart from it": Column(near, "behind the best by no more than the A/A noise"),
-    }
+def _near(best: Recommendation) -> str:
+    titles = [short_title(one.system) for one in best.runners_up]
+    more = [f"{len(titles) - MOST_RUNNERS_UP} more"] if len(titles) > MOST_RUNNERS_UP else []
+    return "; ".join([*titles[:MOST_RUNNERS_UP], *more]) or "none"
 
 
-def _settings_table(summaries: Sequence[CellSummary], points: Points, front: Points) -> Table:
+BEST: Mapping[str, Column] = {
+    "Load": Column(lambda best: load_in_words(best.point.load)),
+    "Best": Column(
+        lambda best: short_title(best.point.system),
+        "most tokens/s of all users together; no speculation where nothing is faster than it beyond the noise",
+    ),
+    "Tokens/s": Column(lambda best: estimate(best.point.tokens_per_s, rate), "median of the repeats (quartiles)"),
+    "Tokens/s of one user": Column(lambda best: rate(best.point.user_tokens_per_s.value)),
+    "Speed-up": Column(lambda best: COLUMNS["Speed-up"].text(best.point), COLUMNS["Speed-up"].meaning),
+    "Cannot be told apart from it": Column(_near, "behind the best by no more than the A/A noise"),
+}
+
+
+def _settings_table(summaries: Sequence[CellSummary], front: Sequence[CellSummary]) -> Table:
     """All settings, fastest first under each load, those of the front marked."""
-    marked = {(point.system.name, point.load) for point in front}
-    users = {(one.system.name, one.load): rate(one.user_tokens_per_s.value) for one in points}
     own = {
         "System": COLUMNS["System"],
-        "Pareto": Column(lambda one: "front" if (one.system.name, one.load) in marked else ""),
+        "Pareto": Column(lambda one: "front" if one in front else ""),
         "Tokens/s": COLUMNS["Tokens/s"],
-        "Of one user": Column(lambda one: users.get((one.system.name, one.load), ""), "after the first token"),
+        "Of one user": Column(lambda one: rate(one.user_tokens_per_s.value), "after the first token"),
     }
     more = ("Speed-up", "Verdict", "Acceptance length", "Tokens / NFE", "TTFT ms", "ITL ms", "Different texts")
     loads = list(dict.fromkeys(one.load for one in summaries))
