@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.vllm_plugin.fork_server import run_forked
 from tests.vllm_plugin.server import serving
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.cli.measured_systems import systems_of
@@ -245,8 +246,18 @@ def test_servers_of_the_trio_hold_all_requests_of_the_largest_load() -> None:
     assert most_at_once(traffics_of("1,32", "2")) == 32
 
 
+def write_parsed(names: str, output: str, *flags: str) -> None:
+    """What vLLM makes of flags, for arguments of these names."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(flags)
+    found = {name: getattr(parsed, name) for name in json.loads(names)}
+    Path(output).write_text(json.dumps(found, default=repr))
+
+
 @pytest.mark.slow
-def test_flags_are_what_vllm_makes_of_them() -> None:
+def test_flags_are_what_vllm_makes_of_them(tmp_path: Path) -> None:
     arguments = {
         "dtype": "float32",
         "enforce_eager": True,
@@ -256,16 +267,10 @@ def test_flags_are_what_vllm_makes_of_them() -> None:
         "ignore_patterns": ["*.bin", "*.pt"],
         "quantization": None,
     }
-    code = (
-        "import json, sys; from vllm.engine.arg_utils import EngineArgs; "
-        "from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-        "parsed = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(sys.argv[2:]); "
-        "print(json.dumps({name: getattr(parsed, name) for name in json.loads(sys.argv[1])}, default=repr))"
-    )
-    command = [sys.executable, "-c", code, json.dumps(list(arguments)), *engine_flags(arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    order = (json.dumps(list(arguments)), str(tmp_path / "parsed.json"), *engine_flags(arguments))
+    code = run_forked("tests.benchmarks.test_bench_serve:write_parsed", *order, folder=tmp_path)
+    assert code == 0, (tmp_path / "log").read_text()
+    found = json.loads((tmp_path / "parsed.json").read_text())
     assert "NONE" in str(found.pop("compilation_config"))
     assert found == {name: value for name, value in arguments.items() if name != "compilation_config"}
 

@@ -10,7 +10,7 @@ from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from twotower_bench.engines.fork_server import ForkServer
+from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.environment import engine_environment as quiet_environment
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,7 +24,14 @@ def engine_environment() -> dict[str, str]:
 def run_forked(
     function: str, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 400
 ) -> int:
-    """Exit code of a process that called a function.
+    """Exit code of a process that called a function; for the arguments see `fork`."""
+    return fork(function, *arguments, folder=folder, environment=environment, timeout_s=timeout_s).wait()
+
+
+def fork(
+    function: str, *arguments: str, folder: Path, environment: Mapping[str, str] | None = None, timeout_s: float = 400
+) -> ForkedProcess:
+    """Process that calls a function.
 
     Args:
         function: as in `package.module:name`.
@@ -35,7 +42,7 @@ def run_forked(
     """
     variables = {**_with_tests(), **(environment or {})}
     call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
-    return _server().fork("the engine", *call, folder, variables).wait()
+    return _server().fork("the engine", *call, folder, variables)
 
 
 def call(function: str, arguments: tuple[str, ...], timeout_s: float) -> None:

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import asyncio
+import json
 import time
 from collections.abc import Iterator
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
 
 from tests.vllm_plugin.engine import ROOMY, run_engine
-from tests.vllm_plugin.fork_server import ROOT, engine_environment
-from tests.vllm_plugin.server import serving
-from twotower_bench.servers import VllmServer
+from tests.vllm_plugin.fork_server import run_forked
+from tests.vllm_plugin.server import RunningServer, fork_engine_cores, serving
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 pytestmark = [
@@ -24,7 +25,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[VllmServer]:
+def server() -> Iterator[RunningServer]:
     arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
     arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
@@ -33,7 +34,7 @@ def server() -> Iterator[VllmServer]:
 
 
 @pytest.fixture(scope="module")
-def client(server: VllmServer) -> Any:
+def client(server: RunningServer) -> Any:
     from openai import OpenAI
 
     return OpenAI(base_url=server.endpoint.url + "/v1", api_key="none")
@@ -43,7 +44,7 @@ def prompts() -> list[str]:
     return [held_out_prompts("maths")[0].prompt, held_out_prompts("python")[0].prompt]
 
 
-def test_greedy_text_is_that_of_an_engine_without_drafts(server: VllmServer, client: Any) -> None:
+def test_greedy_text_is_that_of_an_engine_without_drafts(server: RunningServer, client: Any) -> None:
     expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"]
     found = client.completions.create(
         model=server.endpoint.model,
@@ -55,7 +56,7 @@ def test_greedy_text_is_that_of_an_engine_without_drafts(server: VllmServer, cli
     assert [choice.token_ids for choice in found.choices] == [row[0] for row in expected[:2]]
 
 
-def test_streamed_pieces_make_the_same_text(server: VllmServer, client: Any) -> None:
+def test_streamed_pieces_make_the_same_text(server: RunningServer, client: Any) -> None:
     given: dict[str, Any] = {"model": server.endpoint.model, "prompt": prompts()[1], "temperature": 0, "max_tokens": 60}
     whole = client.completions.create(**given).choices[0].text
     pieces = [part.choices[0].text for part in client.completions.create(**given, stream=True)]
@@ -63,7 +64,7 @@ def test_streamed_pieces_make_the_same_text(server: VllmServer, client: Any) -> 
     assert len(pieces) < 60  # several tokens in one piece
 
 
-def test_sampled_requests_of_every_kind_are_answered(server: VllmServer, client: Any) -> None:
+def test_sampled_requests_of_every_kind_are_answered(server: RunningServer, client: Any) -> None:
     for extra in ({"top_k": 20}, {"min_p": 0.1}, {"top_k": 5, "repetition_penalty": 1.1}):
         found = client.completions.create(
             model=server.endpoint.model,
@@ -81,7 +82,7 @@ def test_sampled_requests_of_every_kind_are_answered(server: VllmServer, client:
     assert biased.choices[0].text
 
 
-def test_metrics_carry_the_drafter_next_to_vllm(server: VllmServer, client: Any) -> None:
+def test_metrics_carry_the_drafter_next_to_vllm(server: RunningServer, client: Any) -> None:
     client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     lines = dict(
         line.rsplit(" ", 1) for line in server.endpoint.get("/metrics").splitlines() if not line.startswith("#")
@@ -97,7 +98,7 @@ def test_metrics_carry_the_drafter_next_to_vllm(server: VllmServer, client: Any)
     assert accepted == values["vllm:twotower_accepted_tokens_total"] > 0
 
 
-def test_the_log_says_where_memory_went_and_how_drafting_goes(server: VllmServer, client: Any) -> None:
+def test_the_log_says_where_memory_went_and_how_drafting_goes(server: RunningServer, client: Any) -> None:
     for _ in range(3):
         client.completions.create(model=server.endpoint.model, prompt=prompts()[1], temperature=0, max_tokens=80)
         time.sleep(0.6)
@@ -106,46 +107,41 @@ def test_the_log_says_where_memory_went_and_how_drafting_goes(server: VllmServer
     assert "MiB" in next(line for line in log.splitlines() if "TwoTower: " in line and "float32" in line)
 
 
-def test_a_request_says_how_its_drafts_were_accepted(server: VllmServer, client: Any) -> None:
+def test_a_request_says_how_its_drafts_were_accepted(server: RunningServer, client: Any) -> None:
     found = client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     said = found.model_dump()["metrics"]["speculative_decoding"]
     assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0
 
 
-ASYNC_SCRIPT = """
-import asyncio, sys
-from vllm import AsyncEngineArgs, SamplingParams
-from vllm.engine.async_llm_engine import AsyncLLMEngine
+def write_tokens(prompt: str, output: str) -> None:
+    """Runs an engine for asyncio in this process, as a server does."""
+    from vllm import AsyncEngineArgs, SamplingParams
+    from vllm.engine.async_llm_engine import AsyncLLMEngine
 
-async def main(verifier, drafter, prompt):
-    arguments = AsyncEngineArgs(
-        model=verifier, dtype="float32", max_model_len=512, enforce_eager=True,
-        speculative_config={"model": drafter, "num_speculative_tokens": 15},
-    )
-    engine = AsyncLLMEngine.from_engine_args(arguments)
-    async for output in engine.generate(prompt, SamplingParams(temperature=0, max_tokens=40), "one"):
-        last = output
-    print("TOKENS", *last.outputs[0].token_ids)
-    engine.shutdown()
+    async def generate() -> list[int]:
+        arguments = AsyncEngineArgs(
+            model=str(trio_path("verifier")),
+            dtype="float32",
+            max_model_len=512,
+            enforce_eager=True,
+            speculative_config={"model": str(trio_path("twotower")), "num_speculative_tokens": 15},
+        )
+        engine = AsyncLLMEngine.from_engine_args(arguments)
+        async for row in engine.generate(prompt, SamplingParams(temperature=0, max_tokens=40), "one"):
+            last = row
+        engine.shutdown()
+        return list(last.outputs[0].token_ids)
 
-if __name__ == "__main__":
-    asyncio.run(main(*sys.argv[1:]))
-"""
+    fork_engine_cores()
+    Path(output).write_text(json.dumps(asyncio.run(generate())))
 
 
-def test_the_engine_for_asyncio_drafts_too(tmp_path: Any) -> None:
-    script = tmp_path / "asynchronous.py"
-    script.write_text(ASYNC_SCRIPT)
-    done = subprocess.run(
-        [sys.executable, str(script), str(trio_path("verifier")), str(trio_path("twotower")), prompts()[0]],
-        cwd=ROOT,
-        env={**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    (line,) = [line for line in done.stdout.splitlines() if line.startswith("TOKENS ")] or [done.stderr[-3000:]]
-    expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"][0][0]
-    assert [int(token) for token in line.split()[1:]] == expected
-    assert "Loaded custom proposer class 'vllm_twotower.TwoTowerProposer'" in done.stdout + done.stderr
+def test_the_engine_for_asyncio_drafts_too(tmp_path: Path) -> None:
+    output, environment = tmp_path / "tokens.json", {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with TemporaryDirectory(prefix="async-") as folder:  # sockets lie in it, see `serving`
+        order = ("tests.vllm_plugin.test_serve:write_tokens", prompts()[0], str(output))
+        code = run_forked(*order, folder=Path(folder), environment=environment, timeout_s=300)
+        log = (Path(folder) / "log").read_text()
+    assert code == 0, log[-3000:]
+    assert json.loads(output.read_text()) == run_engine(["plain_text"], None, **ROOMY)["plain_text"][0][0]
+    assert "Loaded custom proposer class 'vllm_twotower.TwoTowerProposer'" in log
