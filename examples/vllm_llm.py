@@ -67,7 +67,9 @@ def texts_without_drafts(options: argparse.Namespace) -> list[str]:
         saved = Path(folder, "texts.json")
         command = [sys.executable, __file__, "--without", "--save", str(saved), "--verifier", options.verifier]
         command += ["--max-tokens", str(options.max_tokens), "--", *options.prompts]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        # With the engine in that process too, vLLM is imported once.
+        environment = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, env=environment)
         texts: list[str] = json.loads(saved.read_text())
         return texts
 
