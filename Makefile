@@ -2,6 +2,7 @@
 
 PYTHON ?= python3
 VENV   := .venv
+SITE   := $(VENV)/lib/python3*/site-packages
 PY     := $(VENV)/bin/python
 STAMP  := $(VENV)/.setup-done
 ARGS   ?=
@@ -35,13 +36,14 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0] + "; name another with: make setup PYTHON=python3.12")'
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "setup: $(TORCH)"
-	@$(PY) -m pip install -qq "$(TORCH)" || { echo 'setup: pip found no $(TORCH); point pip at the CPU builds of PyTorch, see CONTRIBUTING.md' >&2; exit 1; }
+	@$(PY) -m pip install -qq --no-compile "$(TORCH)" || { echo 'setup: pip found no $(TORCH); point pip at the CPU builds of PyTorch, see CONTRIBUTING.md' >&2; exit 1; }
 	@$(PY) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	@rm -rf *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info benchmarks/*.egg-info # an old one would hide entry points from here
 	@echo "setup: twotower-spec[cpu,test,dev,bench,train,ray,eval], editable; a few minutes"
-	@$(PY) -m pip install -qq --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench,train,ray,eval]'
+	@$(PY) -m pip install -qq --no-compile --constraint $(VENV)/constraints.txt --editable '.[cpu,test,dev,bench,train,ray,eval]'
 	@$(PY) -c 'from importlib.metadata import distributions as d; n = sorted(x.name for x in d() if x.name.startswith("nvidia-")); n and __import__("sys").exit("setup: CUDA packages came in: " + ", ".join(n) + "; remove .venv and try again")'
 	@$(PY) -m vllm_twotower.cpu_install
+	@$(PY) -m compileall -qq -j 0 $(SITE)/torch $(SITE)/transformers $(SITE)/vllm || true # what all runs import, on all cores; pip would compile everything, on one
 	@touch $@
 
 test: setup ## run the tests; choose some with ARGS='-k acceptance' or ARGS='-m "not slow"'
