@@ -1,13 +1,16 @@
 """The drafter's numbers on their way from a worker to /metrics and to the log."""
 
 import multiprocessing
+import tempfile
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from vllm_twotower import metrics
 from vllm_twotower.metrics import DrafterStats, log_line
+from vllm_twotower.stats_folder import STATS_FOLDER_VARIABLE, stats_path
 
 
 def _work(path: Path) -> None:
@@ -18,26 +21,53 @@ def _work(path: Path) -> None:
     stats.set("acceptance_length", 4.5)
 
 
-def test_another_process_sees_what_a_worker_counts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    base = tmp_path / "stats"
-    monkeypatch.setenv(metrics.STATS_FILE_VARIABLE, str(base))
-    collector = metrics._Collector()
-    collector.bases.append(base)
+@pytest.fixture
+def folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Folder for temporary files, in which nobody publishes yet."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(metrics._Collector, "instance", None)
+    monkeypatch.setenv(STATS_FOLDER_VARIABLE, "")
+    return tmp_path
+
+
+def page_of(registry: CollectorRegistry) -> str:
+    return generate_latest(registry).decode()
+
+
+def test_another_process_sees_what_a_worker_counts(folder: Path) -> None:
+    metrics.publish(starts_engines=True)
     registry = CollectorRegistry()
-    registry.register(collector)
-    assert b"twotower" not in generate_latest(registry)  # no engine has started
-    path = metrics.stats_path(1)
+    MultiProcessCollector(registry, str(folder))  # as vLLM does with several API servers
+    assert "twotower" not in page_of(registry)  # no engine has started
+    path = stats_path(1)
     assert path is not None
     worker = multiprocessing.get_context("spawn").Process(target=_work, args=(path,))
     worker.start()
     worker.join()
-    page = generate_latest(registry).decode()
+    page = page_of(registry)
     assert 'vllm:twotower_rounds_total{engine="1"} 3.0' in page
     assert 'vllm:twotower_drafting_seconds_total{engine="1",phase="denoise"} 0.25' in page
     assert 'vllm:twotower_fallbacks_total{engine="1",reason="no room"} 2.0' in page
     assert 'vllm:twotower_acceptance_length{engine="1"} 4.5' in page
-    collector.remove_files()
-    assert not list(tmp_path.iterdir())
+    assert page_of(REGISTRY).count('vllm:twotower_rounds_total{engine="1"} 3.0') == 1
+
+
+def test_an_api_server_shows_the_engines_that_the_process_above_it_has_started(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    metrics.publish(starts_engines=True)
+    (only,) = folder.iterdir()
+    monkeypatch.setattr(metrics._Collector, "instance", None)  # as in a process of its own
+    metrics.publish(starts_engines=False)
+    assert list(folder.iterdir()) == [only]
+    for engine in (0, 1):
+        path = stats_path(engine)
+        assert path is not None and path.parent == only
+        _work(path)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, str(folder))
+    page = page_of(registry)
+    assert all(f'vllm:twotower_rounds_total{{engine="{engine}"}} 3.0' in page for engine in (0, 1))
 
 
 def test_a_second_engine_starts_from_nothing(tmp_path: Path) -> None:
@@ -46,8 +76,8 @@ def test_a_second_engine_starts_from_nothing(tmp_path: Path) -> None:
 
 
 def test_without_a_reader_nothing_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(metrics.STATS_FILE_VARIABLE, raising=False)
-    assert metrics.stats_path(0) is None
+    monkeypatch.delenv(STATS_FOLDER_VARIABLE, raising=False)
+    assert stats_path(0) is None
     stats = DrafterStats(None)
     stats.add("rounds", 1)
     assert stats.get("rounds") == 1

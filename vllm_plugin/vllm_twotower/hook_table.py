@@ -75,6 +75,7 @@ def fields(module: str, owner: str, names: str, need: Need) -> tuple[Hook, ...]:
 ROUTING = Need("routing TwoTower checkpoints to the drafter", "routing")
 ALIAS = Need("the command-line option --speculative-model", "routing", required=False)
 MORE_PARAMETERS = Need("requests with min_p or logit_bias", "routing", required=False)
+SEVERAL_SERVERS = Need("the drafter's numbers on /metrics of several API servers", "routing", required=False)
 LOADING = Need("loading the drafter", "v1")
 STEP = Need("giving the drafter the requests of a step", "v1")
 LAST_TOKENS = Need("drafting up to the last tokens of the longest allowed sequence", "v1", required=False)
@@ -83,6 +84,7 @@ CPU_SAMPLING = Need("correct sampling on a CPU", "v1", cpu_only=True)
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
+SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
 SPECULATIVE = "vllm.config.speculative"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
 INPUT_BATCH = "vllm.v1.worker.gpu_input_batch"
@@ -106,11 +108,13 @@ HOOKS: tuple[Hook, ...] = (
     ),
     function(ARG_UTILS, "EngineArgs.add_cli_args", ALIAS, "parser"),
     Hook(SPECULATIVE, "SpeculativeConfig.method", Kind.CHOICE, ROUTING, ("custom_class",)),
+    *fields(ARG_UTILS, "EngineArgs", "_api_process_count _api_process_rank", SEVERAL_SERVERS),
     function(SAMPLING_PARAMS, "SamplingParams._validate_spec_decode", MORE_PARAMETERS, "speculative_config"),
     function(CUSTOM_CLASS, "create_custom_proposer", LOADING, "vllm_config"),
     Hook(RUNNER, "create_custom_proposer", Kind.NAME, LOADING),
     function(RUNNER, "GPUModelRunner.execute_model", STEP, "scheduler_output"),
     *fields(RUNNER, "GPUModelRunner", "vllm_config max_model_len requests input_batch", STEP),
+    *fields(SCHEDULER_OUTPUT, "SchedulerOutput", "finished_req_ids", STEP),
     *fields(RUNNER, "GPUModelRunner", "effective_drafter_max_model_len", LAST_TOKENS),
     function(RUNNER, "GPUModelRunner._sample", VERIFYING, "logits spec_decode_metadata"),
     Hook(RUNNER, "RejectionSampler", Kind.NAME, VERIFYING),

@@ -1,18 +1,16 @@
 """Numbers of the drafter, from the worker that drafts to `/metrics` and to vLLM's log.
 
 The worker writes them into a small memory-mapped file, so that a round costs no message and nothing is lost when
-traffic stops; the process that serves `/metrics` reads it when it is asked. The file is named in the environment, which
-vLLM's processes inherit: in vLLM's configuration it would change the key of its compilation cache with every start.
+traffic stops; the processes that serve `/metrics` read the files of all engines when they are asked.
 """
 
 from __future__ import annotations
 
-import atexit
-import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import wraps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twotower_spec.drafting.metrics import CALIBRATION_BINS, bins_of
-
-STATS_FILE_VARIABLE = "TWOTOWER_STATS_FILE"
+from vllm_twotower.compat import wrap_once
+from vllm_twotower.stats_folder import STATS_FOLDER_VARIABLE, StatsFolder, end_with_server, inherited, stats_files
 
 PHASES = ("extend", "denoise", "host")
 FALLBACKS = (
@@ -91,7 +89,7 @@ class DrafterStats:
         """Begins at 0; without a path that can be written no other process can read the numbers."""
         self._values: Any = np.zeros(len(_PLACES))
         if path is not None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_PLACES),))
 
     def add(self, name: str, amount: float, label: str = "") -> None:
@@ -129,29 +127,43 @@ class DrafterStats:
         return kept
 
 
-def stats_path(engine: int) -> Path | None:
-    """Where the worker of a data-parallel rank writes; None if nobody reads."""
-    base = os.environ.get(STATS_FILE_VARIABLE)
-    return Path(f"{base}.{engine}") if base else None
+def publish(starts_engines: bool) -> None:
+    """Lets `/metrics` of this process show drafters.
 
-
-def publish() -> None:
-    """Lets `/metrics` of this process show the drafters of engines that it will start.
-
-    Processes started from here inherit the name of the file. Called again it begins a new file.
+    Args:
+        starts_engines: the drafters are those of engines that this process will start, for which it makes a folder;
+            otherwise those of the server that has started this process, one of several that answer for it.
     """
     try:
         from prometheus_client import REGISTRY
+        from prometheus_client.multiprocess import MultiProcessCollector
     except ImportError:
         return
-    handle, name = tempfile.mkstemp(prefix="twotower-stats-")
-    os.close(handle)
-    os.environ[STATS_FILE_VARIABLE] = name
+    if starts_engines:
+        # Without a folder for temporary files there are no numbers, and no reason not to serve.
+        with suppress(OSError):
+            os.environ[STATS_FOLDER_VARIABLE] = str(StatsFolder().path)
+    else:
+        end_with_server()
     if _Collector.instance is None:
         _Collector.instance = _Collector()
         REGISTRY.register(_Collector.instance)
-        atexit.register(_Collector.instance.remove_files)
-    _Collector.instance.bases.append(Path(name))
+        wrap_once(MultiProcessCollector, "collect", _with_drafters)
+    folder = inherited()
+    if folder is not None:
+        _Collector.instance.folders.append(folder)
+
+
+def _with_drafters(stock: Any) -> Any:
+    """With several API servers `/metrics` asks registries made for it, which hold nothing but vLLM's own files."""
+
+    @wraps(stock)
+    def collect(self: Any) -> Iterator[Any]:
+        yield from stock(self)
+        if _Collector.instance is not None:
+            yield from _Collector.instance.collect()
+
+    return collect
 
 
 def read_totals() -> Callable[[], NDArray[np.float64]]:
@@ -160,7 +172,7 @@ def read_totals() -> Callable[[], NDArray[np.float64]]:
     A call of it costs microseconds: the files stay open.
     """
     files = _Collector.instance.files() if _Collector.instance else ()
-    values = [np.memmap(path, dtype=np.float64, mode="r", shape=(len(_PLACES),)) for path in files]
+    values = [np.memmap(path, dtype=np.float64, mode="r", shape=(len(_PLACES),)) for _, path in files]
     return lambda: sum(values, np.zeros(len(_PLACES)))
 
 
@@ -181,7 +193,7 @@ class _Collector:
     instance: _Collector | None = None
 
     def __init__(self) -> None:
-        self.bases: list[Path] = []
+        self.folders: list[Path] = []
 
     def describe(self) -> list[Any]:
         """Announces nothing to Prometheus: no number is known before an engine runs."""
@@ -204,26 +216,19 @@ class _Collector:
                     family.add_metric(place, float(values[_PLACES[series.name, value]]))
             yield family
 
-    def remove_files(self) -> None:
-        """Cleans up at the end of the process."""
-        for base in self.bases:
-            for path in (base, *base.parent.glob(f"{base.name}.*")):
-                path.unlink(missing_ok=True)
-
-    def files(self) -> Iterator[Path]:
-        """Yields the files of all drafters."""
-        for base in self.bases:
-            # A file is empty for a moment when it is made.
-            yield from (path for path in sorted(base.parent.glob(f"{base.name}.*")) if path.stat().st_size)
+    def files(self) -> Iterator[tuple[str, Path]]:
+        """Yields data-parallel rank and file of every drafter."""
+        for folder in self.folders:
+            yield from stats_files(folder)
 
     def _engines(self) -> Iterator[tuple[str, Any]]:
-        for path in self.files():
+        for engine, path in self.files():
             try:
                 values = np.fromfile(path, dtype=np.float64)
             except OSError:  # an engine that has just ended
                 continue
             if len(values) == len(_PLACES):
-                yield path.name.rpartition(".")[2], values
+                yield engine, values
 
 
 def log_line(now: DrafterStats, before: DrafterStats) -> str | None:

@@ -133,7 +133,9 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = given
     engine_args.additional_config = {**additional, KNOBS: given_knobs, FOUND: asdict(found)}
-    metrics.publish()
+    # Of several API servers each reads the arguments again; the engines are started by the process above them.
+    is_api_server = getattr(engine_args, "_api_process_count", 1) > 1 and engine_args._api_process_rank >= 0
+    metrics.publish(starts_engines=not is_api_server)
 
 
 def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:

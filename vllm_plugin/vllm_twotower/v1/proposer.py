@@ -20,8 +20,9 @@ from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import DrafterKnobs
 from vllm_twotower.faults import FaultHandler
 from vllm_twotower.loading import load_session
-from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line, stats_path
+from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line
 from vllm_twotower.requirements import configuration_of
+from vllm_twotower.stats_folder import end_with_server, stats_path
 from vllm_twotower.v1 import hooks
 from vllm_twotower.v1.requests import gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
@@ -93,6 +94,7 @@ class TwoTowerProposer:
         if get_tensor_model_parallel_rank() != 0:
             return
         self.stats = DrafterStats(stats_path(self._engine))
+        end_with_server()
         if self.knobs.policy == "off":
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
