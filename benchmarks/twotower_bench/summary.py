@@ -382,29 +382,10 @@ def over_categories(cells: Sequence[ServingCell]) -> list[ServingCell]:
     ]
 
 
-def in_order_of_tables(systems: Iterable[System]) -> list[System]:
-    """Sorts different systems: no speculation, the same again, rivals, TwoTower; else as they come.
-
-    Measurements come in an order that is drawn.
-    """
-
-    def rank(system: System) -> tuple[bool, bool, bool]:
-        return system.name != BASELINE, system.name != BASELINE_AGAIN, system.is_two_tower
-
-    return sorted({system.name: system for system in systems}.values(), key=rank)
-
-
 def repeats_of(measured: Sequence[Measured], system: str, place: Load | Traffic) -> list[Measured]:
     """Finds the repeats of one system in one place, in order."""
     found = (one for one in measured if one.system.name == system and one.place == place)
     return sorted(found, key=lambda one: one.repeat)
-
-
-def num_different(measured: Sequence[Measured], baseline: Measured) -> int:
-    """Counts prompts whose text is another than in the baseline, in any repeat; failed requests are none."""
-    expected = baseline.answers
-    pairs = ((prompt, text, expected.get(prompt)) for one in measured for prompt, text in one.answers.items())
-    return len({prompt for prompt, text, other in pairs if text is not None and other is not None and text != other})
 
 
 def highest_within_bound(summaries: Sequence[ServerSummary], system: str, *, is_closed: bool) -> Traffic | None:
@@ -418,8 +399,15 @@ def highest_within_bound(summaries: Sequence[ServerSummary], system: str, *, is_
 
 
 def _in_places(measured: Sequence[Measured]) -> list[list[Measured]]:
-    """Repeats of every system in every place: places as they come first, systems in the order of tables."""
-    systems = in_order_of_tables(one.system for one in measured)
+    """Repeats of every system in every place: places as they come first, systems in the order of tables.
+
+    That is no speculation, the same again, rivals, TwoTower; they were measured in an order that was drawn.
+    """
+
+    def rank(system: System) -> tuple[bool, bool, bool]:
+        return system.name != BASELINE, system.name != BASELINE_AGAIN, system.is_two_tower
+
+    systems = sorted({one.system.name: one.system for one in measured}.values(), key=rank)
     places = dict.fromkeys(one.place for one in measured)
     groups = [repeats_of(measured, system.name, place) for place in places for system in systems]
     return [group for group in groups if group]
@@ -434,14 +422,16 @@ def _beside_baseline(measured: Sequence[Measured], own: Sequence[Measured]) -> d
     # A server with fewer requests to answer has less to do.
     if any(None in one.answers.values() for one in (*own, *plain, *again)):
         speeds = {}
-    is_baseline = system.name == BASELINE
+    expected = plain[0].answers if plain else {}
+    answers = [(prompt, text, expected.get(prompt)) for one in own for prompt, text in one.answers.items()]
+    different = {prompt for prompt, text, other in answers if None not in (text, other) and text != other}
     return {
         "system": system,
         "num_repeats": len(own),
         "tokens_per_s": median_and_spread([one.tokens_per_s for one in own]),
         "speed_up": ratio_of_same_repeats(speeds, plain_speeds),
-        "comparison": None if is_baseline else compare_same_repeats(plain_speeds, speeds, again_speeds),
-        "num_different": num_different(own, plain[0]) if plain and not own[0].temperature else None,
+        "comparison": None if system.name == BASELINE else compare_same_repeats(plain_speeds, speeds, again_speeds),
+        "num_different": len(different) if plain and not own[0].temperature else None,
     }
 
 

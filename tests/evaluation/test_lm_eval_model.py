@@ -17,7 +17,7 @@ from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import likelihood
 from twotower_spec.evaluation.likelihood import Likelihood, log_likelihoods
-from twotower_spec.evaluation.lm_eval_model import Loaded, TwoTowerTasks, check_task, register, score_task
+from twotower_spec.evaluation.lm_eval_model import Loaded, Task, TwoTowerTasks, register
 from twotower_spec.generation import Mode, ModeOptions
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.state import ContextState
@@ -198,7 +198,7 @@ def test_text_that_leaves_no_room_for_a_prompt_is_refused(loaded: Loaded) -> Non
 def test_missing_package_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("twotower_spec.extras.find_spec", lambda _: None)
     with pytest.raises(ArgumentError, match=r"twotower-spec\[eval\]"):
-        check_task("gsm8k", None)
+        Task("gsm8k").check()
 
 
 @needs_lm_eval
@@ -232,7 +232,7 @@ def test_empty_context_is_the_token_that_begins_documents(loaded: Loaded) -> Non
 @pytest.mark.slow
 def test_local_task_scores_ar_and_self_speculation_alike_and_choices_in_every_mode(loaded: Loaded) -> None:
     ar, diffusion, exact = (
-        score_task(loaded, setting, "trio_arithmetic", LOCAL_TASK, batch_size=5)
+        Task("trio_arithmetic", LOCAL_TASK).score(loaded, setting, batch_size=5)
         for setting in (
             ModeOptions(Mode.AR),
             ModeOptions(Mode.MASK_DIFFUSION, 8, 4),
@@ -243,7 +243,7 @@ def test_local_task_scores_ar_and_self_speculation_alike_and_choices_in_every_mo
     assert ar.value > 0.6
     assert exact.value == ar.value
     assert 0 < diffusion.value <= ar.value
-    choices = [score_task(loaded, ModeOptions(mode), "trio_arithmetic_choice", LOCAL_TASK, limit=7) for mode in Mode]
+    choices = [Task("trio_arithmetic_choice", LOCAL_TASK, limit=7).score(loaded, ModeOptions(mode)) for mode in Mode]
     assert {one.value for one in choices} == {choices[0].value}
     assert choices[0].value > 0.8
 
@@ -269,7 +269,7 @@ def test_command_hands_everything_to_the_harness(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_unknown_task_is_refused_with_its_name() -> None:
     with pytest.raises(ArgumentError, match="no-such-task"):
-        check_task("no-such-task", LOCAL_TASK)
+        Task("no-such-task", LOCAL_TASK).check()
 
 
 def python_path() -> list[str]:

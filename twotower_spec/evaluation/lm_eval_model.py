@@ -349,63 +349,64 @@ class TaskScore:
     num_documents: int
 
 
-def check_task(task: str, include_path: Path | None) -> None:
-    """Refuses a task that lm-eval does not know.
+@dataclass(frozen=True)
+class Task:
+    """A task of lm-eval, and how it is run; methods raise an `ArgumentError` where lm-eval is not installed.
 
-    Raises:
-        ArgumentError: with its name, or lm-eval is not installed.
-    """
-    require_extra("eval", "lm_eval")
-    if include_path is not None and not include_path.is_dir():
-        raise ArgumentError(f"the folder of tasks {include_path} is not there; give a folder with a YAML file")
-    if task not in _task_manager(include_path).all_tasks:
-        raise ArgumentError(f"lm-eval has no task {task!r}; see `lm-eval ls tasks`, or name the folder of your own")
-
-
-def score_task(
-    loaded: Loaded,
-    setting: ModeOptions,
-    task: str,
-    include_path: Path | None = None,
-    num_fewshot: int | None = None,
-    limit: int | None = None,
-    batch_size: int = 1,
-) -> TaskScore:
-    """Evaluates one setting on one task of lm-eval.
-
-    Args:
-        loaded: model and tokenizer.
-        setting: how text is generated.
-        task: name of a task.
+    Attributes:
+        name: that lm-eval knows it by.
         include_path: folder with tasks of your own.
         num_fewshot: solved examples in the prompt; None for the task's own number.
         limit: most documents; None for all.
-        batch_size: requests generated together.
-
-    Raises:
-        ArgumentError: lm-eval is not installed.
     """
-    model_class = register()
-    from lm_eval import simple_evaluate
 
-    model = model_class(
-        pretrained=loaded,
-        mode=setting.mode,
-        gamma=setting.confidence_threshold,
-        steps=setting.steps_per_block,
-        block_size=setting.block_size,
-        batch_size=batch_size,
-    )
-    results = simple_evaluate(
-        model=model,
-        tasks=[task],
-        task_manager=_task_manager(include_path),
-        num_fewshot=num_fewshot,
-        limit=limit,
-        bootstrap_iters=100,  # for the few metrics whose error has no formula
-        log_samples=False,
-    )
-    return _first_metric(task, results)
+    name: str
+    include_path: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+
+    def check(self) -> None:
+        """Refuses a task that lm-eval does not know, and numbers that are not allowed."""
+        for name, value, minimum in (("--num-fewshot", self.num_fewshot, 0), ("--limit", self.limit, 1)):
+            if value is not None:
+                check_integer(name, value, minimum=minimum)
+        require_extra("eval", "lm_eval")
+        folder = self.include_path
+        if folder is not None and not folder.is_dir():
+            raise ArgumentError(f"the folder of tasks {folder} is not there; give a folder with a YAML file")
+        if self.name not in _task_manager(folder).all_tasks:
+            raise ArgumentError(
+                f"lm-eval has no task {self.name!r}; see `lm-eval ls tasks`, or name the folder of your own"
+            )
+
+    def score(self, loaded: Loaded, setting: ModeOptions, batch_size: int = 1) -> TaskScore:
+        """Evaluates one setting, with so many requests generated together."""
+        model_class = register()
+        from lm_eval import simple_evaluate
+
+        model = model_class(
+            pretrained=loaded,
+            mode=setting.mode,
+            gamma=setting.confidence_threshold,
+            steps=setting.steps_per_block,
+            block_size=setting.block_size,
+            batch_size=batch_size,
+        )
+        results = simple_evaluate(
+            model=model,
+            tasks=[self.name],
+            task_manager=_task_manager(self.include_path),
+            num_fewshot=self.num_fewshot,
+            limit=self.limit,
+            bootstrap_iters=100,  # for the few metrics whose error has no formula
+            log_samples=False,
+        )
+        return _first_metric(self.name, results)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON that is equal where scores are comparable."""
+        path = str(self.include_path.resolve()) if self.include_path else None
+        return {**asdict(self), "include_path": path}
 
 
 @cache

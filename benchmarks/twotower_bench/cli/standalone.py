@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Generator, Hashable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,7 +21,7 @@ from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.datasets import load_prompts
-from twotower_spec.evaluation.lm_eval_model import Loaded, TaskScore, check_task, score_task
+from twotower_spec.evaluation.lm_eval_model import Loaded, Task
 from twotower_spec.evaluation.standalone import Cell, Score, measure, sweep, warm_up
 from twotower_spec.extras import require_extra
 from twotower_spec.generation.batch import parse_eos, parse_prompts
@@ -71,7 +70,11 @@ def standalone(
     as_dtype(dtype)
     usable_device(context_device)
     usable_device(denoiser_device or context_device)
-    wanted_task = _task(task, include_path, num_fewshot, limit)
+    if task is None and (include_path, num_fewshot, limit) != (None, None, None):
+        raise ArgumentError("--include-path, --num-fewshot and --limit are about a task; name one with --task")
+    wanted = Task(task, include_path, num_fewshot, limit) if task else None
+    if wanted:
+        wanted.check()
     texts = load_prompts(dataset, limit=prompts)
     directory = resolve_checkpoint(model or trio_path("twotower"), revision)
     config = TwoTowerConfig.from_pretrained(directory)
@@ -104,14 +107,14 @@ def standalone(
     with file.opened(json_file, overwrite):
         slots = in_order(settings, [None], repeat)
         cells = complete(file, slots, lambda slot: (slot.subject, slot.repeat), measured)
-        for setting in settings if wanted_task else ():
-            assert wanted_task is not None
-            key = setting, json.dumps(wanted_task.to_json())
+        for setting in settings if wanted else ():
+            assert wanted is not None
+            key = setting, json.dumps(wanted.to_json())
             if key not in file.found:
                 # lm-eval has bars of its own.
-                print(f"{wanted_task.name}: {setting.label}", file=sys.stderr)
-                score = wanted_task.score(Loaded(towers(), tokenizer), setting, batch_size)
-                file.keep(Score(setting, score, wanted_task.to_json()))
+                print(f"{wanted.name}: {setting.label}", file=sys.stderr)
+                score = wanted.score(Loaded(towers(), tokenizer), setting, batch_size)
+                file.keep(Score(setting, score, wanted.to_json()))
             found = file.found[key]
             assert isinstance(found, Score)
             scores.append(found)
@@ -128,39 +131,6 @@ def standalone(
     )
 
 
-@dataclass(frozen=True)
-class WantedTask:
-    """A task of lm-eval, and how it is run."""
-
-    name: str
-    include_path: Path | None
-    num_fewshot: int | None
-    limit: int | None
-
-    def score(self, loaded: Loaded, setting: ModeOptions, batch_size: int) -> TaskScore:
-        """Evaluates a setting."""
-        options = (self.include_path, self.num_fewshot, self.limit)
-        return score_task(loaded, setting, self.name, *options, batch_size=batch_size)
-
-    def to_json(self) -> dict[str, Any]:
-        """JSON that is equal where scores are comparable."""
-        path = str(self.include_path.resolve()) if self.include_path else None
-        return {**asdict(self), "include_path": path}
-
-
 def _key(item: Cell | Score) -> Hashable:
     """A file goes on with more settings, repeats or another task."""
     return item.setting, item.repeat if isinstance(item, Cell) else json.dumps(item.task)
-
-
-def _task(name: str | None, include_path: Path | None, num_fewshot: int | None, limit: int | None) -> WantedTask | None:
-    if name is None:
-        if (include_path, num_fewshot, limit) != (None, None, None):
-            raise ArgumentError("--include-path, --num-fewshot and --limit are about a task; name one with --task")
-        return None
-    if num_fewshot is not None:
-        check_integer("--num-fewshot", num_fewshot, minimum=0)
-    if limit is not None:
-        check_integer("--limit", limit, minimum=1)
-    check_task(name, include_path)
-    return WantedTask(name, include_path, num_fewshot, limit)
