@@ -25,6 +25,7 @@ MAMBA, ATTENTION, MOE, MLP = "M", "*", "E", "-"
 LAYER_LETTERS = {MAMBA: "Mamba-2", ATTENTION: "attention", MOE: "mixture of experts", MLP: "dense MLP"}
 STATELESS_LAYERS = (MOE, MLP)
 
+DTYPE_FIELDS = ("torch_dtype", "dtype")
 TORCH_DTYPES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -106,7 +107,7 @@ class TwoTowerConfig:
     max_position_embeddings: int = 262144
     """Longest context the model was trained for; there is no positional encoding, so nothing depends on it."""
     torch_dtype: str | None = None
-    """Dtype the checkpoint was saved in (also spelled `dtype`)."""
+    """Dtype the checkpoint was saved in (also spelled `dtype`, or with `torch.`); None, like `auto`, if not said."""
     unknown_fields: Mapping[str, Any] = field(default_factory=dict, repr=False)
     """Every other field of config.json, untouched."""
 
@@ -139,12 +140,15 @@ class TwoTowerConfig:
         """
         _check_architecture(raw)
         _check_unsupported(raw)
+        raw = {name: _dtype_name(value) if name in DTYPE_FIELDS else value for name, value in raw.items()}
         known = {f.name: f for f in fields(cls) if f.name != "unknown_fields"}
         values = {name: value for name, value in raw.items() if name in known}
         unknown = {name: value for name, value in raw.items() if name not in known}
         for name, alias in (("norm_eps", "layer_norm_epsilon"), ("torch_dtype", "dtype")):
             if alias in raw:
-                if name in raw and raw[name] != raw[alias]:
+                if raw[alias] is None:  # says nothing
+                    continue
+                if raw.get(name) is not None and raw[name] != raw[alias]:
                     raise ConfigError(
                         f"config.json contradicts itself: {name} is {raw[name]!r} but {alias} is {raw[alias]!r}; "
                         f"they name the same thing, keep one value"
@@ -167,7 +171,7 @@ class TwoTowerConfig:
         if content["mask_token_id"] == DEFAULT_MASK_TOKEN_ID:
             del content["mask_token_id"]
         if "dtype" in content:
-            del content["torch_dtype"]
+            content["dtype"] = content.pop("torch_dtype")
         content.setdefault("architectures", [ARCHITECTURE])
         content.setdefault("model_type", "nemotron_h")
         return dict(sorted(content.items()))
@@ -347,7 +351,7 @@ _ONLY_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (False,),
     "mlp_hidden_act": ("relu2",),
     "mamba_hidden_act": ("silu",),
-    "quantization_config": (None,),
+    "quantization_config": (None, {}),
 }
 
 
@@ -370,6 +374,12 @@ def _as_float(value: Any) -> float:
         return float(value)
     except (TypeError, ValueError):
         return math.nan
+
+
+def _dtype_name(value: Any) -> Any:
+    """The bare name of a dtype; `auto` names none."""
+    name = value.removeprefix("torch.") if isinstance(value, str) else value
+    return None if name == "auto" else name
 
 
 def _check_types(config: TwoTowerConfig) -> None:

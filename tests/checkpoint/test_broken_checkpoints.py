@@ -194,13 +194,34 @@ def test_directory_without_weights_is_refused(tmp_path: Path) -> None:
     assert "has neither model.safetensors nor model.safetensors.index.json" in refusal(directory)
 
 
-@pytest.mark.parametrize("dtype", [torch.int8, torch.int64, torch.float8_e4m3fn, torch.bool])
-def test_tensor_that_is_no_plain_float_is_refused(dtype: torch.dtype, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["T1", "T2"])
+def test_buffers_that_are_computed_anyway_are_harmless(name: str, tmp_path: Path) -> None:
+    directory = copy_checkpoint(name, tmp_path)
+    shard = directory / ("model.safetensors" if name == "T1" else FIRST)
+    buffer = "context_tower__layers__3__mixer__rotary_emb__inv_freq"
+    change_shard(shard, **{buffer: torch.zeros(8, dtype=torch.int64)})
+    if name == "T2":
+        write_index(directory, {**read_index(directory)["weight_map"], buffer.replace("__", "."): FIRST})
+    assert inspect_checkpoint(directory).problems == []
+    TwoTowerModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "meaning"),
+    [
+        (torch.int8, "I8, integers"),
+        (torch.int64, "I64, integers"),
+        (torch.float8_e4m3fn, "F8_E4M3, floats of quantised weights"),
+        (torch.bool, "BOOL, truth values"),
+    ],
+)
+def test_tensor_that_is_no_plain_float_is_refused_as_what_it_is(
+    dtype: torch.dtype, meaning: str, tmp_path: Path
+) -> None:
     directory = copy_checkpoint("T1", tmp_path)
     change_shard(directory / "model.safetensors", lm_head__weight=torch.zeros(256, 64).to(dtype))
     message = refusal(directory)
-    assert "lm_head.weight in model.safetensors has dtype" in message
-    assert "quantised weights are not supported" in message
+    assert f"lm_head.weight in model.safetensors has dtype {meaning}; allowed are F64" in message
 
 
 def test_path_that_is_a_file_is_refused(tmp_path: Path) -> None:

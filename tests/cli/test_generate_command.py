@@ -61,8 +61,7 @@ def test_json_rows_are_those_of_the_published_code(run: Any, name: str, index: i
     case = generation_cases(name)[index]
     args = ["generate", "--model", checkpoint(name), "--mode", MODES[case["mode"]], "--dtype", "float32", "--json"]
     args += ["--token-ids", ids(case["prompt"]), "--max-new-tokens", case["max_new_tokens"]]
-    if case["eos_token_id"] is not None:
-        args += ["--eos-token-id", case["eos_token_id"]]
+    args += ["--ignore-eos"] if case["eos_token_id"] is None else ["--eos-token-id", case["eos_token_id"]]
     if "block_size" in case:
         args += ["--block-size", case["block_size"], "--steps", case["steps_per_block"]]
         args += ["--gamma", case["confidence_threshold"]]

@@ -23,6 +23,9 @@ PARTS = {
     "denoiser": ("denoiser_tower.", "lm_head.", "t_embedder.", "t_block.", "scale_shift_tables."),
 }
 
+# Buffers of rotary embeddings, which old files hold though they are computed: nothing here reads them.
+_COMPUTED = (".inv_freq", ".cos_cached", ".sin_cached")
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 TOKENIZER_FILES = ("*token*.json", "vocab.*", "merges.txt", "*.model", "*.tiktoken")
 _ALL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
@@ -125,7 +128,7 @@ class CheckpointIndex(Mapping[str, StoredTensor]):
             return {}
         try:
             listed = read_json(path)["weight_map"]
-            shards = {str(name): str(shard) for name, shard in listed.items()}
+            shards = {str(name): str(shard) for name, shard in listed.items() if not name.endswith(_COMPUTED)}
             if not shards:
                 raise ValueError("weight_map is empty")
         except FileError as error:
@@ -159,12 +162,24 @@ def _read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
     try:
         with safe_open(shard, framework="pt") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                if name.endswith(_COMPUTED):
+                    continue
                 piece = opened.get_slice(name)
-                if piece.get_dtype() not in _DTYPES:
+                dtype = str(piece.get_dtype())
+                if dtype not in _DTYPES:
                     raise CheckpointError(
-                        f"{name} in {shard.name} has dtype {piece.get_dtype()}; allowed are {', '.join(_DTYPES)}, "
-                        f"quantised weights are not supported"
+                        f"{name} in {shard.name} has dtype {dtype}, {_meaning(dtype)}; allowed are "
+                        f"{', '.join(_DTYPES)}, use the checkpoint as it was published"
                     )
-                yield name, StoredTensor(shard, _DTYPES[piece.get_dtype()], tuple(piece.get_shape()))
+                yield name, StoredTensor(shard, _DTYPES[dtype], tuple(piece.get_shape()))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error
+
+
+def _meaning(dtype: str) -> str:
+    """Describes a dtype that no weights here have, by its safetensors name."""
+    if dtype.startswith(("I", "U")):
+        return "integers"
+    if dtype == "BOOL":
+        return "truth values"
+    return "floats of quantised weights" if dtype.startswith("F") else "numbers that are not read here"

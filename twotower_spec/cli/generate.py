@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
+from twotower_spec.checkpoint import end_token_ids, load_tokenizer, resolve_checkpoint
 from twotower_spec.cli.interrupts import Interrupts
 from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.cli.prompts import Prompt, encode, read_prompts
@@ -59,7 +59,7 @@ def generate(
     top_p: Annotated[float | None, typer.Option(help="Sample among tokens up to this probability.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sampling noise; prompt i uses seed + i.")] = 0,
     eos_token_id: Annotated[
-        list[int] | None, typer.Option(help="Ids that end a row. Default: the tokenizer's. Repeatable.")
+        list[int] | None, typer.Option(help="Ids that end a row. Default: the checkpoint's. Repeatable.")
     ] = None,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Run to --max-new-tokens.")] = False,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 1,
@@ -89,7 +89,8 @@ def generate(
     rows = parse_prompts([p.token_ids or [] for p in prompts], config.vocab_size)
     if mask_token_id is not None:
         config = config.replace(mask_token_id=mask_token_id)
-    eos = _eos(tokenizer, eos_token_id or [], ignore_eos, config.vocab_size)
+    ends = eos_token_id or end_token_ids(directory, tokenizer, config.vocab_size)
+    eos = [] if ignore_eos else sorted(parse_eos(ends, config.vocab_size))
     has_blocks = mode in BLOCK_DEFAULTS
     options = GenerationOptions(
         mode=mode,
@@ -174,15 +175,6 @@ def _print(records: list[dict[str, Any]], as_json: bool) -> None:
         # A file gets the text as it is.
         sys.stdout.write((printable(line, keep="\n\t") if sys.stdout.isatty() else line) + "\n")
         sys.stdout.flush()
-
-
-def _eos(tokenizer: PreTrainedTokenizerBase | None, given: list[int], ignore: bool, vocab_size: int) -> list[int]:
-    """Ids that end a row: those given, else the tokenizer's, else none (as the published script does)."""
-    if ignore:
-        return []
-    if not given and tokenizer is not None and tokenizer.eos_token_id is not None:
-        given = [tokenizer.eos_token_id]
-    return sorted(parse_eos(given, vocab_size))
 
 
 def _fingerprint(

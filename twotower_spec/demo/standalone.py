@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.checkpoint import end_token_ids, load_tokenizer
 from twotower_spec.demo.trio import HeldOutPrompt, held_out_prompts, trio_path
 from twotower_spec.generation import GenerationOptions, Mode
 from twotower_spec.model import TwoTowerModel
@@ -52,7 +52,7 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
     tokenizer = load_tokenizer(path)
     assert tokenizer is not None
     towers = TwoTowerModel.from_pretrained(path, dtype=torch.float32, progress=False)
-    eos = tokenizer.eos_token_id
+    eos = end_token_ids(path, tokenizer, towers.config.vocab_size)
     for prompt in prompts:
         ids = list(tokenizer(prompt.prompt)["input_ids"])
         for mode in Mode:
@@ -61,7 +61,7 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
             yield DemoText(
                 mode=mode.value,
                 prompt=prompt,
-                text=_until_end(tokens, tokenizer),
+                text=_until_end(tokens, tokenizer, eos),
                 num_tokens=len(tokens),
                 num_denoiser_passes=result.num_denoiser_passes[0],
                 num_context_passes=result.num_context_passes[0],
@@ -69,6 +69,6 @@ def run_modes(prompts: list[HeldOutPrompt], max_new_tokens: int) -> Iterator[Dem
             )
 
 
-def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
-    end = tokens.index(tokenizer.eos_token_id) if tokenizer.eos_token_id in tokens else len(tokens)
+def _until_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase, eos: list[int]) -> str:
+    end = next((i for i, token in enumerate(tokens) if token in eos), len(tokens))
     return str(tokenizer.decode(tokens[:end], skip_special_tokens=True))

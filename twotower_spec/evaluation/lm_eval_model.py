@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
+from twotower_spec.checkpoint import end_token_ids, load_tokenizer, resolve_checkpoint
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.likelihood import log_likelihoods
@@ -45,10 +45,17 @@ _KNOWN_GENERATION_ARGUMENTS = {"until", "do_sample", "temperature", "top_k", "to
 
 @dataclass(frozen=True)
 class Loaded:
-    """A model with its tokenizer, where both are in memory already."""
+    """A model with its tokenizer, where both are in memory already.
+
+    Attributes:
+        towers: the model.
+        tokenizer: its tokenizer, whose end token ends documents.
+        end_token_ids: ids that end texts, too.
+    """
 
     towers: TwoTowerModel
     tokenizer: PreTrainedTokenizerBase
+    end_token_ids: Sequence[int] = ()
 
 
 @dataclass(frozen=True)
@@ -139,13 +146,14 @@ class TwoTowerTasks:
         self.temperature, self.seed = temperature, seed
         if isinstance(pretrained, Loaded):
             self.towers, self.tokenizer = pretrained.towers, pretrained.tokenizer
+            self.end_token_ids = pretrained.end_token_ids
         else:
             as_dtype(dtype)
             as_dtype(denoiser_dtype)
             context_device = _usable(device)
             usable_device(denoiser_device or context_device)
             directory = resolve_checkpoint(str(pretrained), revision)
-            TwoTowerConfig.from_pretrained(directory)
+            config = TwoTowerConfig.from_pretrained(directory)
             tokenizer = load_tokenizer(directory)
             if tokenizer is None or tokenizer.eos_token_id is None:
                 raise ArgumentError(
@@ -153,6 +161,7 @@ class TwoTowerTasks:
                     f"tokenizer.json and tokenizer_config.json beside its weights"
                 )
             self.tokenizer, self.tokenizer_name = tokenizer, str(directory)
+            self.end_token_ids = end_token_ids(directory, tokenizer, config.vocab_size)
             self.towers = TwoTowerModel.from_pretrained(
                 directory,
                 towers="both" if MODES[self.setting.mode].needs_denoiser else "context",
@@ -294,7 +303,11 @@ class TwoTowerTasks:
         """Generates the texts of one batch, until every row has met its end."""
         # Stop strings that are special tokens are left out of decoded text, and so are met as ids.
         added = self.tokenizer.added_tokens_decoder.items()
-        ends = {self.eot_token_id, *(i for i, token in added if token.special and token.content in wanted.until)}
+        ends = {
+            self.eot_token_id,
+            *self.end_token_ids,
+            *(i for i, token in added if token.special and token.content in wanted.until),
+        }
         tokens: list[list[int]] = [[] for _ in prompts]
         texts = [""] * len(prompts)
         ended: set[int] = set()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.checkpoint import end_token_ids, load_tokenizer
 from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.errors import ArgumentError
@@ -105,6 +105,8 @@ class Trio:
             )
         self.tokenizer: PreTrainedTokenizerBase = tokenizer
         self.verifier = load_verifier(verifier or directory / "verifier", where)
+        vocab_size = int(self.verifier.config.get_text_config().vocab_size)
+        self.end_token_ids = end_token_ids(verifier or directory / "verifier", tokenizer, vocab_size)
         self.towers = TwoTowerModel.from_pretrained(
             directory / "twotower", dtype=torch.float32, context_device=where, progress=False
         )
@@ -223,7 +225,6 @@ def evaluate(
     Returns:
         `rows`; by category `repeated_4gram_fraction` of the greedy text, and `characters_per_token` of the prompts.
     """
-    eos = [int(trio.tokenizer.eos_token_id)]
     rows: list[EvaluationRow] = []
     repeated: dict[str, float] = {}
     density: dict[str, float] = {}
@@ -233,7 +234,7 @@ def evaluate(
             raise ArgumentError(f"category {category} has no prompt, or one without tokens; give text")
         density[category] = sum(map(len, texts_of_category)) / sum(map(len, encoded))
         for temperature in temperatures:
-            texts = write_texts(trio.verifier, encoded, max_new_tokens, temperature, eos)
+            texts = write_texts(trio.verifier, encoded, max_new_tokens, temperature, trio.end_token_ids)
             if temperature == 0:
                 repeated[category] = repeated_4gram_fraction(texts)
             for system in trio.systems():

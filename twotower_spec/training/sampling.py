@@ -10,6 +10,7 @@ import torch
 from rich.progress import track
 from transformers import DynamicCache
 
+from twotower_spec.checkpoint import end_token_ids
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.terminal import Terminal
 from twotower_spec.training.corpus import training_documents
@@ -91,13 +92,12 @@ def sample_continuations(workspace: Workspace, model: PreTrainedModel, config: S
 
     A share of them is greedy, the rest sampled at the configured temperature.
     """
-    tokenizer = workspace.tokenizer()
     prompts: list[list[int]] = []
     for source, count in workspace.sample_counts().items():
         prompts.extend(beginnings(workspace, source, count, config.prompt_tokens))
     # Rows of one batch have similar lengths; which ones are greedy does not depend on the length.
     greedy = [i % 100 < 100 * config.greedy for i in range(len(prompts))]
-    eos = [int(tokenizer.eos_token_id)]
+    eos = end_token_ids(workspace.verifier, workspace.tokenizer(), workspace.vocab_size())
     batches: list[tuple[list[int], Sampler]] = []
     for wanted, sampler in ((True, Sampler()), (False, Sampler(config.temperature))):
         rows = sorted((i for i in range(len(prompts)) if greedy[i] == wanted), key=lambda i: len(prompts[i]))

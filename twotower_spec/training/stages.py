@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from twotower_spec.checkpoint import save_checkpoint
+from twotower_spec.config import read_config
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.terminal import Terminal
@@ -136,6 +137,7 @@ def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = to
     from transformers import AutoModelForCausalLM
 
     try:
+        read_config(directory)  # within bounds, unlike what transformers does
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )

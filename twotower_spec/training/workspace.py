@@ -14,7 +14,7 @@ from typing import Any
 from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
-from twotower_spec.config import TwoTowerConfig
+from twotower_spec.config import TwoTowerConfig, read_config
 from twotower_spec.errors import ArgumentError
 from twotower_spec.files import write_atomically
 from twotower_spec.reading import STDIN, holds_json_lines, is_file, read_text
@@ -46,6 +46,8 @@ class Workspace:
         self.directory, self.recipe, self._verifier, self.texts = directory, recipe, verifier, list(texts)
         if verifier is not None and not is_file(verifier / "config.json"):
             raise ArgumentError(f"verifier {verifier} has no config.json; give the directory of a model")
+        if verifier is not None:
+            read_config(verifier)
         if verifier is None and recipe.verifier is None:
             raise ArgumentError("the recipe has no section [verifier]; add one, or give --verifier DIR")
         for path in self.texts:

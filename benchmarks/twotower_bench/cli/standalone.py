@@ -16,7 +16,7 @@ from twotower_bench.cli.options import numbers
 from twotower_bench.cli.tables import print_section
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.schedule import Say, Slot, complete, in_order
-from twotower_spec.checkpoint import load_tokenizer, resolve_checkpoint
+from twotower_spec.checkpoint import end_token_ids, load_tokenizer, resolve_checkpoint
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
@@ -24,7 +24,7 @@ from twotower_spec.evaluation.datasets import load_prompts
 from twotower_spec.evaluation.lm_eval_model import Loaded, Task
 from twotower_spec.evaluation.standalone import Cell, Score, measure, sweep, warm_up
 from twotower_spec.extras import require_extra
-from twotower_spec.generation.batch import parse_eos, parse_prompts
+from twotower_spec.generation.batch import parse_prompts
 from twotower_spec.generation.options import ModeOptions
 from twotower_spec.machine import describe_machine
 from twotower_spec.model import TwoTowerModel, as_dtype
@@ -84,7 +84,7 @@ def standalone(
             f"{directory} has no tokenizer, and prompts are text; put tokenizer.json beside its weights"
         )
     rows = parse_prompts([list(tokenizer(prompt.text)["input_ids"]) for prompt in texts], config.vocab_size)
-    eos = sorted(parse_eos(tokenizer.eos_token_id, config.vocab_size))
+    eos = end_token_ids(directory, tokenizer, config.vocab_size)
     content = [str(directory.resolve()), config.to_dict(), dtype, max_new_tokens, eos, rows]
     file = MeasurementFile[Cell | Score](content, {"cell": Cell, "score": Score}, _key, ["lm-eval"])
 
@@ -113,7 +113,7 @@ def standalone(
             if key not in file.found:
                 # lm-eval has bars of its own.
                 print(f"{wanted.name}: {setting.label}", file=sys.stderr)
-                score = wanted.score(Loaded(towers(), tokenizer), setting, batch_size)
+                score = wanted.score(Loaded(towers(), tokenizer, eos), setting, batch_size)
                 file.keep(Score(setting, score, wanted.to_json()))
             found = file.found[key]
             assert isinstance(found, Score)
