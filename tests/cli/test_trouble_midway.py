@@ -15,6 +15,7 @@ import pytest
 from tests.support.command_line import Command
 from tests.support.golden_files import checkpoint
 from twotower_spec.cli.interrupts import Interrupts
+from twotower_spec.demo import trio_path
 
 BASE = ["generate", "--model", checkpoint("T1"), "--mode", "ar", "--max-new-tokens", 5]
 
@@ -127,6 +128,43 @@ def test_broken_tokenizer_is_refused(file: str, content: str, command: Command, 
     (directory / file).write_text(content)
     result = command("generate", "--model", directory, "some text")
     assert_one_sentence(result, f"the tokenizer in {directory} cannot be read")
+
+
+HOSTILE_TOKENIZERS = {
+    "nested without end": ("tokenizer.json", "[" * 100_000, "tokenizer.json:1 is not JSON"),
+    "digits": ("tokenizer_config.json", '{"model_max_length": ' + "9" * 5000 + "}", "tokenizer_config.json:1 is not"),
+    "half a character": ("tokenizer_config.json", '{"eos_token": "\\ud800"}', "half of a surrogate pair"),
+    "a panic of Rust": (
+        "tokenizer.json",
+        {"normalizer": {"type": "Precompiled", "precompiled_charsmap": ""}},
+        "Precomp",
+    ),
+}
+
+
+@pytest.mark.parametrize(("file", "content", "reason"), HOSTILE_TOKENIZERS.values(), ids=HOSTILE_TOKENIZERS.keys())
+def test_hostile_tokenizer_is_refused_in_one_sentence(
+    file: str, content: str | dict[str, object], reason: str, command: Command, tmp_path: Path
+) -> None:
+    directory = Path(shutil.copytree(trio_path("twotower"), tmp_path / "T"))
+    if isinstance(content, dict):
+        content = json.dumps(json.loads((directory / file).read_text()) | content)
+    (directory / file).write_text(content)
+    result = command("generate", "--model", directory, "some text")
+    assert_one_sentence(result, f"the tokenizer in {directory} cannot be read")
+    assert reason in result[2]
+
+
+def test_text_that_the_tokenizer_does_not_take_is_refused_before_weights_are_read(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = Path(shutil.copytree(trio_path("twotower"), tmp_path / "T"))
+    words = {"type": "WordLevel", "vocab": {"known": 4}, "unk_token": "absent"}
+    tokenizer = json.loads((directory / "tokenizer.json").read_text())
+    (directory / "tokenizer.json").write_text(json.dumps({**tokenizer, "model": words}))
+    monkeypatch.setattr("twotower_spec.model.TwoTowerModel.from_pretrained", None)
+    result = command("generate", "--model", directory, "known", "unknown")
+    assert_one_sentence(result, "the tokenizer does not take prompt ")
 
 
 @pytest.mark.parametrize("seed", [str(1 << 63), "-" + str((1 << 63) + 1)])

@@ -1,8 +1,11 @@
 """The model `twotower` of lm-eval, on the trio; parts that need lm-eval itself are skipped without it."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +133,20 @@ def test_batch_has_the_texts_of_its_rows_in_the_order_of_the_requests(loaded: Lo
 def test_special_token_as_stop_string_ends_the_text_though_it_is_not_shown(loaded: Loaded) -> None:
     text = WithoutHarness(loaded, mode="ar").generate_until(requests(("", {"until": "<eos>", "max_gen_toks": 5})), True)
     assert "<eos>" not in text[0]
+
+
+def test_text_ends_at_the_end_tokens_of_the_checkpoint(loaded: Loaded, tmp_path: Path) -> None:
+    ids = loaded.tokenizer("Question: How")["input_ids"]
+    written = loaded.towers.generate_ar([ids], 24).token_ids[0]
+    end = written[6]
+    expected = loaded.tokenizer.decode(written[: written.index(end)], skip_special_tokens=True)
+    directory = Path(shutil.copytree(trio_path("twotower"), tmp_path / "T"))
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, end]}))
+    asked = requests(("Question: How", {"max_gen_toks": 24}))
+    of_files = WithoutHarness(directory, mode="ar", dtype="float32")
+    in_memory = WithoutHarness(replace(loaded, end_token_ids=[end]), mode="ar")
+    assert of_files.generate_until(asked, True) == in_memory.generate_until(asked, True) == [expected]
+    assert of_files.eot_token_id == 2
 
 
 def test_sampled_text_of_a_request_depends_on_its_seed_and_not_on_the_batch(loaded: Loaded) -> None:

@@ -1,13 +1,16 @@
-"""Loading of the tokenizer beside a checkpoint's weights."""
+"""The tokenizer beside a checkpoint's weights, and texts as its ids."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from twotower_spec.checkpoint.index import TOKENIZER_FILES, resolve_checkpoint
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import ArgumentError, FileError, TwoTowerError
+from twotower_spec.reading import check_text, is_file, read_json
 
 
 def find_tokenizer(
@@ -38,17 +41,68 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrain
         ArgumentError: its files cannot be read.
     """
     try:
-        if (directory / "tokenizer.json").is_file():
+        if is_file(directory / "tokenizer.json"):
             fast: PreTrainedTokenizerBase = PreTrainedTokenizerFast.from_pretrained(directory)
             return fast
-        if (directory / "tokenizer_config.json").is_file():
+        if is_file(directory / "tokenizer_config.json"):
             from transformers import AutoTokenizer  # brings all of transformers' models, which few checkpoints need
 
             tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
                 directory, trust_remote_code=trust_remote_code
             )
             return tokenizer
-    except Exception as error:  # tokenizers raises Exception itself; transformers whatever a malformed file leads to
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
-        raise ArgumentError(f"the tokenizer in {directory} cannot be read ({reason}); repair its files") from error
+    except BaseException as error:
+        if not _is_fault(error):
+            raise
+        raise ArgumentError(
+            f"the tokenizer in {directory} cannot be read ({_reason(directory, error)}); repair its files"
+        ) from error
     return None
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, texts: Iterable[str], what: str = "prompt", **options: Any
+) -> list[list[int]]:
+    """Token ids of texts.
+
+    Args:
+        tokenizer: any.
+        texts: to encode.
+        what: they are called in messages, with their number.
+        options: of the tokenizer's call.
+
+    Raises:
+        ArgumentError: the tokenizer does not take a text.
+    """
+    encoded = []
+    for number, text in enumerate(texts):
+        try:
+            encoded.append(list(tokenizer(check_text(text, f"{what} {number}"), **options)["input_ids"]))
+        except TwoTowerError:
+            raise
+        except BaseException as error:
+            if not _is_fault(error):
+                raise
+            raise ArgumentError(
+                f"the tokenizer does not take {what} {number} ({_first_line(error)}); write it otherwise"
+            ) from error
+    return encoded
+
+
+def _is_fault(error: BaseException) -> bool:
+    """Whether files or text are at fault: anything may be raised, by Rust even what is no `Exception`."""
+    return isinstance(error, Exception) or type(error).__name__ == "PanicException"
+
+
+def _reason(directory: Path, error: BaseException) -> str:
+    """The first file that is no JSON, with its line; else what was raised."""
+    for path in sorted(directory.glob("*token*.json")):
+        try:
+            read_json(path)
+        except FileError as reason:
+            return str(reason).partition("; ")[0]
+    return _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or repr(error)).splitlines()[0]

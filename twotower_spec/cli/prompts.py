@@ -9,6 +9,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from twotower_spec.checkpoint import encode_texts
 from twotower_spec.errors import ArgumentError, FileError
 from twotower_spec.reading import check_text, read_rows
 
@@ -55,16 +56,15 @@ def encode(prompts: list[Prompt], tokenizer: PreTrainedTokenizerBase | None) -> 
     """Adds token ids to prompts that have only text.
 
     Raises:
-        ArgumentError: a text without a tokenizer.
+        ArgumentError: a text without a tokenizer, or one that the tokenizer does not take.
     """
-    if tokenizer is None and any(prompt.token_ids is None for prompt in prompts):
+    texts = [prompt.text or "" for prompt in prompts if prompt.token_ids is None]
+    if not texts:
+        return prompts
+    if tokenizer is None:
         raise ArgumentError("the checkpoint has no tokenizer, so text cannot be encoded; give --token-ids 12,44,7")
-    return [
-        prompt
-        if prompt.token_ids is not None or tokenizer is None
-        else Prompt(prompt.text, list(tokenizer(prompt.text)["input_ids"]))
-        for prompt in prompts
-    ]
+    encoded = iter(encode_texts(tokenizer, texts))
+    return [Prompt(prompt.text, next(encoded)) if prompt.token_ids is None else prompt for prompt in prompts]
 
 
 def _parse_ids(ids: str) -> list[int]:

@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import end_token_ids, load_tokenizer, resolve_checkpoint
+from twotower_spec.checkpoint import encode_texts, end_token_ids, load_tokenizer, resolve_checkpoint
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.likelihood import log_likelihoods
@@ -201,8 +201,7 @@ class TwoTowerTasks:
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: object) -> list[int]:
         """Token ids, with special tokens where the tokenizer adds them by itself."""
         options = {} if add_special_tokens is None else {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer(string, **options)["input_ids"]
-        return ids
+        return encode_texts(self.tokenizer, [string], "text", **options)[0]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Texts up to the first stop string of each request, or the end of the document."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import end_token_ids, load_tokenizer
+from twotower_spec.checkpoint import encode_texts, end_token_ids, load_tokenizer
 from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.errors import ArgumentError
@@ -229,7 +229,7 @@ def evaluate(
     repeated: dict[str, float] = {}
     density: dict[str, float] = {}
     for category, texts_of_category in prompts.items():
-        encoded = [list(ids) for ids in trio.tokenizer(list(texts_of_category))["input_ids"]]
+        encoded = encode_texts(trio.tokenizer, texts_of_category)
         if not encoded or not all(encoded):
             raise ArgumentError(f"category {category} has no prompt, or one without tokens; give text")
         density[category] = sum(map(len, texts_of_category)) / sum(map(len, encoded))

@@ -10,7 +10,7 @@ from twotower_bench.cli.options import numbers
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.records import Traffic
 from twotower_bench.systems import TRIO_ARGUMENTS
-from twotower_spec.checkpoint import load_tokenizer
+from twotower_spec.checkpoint import encode_texts, load_tokenizer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 
@@ -77,7 +77,7 @@ def check_lengths(prompts: Sequence[str], max_new_tokens: int) -> None:
     """Refuses prompts that do not fit the bundled trio."""
     tokenizer = load_tokenizer(trio_path("verifier"))
     assert tokenizer is not None
-    longest = max(len(tokenizer(prompt)["input_ids"]) for prompt in prompts)
+    longest = max(map(len, encode_texts(tokenizer, prompts)))
     most = int(TRIO_ARGUMENTS["max_model_len"])
     if longest + max_new_tokens > most:
         raise ArgumentError(

@@ -16,7 +16,7 @@ from twotower_bench.cli.options import numbers
 from twotower_bench.cli.tables import print_section
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.schedule import Say, Slot, complete, in_order
-from twotower_spec.checkpoint import end_token_ids, load_tokenizer, resolve_checkpoint
+from twotower_spec.checkpoint import encode_texts, end_token_ids, load_tokenizer, resolve_checkpoint
 from twotower_spec.config import TwoTowerConfig, check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
@@ -83,7 +83,7 @@ def standalone(
         raise ArgumentError(
             f"{directory} has no tokenizer, and prompts are text; put tokenizer.json beside its weights"
         )
-    rows = parse_prompts([list(tokenizer(prompt.text)["input_ids"]) for prompt in texts], config.vocab_size)
+    rows = parse_prompts(encode_texts(tokenizer, [prompt.text for prompt in texts]), config.vocab_size)
     eos = end_token_ids(directory, tokenizer, config.vocab_size)
     content = [str(directory.resolve()), config.to_dict(), dtype, max_new_tokens, eos, rows]
     file = MeasurementFile[Cell | Score](content, {"cell": Cell, "score": Score}, _key, ["lm-eval"])
