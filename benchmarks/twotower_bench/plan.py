@@ -1,137 +1,28 @@
 """Speed-up of drafting with TwoTower under a load, from step times and acceptance lengths, and whether it pays.
 
-`ServingProfile` holds what was measured or assumed, `speed_up` is the formula, `CostModel` carries the doubt of its
-terms to the result, and `advise` says what the result means.
+`speed_up` is the formula, `CostModel` carries the doubt of its terms to the result, and `advise` says what the result
+means.
 """
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import Field
 
 from twotower_bench.drafter_size import DrafterSize
-from twotower_bench.records import DraftSetting, read_row
+from twotower_bench.records import DraftSetting
+from twotower_bench.serving_profile import AcceptanceLength, Number, ServingProfile, value_of
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import Estimate
-from twotower_spec.reading import read_json
 
 # Two runs of one engine differ by as much (docs/benchmarks.md, A/A noise): a speed-up within it is none.
 BAND = 0.02
 # Where a smaller share of drafts is accepted, that is named as the reason, else what costs most.
 FEW_ACCEPTED = 0.25
-
-Count = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass(frozen=True)
-class Measured(Estimate):
-    """A number above 0 with its 95 % interval, which of a few measurements is no more than their range."""
-
-    def __post_init__(self) -> None:
-        if not (self.value > 0 and self.low <= self.value <= self.high < math.inf):
-            raise ArgumentError(
-                f"value {self.value} with interval {self.low} to {self.high} is not allowed; give 0 < value and low <= "
-                f"value <= high"
-            )
-
-
-Number = Annotated[float, Field(gt=0, allow_inf_nan=False)] | Measured
-
-
-@dataclass(frozen=True)
-class VerifierStep:
-    """Time of a step of the whole batch, drafting left out, in which every request reads 1 + its drafts."""
-
-    batch_size: Count
-    num_tokens: Count
-    ms: Number
-
-
-@dataclass(frozen=True)
-class DraftingPhases:
-    """Times of drafting for the whole batch: context pass, one denoiser pass, and everything else per round."""
-
-    batch_size: Count
-    block_size: Count
-    extend_ms: Number
-    denoise_ms: Number
-    host_ms: NotNegative = 0.0
-
-
-@dataclass(frozen=True)
-class AcceptanceLength:
-    """Tokens that a round gains: accepted drafts + 1.
-
-    Attributes:
-        category: kind of prompts.
-        setting: how the blocks were drafted.
-        length: per round, from 1 to 1 + K.
-        temperature: of the verifier's text.
-        batch_size: that it holds for; None for all, as where blocks take one pass: fixed with one step.
-        num_draft_tokens: verified per round on average; None for K.
-        denoiser_passes: of the whole batch, per round on average; None for `steps_per_block`.
-        by_position: share of rounds that accepted the draft at each position, as in `DraftingSummary`; may be empty.
-
-    Raises:
-        ArgumentError: they contradict each other.
-    """
-
-    category: str
-    setting: DraftSetting
-    length: Number
-    temperature: float = 0.0
-    batch_size: int | None = None
-    num_draft_tokens: NotNegative | None = None
-    denoiser_passes: NotNegative | None = None
-    by_position: tuple[Share, ...] = ()
-
-    def __post_init__(self) -> None:
-        most, length, shares = self.setting.num_speculative_tokens, _value(self.length), self.by_position
-        if not 1 <= length <= 1 + most:
-            raise ArgumentError(
-                f"acceptance length {length:g} is not possible with K {most}; give a number from 1 to {1 + most}"
-            )
-        if shares and (len(shares) != most or list(shares) != sorted(shares, reverse=True)):
-            raise ArgumentError(
-                f"by_position {list(shares)} is not allowed; give one share for each of {most} drafts, none above the "
-                f"one before it"
-            )
-
-
-@dataclass(frozen=True)
-class ServingProfile:
-    """All that was measured on one machine, in one JSON file (docs/planning.md): `plan --profile` reads it."""
-
-    source: str
-    machine: Mapping[str, Any] = field(default_factory=dict)
-    versions: Mapping[str, Any] = field(default_factory=dict)
-    verifier_steps: tuple[VerifierStep, ...] = ()
-    drafting_phases: tuple[DraftingPhases, ...] = ()
-    acceptance_lengths: tuple[AcceptanceLength, ...] = ()
-    format: Literal[1] = 1
-
-    def save(self, path: Path) -> None:
-        """Writes it."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, path: Path) -> ServingProfile:
-        """Reads a file; unknown fields are ignored.
-
-        Raises:
-            ArgumentError: it cannot be read, or something is missing or out of range.
-        """
-        raw = read_json(path, "profile", "give a file that bench sweep --profile wrote")
-        return read_row(cls, raw, str(path), "a profile", "docs/planning.md has the fields")
 
 
 def speed_up(
@@ -352,14 +243,10 @@ def length_of_first(num_drafts: int, acceptance: AcceptanceLength, length: float
     if num_drafts != most and not (shares and 1 <= num_drafts < most):
         allowed = f"1 to {most}" if shares else f"{most}, as there is no acceptance by position for shorter drafts"
         raise ArgumentError(f"K {num_drafts} is outside what was measured; give {allowed}, or measure it")
-    gained = min(max(_value(acceptance.length) if length is None else length, 1.0), 1.0 + most) - 1
+    gained = min(max(value_of(acceptance.length) if length is None else length, 1.0), 1.0 + most) - 1
     # The length and the shares may be counted differently at the ends of texts, so only ratios of shares are used.
     of_first = 1.0 if num_drafts == most else sum(shares[:num_drafts]) / (sum(shares) or 1.0)
     return min(1 + gained * of_first, 1.0 + num_drafts)
-
-
-def _value(number: Number) -> float:
-    return number.value if isinstance(number, Estimate) else number
 
 
 @dataclass(frozen=True)

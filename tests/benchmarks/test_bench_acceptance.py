@@ -19,8 +19,8 @@ import pytest
 
 from twotower_bench.cli.acceptance import TABLES
 from twotower_bench.measurement_file import SystemsFile
-from twotower_bench.plan import ServingProfile
 from twotower_bench.records import Load, ServingCell, read_row
+from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.cli import main
 
 ROOT = Path(__file__).resolve().parents[2]

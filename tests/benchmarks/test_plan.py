@@ -9,19 +9,9 @@ from pathlib import Path
 import pytest
 
 from twotower_bench.drafter_size import PUBLISHED_SIZE, DrafterSize, weight_bytes_of_pass
-from twotower_bench.plan import (
-    AcceptanceLength,
-    CostModel,
-    DraftingPhases,
-    Measured,
-    Prediction,
-    ServingProfile,
-    VerifierStep,
-    advise,
-    length_of_first,
-    speed_up,
-)
+from twotower_bench.plan import CostModel, Prediction, advise, length_of_first, speed_up
 from twotower_bench.records import DraftSetting
+from twotower_bench.serving_profile import AcceptanceLength, DraftingPhases, Measured, ServingProfile, VerifierStep
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.command_line import Command
-from twotower_bench.plan import ServingProfile
+from twotower_bench.serving_profile import ServingProfile
 
 DATA = Path(__file__).parent / "data"
 PROFILE, SWEEP = DATA / "trio_in_vllm.json", DATA / "trio_sweep.json"

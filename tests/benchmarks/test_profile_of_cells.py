@@ -10,9 +10,9 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.support.serving_cells import AGAIN, NONE, Times, drafted, repeats, served_cell
-from twotower_bench.plan import CostModel, Measured, ServingProfile
-from twotower_bench.profile_of_cells import serving_profile
+from twotower_bench.plan import CostModel
 from twotower_bench.records import DraftSetting, ServingCell, System
+from twotower_bench.serving_profile import Measured, ServingProfile, serving_profile
 from twotower_spec.cli.app import build_app
 
 SHORT, LONG = DraftSetting(4, 4), DraftSetting(8, 8)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from twotower_bench.plan import AcceptanceLength, Measured, ServingProfile
 from twotower_bench.records import DraftSetting
+from twotower_bench.serving_profile import AcceptanceLength, Measured, ServingProfile
 from twotower_spec.errors import ArgumentError
 
 DATA = Path(__file__).parent / "data"

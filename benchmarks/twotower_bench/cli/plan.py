@@ -15,8 +15,9 @@ import typer
 from twotower_bench.cli.options import numbers
 from twotower_bench.cli.tables import print_table
 from twotower_bench.drafter_size import PUBLISHED_SIZE, DrafterSize
-from twotower_bench.plan import CostModel, Prediction, ServingProfile, advise
+from twotower_bench.plan import CostModel, Prediction, advise
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, read_row
+from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.config import TORCH_DTYPES, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 from twotower_spec.terminal import Terminal

@@ -18,10 +18,10 @@ from twotower_bench.engines import EnginePool, EngineSpec
 from twotower_bench.engines.measuring import ServingRun
 from twotower_bench.grid import draft_settings, knobs_of, system_of
 from twotower_bench.measurement_file import SystemsFile
-from twotower_bench.profile_of_cells import serving_profile
 from twotower_bench.recommendation import Goal, GoalName, recommend
 from twotower_bench.records import ALL_CATEGORIES, DraftSetting, Load, ServingCell
 from twotower_bench.schedule import Candidate, complete, engine_of, in_order, key_of_slot
+from twotower_bench.serving_profile import serving_profile
 from twotower_bench.systems import engine_spec
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation import load_prompts
