@@ -48,6 +48,7 @@ def outcome(given: dict[str, Any]) -> dict[str, Any]:
         "num_speculative_tokens": speculative.num_speculative_tokens,
         "knobs": config.additional_config.get("twotower"),
         "found": config.additional_config.get("twotower_found"),
+        "primitives": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"),
     }
 
 
@@ -233,6 +234,7 @@ def test_settings_of_other_drafters_are_named_in_the_log_and_dropped(tmp_path: P
     found = outcomes([{"speculative_config": given}], log_to=tmp_path / "log")
     assert found[0].get("num_speculative_tokens") == 4, found
     lines = [line for line in (tmp_path / "log").read_text().splitlines() if "mean nothing to this drafter" in line]
+    assert found[0]["primitives"] == "128"
     names = "max_model_len, enforce_eager, use_heterogeneous_vocab, draft_tensor_parallel_size, rejection_sample_method"
     assert len(lines) == 1 and f"TwoTower: {names} of the speculative settings" in lines[0]
 
@@ -241,6 +243,8 @@ def test_verifiers_that_cannot_be_served_are_refused() -> None:
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
     (piped,) = outcomes([{**given, "pipeline_parallel_size": 2, "distributed_executor_backend": "mp"}])
     assert "pipeline_parallel_size 2" in piped["error"]
+    (routed,) = outcomes([given], ONEDNN_PRIMITIVE_CACHE_CAPACITY="300")
+    assert routed["primitives"] == "300"  # what the user has chosen stays
     (scheduled,) = outcomes([{**given, "async_scheduling": True}])
     assert "--async-scheduling does not work with a TwoTower drafter" in scheduled["error"]
     (forced,) = outcomes([given], VLLM_USE_V2_MODEL_RUNNER="1")

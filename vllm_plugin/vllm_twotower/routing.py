@@ -22,6 +22,9 @@ PROPOSER = "vllm_twotower.TwoTowerProposer"
 PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
 
+# Read by oneDNN when a process computes for the first time; vLLM's processes inherit it.
+PRIMITIVE_CACHE_VARIABLE, MOST_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
+
 # Settings of vLLM that count with our drafter; those for vLLM's own sampler, which replaces ours for them, included.
 COUNTING_SETTINGS = {
     "method",
@@ -127,6 +130,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     num_speculative_tokens = given.get("num_speculative_tokens")
     found = check_requirements(knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config)
     _drop_settings_without_meaning(given)
+    _bound_primitive_cache()
     if num_speculative_tokens is None:
         num_speculative_tokens = min(found.block_size, MOST_DRAFT_TOKENS)
     given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
@@ -136,6 +140,17 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     # Of several API servers each reads the arguments again; the engines are started by the process above them.
     is_api_server = getattr(engine_args, "_api_process_count", 1) > 1 and engine_args._api_process_rank >= 0
     metrics.publish(starts_engines=not is_api_server)
+
+
+def _bound_primitive_cache() -> None:
+    """On a CPU, bounds what oneDNN keeps for every number of tokens that a step had, unless the user has chosen.
+
+    Drafts make these numbers many more: with oneDNN's own bound of 1024 an engine grows by hundreds of MiB.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu():
+        os.environ.setdefault(PRIMITIVE_CACHE_VARIABLE, MOST_PRIMITIVES)
 
 
 def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:

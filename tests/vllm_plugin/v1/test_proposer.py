@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import math
+from collections import Counter
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from tests.support.builders import random_ids, tiny_config, tiny_model
 from twotower_spec import TwoTowerModel
-from twotower_spec.drafting import DraftingSession, FixedPolicy
+from twotower_spec.drafting import AdaptivePolicy, DraftingSession, FixedPolicy
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import FOUND, KNOBS
@@ -167,3 +170,29 @@ def test_a_request_that_cannot_be_released_does_not_end_the_engine(monkeypatch: 
     step(proposer, 10, [5])
     monkeypatch.setattr(proposer.session.state, "release", lambda request_id: 1 / 0)
     proposer.begin_step(proposer._runner, SimpleNamespace(finished_req_ids={"a"}))
+
+
+def test_nothing_is_kept_of_requests_that_have_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    proposer.session.policy = AdaptivePolicy((4, 8), may_skip=False)
+    runner, numbers = proposer._runner, itertools.count()
+
+    def objects_after(num_requests: int) -> Counter[str]:
+        """Serves requests one after the other, some of them damaged; counts what exists then, by type."""
+        for number in itertools.islice(numbers, num_requests):
+            (old,), new = runner.input_batch.req_ids, f"request {number}"
+            runner.requests[new] = runner.requests.pop(old)
+            runner.input_batch.req_ids = [new]
+            proposer.begin_step(runner, SimpleNamespace(finished_req_ids={old}))
+            for length in (9, 10):
+                step(proposer, length, [5])
+                if number % 5 == 0:
+                    proposer.session.state.mamba.ssm.fill_(math.nan)
+        gc.collect()
+        return Counter(type(one).__name__ for one in gc.get_objects())
+
+    objects_after(1)  # counting for the first time makes a few
+    before = objects_after(20)
+    grown = objects_after(50) - before
+    assert grown.total() < 25, grown
+    assert len(proposer.session.request_ids) <= 1 and proposer.stats.get("denoiser_passes") > 50
