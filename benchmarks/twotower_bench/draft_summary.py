@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from twotower_bench.records import ALL_CATEGORIES, BASELINE, Load, ServingCell, System
+from twotower_bench.records import ALL_CATEGORIES, BASELINE, Load, ServingCell
 from twotower_bench.summary import (
-    Acceptance,
     CellSummary,
-    acceptance_of,
     merged_calibration,
     over_categories,
     plain_step_s,
     repeats_of,
+    summarise_cells,
 )
 from twotower_spec.drafting.metrics import CalibrationBin
 
@@ -21,67 +20,38 @@ from twotower_spec.drafting.metrics import CalibrationBin
 FEWEST_STEPS = 5
 
 
-@dataclass(frozen=True)
-class CategorySummary:
-    """Acceptance of a system's drafts on one category of prompts.
-
-    Attributes:
-        category: of the prompts; `ALL_CATEGORIES` for all together.
-        system: that drafted.
-        num_repeats: that it is of.
-        acceptance: over all of them.
-    """
-
-    category: str
-    system: System
-    num_repeats: int
-    acceptance: Acceptance
-
-    @property
-    def by_position(self) -> Sequence[float]:
-        """Share of the steps with drafts that accepted the draft at each position."""
-        return self.acceptance.by_position
-
-    @property
-    def well_known(self) -> Sequence[float]:
-        """Conditional acceptance by position, up to where too few steps drafted and had accepted all before."""
-        asked = self.acceptance.num_asked_by_position
-        num_known = sum(count >= FEWEST_STEPS * self.num_repeats for count in asked)
-        return self.acceptance.conditional_by_position[:num_known]
-
-    @property
-    def histogram(self) -> Sequence[float]:
-        """Share of the steps with drafts by number of accepted ones."""
-        counts = self.acceptance.histogram
-        return [count / sum(counts) for count in counts]
-
-
 def lightest_load(cells: Iterable[ServingCell]) -> Load:
     """The load with the lowest temperature, and of these the lowest concurrency."""
     return min((cell.load for cell in cells), key=_demand)
 
 
-def summarise_categories(cells: Sequence[ServingCell]) -> list[CategorySummary]:
+def summarise_categories(cells: Sequence[ServingCell]) -> list[CellSummary]:
     """Summarises the drafts of all systems that drafted, under the lightest load, by category.
 
-    All categories together come first, if there are several. Requests of loads that hold all are taken apart.
+    All categories together come first, if there are several. Requests of loads that hold all are taken apart: of their
+    summaries only the acceptance is that of a category.
 
     Args:
         cells: at least one.
     """
     lowest = _demand(lightest_load(cells))
     chosen = [cell for cell in cells if _demand(cell.load) == lowest]
-    whole = over_categories(cells) or [cell for cell in cells if cell.load.category == ALL_CATEGORIES]
+    whole = over_categories(chosen) or [cell for cell in chosen if cell.load.category == ALL_CATEGORIES]
     categories = list(dict.fromkeys(request.category for cell in chosen for request in cell.requests))
-    found = []
-    if len(categories) > 1:
-        found += _drafted([cell for cell in whole if _demand(cell.load) == lowest], ALL_CATEGORIES)
+    parts = list(whole) if len(categories) > 1 else []
     for category in categories:
-        parts = (
-            replace(cell, requests=tuple(one for one in cell.requests if one.category == category)) for cell in chosen
-        )
-        found += _drafted([part for part in parts if part.requests], category)
-    return found
+        for cell in chosen:
+            own = tuple(one for one in cell.requests if one.category == category)
+            if own:
+                parts.append(replace(cell, load=replace(cell.load, category=category), requests=own))
+    return [one for one in summarise_cells(parts) if one.acceptance.num_drafted_steps]
+
+
+def well_known(one: CellSummary) -> Sequence[float]:
+    """Conditional acceptance by position, up to where too few steps drafted and had accepted all before."""
+    asked = one.acceptance.num_asked_by_position
+    num_known = sum(count >= FEWEST_STEPS * one.num_repeats for count in asked)
+    return one.acceptance.conditional_by_position[:num_known]
 
 
 def calibration_by_system(summaries: Sequence[CellSummary], most: int) -> Mapping[str, Sequence[CalibrationBin]]:
@@ -103,17 +73,6 @@ def plain_step_under(cells: Sequence[ServingCell], load: Load) -> float | None:
         cell for cell in cells if cell.system.name == BASELINE and replace(cell.load, category=ALL_CATEGORIES) == load
     ]
     return plain_step_s(plain) if plain else None
-
-
-def _drafted(cells: Sequence[ServingCell], category: str) -> list[CategorySummary]:
-    """Summarises every system that drafted in these cells."""
-    found = []
-    for name, system in {cell.system.name: cell.system for cell in cells}.items():
-        own = [cell for cell in cells if cell.system.name == name]
-        acceptance = acceptance_of([request for cell in own for request in cell.requests])
-        if acceptance.num_drafted_steps:
-            found.append(CategorySummary(category, system, len({cell.repeat for cell in own}), acceptance))
-    return found
 
 
 def _demand(load: Load) -> tuple[float, int]:

@@ -75,7 +75,7 @@ def acceptance(
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
     console = Terminal()
-    from twotower_bench.report.acceptance import acceptance_section  # matplotlib
+    from twotower_bench.report.engines import acceptance_section  # matplotlib
     from twotower_bench.report.reading import Measurements
 
     print_section(console, acceptance_section(Measurements("", serving_cells=cells)), *TABLES)

@@ -103,8 +103,8 @@ def sweep(
         run = ServingRun(pool, texts, max_new_tokens, chat, NUM_WARM_UP)
         slots = in_order(candidates, loads, repeat, None if together else engine_of)
         cells = complete(record, slots, key_of_slot, run.measure)
-    from twotower_bench.report.reading import Measurements  # matplotlib
-    from twotower_bench.report.sweep import sweep_section
+    from twotower_bench.report.engines import sweep_section  # matplotlib
+    from twotower_bench.report.reading import Measurements
 
     console, section = Terminal(), sweep_section(Measurements("", serving_cells=cells))
     print_section(console, section, *TABLES)

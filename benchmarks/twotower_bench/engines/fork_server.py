@@ -13,53 +13,37 @@ import tempfile
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from twotower_bench.child_process import ChildError, ChildProcess, failure_with_log
+from twotower_bench.child_process import ChildError, failure_with_log
+from twotower_bench.connected_process import ConnectedProcess, own_end
 
 IMPORTED_FIRST = ("vllm.v1.worker.gpu_model_runner", "vllm_twotower.v1.proposer")
 
 
-@dataclass(frozen=True)
-class ForkOrder:
-    """A process that is asked for.
-
-    Attributes:
-        function: what it calls, as in `package.module:name`.
-        arguments: of the function.
-        folder: for its output and temporary files.
-        environment: all of its variables.
-        has_connection: whether a connection follows, which becomes the first argument.
-    """
+class ForkOrder(NamedTuple):
+    """A process that is asked for, see `ForkServer.fork`; the environment has all of its variables."""
 
     function: str
     arguments: tuple[Any, ...]
     folder: str
     environment: Mapping[str, str]
-    has_connection: bool
+    is_connected: bool
 
 
 class ForkServer:
     """Our end of the process that forks."""
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
-        """Starts to import vLLM and returns at once.
-
-        Args:
-            folder: for output and temporary files of imports.
-            environment: variables beside ours, for the imports.
-        """
-        self._connection, theirs = Pipe()
+        """Starts to import vLLM, with a folder and variables for the imports, and returns at once."""
+        self.process = ConnectedProcess("importing vLLM", __name__, folder, environment)
+        self._connection = self.process.connection
         self._pids, self._num_forks = list[int](), 0
-        with theirs:
-            command = [sys.executable, "-P", "-m", __name__, str(theirs.fileno())]
-            self.process = ChildProcess("importing vLLM", command, folder, environment, [theirs.fileno()])
 
     def fork(
         self,
@@ -68,31 +52,31 @@ class ForkServer:
         arguments: tuple[Any, ...],
         folder: Path,
         environment: Mapping[str, str],
-        connection: Connection | None = None,
+        *,
+        is_connected: bool = False,
     ) -> ForkedProcess:
         """Asks for a process and returns at once.
 
         Args:
             title: what errors call it.
-            function, arguments: what it calls.
+            function, arguments: what it calls, as in `package.module:name`.
             folder: for its output and temporary files, its own.
             environment: variables beside ours.
-            connection: first argument of the function.
+            is_connected: whether the first argument of the function is a connection to us.
         """
         variables = {**os.environ, **environment, "TMPDIR": str(folder)}
+        ours, theirs = Pipe() if is_connected else (None, None)
         with suppress(ConnectionError):  # it could not import vLLM, which whoever waits for the fork is told
-            self._connection.send(ForkOrder(function, arguments, str(folder), variables, connection is not None))
-            if connection is not None:
-                send_handle(self._connection, connection.fileno(), self.process.pid)
+            self._connection.send(ForkOrder(function, arguments, str(folder), variables, is_connected))
+            if theirs:
+                send_handle(self._connection, theirs.fileno(), self.process.pid)
+        if theirs:
+            theirs.close()
         self._num_forks += 1
-        return ForkedProcess(title, folder, self, self._num_forks - 1)
+        return ForkedProcess(title, folder, self, self._num_forks - 1, ours)
 
     def pid(self, number: int) -> int:
-        """Process id of a fork, counted from 0; waits until vLLM is imported.
-
-        Raises:
-            EOFError: vLLM could not be imported.
-        """
+        """Process id of a fork, counted from 0, when vLLM is imported; an `EOFError` where it cannot be."""
         while len(self._pids) < self._num_forks:
             self._pids.append(self._connection.recv())
         return self._pids[number]
@@ -114,8 +98,11 @@ class ForkServer:
 class ForkedProcess:
     """A fork with a group and a log of its own."""
 
-    def __init__(self, title: str, folder: Path, server: ForkServer, number: int) -> None:
+    def __init__(
+        self, title: str, folder: Path, server: ForkServer, number: int, connection: Connection | None
+    ) -> None:
         self.title, self._log, self._server, self._number = title, folder / "log", server, number
+        self.connection = connection
 
     def failure(self, what: str) -> ChildError:
         """An error with the last lines of its log, or of the imports where there is none."""
@@ -148,20 +135,15 @@ def serve(connection: Connection) -> None:
             _, status = os.waitpid(order, 0)
             connection.send(os.waitstatus_to_exitcode(status))
             continue
-        descriptors = [recv_handle(connection)] if order.has_connection else []
+        descriptors = [recv_handle(connection)] if order.is_connected else []
         sys.stdout.flush()
         child = os.fork()
         if child == 0:
             connection.close()
-            _run(order, [_own_connection(one) for one in descriptors])
+            _run(order, [own_end(one) for one in descriptors])
         for descriptor in descriptors:
             os.close(descriptor)
         connection.send(child)
-
-
-def _own_connection(descriptor: int) -> Connection:
-    os.set_inheritable(descriptor, False)  # whoever holds the other end must see it close when this process ends
-    return Connection(descriptor)
 
 
 def _run(order: ForkOrder, connections: list[Connection]) -> None:
@@ -187,4 +169,4 @@ def _run(order: ForkOrder, connections: list[Connection]) -> None:
 
 
 if __name__ == "__main__":
-    serve(_own_connection(int(sys.argv[1])))
+    serve(own_end(int(sys.argv[1])))

@@ -32,7 +32,7 @@ class EngineSpec:
 
 
 class EnginePool:
-    """Engines by name."""
+    """Engines by name; one that cannot be loaded raises a `ChildError`."""
 
     def __init__(
         self,
@@ -81,9 +81,6 @@ class EnginePool:
         """Waits until engines are loaded, so that none loads while another is measured.
 
         Nothing where one is held at a time.
-
-        Raises:
-            ChildError: one cannot be loaded.
         """
         if not self.together:
             return
@@ -95,11 +92,7 @@ class EnginePool:
             self._engines[name].wait_until_ready()
 
     def use(self, name: str) -> EngineProcess:
-        """An engine that is loaded.
-
-        Raises:
-            ChildError: it cannot be.
-        """
+        """An engine that is loaded."""
         if not self.together and name not in self._engines:
             self._close_all()
         self.start([name])

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from twotower_bench.child_process import ChildError, ChildProcess
+from twotower_bench.child_process import ChildError
+from twotower_bench.connected_process import ConnectedProcess
 from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.engines.messages import Piece, Ready, Served, ServeOrder
 from twotower_bench.environment import engine_environment
 
 LONGEST_SILENCE_S = 300.0
-WORKER = "twotower_bench.engines.worker:serve"
+WORKER = "twotower_bench.engines.worker"
 
 
 class EngineProcess:
-    """Starts loading when it is made; what vLLM says goes to a file, of which only failures are shown."""
+    """Starts loading when it is made; what vLLM says goes to a file, of which only failures are shown.
+
+    Whatever asks it raises a `ChildError` where it has ended or is silent for too long.
+    """
 
     def __init__(
         self,
@@ -41,37 +43,24 @@ class EngineProcess:
         self.title, self._longest_silence_s = title, longest_silence_s
         self._has_workers = any(arguments.get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         self._ready: Ready | None = None
-        self._connection, theirs = Pipe()
         name, environment = f"the engine with {title}", engine_environment()
-        self._process: ChildProcess | ForkedProcess
-        with theirs:
-            if fork_server is None or self._has_workers:
-                command = [sys.executable, "-P", "-m", "twotower_bench.engines.worker", str(theirs.fileno())]
-                self._process = ChildProcess(name, command, folder, environment, pass_fds=[theirs.fileno()])
-            else:
-                self._process = fork_server.fork(name, WORKER, (), folder, environment, theirs)
+        self._process: ConnectedProcess | ForkedProcess
+        if fork_server is None or self._has_workers:
+            self._process = ConnectedProcess(name, WORKER, folder, environment)
+        else:
+            self._process = fork_server.fork(name, f"{WORKER}:serve", (), folder, environment, is_connected=True)
+        assert self._process.connection is not None
+        self._connection = self._process.connection
         self._send(dict(arguments))
 
     def wait_until_ready(self) -> Ready:
-        """Waits until the models are loaded, and returns what the engine then says of itself.
-
-        Raises:
-            ChildError: they cannot be.
-        """
+        """Waits until the models are loaded, and returns what the engine then says of itself."""
         if self._ready is None:
             self._ready = self._receive("while loading")
         return self._ready
 
     def tokenize(self, texts: Sequence[str], chat: bool = False) -> tuple[tuple[int, ...], ...]:
-        """Reads texts as the verifier does.
-
-        Args:
-            texts: any number.
-            chat: whether each is what a user says, and gets the verifier's chat template.
-
-        Raises:
-            ChildError: the engine has ended; so with all that follow.
-        """
+        """Reads texts as the verifier does; where they are what a user says, in its chat template."""
         self._send(("tokenize", tuple(texts), chat))
         token_ids: tuple[tuple[int, ...], ...] = self._receive("while reading prompts")
         return token_ids

@@ -27,11 +27,7 @@ class StepRecorder:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        """Begins to listen.
-
-        Args:
-            scheduler: vLLM's; its `update_from_output` is wrapped.
-        """
+        """Begins to listen: wraps `update_from_output` of vLLM's scheduler."""
         self._scheduler, self._totals = scheduler, read_totals()
         self._begun = self._totals()
         stock = scheduler.update_from_output

@@ -6,7 +6,6 @@ arguments, until it is closed.
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections import deque
@@ -17,6 +16,7 @@ from itertools import count, pairwise
 from multiprocessing.connection import Connection
 from typing import Any
 
+from twotower_bench.connected_process import own_end
 from twotower_bench.engines.messages import Asked, Piece, Ready, Served, ServeOrder
 from twotower_bench.engines.recording import StepRecorder
 from twotower_bench.records import ServedRequest
@@ -40,11 +40,7 @@ class Engine:
     """vLLM with its scheduler in this process, and a recorder of its steps."""
 
     def __init__(self, arguments: dict[str, Any]) -> None:
-        """Loads the models.
-
-        Args:
-            arguments: of `LLM()`.
-        """
+        """Loads the models; arguments as of `LLM()`."""
         from vllm import LLM
 
         register()  # vLLM does it too, unless VLLM_PLUGINS says otherwise
@@ -181,6 +177,4 @@ def serve(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    descriptor = int(sys.argv[1])
-    os.set_inheritable(descriptor, False)  # whoever started this must see it close when this process ends
-    serve(Connection(descriptor))
+    serve(own_end(int(sys.argv[1])))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from twotower_bench.draft_summary import (
     FEWEST_STEPS,
@@ -11,6 +11,7 @@ from twotower_bench.draft_summary import (
     lightest_load,
     plain_step_under,
     summarise_categories,
+    well_known,
 )
 from twotower_bench.records import EXPECTED_WITHOUT_DRAFTS, ServingCell
 from twotower_bench.report.columns import Column, columns, estimate, milliseconds, number, pivot, table
@@ -29,16 +30,26 @@ CALIBRATION: Mapping[str, Column] = {
     "Accepted": Column(lambda pair: number(pair[1].acceptance_rate)),
     "Difference": Column(lambda pair: f"{pair[1].acceptance_rate - pair[1].mean_confidence:+.2f}"),
 }
-# Title, shares by this name of the summary of a category, number of the first, note.
-SHARES = (
-    ("Accepted at each position", "by_position", 1, "Share of the steps with drafts."),
+# Title, shares of a category, number of the first, note.
+SHARES: Sequence[tuple[str, Callable[[CellSummary], Sequence[float]], int, str]] = (
     (
-        *("Accepted at each position that was reached", "well_known", 1),
+        *("Accepted at each position", lambda one: one.acceptance.by_position, 1),
+        "Share of the steps with drafts.",
+    ),
+    (
+        *("Accepted at each position that was reached", well_known, 1),
         f"Share of the steps that drafted there and accepted all drafts before, where {FEWEST_STEPS} steps of a repeat "
         f"or more did. Where it falls, late drafts are worse than early ones; where it stays level, longer blocks can "
         f"gain.",
     ),
-    ("Accepted drafts per step", "histogram", 0, "Share of the steps with drafts."),
+    (
+        *(
+            "Accepted drafts per step",
+            lambda one: [count / one.acceptance.num_drafted_steps for count in one.acceptance.histogram],
+            0,
+        ),
+        "Share of the steps with drafts.",
+    ),
 )
 
 
@@ -58,7 +69,7 @@ def draft_tables(
     bins = calibration_by_system(as_measured(summaries, cells), MOST_SYSTEMS)
     where = f"Under the lightest load: {load_in_words(lightest_load(cells)).partition(', ')[2]}."
     lengths = (
-        ("", short_title(one.system), category_in_words(one.category), estimate(one.acceptance.acceptance_length))
+        ("", short_title(one.system), category_in_words(one.load.category), estimate(one.acceptance.acceptance_length))
         for one in by_category
     )
     of_lengths = f"Accepted drafts + 1 per step that verified drafts, with its 95 % interval over prompts. {where}"
@@ -77,13 +88,13 @@ def draft_tables(
             pivot(
                 title,
                 (
-                    (category_in_words(one.category), short_title(one.system), str(place), number(value))
+                    (category_in_words(one.load.category), short_title(one.system), str(place), number(value))
                     for one in own
-                    for place, value in enumerate(getattr(one, name), start=first)
+                    for place, value in enumerate(shares(one), start=first)
                 ),
                 f"{note} {where}",
             )
-            for title, name, first, note in SHARES
+            for title, shares, first, note in SHARES
         ),
         table(
             "Time of a round",

@@ -13,14 +13,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from pydantic_core import to_jsonable_python
 
-from twotower_bench.report.acceptance import acceptance_section
 from twotower_bench.report.document import Plot, Report, Section
+from twotower_bench.report.engines import acceptance_section, is_sweep, sweep_section
 from twotower_bench.report.palette import DARK, LIGHT
 from twotower_bench.report.plots import STYLE, svg_of
 from twotower_bench.report.reading import REMEDY, Measurements, read_measurements
 from twotower_bench.report.serve import serve_section
 from twotower_bench.report.standalone import standalone_section
-from twotower_bench.report.sweep import is_sweep, sweep_section
 from twotower_bench.report.wording import listed
 from twotower_spec.errors import ArgumentError
 from twotower_spec.files import replace_file

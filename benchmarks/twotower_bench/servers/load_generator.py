@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from multiprocessing import Pipe
 from pathlib import Path
 from typing import Any
 
-from twotower_bench.child_process import ChildError, ChildProcess
+from twotower_bench.child_process import ChildError
+from twotower_bench.connected_process import ConnectedProcess
 from twotower_bench.environment import engine_environment
 from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic
 from twotower_bench.servers.server import Endpoint, Server, without_proxy
 
+WORKER = "twotower_bench.servers.load_worker"
 LOOKS_EVERY_S = 1.0
 ERROR_CHARACTERS = 300
 
@@ -42,20 +42,12 @@ class LoadGenerator:
     """Starts loading when it is made."""
 
     def __init__(self, workload: Workload, folder: Path) -> None:
-        """Starts the process and returns at once.
-
-        Args:
-            workload: what it asks.
-            folder: for its output and temporary files, its own.
-        """
+        """Starts the process, with a folder of its own for output and temporary files, and returns at once."""
         self.workload, self._dataset = workload, folder / "prompts.jsonl"
         rows = ({"prompt": prompt, "output_tokens": workload.max_new_tokens} for prompt in workload.prompts)
         self._dataset.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        self._connection, theirs = Pipe()
-        command = [sys.executable, "-P", "-m", "twotower_bench.servers.load_worker", str(theirs.fileno())]
-        with theirs:
-            environment = {**engine_environment(), **without_proxy()}
-            self._process = ChildProcess("the load generator", command, folder, environment, [theirs.fileno()])
+        environment = {**engine_environment(), **without_proxy()}
+        self._process = ConnectedProcess("the load generator", WORKER, folder, environment)
 
     def measure(self, system: System, server: Server, traffic: Traffic, repeat: int) -> LoadPoint:
         """Asks everything once.
@@ -70,11 +62,12 @@ class LoadGenerator:
             ChildError: the server or the load generator has ended, or no request was answered.
         """
         arguments = bench_arguments(self.workload, self._dataset, server.endpoint, traffic, seed=repeat)
+        connection = self._process.connection
         try:
-            self._connection.send(arguments)
-            while not self._connection.poll(LOOKS_EVERY_S):
+            connection.send(arguments)
+            while not connection.poll(LOOKS_EVERY_S):
                 server.check()
-            result = self._connection.recv()
+            result = connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
             raise self._process.failure(f"ended with exit code {code} at {system.title}, {traffic}") from None
@@ -85,7 +78,7 @@ class LoadGenerator:
 
     def close(self) -> None:
         """Ends the process."""
-        self._connection.close()
+        self._process.connection.close()
         self._process.close()
 
 

@@ -6,6 +6,7 @@ import argparse
 import sys
 from multiprocessing.connection import Connection
 
+from twotower_bench.connected_process import own_end
 from twotower_bench.vllm_hooks import LOAD_GENERATOR_HOOKS
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower import compat
@@ -34,4 +35,4 @@ def serve_loads(connection: Connection) -> None:
 
 
 if __name__ == "__main__":
-    serve_loads(Connection(int(sys.argv[1])))
+    serve_loads(own_end(int(sys.argv[1])))

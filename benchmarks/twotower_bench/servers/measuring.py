@@ -13,7 +13,7 @@ from typing import Literal
 from twotower_bench.records import LoadPoint, System, Traffic
 from twotower_bench.schedule import Candidate, Say, Slot, engine_of, in_order
 from twotower_bench.servers.load_generator import LoadGenerator, Workload
-from twotower_bench.servers.server import Endpoint, ForeignServer, Server, running_servers
+from twotower_bench.servers.server import Endpoint, Server, running_servers
 
 ServersMode = Literal["together", "in-turn"]
 Slots = Sequence[Slot[Candidate, Traffic]]
@@ -54,12 +54,7 @@ class ServePlan:
 
 
 def measure_servers(plan: ServePlan, slots: Slots, say: Say) -> Generator[LoadPoint]:
-    """Starts servers, measures them and stops them.
-
-    Args:
-        plan: of the whole run.
-        slots: those of it that are left, in its order.
-        say: told what is being done.
+    """Starts servers, measures those slots of a plan that are left, in its order, and stops the servers.
 
     Raises:
         ChildError: a server or the load generator failed.
@@ -78,7 +73,7 @@ def measure_servers(plan: ServePlan, slots: Slots, say: Say) -> Generator[LoadPo
 def measure_endpoint(plan: ServePlan, endpoint: Endpoint, slots: Slots, say: Say) -> Generator[LoadPoint]:
     """Measures the one system of a server that others have started, else as `measure_servers`."""
     with running_generator(plan.workload) as generator:
-        yield from _measure(plan, slots, generator, {plan.systems[0].name: ForeignServer(endpoint)}, say)
+        yield from _measure(plan, slots, generator, {plan.systems[0].name: Server(endpoint)}, say)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Protocol
 from urllib.parse import urlsplit
 from urllib.request import ProxyHandler, Request, build_opener
 
@@ -47,15 +46,7 @@ class Endpoint:
 
     @classmethod
     def of_running_server(cls, url: str, tokenizer: str | None = None) -> Endpoint:
-        """Asks a server that others have started what it serves.
-
-        Args:
-            url: without a path.
-            tokenizer: directory or hub id; by default that of the model, which is then read from where the server says.
-
-        Raises:
-            ArgumentError: nobody answers there, or not as vLLM does.
-        """
+        """Asks a server that others have started what it serves; its tokenizer is the model's unless one is named."""
         url = url.rstrip("/").removesuffix("/v1")
         try:
             model = json.loads(_get(f"{url}/v1/models"))["data"][0]
@@ -78,29 +69,18 @@ class Endpoint:
         return _get(self.url + path)
 
 
-class Server(Protocol):
-    """Server that the load generator asks."""
+class Server:
+    """Server that the load generator asks; others may have started it."""
 
-    @property
-    def endpoint(self) -> Endpoint:
-        """Where it is."""
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
 
     def check(self) -> None:
         """Raises a `ChildError` if it is known to have ended."""
 
 
-@dataclass(frozen=True)
-class ForeignServer:
-    """One that others have started, and whose process we do not see."""
-
-    endpoint: Endpoint
-
-    def check(self) -> None:
-        """Nothing: requests that fail are seen as such."""
-
-
-class VllmServer:
-    """Starts loading when it is made."""
+class VllmServer(Server):
+    """Server of ours, which starts loading when it is made."""
 
     def __init__(
         self,
@@ -121,7 +101,7 @@ class VllmServer:
             folder: for its output and temporary files, its own.
             environment: variables beside those of all engines.
         """
-        self.endpoint = Endpoint(f"http://{HOST}:{port}", verifier, verifier)
+        super().__init__(Endpoint(f"http://{HOST}:{port}", verifier, verifier))
         command = [*VLLM, "serve", verifier, *arguments, "--host", HOST, "--port", str(port)]
         # Of an API server its engine is a process apart.
         variables = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}
@@ -133,11 +113,7 @@ class VllmServer:
         return self._process.log
 
     def wait_until_ready(self) -> None:
-        """Returns when the models are loaded.
-
-        Raises:
-            ChildError: they cannot be.
-        """
+        """Returns when the models are loaded; a `ChildError` where they cannot be."""
         end = time.monotonic() + READY_WITHIN_S
         while not self.endpoint.is_ready():
             self._process.check("while loading")
