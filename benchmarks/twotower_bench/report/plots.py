@@ -23,6 +23,8 @@ from twotower_spec.evaluation.statistics import Estimate
 WIDTH, HEIGHT = 4.6, 3.4
 # Of a legend's line, in characters; a marker takes as much room as some.
 LEGEND_CHARACTERS, MARKER_CHARACTERS = 60, 8
+# That names of places have side by side; with more they are turned.
+TICK_CHARACTERS = 36
 
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
@@ -90,6 +92,10 @@ def _speed_up_panel(title: str, by_load: dict[str, list[Summary]], hues: dict[st
     for name, points in lines.items():
         draw(axes, name, hues[name], points, is_joined=is_joined)
     axes.set_xticks(range(len(by_load)), list(by_load))
+    if sum(map(len, by_load)) > TICK_CHARACTERS:
+        axes.tick_params("x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(ha="right", rotation_mode="anchor")
     axes.set_xlim(-0.5, len(by_load) - 0.5)
     if not is_joined:
         axes.set_xlabel("")

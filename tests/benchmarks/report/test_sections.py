@@ -1,6 +1,8 @@
 """Sections of a report on measurements whose answer is known."""
 
+import math
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -283,6 +285,20 @@ def test_plot_of_one_load_stands_by_kind_of_prompts(tmp_path: Path) -> None:
     assert axes.get_title(loc="left") == "4 at once"
     assert [label.get_text() for label in axes.get_xticklabels()] == ["all prompts", "maths", "python"]
     assert {line.get_linestyle() for line in axes.get_lines() if line.get_label() != "no speculation"} == {"None"}
+
+
+@pytest.mark.parametrize("num_kinds", [2, 8])
+def test_names_of_kinds_of_prompts_do_not_run_into_each_other(tmp_path: Path, num_kinds: int) -> None:
+    categories = ("writing", "roleplay", "reasoning", "mathematics", "coding", "extraction", "stem", "humanities")
+    (axes,) = section_of(tmp_path, serving_cells(categories=categories[:num_kinds], concurrencies=(1,))).plot.panels
+    axes.figure.canvas.draw()
+    labels = [label for label in axes.get_xticklabels() if label.get_text()]
+    assert len(labels) == num_kinds + 1
+    for one, other in pairwise(labels):
+        box, next_box = one.get_window_extent(), other.get_window_extent()
+        angle = math.radians(one.get_rotation())
+        height = one.get_fontsize() * axes.figure.dpi / 72
+        assert box.x1 < next_box.x0 or (next_box.x1 - box.x1) * math.sin(angle) > height
 
 
 def test_settings_that_differ_in_gamma_alone_stand_side_by_side(tmp_path: Path) -> None:
