@@ -247,7 +247,7 @@ def test_servers_of_the_trio_hold_all_requests_of_the_largest_load() -> None:
 
 
 def write_parsed(names: str, output: str, *flags: str) -> None:
-    """What vLLM makes of flags, for arguments of these names."""
+    """Finds what vLLM makes of flags, for arguments of these names."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
