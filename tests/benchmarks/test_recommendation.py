@@ -5,13 +5,13 @@ import shlex
 from dataclasses import replace
 
 import pytest
-from twotower_bench.report.sweep import sweep_section
 
 from tests.support.serving_cells import AGAIN, NONE, drafted, repeats, served_cell
 from twotower_bench import recommendation
 from twotower_bench.engine_flags import engine_flags
 from twotower_bench.recommendation import Goal, Recommendation, best_by_concurrency, front_of
 from twotower_bench.records import DraftSetting, ServingCell, System
+from twotower_bench.report.engines import sweep_section
 from twotower_bench.report.reading import Measurements
 from twotower_bench.summary import CellSummary, summarise_cells
 from twotower_spec.errors import ArgumentError
