@@ -8,16 +8,18 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import closing, suppress
 from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from urllib.request import Request, urlopen
 
 import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests.vllm_plugin.server import serving
-from twotower_bench.servers import VllmServer
+from tests.vllm_plugin.fork_server import engine_environment
+from twotower_bench.servers.server import VllmServer, free_ports
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 from vllm_twotower.stats_folder import PREFIX, remove_left_over
 
@@ -32,9 +34,16 @@ ENGINES = ("0", "1")
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
-    drafter = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7", "--max-num-seqs", "4"]
-    # vLLM takes as many API servers as engines.
-    with serving(*drafter, "--data-parallel-size", "2") as running:
+    words = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
+    words += ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7"]
+    words += ["--data-parallel-size", "2"]  # vLLM takes as many API servers as engines
+    verifier, (port,) = str(trio_path("verifier")), free_ports(1)
+    # With the processes of a user, not with forked ones: which inherits what is the question here.
+    with (
+        TemporaryDirectory(prefix="serve-") as folder,
+        closing(VllmServer("the trio", verifier, words, port, Path(folder), engine_environment())) as running,
+    ):
+        running.wait_until_ready()
         yield running
 
 
