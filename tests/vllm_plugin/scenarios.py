@@ -14,6 +14,7 @@ from unittest.mock import patch
 
 import torch
 
+from tests.vllm_plugin import features
 from tests.vllm_plugin.engine import Engine, Request
 from twotower_spec.errors import StateFullError
 
@@ -82,6 +83,36 @@ def logprobs(engine: Engine) -> Any:
     return [[_logprobs(row.outputs[0].logprobs), _logprobs(row.prompt_logprobs[1:])] for row in rows]
 
 
+def logprobs_of_named_tokens(engine: Engine) -> Any:
+    """Log-probabilities of tokens that requests name: each request alone, and all together."""
+    asked: list[dict[str, Any]] = [
+        {"logprob_token_ids": [5, 300]},
+        {"logprob_token_ids": [300, 5, 17, 224], "flat_logprobs": True},
+        {"logprob_token_ids": [5, 300], "logprobs": 2, "repetition_penalty": 1.3},
+        {"logprobs": 3},
+        {"logprobs": -1},
+        {},
+    ]
+    prompts = engine.prompts(len(asked))
+    params = [engine.params(max_tokens=24, **one) for one in asked]
+    rows = [engine.llm.generate([p], [one], use_tqdm=False)[0] for p, one in zip(prompts, params, strict=True)]
+    together = engine.llm.generate(prompts, params, use_tqdm=False)
+    return {"alone": _with_logprobs(rows), "together": _with_logprobs(together)}
+
+
+def refusals(engine: Engine) -> dict[str, str]:
+    """Messages to a client that asks for what cannot be had with drafts."""
+    from vllm.exceptions import VLLMValidationError
+
+    said = {}
+    for name, value in {"prompt_logprob_token_ids": [[5]], "trace_decode_token_ids": [5]}.items():
+        try:
+            said[name] = str(engine.generate(engine.prompts(1), **{name: value}))
+        except (ValueError, VLLMValidationError) as error:
+            said[name] = str(error)
+    return said
+
+
 def penalties(engine: Engine) -> Any:
     """Penalties one by one and together, and one request with them beside others without."""
     prompts = engine.prompts(4)
@@ -132,6 +163,41 @@ def structured_outputs(engine: Engine) -> Any:
         for prompt, one in zip(prompts, wanted, strict=True)
     ]
     return [alone, _sorted(engine.step_through(together))]
+
+
+def know_a_reasoning_parser() -> None:
+    """Before the engine is made: thinking lasts until the word "step"."""
+    from vllm.reasoning import ReasoningParserManager
+    from vllm.reasoning.deepseek_r1_reasoning_parser import DeepSeekR1ReasoningParser
+
+    class UntilStep(DeepSeekR1ReasoningParser):  # type: ignore[misc]
+        """The first piece of the vocabulary that a verifier writes before it works something out."""
+
+        start_token, end_token = "Question", "\u0120step"  # a space and the word
+
+    ReasoningParserManager.register_module("until_step", module=UntilStep)
+
+
+def structured_outputs_after_thinking(engine: Engine) -> Any:
+    """A grammar that begins to hold in the middle of what is written, and so in the middle of drafts."""
+    from vllm.sampling_params import StructuredOutputsParams
+
+    requests = [
+        Request(
+            prompt,
+            engine.params(
+                max_tokens=32,
+                **({} if i % 4 == 3 else {"structured_outputs": StructuredOutputsParams(regex=regex)}),
+            ),
+            arrives_at=i,
+        )
+        for i, (prompt, regex) in enumerate(
+            itertools.product(engine.prompts(10)[::2], [r" (up|by)[a-z ]{4,20}[!?]", r"( [0-9]{1,2}){2,5};"])
+        )
+    ]
+    texts = {index: row.outputs[0].text for index, row in engine.stream(requests) if row.finished}
+    assert sum(" step" in text and text[-1] in "!?;" for text in texts.values()) > 4
+    return [[index, texts[index]] for index in sorted(texts)]
 
 
 def streaming(engine: Engine) -> Any:
@@ -248,6 +314,26 @@ def facts(engine: Engine) -> dict[str, float]:
 def _logprobs(rows: Any) -> list[list[tuple[int, float]]]:
     """Token ids and values of every position, the most probable first."""
     return [sorted(((token, one.logprob) for token, one in row.items()), key=lambda pair: -pair[1]) for row in rows]
+
+
+def _with_logprobs(rows: Sequence[Any]) -> list[dict[str, Any]]:
+    """Tokens of every request, and per position log-probability and rank of all that it was told.
+
+    Ranks of the whole vocabulary are left out: those of tokens within rounding of each other change places.
+    """
+    return [
+        {
+            "tokens": list(row.outputs[0].token_ids),
+            "positions": [
+                {
+                    str(token): [one.logprob, one.rank if len(position) < 100 else None, one.decoded_token]
+                    for token, one in position.items()
+                }
+                for position in row.outputs[0].logprobs or []
+            ],
+        }
+        for row in rows
+    ]
 
 
 def _sorted(found: dict[int, list[int]]) -> list[list[Any]]:
@@ -493,3 +579,29 @@ def lack_a_hook() -> None:
         return [*real(hooks), *(one for one in hooks if one.name == "GPUModelRunner.execute_model")]
 
     patch.object(compat, "missing_hooks", missing_hooks).start()
+
+
+def pairs_of_features(engine: Engine) -> Any:
+    """Every pair of what a greedy request can ask for."""
+    return features.crossed(engine, sampled=False)
+
+
+def sampled_pairs_of_features(engine: Engine) -> Any:
+    """Every pair in which a request has a seed, or asks for what only sampled requests can."""
+    return features.crossed(engine, sampled=True)
+
+
+def thinking_budgets(engine: Engine) -> Any:
+    """Budgets beside requests without any; thinking begins in the prompt, or in what is written after it."""
+    requests = []
+    for i, prompt in enumerate(engine.prompts(20)[::2] * 2):
+        budget = {"thinking_token_budget": (3, 8, 17, 0)[i // 2 % 4]} if i % 2 else {}
+        begun = prompt if i < 10 else prompt.removesuffix("Answer:")
+        requests.append(Request(begun, engine.params(max_tokens=48, **budget), arrives_at=i))
+    texts = {index: row.outputs[0].text for index, row in engine.stream(requests) if row.finished}
+    return [[index, texts[index]] for index in sorted(texts)]
+
+
+def strain(engine: Engine) -> dict[str, float]:
+    """How often requests were thrown out, and tokens taken from the prefix cache, so far."""
+    return {"preemptions": engine.metric("vllm:num_preemptions"), "hits": engine.metric("vllm:prefix_cache_hits")}

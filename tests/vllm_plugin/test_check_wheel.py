@@ -24,7 +24,9 @@ CHANGES = [
     ("RejectionSampler", "from vllm.v1.sample.rejection_sampler import RejectionSampler\n", ""),
     ("InputBatch.num_reqs", "def num_reqs(", "def count("),
     ("Sampler.apply_logits_processors", "predict_bonus_token: bool,\n", "predict_bonus_token: bool, step: int,\n"),
-    ("SamplingMetadata.logitsprocs", "    logitsprocs: ", "    processors: "),
+    ("SamplingMetadata.logitsprocs", "    logitsprocs: ", "    # "),
+    ("SamplingMetadata", "    no_penalties: bool\n", "    no_penalties: bool\n    rhymes: bool\n"),
+    ("SamplingParams", "    n: int = 1\n", "    n: int = 1\n    rhymes: bool = False\n"),
 ]
 
 

@@ -78,6 +78,7 @@ HELD = [
     (Kind.NAME, "imported", ()),
     (Kind.NAME, "function", ()),
     (Kind.CHOICE, "Owner.method", ("a", "c")),
+    (Kind.KNOWN, "Owner", ("gone", "method", "annotated")),
 ]
 
 # Each with the message of `check`.
@@ -90,6 +91,8 @@ LACKING = [
     (Kind.FIELD, "Owner.only_read", ()),
     (Kind.NAME, "for_types_only", ()),
     (Kind.CHOICE, "Owner.method", ("a", "z"), "does not allow z"),
+    (Kind.KNOWN, "Owner", ("method",), "has new fields: annotated"),
+    (Kind.KNOWN, "Gone", ()),
 ]
 
 

@@ -96,6 +96,8 @@ def check(hook: Hook, tree: ast.Module) -> Finding:
             return _found_at(hook, _definition(owner, name) or _assignment_on_self(owner, name))
         case Kind.CHOICE:
             return _check_choice(hook, _definition(owner, name), tree)
+        case Kind.KNOWN:
+            return _check_known(hook, _definition(owner, name))
 
 
 def download(package: str, version: str, folder: Path) -> Path:
@@ -170,6 +172,14 @@ def _check_choice(hook: Hook, node: ast.stmt | None, tree: ast.Module) -> Findin
         return Finding(hook, None, ABSENT)
     refused = set(hook.parameters) - set(_constants(node.annotation, tree))
     return Finding(hook, node.lineno, f"does not allow {', '.join(sorted(refused))}" if refused else "")
+
+
+def _check_known(hook: Hook, node: ast.stmt | None) -> Finding:
+    if not isinstance(node, ast.ClassDef):
+        return Finding(hook, None, ABSENT)
+    fields = [name for one in node.body if isinstance(one, ast.AnnAssign) for name in _bound_names(one)]
+    new = [name for name in fields if name not in hook.parameters]
+    return Finding(hook, node.lineno, f"has new fields: {', '.join(new)}" if new else "")
 
 
 def _found_at(hook: Hook, node: ast.stmt | None) -> Finding:

@@ -64,6 +64,8 @@ def is_present(hook: Hook, module: ModuleType | None) -> bool:
             case Kind.CHOICE:
                 annotation = inspect.get_annotations(owner, eval_str=True)[name]
                 return set(hook.parameters) <= set(_literal_values(annotation))
+            case Kind.KNOWN:
+                return inspect.get_annotations(getattr(owner, name)).keys() <= set(hook.parameters)
     # Whatever stands in the place of the hook can raise anything when looked at; then it is not what we expect.
     except Exception:
         return False

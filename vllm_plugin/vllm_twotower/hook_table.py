@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Literal
 
+from vllm_twotower.sampling_parameters import OF_REQUESTS, OF_STEPS, names
+
 # Where a hook acts: in every process that reads engine arguments or requests, in the workers of vLLM's model runner V1,
 # or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
 Stage = Literal["routing", "v1", "measuring"]
@@ -23,6 +25,7 @@ class Kind(StrEnum):
     FIELD = "field"  # annotated or defined in the class body, or assigned on self in one of its methods
     NAME = "name"  # bound in the module by whatever means, an import included; we replace it there
     CHOICE = "choice"  # values that the Literal type of a field allows
+    KNOWN = "known"  # a class whose annotated fields are known to us, all of them
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class Hook:
         kind: what it is.
         need: what it is for.
         parameters: for a function its leading parameters in order, without self, () if any will do; for a choice the
-            values that must be allowed.
+            values that must be allowed; for a class the fields that it may have.
     """
 
     module: str
@@ -76,6 +79,7 @@ ROUTING = Need("routing TwoTower checkpoints to the drafter", "routing")
 ALIAS = Need("the command-line option --speculative-model", "routing", required=False)
 MORE_PARAMETERS = Need("requests with min_p or logit_bias", "routing", required=False)
 SEVERAL_SERVERS = Need("the drafter's numbers on /metrics of several API servers", "routing", required=False)
+KNOWING = Need("requests that set sampling parameters which twotower-spec does not know", "v1", required=False)
 LOADING = Need("loading the drafter", "v1")
 STEP = Need("giving the drafter the requests of a step", "v1")
 LAST_TOKENS = Need("drafting up to the last tokens of the longest allowed sequence", "v1", required=False)
@@ -92,6 +96,7 @@ REJECTION_SAMPLER = "vllm.v1.sample.rejection_sampler"
 SAMPLER = "vllm.v1.sample.sampler"
 SAMPLING_METADATA = "vllm.v1.sample.metadata"
 LOGITS_PROCESSORS = "vllm.v1.sample.logits_processor.state"
+THINKING_BUDGETS = "vllm.v1.sample.thinking_budget_state"
 OUTPUTS = "vllm.v1.outputs"
 CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
 DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
@@ -133,14 +138,13 @@ HOOKS: tuple[Hook, ...] = (
         VERIFYING,
         "logits sampling_metadata metadata",
     ),
-    function(
-        REJECTION_SAMPLER,
-        "RejectionSampler._get_logprobs_tensors",
-        VERIFYING,
-        "max_num_logprobs metadata logits target_logits bonus_logits sampled_token_ids",
-    ),
     function(REJECTION_SAMPLER, "RejectionSampler.parse_output", VERIFYING),
-    *fields(REJECTION_SAMPLER, "RejectionSampler", "sampler synthetic_mode is_processed_logprobs_mode", VERIFYING),
+    *fields(
+        REJECTION_SAMPLER,
+        "RejectionSampler",
+        "sampler synthetic_mode is_processed_logprobs_mode is_logits_logprobs_mode",
+        VERIFYING,
+    ),
     function(
         REJECTION_SAMPLER,
         "expand_batch_to_tokens",
@@ -156,22 +160,42 @@ HOOKS: tuple[Hook, ...] = (
     function(RUNNER, "GPUModelRunner.sample_tokens", CPU_SAMPLING, "grammar_output"),
     *fields(RUNNER, "GPUModelRunner", "discard_request_mask", CPU_SAMPLING),
     *fields(INPUT_BATCH, "InputBatch", "generators", CPU_SAMPLING),
+    function(SAMPLER, "Sampler.compute_logprobs", VERIFYING, "logits"),
+    function(SAMPLER, "Sampler.gather_logprobs", VERIFYING, "logprobs num_logprobs token_ids"),
+    function(SAMPLER, "Sampler.gather_specific_token_logprobs", VERIFYING, "logprobs logprob_token_ids sampled"),
     function(SAMPLER, "Sampler.apply_logits_processors", VERIFYING, "logits sampling_metadata predict_bonus_token"),
     *fields(
         DRAFT_METADATA,
         "SpecDecodeMetadata",
-        "draft_token_ids num_draft_tokens cu_num_draft_tokens target_logits_indices bonus_logits_indices",
+        "draft_token_ids num_draft_tokens cu_num_draft_tokens target_logits_indices bonus_logits_indices "
+        "cu_num_sampled_tokens",
         VERIFYING,
     ),
     *fields(
         SAMPLING_METADATA,
         "SamplingMetadata",
-        "temperature top_k top_p all_greedy max_num_logprobs no_penalties bad_words_token_ids allowed_token_ids_mask "
-        "logitsprocs",
+        "temperature top_k top_p all_greedy max_num_logprobs logprob_token_ids no_penalties bad_words_token_ids "
+        "allowed_token_ids_mask logitsprocs output_token_ids thinking_budget_state_holder",
         VERIFYING,
     ),
+    Hook(SAMPLING_METADATA, "SamplingMetadata", Kind.KNOWN, KNOWING, names(OF_STEPS)),
+    Hook(SAMPLING_PARAMS, "SamplingParams", Kind.KNOWN, KNOWING, names(OF_REQUESTS)),
     *fields(LOGITS_PROCESSORS, "LogitsProcessors", "non_argmax_invariant", VERIFYING),
+    *fields(THINKING_BUDGETS, "ThinkingBudgetStateHolder", "in_spec_mode has_tracked_requests", VERIFYING),
+    function(
+        THINKING_BUDGETS,
+        "ThinkingBudgetStateHolder.update_state",
+        VERIFYING,
+        "output_token_ids spec_token_ids",
+    ),
+    function(
+        THINKING_BUDGETS,
+        "ThinkingBudgetStateHolder.apply_to_logits",
+        VERIFYING,
+        "logits predict_bonus_token spec_token_ids",
+    ),
     *fields(OUTPUTS, "SamplerOutput", "sampled_token_ids logprobs_tensors", VERIFYING),
+    *fields(OUTPUTS, "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks", VERIFYING),
 )
 
 

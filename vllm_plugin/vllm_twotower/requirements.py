@@ -17,6 +17,7 @@ from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
 from twotower_spec.towers.model import usable_device
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
+from vllm_twotower.sampling_parameters import check_logits_processors
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -64,6 +65,7 @@ def check_requirements(
         knobs.check_num_speculative_tokens(num_speculative_tokens, block_size)
     _check_runner()
     _check_verifier(model_config, parallel_config)
+    check_logits_processors(model_config)
     # With Ray the towers are on another machine, where this is asked again.
     if known is not None or parallel_config.distributed_executor_backend != "ray":
         _check_devices(knobs)

@@ -18,6 +18,8 @@ def test_a_request_is_not_drafted_beyond_its_end() -> None:
     assert usable_drafts(runner, "a", 50, 16) == 2  # the token after them is the last one before the text may end
     request.sampling_params.min_tokens = 6
     assert usable_drafts(runner, "a", 50, 16) == 16
+    request.sampling_params.thinking_token_budget = 100
+    assert usable_drafts(runner, "a", 50, 16) == 0
 
 
 def test_a_preempted_request_is_not_gone() -> None:

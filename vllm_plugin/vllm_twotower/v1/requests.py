@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable
 from typing import Any
 
+from vllm_twotower.sampling_parameters import allows_drafts
+
 
 def usable_drafts(runner: Any, request_id: str, num_tokens: int, most: int) -> int:
-    """How many drafts a request can still use before max_model_len or its own max_tokens ends it.
+    """How many drafts a request can still use before max_model_len or its own max_tokens ends it; 0 for some rules.
 
     Before min_tokens are reached, drafts end there too: in the row after the last draft vLLM forbids stop tokens by the
     length that the request had before the step, also where that row is beyond min_tokens.
@@ -16,6 +18,8 @@ def usable_drafts(runner: Any, request_id: str, num_tokens: int, most: int) -> i
     request = runner.requests.get(request_id)
     params = getattr(request, "sampling_params", None)
     if request is not None and params is not None:
+        if not allows_drafts(params):
+            return 0
         written = len(request.output_token_ids)
         if params.max_tokens is not None:
             room = min(room, params.max_tokens - written - 1)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from vllm.logger import init_logger
-from vllm.v1.outputs import SamplerOutput
+from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
@@ -22,8 +24,9 @@ class TwoTowerRejectionSampler(RejectionSampler):
     """Greedy, one-hot and coupled verification, each request with its own parameters.
 
     vLLM's own processors (penalties, bad words, allowed tokens, min_tokens) are applied first where a request asks for
-    them. min_p and logit_bias, which vLLM refuses with speculative decoding, are covered here. Handed to vLLM's own:
-    lossy verification (synthetic, fly), drafts with probabilities, and whatever fails in here (logged once, counted).
+    them. min_p, logit_bias and logprob_token_ids, which vLLM lacks with speculative decoding, are covered here. Handed
+    to vLLM's own: lossy verification (synthetic, fly), drafts with probabilities, and whatever fails in here (logged
+    once, counted). What becomes of every parameter is in `vllm_twotower.sampling_parameters`.
     """
 
     _runner: Any = None
@@ -48,7 +51,9 @@ class TwoTowerRejectionSampler(RejectionSampler):
                 output = None
             if output is not None:
                 return output
-        return super().forward(metadata, draft_probs, logits, sampling_metadata)
+        # It does not know them, and fails at a request that asks for other log-probabilities too.
+        known = replace(sampling_metadata, logprob_token_ids=None)
+        return super().forward(metadata, draft_probs, logits, known)
 
     def _verify(self, metadata: Any, logits: Tensor, sampling_metadata: Any) -> Any | None:
         counts = metadata.num_draft_tokens
@@ -70,22 +75,41 @@ class TwoTowerRejectionSampler(RejectionSampler):
             sampling,
             self._acceptance_rule,
         ).token_ids
-        logprobs = None
-        if sampling_metadata.max_num_logprobs is not None:
-            shown = logits
-            if self.is_processed_logprobs_mode:
-                widths = torch.tensor(counts, device=logits.device) + 1
-                request = torch.arange(len(counts), device=logits.device).repeat_interleave(widths)
-                shown = filtered_logits(processed, request, sampling)
-            logprobs = self._get_logprobs_tensors(
-                sampling_metadata.max_num_logprobs,
-                metadata,
-                logits,
-                shown[metadata.target_logits_indices],
-                shown[metadata.bonus_logits_indices],
-                token_ids,
-            )
+        if sampling_metadata.max_num_logprobs is None and not sampling_metadata.logprob_token_ids:
+            return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
+        shown = logits
+        if self.is_processed_logprobs_mode:
+            widths = torch.tensor(counts, device=logits.device) + 1
+            request = torch.arange(len(counts), device=logits.device).repeat_interleave(widths)
+            shown = filtered_logits(processed, request, sampling)
+        logprobs = self._logprobs(metadata, shown, token_ids, sampling_metadata)
         return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=logprobs)
+
+    def _logprobs(self, metadata: Any, shown: Tensor, token_ids: Tensor, sampling_metadata: Any) -> Any:
+        """Log-probabilities of every sampled token and of those beside it, which are the most probable or named ones.
+
+        Args:
+            metadata: vLLM's, of the drafts.
+            shown: logits [num_rows, vocab] that they are taken from.
+            token_ids: int32 [num_reqs, width], what was sampled, then -1.
+            sampling_metadata: vLLM's, with `max_num_logprobs` and `logprob_token_ids`.
+
+        Returns:
+            `LogprobsTensors` with a row for each of `token_ids`, of which vLLM leaves out those of -1.
+        """
+        most_probable, named = sampling_metadata.max_num_logprobs, sampling_metadata.logprob_token_ids
+        width = token_ids.shape[1]
+        first = F.pad(metadata.cu_num_sampled_tokens[:-1], (1, 0))
+        rows = (first[:, None] + torch.arange(width, device=first.device)).flatten().clamp_(max=len(shown) - 1)
+        sampled = token_ids.flatten().long().clamp_(min=0)
+        values = shown[rows].to(torch.float32)
+        if not self.is_logits_logprobs_mode:
+            values = self.sampler.compute_logprobs(values)
+        found = self.sampler.gather_logprobs(values, most_probable or 0, sampled)
+        if not named:
+            return found
+        of_rows = {request * width + i: ids for request, ids in named.items() for i in range(width)}
+        return joined(found, self.sampler.gather_specific_token_logprobs(values, of_rows, sampled), of_rows)
 
     def _processed(self, metadata: Any, logits: Tensor, sampling_metadata: Any, batch: _RequestBatch) -> Tensor:
         """Logits after vLLM's processors, float32; the logits themselves where there are none."""
@@ -99,10 +123,12 @@ class TwoTowerRejectionSampler(RejectionSampler):
                 out[start : start + count + 1, tokens] += biases
             start += count + 1
         at_drafts, after_them = metadata.target_logits_indices, metadata.bonus_logits_indices
-        # In vLLM's order: the former brings thinking budgets up to date, which the latter only reads.
-        out[after_them] = self.sampler.apply_logits_processors(out[after_them], sampling_metadata, True)
+        budgets = sampling_metadata.thinking_budget_state_holder
+        others = replace(sampling_metadata, thinking_budget_state_holder=None)
+        after = self.sampler.apply_logits_processors(out[after_them], others, True)
+        out[after_them] = after if budgets is None else with_budgets(budgets, after, sampling_metadata.output_token_ids)
         if len(at_drafts):
-            out[at_drafts] = self.apply_logits_processors(out[at_drafts], sampling_metadata, metadata)
+            out[at_drafts] = self.apply_logits_processors(out[at_drafts], others, metadata)
         return out
 
 
@@ -159,13 +185,47 @@ def own_seed(engine_seed: int | None, request_id: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def with_budgets(budgets: Any, logits: Tensor, output_token_ids: list[list[int]]) -> Tensor:
+    """Logits after thinking budgets, as vLLM applies them without speculative decoding.
+
+    Its way with drafts forces the first token of an end phrase alone, and not even that after a prompt that is read in
+    pieces. Requests with a budget get no drafts, so that the way without them fits.
+
+    Args:
+        budgets: vLLM's state of all requests of the step.
+        logits: float32 [num_reqs, vocab], after all drafts; modified.
+        output_token_ids: what every request has written.
+    """
+    budgets.in_spec_mode = False
+    budgets.update_state(output_token_ids, None)
+    result: Tensor = budgets.apply_to_logits(logits, predict_bonus_token=False, spec_token_ids=None)
+    return result
+
+
+def joined(found: Any, others: Any, rows: Collection[int]) -> Any:
+    """`LogprobsTensors` with some rows of others; vLLM reads as many columns of a row as its request asked for."""
+    width = max(found.logprobs.shape[1], others.logprobs.shape[1])
+    is_other = torch.zeros(len(found.logprobs), 1, dtype=torch.bool)
+    is_other[list(rows)] = True
+    is_other = is_other.to(found.logprobs.device)
+
+    def wide(values: Tensor, fill: float) -> Tensor:
+        return F.pad(values, (0, width - values.shape[1]), value=fill)
+
+    return LogprobsTensors(
+        torch.where(is_other, wide(others.logprob_token_ids, 0), wide(found.logprob_token_ids, 0)),
+        torch.where(is_other, wide(others.logprobs, -torch.inf), wide(found.logprobs, -torch.inf)),
+        found.selected_token_ranks,
+    )
+
+
 def _has_processors(sampling_metadata: Any) -> bool:
     """Whether a request of the batch asks for something that changes logits."""
-    holder = getattr(sampling_metadata, "thinking_budget_state_holder", None)
+    budgets = sampling_metadata.thinking_budget_state_holder
     return (
         not sampling_metadata.no_penalties
         or bool(sampling_metadata.bad_words_token_ids)
         or sampling_metadata.allowed_token_ids_mask is not None
         or any(getattr(one, "min_toks", True) for one in sampling_metadata.logitsprocs.non_argmax_invariant)
-        or (holder is not None and holder.has_tracked_requests())
+        or (budgets is not None and budgets.has_tracked_requests())
     )
