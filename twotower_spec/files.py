@@ -22,6 +22,18 @@ def replace_file(path: Path, content: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, with those above it, unless it is there.
+
+    Raises:
+        ArgumentError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(f"folder {path} cannot be made ({error.strerror}); give another") from error
+
+
 def check_writable(path: Path, option: str = "--json") -> None:
     """Refuses a file that could not be written in the end.
 

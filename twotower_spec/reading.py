@@ -66,9 +66,12 @@ def read_text(path: Path, what: str = "", remedy: str = "give a text file in UTF
         FileError: it cannot be read, is too large, or is no UTF-8.
     """
     with _refusing(path, what, remedy), _opened(path) as file:
-        content: bytes = file.read(MAX_FILE_BYTES + 1)
-        if len(content) > MAX_FILE_BYTES:
-            raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
+        # In pieces: asked for all that is allowed, Python would take that much memory before it reads a byte.
+        content = bytearray()
+        while piece := file.read(MAX_LINE_BYTES):
+            content += piece
+            if len(content) > MAX_FILE_BYTES:
+                raise ValueError(f"it has more than {MAX_FILE_BYTES} bytes")
         return content.decode("utf-8-sig")
 
 

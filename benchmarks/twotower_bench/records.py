@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cache
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
+
+from annotated_types import Ge, Gt, Lt, MinLen
 
 from twotower_spec.config import check_integer
 from twotower_spec.drafting.metrics import CalibrationBin
@@ -20,6 +22,11 @@ BASELINE = "none"
 BASELINE_AGAIN = "none_again"
 # Reasons to have no drafts in a round that belong to drafting.
 EXPECTED_WITHOUT_DRAFTS = ("prefilling", "policy", "limit")
+
+# What a run can have measured; rows that are read are held against it.
+Seconds = Annotated[float, Ge(0), Lt(1e9)]
+Duration = Annotated[float, Gt(1e-9), Lt(1e9)]
+Count = Annotated[int, Ge(0), Lt(2**53)]
 
 T = TypeVar("T")
 
@@ -124,8 +131,8 @@ class System:
     @property
     def is_to_draft(self) -> bool:
         """Whether TwoTower is meant to draft in some rounds."""
-        knobs = (self.speculative_config or {}).get("twotower", {})
-        return self.is_two_tower and knobs.get("policy") != "off"
+        knobs = (self.speculative_config or {}).get("twotower")
+        return self.is_two_tower and not (isinstance(knobs, Mapping) and knobs.get("policy") == "off")
 
 
 @dataclass(frozen=True, order=True)
@@ -139,8 +146,8 @@ class Load:
     """
 
     category: str
-    concurrency: int
-    temperature: float = 0.0
+    concurrency: Annotated[Count, Ge(1)]
+    temperature: Annotated[float, Ge(0)] = 0.0
 
     def __str__(self) -> str:
         heat = f", temperature {self.temperature:g}" if self.temperature else ""
@@ -164,13 +171,13 @@ class ServedRequest:
 
     prompt_id: str
     category: str
-    num_prompt_tokens: int
+    num_prompt_tokens: Count
     token_ids: tuple[int, ...]
-    first_token_s: float
-    seconds: float
-    gaps_s: tuple[float, ...]
-    num_draft_tokens: tuple[int, ...]
-    num_accepted_tokens: tuple[int, ...]
+    first_token_s: Seconds
+    seconds: Seconds
+    gaps_s: tuple[Seconds, ...]
+    num_draft_tokens: tuple[Count, ...]
+    num_accepted_tokens: tuple[Count, ...]
 
     @property
     def token_s(self) -> float | None:
@@ -195,11 +202,11 @@ class DecodingSteps:
         denoiser_passes: of whole batches, in all these steps.
     """
 
-    num_reqs: int
-    num_tokens: int
-    seconds: tuple[float, ...]
-    drafting_s: Mapping[str, float] = field(default_factory=dict)
-    denoiser_passes: int = 0
+    num_reqs: Annotated[Count, Ge(1)]
+    num_tokens: Annotated[Count, Ge(1)]
+    seconds: tuple[Seconds, ...]
+    drafting_s: Mapping[str, Seconds] = field(default_factory=dict)
+    denoiser_passes: Count = 0
 
 
 @dataclass(frozen=True)
@@ -216,12 +223,12 @@ class Drafting:
         calibration: by confidence of the drafts that were decided on.
     """
 
-    rounds: int
-    context_tokens: int
-    denoiser_passes: int
-    request_denoiser_passes: int
-    seconds: Mapping[str, float]
-    without_drafts: Mapping[str, int] = field(default_factory=dict)
+    rounds: Count
+    context_tokens: Count
+    denoiser_passes: Count
+    request_denoiser_passes: Count
+    seconds: Mapping[str, Seconds]
+    without_drafts: Mapping[str, Count] = field(default_factory=dict)
     calibration: tuple[CalibrationBin, ...] = ()
 
 
@@ -241,9 +248,9 @@ class ServingCell:
 
     system: System
     load: Load
-    repeat: int
-    seconds: float
-    requests: tuple[ServedRequest, ...]
+    repeat: Count
+    seconds: Duration
+    requests: Annotated[tuple[ServedRequest, ...], MinLen(1)]
     steps: tuple[DecodingSteps, ...] = ()
     drafting: Drafting | None = None
 
@@ -358,8 +365,8 @@ class LatencyBound:
 class Quantiles:
     """Median and 99th percentile of times, in seconds."""
 
-    median: float
-    p99: float
+    median: Seconds
+    p99: Seconds
 
 
 @dataclass(frozen=True)
@@ -387,19 +394,19 @@ class LoadPoint:
 
     system: System
     traffic: Traffic
-    repeat: int
+    repeat: Count
     bound: LatencyBound
-    temperature: float
-    seconds: float
-    num_good: int
-    num_output_tokens: int
+    temperature: Annotated[float, Ge(0)]
+    seconds: Duration
+    num_good: Count
+    num_output_tokens: Count
     ttft: Quantiles
     tpot: Quantiles
     itl: Quantiles
     e2el: Quantiles
-    num_drafts: int
-    num_accepted_tokens: int
-    texts: tuple[str | None, ...]
+    num_drafts: Count
+    num_accepted_tokens: Count
+    texts: Annotated[tuple[str | None, ...], MinLen(1)]
 
     @property
     def place(self) -> Traffic:

@@ -43,9 +43,9 @@ def save_checkpoint(
     """
     directory = Path(directory)
     sizes = {name: t.numel() * dtypes.get(name, t.dtype).itemsize for name, t in tensors.items()}
-    if directory.exists() and not directory.is_dir():
-        raise CheckpointError(f"{directory} is a file; give a directory to save the checkpoint in")
     try:
+        if directory.exists() and not directory.is_dir():
+            raise CheckpointError(f"{directory} is a file; give a directory to save the checkpoint in")
         directory.mkdir(parents=True, exist_ok=True)
         _check_space(directory, sum(sizes.values()))
         with tempfile.TemporaryDirectory(prefix=".saving-", dir=directory) as name:

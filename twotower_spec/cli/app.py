@@ -91,8 +91,8 @@ def _exit_code(action: Callable[[], int | None]) -> int:
 
 def _refused_command_line(error: Any) -> int:
     """Says what typer's error says; nothing where a command without arguments has shown its help."""
-    message, place = as_message(error.format_message()), error.ctx.command_path if error.ctx else "twotower-spec"
-    return _refused(f"{message.rstrip('.')}; see {place} --help") if message else 2
+    message, place = error.format_message().rstrip("."), error.ctx.command_path if error.ctx else "twotower-spec"
+    return _refused(as_message(f"{message}; see {place} --help")) if message else 2
 
 
 def _refused(message: str, code: int = 2) -> int:

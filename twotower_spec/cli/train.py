@@ -17,6 +17,7 @@ from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
 from twotower_spec.machine import describe_machine
+from twotower_spec.reading import is_directory
 from twotower_spec.recorded_command import recorded_command
 from twotower_spec.terminal import Terminal
 from twotower_spec.training.evaluation import EvaluationRow, TrioFiles, evaluate_side_by_side
@@ -102,7 +103,7 @@ def evaluate(
 ) -> None:
     """Measure acceptance lengths against the verifier's own text; writes model cards into --output."""
     require_extra("train", "scipy")
-    if json_file and not json_file.parent.is_dir():
+    if json_file and not is_directory(json_file.parent):
         raise ArgumentError(f"the folder of --json {json_file} is not there; make it first")
     texts = _prompt_texts(prompt_file or [])
     if prompts:

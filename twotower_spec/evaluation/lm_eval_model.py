@@ -30,6 +30,7 @@ from twotower_spec.extras import require_extra
 from twotower_spec.generation.modes import MODES
 from twotower_spec.generation.options import GenerationOptions, ModeOptions, as_mode
 from twotower_spec.model import TwoTowerModel, as_dtype
+from twotower_spec.reading import is_directory
 from twotower_spec.towers.model import usable_device
 
 logger = logging.getLogger(__name__)
@@ -384,7 +385,7 @@ class Task:
                 check_integer(name, value, minimum=minimum)
         require_extra("eval", "lm_eval")
         folder = self.include_path
-        if folder is not None and not folder.is_dir():
+        if folder is not None and not is_directory(folder):
             raise ArgumentError(f"the folder of tasks {folder} is not there; give a folder with a YAML file")
         if self.name not in _task_manager(folder).all_tasks:
             raise ArgumentError(

@@ -16,6 +16,7 @@ from twotower_spec.drafting import DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.errors import ArgumentError
 from twotower_spec.model import TwoTowerModel
+from twotower_spec.reading import is_file
 from twotower_spec.training.processes import sharing_cores
 from twotower_spec.training.quality import (
     ContextTowerDrafter,
@@ -95,7 +96,7 @@ class Trio:
             ArgumentError: there is no verifier, or no TwoTower checkpoint with a tokenizer, in the folder.
         """
         for name, path in (("verifier", verifier or directory / "verifier"), ("twotower", directory / "twotower")):
-            if not (path / "config.json").is_file():
+            if not is_file(path / "config.json"):
                 raise ArgumentError(f"there is no {name} in {path}; give the folder of a finished training")
         where = torch.device(device)
         tokenizer = load_tokenizer(directory / "twotower")

@@ -16,7 +16,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.config import TwoTowerConfig, read_config
 from twotower_spec.errors import ArgumentError
-from twotower_spec.files import write_atomically
+from twotower_spec.files import make_folder, write_atomically
 from twotower_spec.reading import STDIN, holds_json_lines, is_file, read_text
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
 from twotower_spec.training.corpus.arithmetic import arithmetic_documents
@@ -54,7 +54,7 @@ class Workspace:
             if not is_file(path):
                 raise ArgumentError(f"text file {path} is not there; give files of UTF-8 text or JSON lines")
         deque(user_texts(self.texts), maxlen=0)  # whatever cannot be read is refused before anything is trained
-        directory.mkdir(parents=True, exist_ok=True)
+        make_folder(directory)
 
     @property
     def verifier(self) -> Path:
@@ -73,7 +73,7 @@ class Workspace:
             ArgumentError: the stage has not been run.
         """
         path = self.verifier if name == "verifier" else self.directory / name
-        if not (path / "config.json").is_file() and not (path / "tokenizer.json").is_file():
+        if not is_file(path / "config.json") and not is_file(path / "tokenizer.json"):
             raise ArgumentError(f"{path} is not there; run `twotower-spec train {stage}` first")
         return path
 
@@ -240,7 +240,7 @@ def keep_standard_input(texts: Iterable[Path], directory: Path) -> list[Path]:
 def _written(directory: Path) -> Path:
     text = read_text(STDIN)
     path = directory / ("stdin.jsonl" if holds_json_lines(STDIN, text) else "stdin.txt")
-    directory.mkdir(parents=True, exist_ok=True)
+    make_folder(directory)
     write_atomically(path, text, "--text")
     return path
 

@@ -16,7 +16,7 @@ from twotower_spec.config import check_integer
 from twotower_spec.demo import trio_path
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
-from twotower_spec.reading import parse_json
+from twotower_spec.reading import is_directory, is_file, parse_json
 
 Verifier = Annotated[
     str | None, typer.Option(help="The model whose text is kept: a directory or hub id; default: the bundled one.")
@@ -121,7 +121,7 @@ class Models:
 
 def same_model(model: str) -> str:
     """A name that a model has from whatever working directory: of a directory its whole path, else the hub id."""
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    return str(Path(model).resolve()) if is_directory(Path(model)) else model
 
 
 def numbers(option: str, text: str, kind: Callable[[str], Number]) -> list[Number]:
@@ -209,9 +209,9 @@ def write_report_of(report: Path | None, *files: Path | None) -> None:
 def _check_path(option: str, model: str) -> None:
     """Refuses paths without a model; a hub id is looked up by vLLM."""
     path = Path(model)
-    if (path / "config.json").is_file():
+    if is_file(path / "config.json"):
         return
-    if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1:
+    if is_file(path) or is_directory(path) or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ArgumentError(f"{option} {model} is no directory with a config.json; give one, or owner/name of the hub")
 
 

@@ -28,6 +28,7 @@ TICK_CHARACTERS = 36
 
 STYLE: dict[Any, Any] = {
     "font.size": 10.5,
+    "text.parse_math": False,  # categories and titles are the user's, dollar signs included
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",

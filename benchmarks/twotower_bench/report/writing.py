@@ -79,12 +79,12 @@ def report_of(files: Sequence[Path]) -> Report:
 
 
 def _built(build: Builder, measured: Measurements) -> Section:
-    """A section; rows can be well formed and still hold what no run can measure, as a time of 0."""
+    """A section; each row can be well formed, and all together what no run can measure."""
     try:
         return build(measured)
     except ArgumentError:
         raise
-    except (ArithmeticError, ValueError) as error:
+    except (ArithmeticError, LookupError, ValueError) as error:
         reason = f"numbers that no run can have ({type(error).__name__}: {error})"
         raise ArgumentError(f"{measured.source} holds {reason}; {REMEDY}") from error
 
