@@ -15,6 +15,7 @@ import pytest
 
 from tests.support.command_line import Command
 from tests.support.golden_files import checkpoint
+from twotower_bench.cli.options import check_model_path, same_model
 from twotower_bench.measurement_file import MeasurementFile
 from twotower_bench.plan import ServingProfile
 from twotower_bench.records import ServingCell
@@ -24,7 +25,7 @@ from twotower_spec.cli.output import ResumableOutput
 from twotower_spec.cli.prompts import read_prompts
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.demo import trio_path
-from twotower_spec.errors import FileError, TwoTowerError
+from twotower_spec.errors import ArgumentError, ConfigError, FileError, TwoTowerError
 from twotower_spec.evaluation.datasets import load_prompts
 from twotower_spec.inspection import compare_with_verifier
 from twotower_spec.reading import (
@@ -40,7 +41,7 @@ from twotower_spec.reading import (
 )
 from twotower_spec.training.corpus import user_texts
 from twotower_spec.training.recipe import load_recipe
-from twotower_spec.training.workspace import keep_standard_input
+from twotower_spec.training.workspace import Workspace, keep_standard_input
 
 DEEP = "[" * 100_000
 HOSTILE = {
@@ -144,6 +145,26 @@ LONG_NAMES: dict[str, Callable[[Path], object]] = {
 def test_name_too_long_for_any_file_is_refused_in_one_sentence(read: Callable[[Path], object], tmp_path: Path) -> None:
     with pytest.raises(TwoTowerError):
         read(tmp_path / ("x" * 300))
+
+
+def test_benchmark_takes_a_name_too_long_for_any_file_for_a_hub_id() -> None:
+    assert same_model("x" * 300) == "x" * 300
+    with pytest.raises(ArgumentError, match="is no directory with a config"):
+        check_model_path("--verifier", "/" + "x" * 300)
+
+
+def test_text_that_cannot_be_read_is_refused_before_a_training_makes_anything(tmp_path: Path) -> None:
+    good, bad, verifier = tmp_path / "good.txt", tmp_path / "bad.jsonl", tmp_path / "verifier"
+    good.write_text("Once upon a time.")
+    bad.write_text('{"text": "a"}\n{"text": "\\udc00"}\n')
+    recipe = load_recipe(None)
+    with pytest.raises(FileError, match=r"bad\.jsonl:2 .* half of a surrogate pair"):
+        Workspace(tmp_path / "out", recipe, trio_path("verifier"), [good, bad])
+    shutil.copytree(trio_path("verifier"), verifier)
+    (verifier / "config.json").write_text(DEEP)
+    with pytest.raises(ConfigError, match=r"config\.json:1 is not JSON"):
+        Workspace(tmp_path / "out", recipe, verifier, [good])
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_within_the_bounds_is_read(tmp_path: Path) -> None:

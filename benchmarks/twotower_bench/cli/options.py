@@ -105,7 +105,7 @@ class Models:
         """The bundled ones where none are named."""
         for option, model in (("--verifier", verifier), ("--drafter", drafter), ("--draft-model", draft_model)):
             if model is not None:
-                _check_path(option, model)
+                check_model_path(option, model)
         if (verifier is None) != (drafter is None):
             given, missing = ("--verifier", "--drafter") if verifier else ("--drafter", "--verifier")
             raise ArgumentError(f"{given} came without {missing}; name both, or neither for the bundled trio")
@@ -206,7 +206,7 @@ def write_report_of(report: Path | None, *files: Path | None) -> None:
         write_report([file for file in files if file], report)
 
 
-def _check_path(option: str, model: str) -> None:
+def check_model_path(option: str, model: str) -> None:
     """Refuses paths without a model; a hub id is looked up by vLLM."""
     path = Path(model)
     if is_file(path / "config.json"):
@@ -219,13 +219,10 @@ def check_chat(chat: bool, verifier: str) -> None:
     """Refuses a chat template that is not there."""
     if not chat:
         return
-    from transformers import AutoTokenizer  # seconds, that no other option costs
+    from twotower_spec.checkpoint import find_tokenizer  # seconds, that no other option costs
 
-    try:
-        template = AutoTokenizer.from_pretrained(verifier, trust_remote_code=False).chat_template
-    except (OSError, ValueError) as error:
-        raise ArgumentError(f"--chat needs the tokenizer of {verifier}, which cannot be read ({error})") from error
-    if template is None:
+    tokenizer = find_tokenizer(verifier)
+    if tokenizer is None or tokenizer.chat_template is None:
         raise ArgumentError(f"--chat needs a chat template, and {verifier} has none; leave it out for plain text")
 
 
