@@ -161,7 +161,7 @@ def test_missing_hooks_does_not_raise_where_vllm_is_broken(monkeypatch: pytest.M
 
 def test_every_hook_belongs_to_one_stage_and_is_listed_once() -> None:
     assert len({(hook.module, hook.name, hook.kind) for hook in HOOKS}) == len(HOOKS)
-    of_the_plugin = hooks_of("routing") + hooks_of("v1", on_cpu=True)
+    of_the_plugin = [*hooks_of("routing"), *hooks_of("v1", on_cpu=True), *hooks_of("hybrid", on_cpu=True)]
     assert {hook.need.stage for hook in set(HOOKS) - set(of_the_plugin)} == {"measuring"}
     assert not any(hook.need.required for hook in set(HOOKS) - set(of_the_plugin))
 

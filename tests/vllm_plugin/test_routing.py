@@ -251,30 +251,27 @@ def test_verifiers_that_cannot_be_served_are_refused() -> None:
     assert "VLLM_USE_V2_MODEL_RUNNER" in forced["error"]
 
 
-def test_a_verifier_with_mamba_layers_is_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_a_verifier_whose_states_cannot_be_taken_back_is_refused_on_a_cpu(tmp_path: Path) -> None:
     verifier = hybrid_verifier(tmp_path / "hybrid")
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
     (found,) = outcomes([{**given, "model": verifier}])
-    assert "Mamba layers" in found["error"] and "attention-only" in found["error"]
+    assert "is a JambaForCausalLM, whose recurrent states" in found["error"]
 
 
 def hybrid_verifier(folder: Path) -> str:
-    """A tiny NemotronH configuration with the trio's tokenizer; no weights are needed to be refused."""
-    from transformers import NemotronHConfig
+    """A tiny Jamba configuration with the trio's tokenizer; no weights are needed to be refused."""
+    from transformers import JambaConfig
 
-    NemotronHConfig(
+    JambaConfig(
         vocab_size=2048,
         hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=4,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=32,
-        hybrid_override_pattern="M*M-",
-        layers_block_type=["mamba", "attention", "mamba", "mlp"],
-        mamba_num_heads=4,
-        mamba_head_dim=16,
-        ssm_state_size=16,
-        n_groups=1,
-        architectures=["NemotronHForCausalLM"],
+        attn_layer_period=2,
+        attn_layer_offset=1,
+        architectures=["JambaForCausalLM"],
     ).save_pretrained(folder)
     for file in trio_path("verifier").glob("tokenizer*"):
         shutil.copy(file, folder)

@@ -14,8 +14,8 @@ from typing import Literal
 from vllm_twotower.sampling_parameters import OF_REQUESTS, OF_STEPS, names
 
 # Where a hook acts: in every process that reads engine arguments or requests, in the workers of vLLM's model runner V1,
-# or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
-Stage = Literal["routing", "v1", "measuring"]
+# there where the verifier has Mamba layers, or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
+Stage = Literal["routing", "v1", "hybrid", "measuring"]
 
 
 class Kind(StrEnum):
@@ -85,6 +85,8 @@ STEP = Need("giving the drafter the requests of a step", "v1")
 LAST_TOKENS = Need("drafting up to the last tokens of the longest allowed sequence", "v1", required=False)
 VERIFYING = Need("verifying drafts", "v1")
 CPU_SAMPLING = Need("correct sampling on a CPU", "v1", cpu_only=True)
+HYBRID = Need("drafting for a verifier with Mamba layers", "hybrid", required=False)
+HYBRID_ON_CPU = Need("a verifier with Mamba layers on a CPU", "hybrid", required=False, cpu_only=True)
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
@@ -100,6 +102,18 @@ THINKING_BUDGETS = "vllm.v1.sample.thinking_budget_state"
 OUTPUTS = "vllm.v1.outputs"
 CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
 DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
+SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
+MAMBA_UTILS = "vllm.v1.worker.mamba_utils"
+MAMBA_MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
+STATE_UPDATE = "vllm.model_executor.layers.mamba.ops.ssu_dispatch"
+NEMOTRON_H = "vllm.model_executor.models.nemotron_h"
+
+# Parameters in which vLLM's kernels find the states of all Mamba layers.
+_STATE_LAYOUT = (
+    "block_table_ptrs_ptr block_table_stride_req state_base_addrs_ptr state_block_strides_ptr state_elem_sizes_ptr "
+    "state_inner_sizes_ptr state_conv_widths_ptr state_group_indices_ptr state_dim_row_count_ptr "
+    "state_dim_row_stride_ptr"
+)
 
 HOOKS: tuple[Hook, ...] = (
     function(
@@ -196,6 +210,49 @@ HOOKS: tuple[Hook, ...] = (
     ),
     *fields(OUTPUTS, "SamplerOutput", "sampled_token_ids logprobs_tensors", VERIFYING),
     *fields(OUTPUTS, "LogprobsTensors", "logprob_token_ids logprobs selected_token_ranks", VERIFYING),
+    function(RUNNER, "GPUModelRunner._update_states", HYBRID, "scheduler_output"),
+    function(RUNNER, "GPUModelRunner._may_reorder_batch", HYBRID, "scheduler_output"),
+    *(
+        function(RUNNER, f"GPUModelRunner.{name}", HYBRID)
+        for name in ("_build_attention_metadata", "_determine_batch_execution_and_padding")
+    ),
+    *fields(RUNNER, "GPUModelRunner", "num_spec_tokens use_async_scheduling num_accepted_tokens_event", HYBRID),
+    *fields(INPUT_BATCH, "InputBatch", "num_accepted_tokens_cpu req_id_to_index num_prompt_tokens", HYBRID),
+    *fields(INPUT_BATCH, "CachedRequestState", "num_prompt_tokens num_tokens num_computed_tokens", HYBRID),
+    *fields(
+        SCHEDULER_OUTPUT,
+        "SchedulerOutput",
+        "preempted_req_ids scheduled_cached_reqs",
+        HYBRID,
+    ),
+    *fields(SCHEDULER_OUTPUT, "CachedRequestData", "resumed_req_ids", HYBRID),
+    Hook(MAMBA_MIXER, "causal_conv1d_update", Kind.NAME, HYBRID_ON_CPU),
+    function(MAMBA_MIXER, "MambaMixer2.get_kv_cache_spec", HYBRID_ON_CPU, "vllm_config"),
+    function(
+        STATE_UPDATE,
+        "CPUSSUBackend.__call__",
+        HYBRID_ON_CPU,
+        "state x dt A B C D dt_bias z dt_softplus state_batch_indices dst_state_batch_indices null_block_id out "
+        "num_accepted_tokens cu_seqlens is_blackwell",
+    ),
+    Hook(NEMOTRON_H, "FusedMoEFactory", Kind.NAME, HYBRID_ON_CPU),
+    function(
+        MAMBA_UTILS,
+        "precopy_mamba_align_fused_kernel",
+        HYBRID_ON_CPU,
+        "mamba_state_idx_ptr src_col_ptr token_bias_ptr " + _STATE_LAYOUT + " idx_mapping_ptr num_reqs "
+        "COPY_BLOCK_SIZE CONV_STATE_DIM_FIRST",
+    ),
+    function(
+        MAMBA_UTILS,
+        "postprocess_mamba_fused_kernel",
+        HYBRID_ON_CPU,
+        "num_accepted_tokens_ptr mamba_state_idx_ptr num_scheduled_tokens_ptr num_computed_tokens_ptr "
+        "num_draft_tokens_ptr " + _STATE_LAYOUT + " num_accepted_tokens_out_ptr idx_mapping_ptr num_reqs "
+        "block_size COPY_BLOCK_SIZE CONV_STATE_DIM_FIRST",
+    ),
+    function("vllm.triton_utils.dispatcher", "register_kernels", HYBRID_ON_CPU, "overrides"),
+    function("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", HYBRID_ON_CPU),
 )
 
 

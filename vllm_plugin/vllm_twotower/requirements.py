@@ -10,14 +10,19 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import find_tokenizer
-from twotower_spec.config import TwoTowerConfig, check_integer
+from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_integer
 from twotower_spec.drafting import shared_token_ids
 from twotower_spec.drafting.block_drafter import MOST_OFFSETS
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
 from twotower_spec.towers.model import usable_device
+from vllm_twotower import compat
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
+from vllm_twotower.hook_table import hooks_of
 from vllm_twotower.sampling_parameters import check_logits_processors
+
+# Architectures with Mamba-2 layers that decode on a CPU with our repairs as they do without drafts.
+MAMBA2_ON_CPU = ("NemotronHForCausalLM", ARCHITECTURE)
 
 logger = logging.getLogger("vllm.twotower")
 
@@ -119,10 +124,33 @@ def _check_verifier(model_config: Any, parallel_config: Any) -> None:
             f"pipeline_parallel_size {parallel_config.pipeline_parallel_size} is not supported with a TwoTower "
             f"drafter; give 1 and use tensor parallelism"
         )
-    if model_config.is_hybrid and current_platform.is_cpu():
+    if model_config.is_hybrid:
+        check_hybrid(model_config, on_cpu=current_platform.is_cpu())
+
+
+def check_hybrid(model_config: Any, *, on_cpu: bool) -> None:
+    """Refuses a verifier with Mamba layers whose states cannot be taken back after a rejected draft.
+
+    Args:
+        model_config: vLLM's, of the verifier.
+        on_cpu: whether it runs on a CPU, where more is repaired.
+
+    Raises:
+        ArgumentError: this vLLM lacks a place that is repaired, or, on a CPU, the architecture is not one of those
+            whose layers are.
+    """
+    architecture = model_config.architecture
+    if on_cpu and architecture not in MAMBA2_ON_CPU:
         raise ArgumentError(
-            f"{model_config.model} has Mamba layers, whose state vLLM does not take back after a rejected draft on a "
-            f"CPU, so that any speculative decoding changes its text there; use an attention-only verifier, or a GPU"
+            f"{model_config.model} is a {architecture}, whose recurrent states vLLM does not take back on a CPU after "
+            f"a rejected draft; use a verifier with attention alone or a {' or '.join(MAMBA2_ON_CPU)}, or a GPU"
+        )
+    missing = compat.missing_hooks(hooks_of("hybrid", on_cpu=on_cpu))
+    if missing:
+        raise ArgumentError(
+            f"{model_config.model} has Mamba layers, and vLLM {compat.vllm_version()} lacks or has changed "
+            f"{', '.join(hook.name for hook in missing)}, without which drafts would change its text; use vLLM 0.32, "
+            f"or a verifier with attention alone"
         )
 
 

@@ -21,6 +21,7 @@ from typing import Any
 PROPOSER = "vllm_twotower.TwoTowerProposer"
 PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
+HYBRID_CPU_WORKER = "vllm_twotower.v1.cpu_hybrid.HybridCPUWorker"
 
 # Read by oneDNN when a process computes for the first time; vLLM's processes inherit it.
 PRIMITIVE_CACHE_VARIABLE, MOST_PRIMITIVES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "128"
@@ -68,6 +69,7 @@ def _routing(stock: Any) -> Any:
     def create_speculative_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = dict(zip(("target_model_config", "target_parallel_config"), args, strict=False)) | kwargs
         route(self, named["target_model_config"], named["target_parallel_config"])
+        choose_worker(named["target_model_config"], named["target_parallel_config"])
         return stock(self, *args, **kwargs)
 
     return create_speculative_config
@@ -151,6 +153,28 @@ def _bound_primitive_cache() -> None:
 
     if current_platform.is_cpu():
         os.environ.setdefault(PRIMITIVE_CACHE_VARIABLE, MOST_PRIMITIVES)
+
+
+def choose_worker(model_config: Any, parallel_config: Any) -> None:
+    """Has a verifier with Mamba layers run in our worker on a CPU, where vLLM's own lacks what such layers need.
+
+    With any speculative method or none; a worker class that the user names stays.
+
+    Args:
+        model_config, parallel_config: vLLM's, of the verifier; the latter is changed in place.
+    """
+    from vllm.platforms import current_platform
+
+    from vllm_twotower import compat, requirements
+    from vllm_twotower.hook_table import hooks_of
+
+    runs_on_cpu = model_config.is_hybrid and current_platform.is_cpu() and parallel_config.worker_cls == "auto"
+    if runs_on_cpu and model_config.architecture in requirements.MAMBA2_ON_CPU:
+        missing = compat.missing_hooks(hooks_of("hybrid", on_cpu=True))
+        if missing:
+            logger.warning(compat.warning_text(missing))
+        else:
+            parallel_config.worker_cls = HYBRID_CPU_WORKER
 
 
 def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:

@@ -30,7 +30,7 @@ def make(monkeypatch: pytest.MonkeyPatch, **knobs: Any) -> Any:
     from vllm_twotower.v1 import hooks
     from vllm_twotower.v1.proposer import TwoTowerProposer
 
-    monkeypatch.setattr(hooks, "install", lambda: True)
+    monkeypatch.setattr(hooks, "install", lambda *, is_hybrid: True)
     given = {"model": "T", "policy": "fixed", "block_size": 8, **knobs}
     proposer = TwoTowerProposer(
         SimpleNamespace(

@@ -13,16 +13,19 @@ from vllm.v1.worker import gpu_model_runner
 
 from vllm_twotower import compat
 from vllm_twotower.hook_table import hooks_of
-from vllm_twotower.v1 import cpu_repairs
+from vllm_twotower.v1 import cpu_repairs, hybrid_repairs
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
 
 logger = init_logger("vllm.twotower.hooks")
 
 
-def install() -> bool:
+def install(*, is_hybrid: bool) -> bool:
     """Wraps `GPUModelRunner.execute_model` and puts our rejection sampler into its module, once.
 
     The proposer is made in the runner's constructor, just before the sampler: the runner then finds ours.
+
+    Args:
+        is_hybrid: whether the verifier has Mamba layers, for which more is repaired.
 
     Returns:
         Whether this vLLM has all that drafting needs; otherwise there is one warning, and nothing is changed.
@@ -35,6 +38,12 @@ def install() -> bool:
         return False
     if on_cpu:
         cpu_repairs.install()
+    if is_hybrid and on_cpu:
+        from vllm_twotower.v1 import cpu_hybrid
+
+        cpu_hybrid.install()
+    elif is_hybrid:
+        hybrid_repairs.install()
     gpu_model_runner.RejectionSampler = TwoTowerRejectionSampler
     runner_class = gpu_model_runner.GPUModelRunner
     compat.wrap_once(runner_class, "execute_model", announcing_steps)

@@ -74,7 +74,7 @@ class TwoTowerProposer:
         self._faults = FaultHandler()
         self._sampler_failures = 0
         self._logged_at, self._logged = time.monotonic(), self.stats.copy()
-        self._hooked = hooks.install()
+        self._hooked = hooks.install(is_hybrid=vllm_config.model_config.is_hybrid)
 
     def load_model(self, target_model: Any) -> None:
         """Loads the towers and allocates the state, before vLLM measures what is left for its own cache.
