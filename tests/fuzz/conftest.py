@@ -13,7 +13,7 @@ import huggingface_hub.constants
 import pytest
 from hypothesis import HealthCheck, settings
 
-# Wall-clock times say nothing on a busy machine: every case has a bound on processor time instead, see `property.py`.
+# Wall-clock times say nothing on a busy machine: every case has a bound on processor time instead, see `refusal.py`.
 COMMON = {
     "deadline": None,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
