@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
-from twotower_spec.errors import ArgumentError, ConfigError, FileError
+from twotower_spec.errors import ArgumentError, ConfigError, FileError, first_line
 from twotower_spec.reading import is_directory, is_file, read_json
 
 ARCHITECTURE = "NemotronHTwoTowerForCausalLM"
@@ -241,7 +241,7 @@ def read_config(name_or_path: str | Path, revision: str | None = None) -> dict[s
     except FileError as error:
         raise ConfigError(str(error)) from error
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise ConfigError(
             f"no readable config.json at {str(name_or_path)!r} ({reason}); "
             f"give a checkpoint directory or a hub id that can be reached"

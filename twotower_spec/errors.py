@@ -35,3 +35,8 @@ class StateFullError(TwoTowerError):
 
 class TrainingError(TwoTowerError):
     """Training cannot go on: the loss is no longer finite."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error of another library says; its type where it says nothing."""
+    return (str(error).strip() or repr(error)).splitlines()[0]

@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from twotower_spec.errors import CheckpointError, FileError
+from twotower_spec.errors import CheckpointError, FileError, first_line
 from twotower_spec.reading import is_directory, is_file, read_json
 
 SINGLE_FILE = "model.safetensors"
@@ -74,7 +74,7 @@ def resolve_checkpoint(
     try:
         return Path(snapshot_download(str(name_or_path), revision=revision, allow_patterns=list(files)))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise CheckpointError(
             f"{str(name_or_path)!r} is neither a directory here nor a hub id that can be downloaded ({reason}); "
             f"check the path, or download the checkpoint first"

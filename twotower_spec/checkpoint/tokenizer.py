@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from twotower_spec.checkpoint.index import TOKENIZER_FILES, resolve_checkpoint
-from twotower_spec.errors import ArgumentError, FileError, TwoTowerError
+from twotower_spec.errors import ArgumentError, FileError, TwoTowerError, first_line
 from twotower_spec.reading import check_text, is_file, read_json
 
 
@@ -84,7 +84,7 @@ def encode_texts(
             if not _is_fault(error):
                 raise
             raise ArgumentError(
-                f"the tokenizer does not take {what} {number} ({_first_line(error)}); write it otherwise"
+                f"the tokenizer does not take {what} {number} ({first_line(error)}); write it otherwise"
             ) from error
     return encoded
 
@@ -101,8 +101,4 @@ def _reason(directory: Path, error: BaseException) -> str:
             read_json(path)
         except FileError as reason:
             return str(reason).partition("; ")[0]
-    return _first_line(error)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or repr(error)).splitlines()[0]
+    return first_line(error)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_spec.config import TwoTowerConfig
-from twotower_spec.errors import ArgumentError, ConfigError
+from twotower_spec.errors import ArgumentError, ConfigError, first_line
 from twotower_spec.towers.context import ContextTower
 from twotower_spec.towers.denoiser import DenoiserTower
 
@@ -106,7 +106,7 @@ def towers_without_memory(
         return TwoTowers(config, dtype, context_device="meta", with_denoiser=with_denoiser)
     except RuntimeError as error:
         raise ConfigError(
-            f"config.json makes a tensor that no memory holds ({str(error).splitlines()[0]}); use the config.json the "
+            f"config.json makes a tensor that no memory holds ({first_line(error)}); use the config.json the "
             f"weights were made with"
         ) from error
 

@@ -14,7 +14,7 @@ from torch import nn
 
 from twotower_spec.checkpoint import save_checkpoint
 from twotower_spec.config import read_config
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import ArgumentError, first_line
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.terminal import Terminal
 from twotower_spec.towers.backbone import Backbone
@@ -142,7 +142,7 @@ def load_verifier(directory: Path, device: torch.device, dtype: torch.dtype = to
             directory, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
         )
     except (OSError, ValueError) as error:
-        reason = (str(error).strip() or repr(error)).splitlines()[0]
+        reason = first_line(error)
         raise ArgumentError(f"the model in {directory} cannot be loaded: {reason}") from error
     model.to(device).eval()  # type: ignore[arg-type]
     return model

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.config import TwoTowerConfig, read_config
-from twotower_spec.errors import ArgumentError
+from twotower_spec.errors import ArgumentError, first_line
 from twotower_spec.files import make_folder, write_atomically
 from twotower_spec.reading import STDIN, holds_json_lines, is_file, read_text
 from twotower_spec.training.corpus import gsm8k_train, standard_library, training_documents, user_texts
@@ -99,7 +99,7 @@ class Workspace:
                 config = AutoConfig.from_pretrained(self.verifier, local_files_only=True, trust_remote_code=False)
                 return int(config.get_text_config().vocab_size)
             except (OSError, ValueError, AttributeError) as error:
-                reason = (str(error).strip() or repr(error)).splitlines()[0]
+                reason = first_line(error)
                 raise ArgumentError(f"config.json of verifier {self.verifier} cannot be read: {reason}") from error
         return len(self.tokenizer())
 
