@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from tests.support.nemotron_h import save_nemotron_h
 from tests.vllm_plugin.hybrid import replaying, run_hybrid
 
-pytestmark = [pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"), pytest.mark.slow]
+pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 SHORT = [4, 5, 6, 4, 5, 6, 4, 5]
 # More requests run than the budget of a step has tokens for, once they have drafts.
@@ -41,6 +42,7 @@ def ragged(verifier: Path, texts: list[list[int]], **given: Any) -> dict[str, An
     return run_hybrid(verifier, replaying(7), known=texts, drafts="ragged", **given)
 
 
+@pytest.mark.slow
 def test_request_that_a_step_leaves_out_goes_on_from_its_own_state(verifier: Path, texts: list[list[int]]) -> None:
     expected = [text[: length + 64] for text, length in zip(texts, SHORT, strict=True)]
     found = ragged(verifier, texts, **NARROW)
@@ -49,6 +51,7 @@ def test_request_that_a_step_leaves_out_goes_on_from_its_own_state(verifier: Pat
     assert stock["texts"] != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_output_that_is_read_again_after_a_preemption_is_a_prefill(
     verifier: Path, texts: list[list[int]], prefix_caching: bool
@@ -60,6 +63,7 @@ def test_output_that_is_read_again_after_a_preemption_is_a_prefill(
     assert stock["texts"] != texts
 
 
+@pytest.mark.slow
 def test_padded_prompt_behind_a_short_piece_of_another(verifier: Path) -> None:
     lengths = [5, 33, 40]  # blocks are of 32 tokens: the second time one and eight tokens are not cached
     expected = run_hybrid(verifier, lengths=lengths)["texts"]
@@ -70,3 +74,31 @@ def test_padded_prompt_behind_a_short_piece_of_another(verifier: Path) -> None:
         verifier, replaying(7), known=expected, drafts="partial", without=["ordering_by_what_rows_do"], **engine
     )
     assert stock["texts"] != expected
+
+
+@pytest.mark.parametrize(
+    ("num_prompt_tokens", "num_tokens", "drafts", "uniform"),
+    [(4, 8, [], False), (4, 8, [1] * 7, None), (33, 8, [-1] * 7, None), (33, 8, [], None)],
+    ids=["read again", "drafts", "padded prompt", "piece of a prompt"],
+)
+def test_only_what_is_read_again_stays_out_of_graphs_of_uniform_decoding(
+    num_prompt_tokens: int, num_tokens: int, drafts: list[int], uniform: bool | None
+) -> None:
+    """A stub of the runner: there are no CUDA graphs on a CPU."""
+    from vllm_twotower.v1.hybrid_repairs import ordering_by_what_rows_do, running_prefill_as_such
+
+    computed = 20 if num_prompt_tokens < 20 else num_prompt_tokens - 1
+    request = SimpleNamespace(num_prompt_tokens=num_prompt_tokens, num_computed_tokens=computed, num_tokens=40)
+    runner = SimpleNamespace(
+        model_config=SimpleNamespace(is_hybrid=True),
+        num_spec_tokens=7,
+        requests={"one": request},
+        input_batch=SimpleNamespace(req_id_to_index={"one": 0}, num_prompt_tokens=[num_prompt_tokens]),
+    )
+    step = SimpleNamespace(
+        num_scheduled_tokens={"one": num_tokens}, scheduled_spec_decode_tokens={"one": drafts} if drafts else {}
+    )
+    ordering_by_what_rows_do(lambda self, scheduler_output: None)(runner, step)
+    assert runner.input_batch.num_prompt_tokens == [num_prompt_tokens]
+    asked = running_prefill_as_such(lambda self, **kwargs: kwargs.get("force_uniform_decode"))(runner, num_reqs=1)
+    assert asked is uniform

@@ -16,7 +16,7 @@ Each repair goes when vLLM passes its test in tests/vllm_plugin/v1/test_hybrid_r
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from functools import wraps
 from typing import Any
@@ -47,10 +47,10 @@ def keeping_accepted_counts(stock: Any) -> Any:
         if not self.model_config.is_hybrid or not self.num_spec_tokens or self.use_async_scheduling:
             return stock(self, scheduler_output)
         batch, counts = self.input_batch, vars(self).setdefault(_COUNTS, {})
-        resumed = scheduler_output.scheduled_cached_reqs.resumed_req_ids
-        for request_id in {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ()), *resumed}:
+        ended = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
+        for request_id in ended | scheduler_output.scheduled_cached_reqs.resumed_req_ids:
             counts.pop(request_id, None)  # its state is gone, or begins anew
-        left_out = _left_out(batch.req_ids, scheduler_output)
+        left_out = _left_out(batch.req_ids, scheduler_output.num_scheduled_tokens.keys() | ended)
         if left_out:
             self.num_accepted_tokens_event.synchronize()  # the runner waits for it too, a little later in this step
             counts |= {one: int(batch.num_accepted_tokens_cpu[batch.req_id_to_index[one]]) for one in left_out}
@@ -62,10 +62,9 @@ def keeping_accepted_counts(stock: Any) -> Any:
     return _update_states
 
 
-def _left_out(request_ids: list[str], scheduler_output: Any) -> list[str]:
-    """Requests of the batch that go on later: neither in this step nor ended nor preempted."""
-    elsewhere = {*scheduler_output.finished_req_ids, *(scheduler_output.preempted_req_ids or ())}
-    return [one for one in request_ids if one not in scheduler_output.num_scheduled_tokens and one not in elsewhere]
+def _left_out(request_ids: list[str], others: Set[str]) -> list[str]:
+    """Requests of the batch that go on later: not among those that are in this step, or ended or preempted."""
+    return [one for one in request_ids if one not in others]
 
 
 def ordering_by_what_rows_do(stock: Any) -> Any:
@@ -93,11 +92,13 @@ def describing_what_rows_do(stock: Any) -> Any:
 
 
 def running_prefill_as_such(stock: Any) -> Any:
-    """A batch of pieces as long as rows with all drafts runs no CUDA graph of decoding while one is a prefill."""
+    """A batch runs no CUDA graph of uniform decoding, chosen by lengths alone, while a piece in it is read again."""
 
     @wraps(stock)
     def _determine_batch_execution_and_padding(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if getattr(self, _PROMPTS, ()) and kwargs.get("force_uniform_decode") is None:
+        lengths = getattr(self, _PROMPTS, {})
+        rereads = any(length > self.requests[one].num_computed_tokens for one, length in lengths.items())
+        if rereads and kwargs.get("force_uniform_decode") is None:
             kwargs["force_uniform_decode"] = False
         return stock(self, *args, **kwargs)
 
