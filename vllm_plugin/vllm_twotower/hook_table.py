@@ -102,7 +102,6 @@ THINKING_BUDGETS = "vllm.v1.sample.thinking_budget_state"
 OUTPUTS = "vllm.v1.outputs"
 CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
 DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
-SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
 MAMBA_UTILS = "vllm.v1.worker.mamba_utils"
 MAMBA_MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
 STATE_UPDATE = "vllm.model_executor.layers.mamba.ops.ssu_dispatch"
@@ -219,12 +218,7 @@ HOOKS: tuple[Hook, ...] = (
     *fields(RUNNER, "GPUModelRunner", "num_spec_tokens use_async_scheduling num_accepted_tokens_event", HYBRID),
     *fields(INPUT_BATCH, "InputBatch", "num_accepted_tokens_cpu req_id_to_index num_prompt_tokens", HYBRID),
     *fields(INPUT_BATCH, "CachedRequestState", "num_prompt_tokens num_tokens num_computed_tokens", HYBRID),
-    *fields(
-        SCHEDULER_OUTPUT,
-        "SchedulerOutput",
-        "preempted_req_ids scheduled_cached_reqs",
-        HYBRID,
-    ),
+    *fields(SCHEDULER_OUTPUT, "SchedulerOutput", "preempted_req_ids scheduled_cached_reqs", HYBRID),
     *fields(SCHEDULER_OUTPUT, "CachedRequestData", "resumed_req_ids", HYBRID),
     Hook(MAMBA_MIXER, "causal_conv1d_update", Kind.NAME, HYBRID_ON_CPU),
     function(MAMBA_MIXER, "MambaMixer2.get_kv_cache_spec", HYBRID_ON_CPU, "vllm_config"),

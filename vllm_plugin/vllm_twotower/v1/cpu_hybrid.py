@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Iterator
-from functools import cache, wraps
+from dataclasses import dataclass, fields
+from functools import cache, cached_property, wraps
 from typing import Any
 
 import torch
@@ -239,35 +240,77 @@ class SquaredReluExperts(nn.Module):
         return total
 
 
+@dataclass(frozen=True)
+class StateLayout:
+    """Places of the states of all Mamba layers, as vLLM's kernels are told them; on a CPU addresses are numbers.
+
+    Attributes:
+        block_tables: addresses int64 [groups] of tables int32 [rows, columns].
+        row_stride: elements from one row of a table to the next.
+        bases, block_strides, element_sizes, inner_sizes, widths, groups: [states], of each state tensor the address,
+            bytes from block to block, bytes and number of its elements (of a convolution: of one token), tokens that
+            a convolution holds (0 for another state), and its group.
+        dim_rows, dim_strides: of another layout of convolutions, see `check_options`.
+    """
+
+    block_tables: Tensor
+    row_stride: int
+    bases: Tensor
+    block_strides: Tensor
+    element_sizes: Tensor
+    inner_sizes: Tensor
+    widths: Tensor
+    groups: Tensor
+    dim_rows: Tensor
+    dim_strides: Tensor
+
+    @cached_property
+    def _states(self) -> list[tuple[int, ...]]:
+        columns = (self.bases, self.block_strides, self.element_sizes, self.inner_sizes, self.widths, self.groups)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+
+    def copy(self, row: int, source: int, target: int, bias: int) -> None:
+        """Copies the states of one request in all layers between two of its blocks.
+
+        Args:
+            row: of the request.
+            source, target: columns of its block table.
+            bias: tokens by which the wanted state is later than the first one of the source. A convolution slides its
+                window by as many tokens; another state lies as many columns further.
+        """
+        for base, block_stride, element_size, inner_size, width, group in self._states:
+            table = int(self.block_tables[group]) + row * self.row_stride * ctypes.sizeof(ctypes.c_int32)
+            size = inner_size * element_size
+            to = base + _block(table, target) * block_stride
+            if width:
+                ctypes.memmove(to, base + _block(table, source) * block_stride + bias * size, (width - bias) * size)
+            else:
+                ctypes.memmove(to, base + _block(table, source + bias) * block_stride, size)
+
+
+_NUM_LAYOUT = len(fields(StateLayout))
+
+
 def copy_before_step(
-    running_columns: Tensor,
-    last_columns: Tensor,
-    biases: Tensor,
-    block_tables: Tensor,
-    row_stride: int,
-    bases: Tensor,
-    block_strides: Tensor,
-    element_sizes: Tensor,
-    inner_sizes: Tensor,
-    widths: Tensor,
-    groups: Tensor,
-    dim_rows: Tensor,
-    dim_strides: Tensor,
-    row_of: Tensor | None,
-    num_rows: int,
-    **others: Any,
+    running_columns: Tensor, last_columns: Tensor, biases: Tensor, *layout_and_rows: Any, **options: Any
 ) -> None:
     """Copies the state of each row from the block of its last step to that of this one.
 
-    Stands for `precopy_mamba_align_fused_kernel`, whose parameters it has: columns and biases int32 [rows], the rest as
-    `copy_state` takes it. As in vLLM's own replacements on a CPU, addresses are numbers.
+    Stands for `precopy_mamba_align_fused_kernel`, whose parameters it has.
+
+    Args:
+        running_columns, last_columns, biases: int32 [rows], as `StateLayout.copy` takes them; a last column of -1 has
+            no state.
+        layout_and_rows: of a `StateLayout`, then `row_of`, for which see `check_options`, and the number of rows.
+        options: of the kernel.
     """
-    check_layout(row_of, **others)
-    layout = (block_tables, row_stride, bases, block_strides, element_sizes, inner_sizes, widths, groups)
+    layout = StateLayout(*layout_and_rows[:_NUM_LAYOUT])
+    row_of, num_rows = layout_and_rows[_NUM_LAYOUT:]
+    check_options(row_of, **options)
     for row in range(num_rows):
         source, target = int(last_columns[row]), int(running_columns[row])
         if source >= 0 and source != target:
-            copy_state(row, source, target, int(biases[row]), *layout)
+            layout.copy(row, source, target, int(biases[row]))
 
 
 def copy_after_step(
@@ -276,29 +319,24 @@ def copy_after_step(
     scheduled: Tensor,
     computed: Tensor,
     drafted: Tensor,
-    block_tables: Tensor,
-    row_stride: int,
-    bases: Tensor,
-    block_strides: Tensor,
-    element_sizes: Tensor,
-    inner_sizes: Tensor,
-    widths: Tensor,
-    groups: Tensor,
-    dim_rows: Tensor,
-    dim_strides: Tensor,
-    accepted_out: Tensor,
-    row_of: Tensor | None,
-    num_rows: int,
-    block_size: int = 0,
-    **others: Any,
+    *layout_and_rows: Any,
+    block_size: int,
+    **options: Any,
 ) -> None:
     """Copies the state at the end of a block that a step has filled to where it is cached.
 
-    Stands for `postprocess_mamba_fused_kernel`, whose parameters it has: counts and columns int32 [rows]. Where the
-    block is the running one, the count in `accepted_out` becomes 1, since the state now lies at its beginning.
+    Stands for `postprocess_mamba_fused_kernel`, whose parameters it has. Where the block is the running one, the
+    accepted count becomes 1, since the state now lies at its beginning.
+
+    Args:
+        accepted, running_columns, scheduled, computed, drafted: int32 [rows], numbers of tokens, and columns.
+        layout_and_rows: of a `StateLayout`, then the accepted counts to be changed, `row_of` and the number of rows.
+        block_size: in tokens.
+        options: of the kernel.
     """
-    check_layout(row_of, **others)
-    layout = (block_tables, row_stride, bases, block_strides, element_sizes, inner_sizes, widths, groups)
+    layout = StateLayout(*layout_and_rows[:_NUM_LAYOUT])
+    accepted_out, row_of, num_rows = layout_and_rows[_NUM_LAYOUT:]
+    check_options(row_of, **options)
     for row in range(num_rows):
         first = int(computed[row]) + int(scheduled[row]) - int(drafted[row])  # tokens whose state is the first one
         end = (first + int(accepted[row]) - 1) // block_size * block_size
@@ -308,54 +346,15 @@ def copy_after_step(
         if source == target:
             accepted_out[row] = 1
         if source != target or end > first:
-            copy_state(row, source, target, end - first, *layout)
+            layout.copy(row, source, target, end - first)
 
 
-def check_layout(
+def check_options(
     row_of: Tensor | None, CONV_STATE_DIM_FIRST: bool = False, PRECOMPUTED_NEW_COMPUTED: bool = False, **_: Any
 ) -> None:
     """Refuses what model runner V1 does not do on a CPU, rather than copying the wrong bytes."""
     if row_of is not None or CONV_STATE_DIM_FIRST or PRECOMPUTED_NEW_COMPUTED:
         raise NotImplementedError("states are copied on a CPU for model runner V1 and the conv state layout SD only")
-
-
-def copy_state(
-    row: int,
-    source: int,
-    target: int,
-    bias: int,
-    block_tables: Tensor,
-    row_stride: int,
-    bases: Tensor,
-    block_strides: Tensor,
-    element_sizes: Tensor,
-    inner_sizes: Tensor,
-    widths: Tensor,
-    groups: Tensor,
-) -> None:
-    """Copies the states of one request in all layers between two of its blocks.
-
-    Args:
-        row: of the request.
-        source, target: columns of its block table.
-        bias: tokens by which the wanted state is later than the first one of the source. A convolution slides its
-            window by as many tokens; another state lies as many columns further.
-        block_tables: addresses int64 [groups] of tables int32 [rows, columns].
-        row_stride: elements from one row of a table to the next.
-        bases, block_strides, element_sizes, inner_sizes, widths, groups: [states], of each state tensor the address,
-            bytes from block to block, bytes and number of its elements (of a convolution: of one token), tokens that
-            a convolution holds (0 for another state), and its group.
-    """
-    for base, block_stride, element_size, inner_size, width, group in zip(
-        *(column.tolist() for column in (bases, block_strides, element_sizes, inner_sizes, widths, groups)), strict=True
-    ):
-        table = int(block_tables[group]) + row * row_stride * ctypes.sizeof(ctypes.c_int32)
-        size = inner_size * element_size
-        to = base + _block(table, target) * block_stride
-        if width:
-            ctypes.memmove(to, base + _block(table, source) * block_stride + bias * size, (width - bias) * size)
-        else:
-            ctypes.memmove(to, base + _block(table, source + bias) * block_stride, size)
 
 
 def _block(table: int, column: int) -> int:
