@@ -7,14 +7,13 @@ are kept for the test run, so that several tests can look at one engine.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tests.vllm_plugin.fork_server import run_forked
+from tests.vllm_plugin.fork_server import results_of
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 # Far more blocks than all of them can fill, and far fewer than a GiB holds, which would be zeroed for every engine.
@@ -47,20 +46,9 @@ def run_engine(
     )
     key = order + json.dumps(dict(environment or {}), sort_keys=True)
     if key not in _results:
-        _results[key] = _run(order, environment, timeout_s)
+        found, log = results_of(f"{__name__}:write_results", order, environment, timeout_s)
+        _results[key] = {**found, "log": log}
     return _results[key]
-
-
-def _run(order: str, environment: Mapping[str, str] | None, timeout_s: float) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        function, output = "tests.vllm_plugin.engine:write_results", folder / "results.json"
-        code = run_forked(function, order, str(output), folder=folder, environment=environment, timeout_s=timeout_s)
-        said = (folder / "log").read_text()
-        assert code == 0, f"the engine ended with {code}\n{said[-6000:]}"
-        results: dict[str, Any] = json.loads(output.read_text())
-        results["log"] = said
-        return results
 
 
 @dataclass

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.environment import engine_environment as quiet_environment
@@ -43,6 +45,25 @@ def fork(
     variables = {**_with_tests(), **(environment or {})}
     call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
     return _server().fork("the engine", *call, folder, variables)
+
+
+def results_of(
+    function: str, order: str, environment: Mapping[str, str] | None = None, timeout_s: float = 400
+) -> tuple[Any, str]:
+    """Results of a function in a process of its own, and the log of the process.
+
+    Args:
+        function: takes the order and the name of a file, into which it writes its results as JSON.
+        order: its first argument.
+        environment, timeout_s: as of `run_forked`.
+    """
+    with TemporaryDirectory() as name:
+        folder = Path(name)
+        output = folder / "results.json"
+        code = run_forked(function, order, str(output), folder=folder, environment=environment, timeout_s=timeout_s)
+        said = (folder / "log").read_text()
+        assert code == 0, f"the process ended with {code}\n{said[-6000:]}"
+        return json.loads(output.read_text()), said
 
 
 def call(function: str, arguments: tuple[str, ...], timeout_s: float) -> None:

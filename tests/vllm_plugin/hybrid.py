@@ -6,7 +6,6 @@ Each engine is in a process of its own. The drafts come from `ReplayProposer`, w
 from __future__ import annotations
 
 import json
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tests.support.nemotron_h import VOCABULARY
-from tests.vllm_plugin.fork_server import run_forked
+from tests.vllm_plugin.fork_server import results_of
 
 LENGTHS = (17, 33, 5, 64, 90, 8, 40, 21)  # of the prompts
 ENGINE = {
@@ -113,13 +112,9 @@ def run_hybrid(
         "max_tokens": max_tokens,
         "engine_args": {**ENGINE, **engine_args},
     }
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        output = folder / "results.json"
-        code = run_forked(f"{__name__}:write_results", json.dumps(order), str(output), folder=folder)
-        assert code == 0, (folder / "log").read_text()[-6000:]
-        results: dict[str, Any] = json.loads(output.read_text())
-        return results
+    found, _ = results_of(f"{__name__}:write_results", json.dumps(order))
+    results: dict[str, Any] = found
+    return results
 
 
 def write_results(order: str, output: str) -> None:

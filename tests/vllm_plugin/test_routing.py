@@ -9,14 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.fork_server import run_forked
+from tests.vllm_plugin.fork_server import results_of
 from twotower_spec.demo.trio import trio_path
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
@@ -65,15 +64,10 @@ def outcomes(given: list[dict[str, Any]], log_to: Path | None = None, **environm
         else {"model": str(trio_path("verifier")), **verifier, **one}
         for one in given
     ]
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        function, output = "tests.vllm_plugin.test_routing:write_outcomes", folder / "outcomes.json"
-        code = run_forked(function, json.dumps(filled), str(output), folder=folder, environment=environment)
-        said = (folder / "log").read_text()
-        assert code == 0, said
-        if log_to is not None:
-            log_to.write_text(said)
-        found: list[dict[str, Any]] = json.loads(output.read_text())
+    found: list[dict[str, Any]]
+    found, said = results_of(f"{__name__}:write_outcomes", json.dumps(filled), environment)
+    if log_to is not None:
+        log_to.write_text(said)
     return found
 
 
