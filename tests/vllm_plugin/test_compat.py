@@ -20,9 +20,10 @@ from vllm_twotower.compat import (
     rejection_sampler_runs_without_drafts,
     warning_text,
 )
-from vllm_twotower.hook_table import Hook, Kind, Need, hooks_of
+from vllm_twotower.hook_table import Hook, Kind, Need, Stage, hooks_of
 
 HOOKS = all_hooks()
+STAGES: tuple[Stage, ...] = ("routing", "model", "v1", "hybrid")
 ROOT = Path(__file__).parents[2]
 
 
@@ -161,7 +162,7 @@ def test_missing_hooks_does_not_raise_where_vllm_is_broken(monkeypatch: pytest.M
 
 def test_every_hook_belongs_to_one_stage_and_is_listed_once() -> None:
     assert len({(hook.module, hook.name, hook.kind) for hook in HOOKS}) == len(HOOKS)
-    of_the_plugin = [*hooks_of("routing"), *hooks_of("v1", on_cpu=True), *hooks_of("hybrid", on_cpu=True)]
+    of_the_plugin = [hook for stage in STAGES for hook in hooks_of(stage, on_cpu=True)]
     assert {hook.need.stage for hook in set(HOOKS) - set(of_the_plugin)} == {"measuring"}
     assert not any(hook.need.required for hook in set(HOOKS) - set(of_the_plugin))
 

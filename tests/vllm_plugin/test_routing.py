@@ -101,6 +101,60 @@ def test_every_spelling_leads_to_the_proposer() -> None:
     assert [one["found"]["block_size"] for one in found[-2:]] == [16, 8]
 
 
+def test_a_checkpoint_that_verifies_drafts_for_itself_where_it_is_asked_to(tmp_path: Path) -> None:
+    drafter = str(trio_path("twotower"))
+    copy = broken_copy(tmp_path / "copy")
+    linked = tmp_path / "linked"
+    linked.symlink_to(drafter)
+    spellings: list[tuple[bool, dict[str, Any]]] = [
+        (True, {"cli": ["--model", drafter, "--speculative-model", drafter, "--spec-tokens", "7"]}),
+        (True, {"cli": ["--model", drafter, "--spec-method", "twotower", "--spec-tokens", "7"]}),
+        (True, {"speculative_config": {"num_speculative_tokens": 7, "twotower": {"self": True}}}),
+        (True, {"additional_config": {"twotower": {"self": True}}, "spec_tokens": 7}),
+        (True, {"speculative_config": {"model": str(linked), "num_speculative_tokens": 7, "twotower": {"self": True}}}),
+        (
+            True,
+            {
+                "speculative_config": {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 7},
+                "additional_config": {"twotower": {"self": True}},
+            },
+        ),
+        (False, {"speculative_config": {"model": drafter, "num_speculative_tokens": 7, "twotower": {"self": False}}}),
+        (False, {"speculative_config": {"model": copy, "num_speculative_tokens": 7}}),
+    ]
+    found = outcomes([given if "cli" in given else {"model": drafter, **given} for _, given in spellings])
+    for one, (for_itself, given) in zip(found, spellings, strict=True):
+        assert one.get("model") == PROPOSER and one["num_speculative_tokens"] == 7, (given, one)
+        assert one["found"]["drafts_for_itself"] == for_itself, given
+        assert "self" not in one["knobs"]
+
+
+def test_drafting_for_itself_is_refused_where_nothing_can(tmp_path: Path) -> None:
+    drafter, verifier = str(trio_path("twotower")), str(trio_path("verifier"))
+    copy = broken_copy(tmp_path / "copy")
+    cases: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+        ({"model": verifier, "twotower": {"self": True}}, (verifier, "is no TwoTower checkpoint", "serve one")),
+        ({"model": drafter, "twotower": {"self": "yes"}}, ("self 'yes'", "give true")),
+        ({"model": drafter, "twotower": {"self": False}}, ("no TwoTower checkpoint is named",)),
+        ({"model": drafter, "spec_model": copy, "twotower": {"self": True}}, (copy, drafter, "give one of the two")),
+        ({"model": verifier, "method": "twotower"}, ("no TwoTower checkpoint is named",)),
+    ]
+    found = outcomes(
+        [
+            {
+                "model": given["model"],
+                "spec_model": given.get("spec_model"),
+                "speculative_config": {key: given[key] for key in ("method", "twotower") if key in given},
+            }
+            for given, _ in cases
+        ]
+    )
+    for one, (given, parts) in zip(found, cases, strict=True):
+        assert "error" in one, given
+        assert all(part in one["error"] for part in parts), (given, one["error"])
+        assert len(one["error"].strip().splitlines()) == 1, one["error"]
+
+
 def test_other_speculative_methods_are_left_alone() -> None:
     draft = str(trio_path("draft"))
     found = outcomes(

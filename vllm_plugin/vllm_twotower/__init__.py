@@ -15,14 +15,16 @@ __all__ = ["TwoTowerProposer", "register"]
 
 
 def register() -> None:
-    """Entry point of the group `vllm.general_plugins`: lets vLLM's speculative settings name a TwoTower checkpoint.
+    """Entry point of the group `vllm.general_plugins`: lets vLLM's settings name a TwoTower checkpoint.
 
     Called several times in several processes. Never raises: a vLLM without the hooks runs on without drafts, with one
     warning.
     """
-    from vllm_twotower.routing import install
+    from vllm_twotower import routing
+    from vllm_twotower.model import registration
 
-    install()
+    routing.install()
+    registration.install()
 
 
 def __getattr__(name: str) -> Any:

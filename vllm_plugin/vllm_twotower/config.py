@@ -19,6 +19,8 @@ from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
 # Keys of vLLM's `additional_config`.
 KNOBS = "twotower"
 FOUND = "twotower_found"
+# Knob that the settings are freed of: the drafter is the verifier's own checkpoint.
+SELF = "self"
 
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
 
@@ -104,7 +106,7 @@ class DrafterKnobs:
         Raises:
             ArgumentError: a knob is unknown or its value not allowed; it is named.
         """
-        known = [field.name for field in fields(cls)]
+        known = [*(field.name for field in fields(cls)), SELF]
         for name in knobs:
             if name not in known:
                 near = get_close_matches(name, known, n=1)
@@ -191,6 +193,7 @@ class FoundAtStart:
     Attributes:
         block_size: positions of a block at start: the knob's, or else the checkpoint's.
         num_token_ids: ids that verifier and drafter share.
+        drafts_for_itself: whether the drafter is the verifier's own checkpoint, so that the context is read already.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -198,6 +201,7 @@ class FoundAtStart:
 
     block_size: int
     num_token_ids: int
+    drafts_for_itself: bool = False
 
     def __post_init__(self) -> None:
         """Refuses values out of range."""

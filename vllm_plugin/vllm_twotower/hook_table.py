@@ -13,9 +13,10 @@ from typing import Literal
 
 from vllm_twotower.sampling_parameters import OF_REQUESTS, OF_STEPS, names
 
-# Where a hook acts: in every process that reads engine arguments or requests, in the workers of vLLM's model runner V1,
-# there where the verifier has Mamba layers, or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
-Stage = Literal["routing", "v1", "hybrid", "measuring"]
+# Where a hook acts: in every process that reads engine arguments or requests, where the verifier is a TwoTower
+# checkpoint, in the workers of vLLM's model runner V1, there where the verifier has Mamba layers, or in benchmarks,
+# whose table is in `twotower_bench.vllm_hooks`.
+Stage = Literal["routing", "model", "v1", "hybrid", "measuring"]
 
 
 class Kind(StrEnum):
@@ -79,6 +80,7 @@ ROUTING = Need("routing TwoTower checkpoints to the drafter", "routing")
 ALIAS = Need("the command-line option --speculative-model", "routing", required=False)
 MORE_PARAMETERS = Need("requests with min_p or logit_bias", "routing", required=False)
 SEVERAL_SERVERS = Need("the drafter's numbers on /metrics of several API servers", "routing", required=False)
+ITSELF = Need("a TwoTower checkpoint as the verifier", "model", required=False)
 KNOWING = Need("requests that set sampling parameters which twotower-spec does not know", "v1", required=False)
 LOADING = Need("loading the drafter", "v1")
 STEP = Need("giving the drafter the requests of a step", "v1")
@@ -105,6 +107,10 @@ DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
 MAMBA_UTILS = "vllm.v1.worker.mamba_utils"
 MAMBA_MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
 STATE_UPDATE = "vllm.model_executor.layers.mamba.ops.ssu_dispatch"
+MODELS = "vllm.model_executor.models.registry"
+MODEL_SETTINGS = "vllm.model_executor.models.config"
+MODEL_PARTS = "vllm.model_executor.models.utils"
+MODEL_CONFIGURATION = "vllm.transformers_utils.config"
 NEMOTRON_H = "vllm.model_executor.models.nemotron_h"
 
 # Parameters in which vLLM's kernels find the states of all Mamba layers.
@@ -128,6 +134,15 @@ HOOKS: tuple[Hook, ...] = (
     Hook(SPECULATIVE, "SpeculativeConfig.method", Kind.CHOICE, ROUTING, ("custom_class",)),
     *fields(ARG_UTILS, "EngineArgs", "_api_process_count _api_process_rank", SEVERAL_SERVERS),
     function(SAMPLING_PARAMS, "SamplingParams._validate_spec_decode", MORE_PARAMETERS, "speculative_config"),
+    function(ARG_UTILS, "EngineArgs.create_model_config", ITSELF),
+    *fields(ARG_UTILS, "EngineArgs", "model revision hf_config_path hf_overrides trust_remote_code", ITSELF),
+    function(MODEL_CONFIGURATION, "get_config", ITSELF, "model trust_remote_code revision"),
+    Hook(MODELS, "ModelRegistry", Kind.NAME, ITSELF),
+    function(MODELS, "_ModelRegistry.register_model", ITSELF, "model_arch model_cls"),
+    function(MODELS, "_ModelRegistry.get_supported_archs", ITSELF),
+    Hook(MODEL_SETTINGS, "MODELS_CONFIG_MAP", Kind.NAME, ITSELF),
+    *fields(MODEL_PARTS, "WeightsMapper", "orig_to_new_prefix", ITSELF),
+    *fields(NEMOTRON_H, "NemotronHForCausalLM", "hf_to_vllm_mapper", ITSELF),
     function(CUSTOM_CLASS, "create_custom_proposer", LOADING, "vllm_config"),
     Hook(RUNNER, "create_custom_proposer", Kind.NAME, LOADING),
     function(RUNNER, "GPUModelRunner.execute_model", STEP, "scheduler_output"),

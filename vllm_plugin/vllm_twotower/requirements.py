@@ -46,10 +46,11 @@ def configuration_of(vllm_config: Any) -> tuple[DrafterKnobs, FoundAtStart]:
 
 def check_requirements(
     knobs: DrafterKnobs,
-    found: Mapping[str, int] | None,
+    found: Mapping[str, Any] | None,
     num_speculative_tokens: int | None,
     model_config: Any,
     parallel_config: Any,
+    drafts_for_itself: bool = False,
 ) -> FoundAtStart:
     """Refuses what cannot work, before anything is loaded.
 
@@ -58,6 +59,7 @@ def check_requirements(
         found: what another process found before; None looks into the checkpoint.
         num_speculative_tokens: drafts per request and step, as the user gave them; None for a whole block.
         model_config, parallel_config: vLLM's, of the verifier.
+        drafts_for_itself: whether the drafter is the verifier's own checkpoint.
 
     Raises:
         TwoTowerError: with the value, what is allowed, and the remedy.
@@ -82,7 +84,7 @@ def check_requirements(
         raise CheckpointError(
             f"{knobs.model} cannot be loaded: {inspection.problems[0]}{others}; `twotower-spec inspect` lists all"
         )
-    return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config))
+    return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config), drafts_for_itself)
 
 
 def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:

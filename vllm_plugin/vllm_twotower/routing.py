@@ -15,8 +15,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import wraps
-from pathlib import Path
 from typing import Any
+
+from vllm_twotower.checkpoints import is_same, is_two_tower
 
 PROPOSER = "vllm_twotower.TwoTowerProposer"
 PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
@@ -86,6 +87,9 @@ def _with_alias(stock: Any) -> Any:
                 default=None,
                 help="Draft model, as --spec-model; a TwoTower checkpoint drafts whole blocks (twotower-spec).",
             )
+        for action in parser._actions:
+            if "--spec-method" in action.option_strings and action.choices is not None:
+                action.choices = [*action.choices, METHOD]
         return parser
 
     return add_cli_args
@@ -115,7 +119,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
         TwoTowerError: a knob, the checkpoint or the verifier is refused.
     """
     given = _speculative_settings(engine_args)
-    if given is None or not _is_ours(given):
+    if given is None or not (_is_ours(given) or _asks_for_itself(given, engine_args.additional_config)):
         return
     from vllm_twotower import metrics
     from vllm_twotower.config import FOUND, KNOBS, MOST_DRAFT_TOKENS, DrafterKnobs, knobs_in
@@ -128,9 +132,12 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     if given.get("model") not in PROPOSER_PATHS:  # the other spelling may have been here before
         additional.pop(FOUND, None)
         given_knobs = _naming_checkpoint(given_knobs, given.get("model"), given.pop("revision", None))
+    given_knobs, drafts_for_itself = _naming_itself(given_knobs, given.get("method"), model_config)
     knobs = DrafterKnobs.parse(given_knobs)
     num_speculative_tokens = given.get("num_speculative_tokens")
-    found = check_requirements(knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config)
+    found = check_requirements(
+        knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config, drafts_for_itself
+    )
     _drop_settings_without_meaning(given)
     _bound_primitive_cache()
     if num_speculative_tokens is None:
@@ -219,6 +226,61 @@ def _naming_checkpoint(knobs: Mapping[str, Any], model: object, revision: object
     return named
 
 
+def _asks_for_itself(given: Mapping[str, Any], additional_config: object) -> bool:
+    """Whether the knobs alone ask for the drafter: `"twotower": {"self": true}` without model or method."""
+    holders = [holder for holder in (given, additional_config) if holder]
+    if given.get("method") is not None or given.get("model") is not None or not holders:
+        return False
+    from vllm_twotower.config import KNOBS, SELF
+
+    return any(
+        isinstance(holder, Mapping) and isinstance(holder.get(KNOBS), Mapping) and SELF in holder[KNOBS]
+        for holder in holders
+    )
+
+
+def _naming_itself(knobs: Mapping[str, Any], method: object, model_config: Any) -> tuple[dict[str, Any], bool]:
+    """Names the verifier's checkpoint where it is to draft for itself, and says whether it is.
+
+    Args:
+        knobs: of the drafter, with "self" where the user gives it; False has the same checkpoint loaded twice.
+        method: of the speculative settings; our own without a model means the verifier.
+        model_config: vLLM's, of the verifier.
+
+    Returns:
+        The knobs without "self", and whether the drafter is the verifier's own checkpoint and may be read in it.
+
+    Raises:
+        ArgumentError: the verifier is no TwoTower checkpoint, or another model is named beside.
+    """
+    from twotower_spec.errors import ArgumentError
+    from vllm_twotower.config import SELF
+
+    named = dict(knobs)
+    asked = named.pop(SELF, None)
+    if asked is not None and not isinstance(asked, bool):
+        raise ArgumentError(f"twotower knob self {asked!r} is not allowed; give true, or leave it out")
+    verifier, revision = str(model_config.model), model_config.revision
+    can = is_two_tower(verifier, revision)
+    if asked and not can:
+        raise ArgumentError(
+            f"twotower knob self is true, and the verifier {verifier} is no TwoTower checkpoint; name one as the "
+            f"speculative model, or serve one"
+        )
+    if named.get("model") is None and (asked or (can and asked is None and _is_our_name(method))):
+        named |= {"model": verifier, "revision": revision}
+    model = named.get("model")
+    if not can or not isinstance(model, str):
+        return named, False
+    same = is_same(model, named.get("revision"), verifier, revision)
+    if asked and not same:
+        raise ArgumentError(
+            f"twotower knob self is true, and the speculative settings name {model} beside the verifier {verifier}; "
+            f"give one of the two"
+        )
+    return named, same and asked is not False
+
+
 def _drop_settings_without_meaning(given: dict[str, Any]) -> None:
     """Removes settings of vLLM that our drafter does not have, and names them in one line of the log."""
     from vllm.config.speculative import SpeculativeConfig
@@ -234,23 +296,6 @@ def _drop_settings_without_meaning(given: dict[str, Any]) -> None:
         logger.warning("TwoTower: %s of the speculative settings mean nothing to this drafter.", ", ".join(asked))
 
 
-def _is_two_tower(model: object, revision: object = None) -> bool:
-    """Whether a directory or hub id holds a TwoTower checkpoint, by its config.json alone; never raises."""
-    from transformers import PretrainedConfig
-
-    from twotower_spec.config import ARCHITECTURE
-
-    if not isinstance(model, str):
-        return False
-    try:
-        if Path(model).is_dir() and not Path(model, "config.json").is_file():
-            return False
-        raw, _ = PretrainedConfig.get_config_dict(model, revision=revision)
-        return ARCHITECTURE in (raw.get("architectures") or [])
-    except Exception:  # whatever is wrong there, vLLM will say it
-        return False
-
-
 def _is_ours(given: Mapping[str, Any]) -> bool:
     """Whether speculative settings mean our drafter.
 
@@ -260,12 +305,12 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
     from twotower_spec.errors import ArgumentError
 
     method, model = given.get("method"), given.get("model")
-    if isinstance(method, str) and method.lower().replace("-", "").replace("_", "") == METHOD:
+    if _is_our_name(method):
         return True
     if model in PROPOSER_PATHS:
         return method in OPEN_METHODS
     elsewhere = not isinstance(model, str) or model.strip("[]") == "ngram" or _is_import_path(model)
-    if elsewhere or method in METHODS_WITHOUT_CHECKPOINT or not _is_two_tower(model, given.get("revision")):
+    if elsewhere or method in METHODS_WITHOUT_CHECKPOINT or not is_two_tower(model, given.get("revision")):
         return False
     if method not in OPEN_METHODS:
         raise ArgumentError(
@@ -273,6 +318,10 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
             f"give {METHOD!r}"
         )
     return True
+
+
+def _is_our_name(method: object) -> bool:
+    return isinstance(method, str) and method.lower().replace("-", "").replace("_", "") == METHOD
 
 
 def _is_import_path(model: str) -> bool:
