@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
+from twotower_spec.cli.serving_memory import byte_text, show_serving_memory
 from twotower_spec.config import check_integer
+from twotower_spec.errors import ArgumentError
 from twotower_spec.inspection import (
     Inspection,
     MemoryEstimate,
@@ -18,6 +21,7 @@ from twotower_spec.inspection import (
     compare_with_verifier,
     inspect_checkpoint,
 )
+from twotower_spec.serving_memory import serving_memory
 from twotower_spec.terminal import Terminal
 
 # Of what there is, the terminal shows so much; --json has all.
@@ -34,22 +38,39 @@ def inspect(
     num_requests: Annotated[int, typer.Option(help="Requests held at once.")] = 1,
     context_length: Annotated[int, typer.Option(help="Tokens per request.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Dtype in memory; default: as stored.")] = None,
+    num_speculative_tokens: Annotated[
+        int | None, typer.Option(help="With --verifier: memory in vLLM with so many drafts; default: 7.")
+    ] = None,
+    max_num_seqs: Annotated[
+        int | None, typer.Option(help="With --verifier: memory in vLLM with so many requests at once; default: 16.")
+    ] = None,
+    tensor_parallel_size: Annotated[
+        int | None, typer.Option(help="With --verifier: memory of one of so many ranks of the verifier; default: 1.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.")] = None,
 ) -> None:
     """Show what is in a checkpoint, what it needs in memory, and what is wrong with it (then the exit code is 2).
 
-    With --verifier: whether it can draft for that model, by what token ids mean in both (exit code 2: it cannot).
+    With --verifier: whether it can draft for that model, by what token ids mean in both (exit code 2: it cannot). With
+    --num-speculative-tokens, --max-num-seqs or --tensor-parallel-size also the memory that both need in vLLM.
     """
-    if verifier is not None:
-        match = compare_with_verifier(checkpoint, verifier, revision=revision)
-        if as_json:
-            print(json.dumps({"drafter": checkpoint, "verifier": verifier, **_match_as_dict(match)}))
-        else:
-            _show_match(match, checkpoint, verifier, Terminal(highlight=True))
-        raise typer.Exit(0 if match.shares_tokenizer else 2)
     check_integer("--num-requests", num_requests, minimum=0)
     check_integer("--context-length", context_length, minimum=0)
+    serving: dict[str, Any] = {
+        "num_speculative_tokens": num_speculative_tokens,
+        "max_num_seqs": max_num_seqs,
+        "tensor_parallel_size": tensor_parallel_size,
+    }
+    given = {name: value for name, value in serving.items() if value is not None}
+    if verifier is not None:
+        if given:
+            given |= {"context_length": context_length, "dtype": dtype}
+        _inspect_pair(checkpoint, verifier, revision, given, as_json)
+        return
+    if given:
+        option = "--" + next(iter(given)).replace("_", "-")
+        raise ArgumentError(f"{option} is about a verifier in vLLM; name it with --verifier, or leave the option out")
     found = inspect_checkpoint(
         checkpoint, revision=revision, dtype=dtype, num_requests=num_requests, context_length=context_length
     )
@@ -58,6 +79,24 @@ def inspect(
     else:
         _show(found, Terminal(highlight=True))
     if found.problems:
+        raise typer.Exit(2)
+
+
+def _inspect_pair(
+    checkpoint: str, verifier: str, revision: str | None, serving: Mapping[str, Any], as_json: bool
+) -> None:
+    """Shows what becomes of both in vLLM; without a word on memory where `serving` is empty."""
+    memory = serving_memory(checkpoint, verifier, revision=revision, **serving) if serving else None
+    match = compare_with_verifier(checkpoint, verifier, revision=revision)
+    if as_json:
+        found = {"drafter": checkpoint, "verifier": verifier, **_match_as_dict(match)}
+        print(json.dumps({**found, "memory": memory.as_dict()} if memory else found))
+    else:
+        console = Terminal(highlight=True)
+        _show_match(match, checkpoint, verifier, console)
+        if memory:
+            show_serving_memory(memory, console)
+    if not match.shares_tokenizer:
         raise typer.Exit(2)
 
 
@@ -143,7 +182,7 @@ def _parts_table(parts: dict[str, PartSummary]) -> Table:
     table = Table("tower", "tensors", "parameters", "bytes", "dtypes", title="stored tensors", title_justify="left")
     for name, part in parts.items():
         dtypes = ", ".join(f"{count} {dtype}" for dtype, count in part.dtypes.items())
-        table.add_row(name, str(part.num_tensors), f"{part.num_parameters:,}", _bytes(part.num_bytes), dtypes)
+        table.add_row(name, str(part.num_tensors), f"{part.num_parameters:,}", byte_text(part.num_bytes), dtypes)
     return table
 
 
@@ -151,23 +190,17 @@ def _memory_table(memory: MemoryEstimate) -> Table:
     title = f"memory in {memory.dtype}: {memory.num_requests} requests of {memory.context_length} tokens"
     table = Table("device of", "weights", "per request", "together", title=title, title_justify="left")
     table.add_row(
-        "context tower", _bytes(memory.context_weights), _bytes(memory.state_per_request), _bytes(memory.context_device)
+        "context tower",
+        byte_text(memory.context_weights),
+        byte_text(memory.state_per_request),
+        byte_text(memory.context_device),
     )
     table.add_row(
         "denoiser tower",
-        _bytes(memory.denoiser_weights),
-        _bytes(memory.block_context_per_request),
-        _bytes(memory.denoiser_device),
+        byte_text(memory.denoiser_weights),
+        byte_text(memory.block_context_per_request),
+        byte_text(memory.denoiser_device),
     )
     table.add_section()
-    table.add_row("both", "", "", _bytes(memory.context_device + memory.denoiser_device))
+    table.add_row("both", "", "", byte_text(memory.context_device + memory.denoiser_device))
     return table
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

@@ -29,6 +29,10 @@ from twotower_spec.towers.model import TwoTowers
 
 DEFAULT_NUM_SLOTS = 8
 DEFAULT_NUM_TOKENS = 2048
+# In vLLM, where no knob names a number.
+MOST_DEFAULT_SLOTS = 64
+# Drafts per request and step: vLLM's own rejection sampler, which takes over from ours after a fault, asserts it.
+MOST_DRAFT_TOKENS = 128
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from twotower_kernels.acceptance import AcceptanceRule
 from twotower_spec.config import TORCH_DTYPES, check_integer, check_schedule
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import MOST_OFFSETS, FirstToken
-from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS
+from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS, MOST_DEFAULT_SLOTS, MOST_DRAFT_TOKENS
 from twotower_spec.errors import ArgumentError
 from twotower_spec.state.context_state import DEFAULT_TOKEN_BUDGET
 
@@ -25,10 +25,7 @@ SELF = "self"
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
 
 DEFAULT_BLOCK_SIZE = 16
-# Drafts per request and step: vLLM's own rejection sampler, which takes over from ours after a fault, asserts it.
-MOST_DRAFT_TOKENS = 128
 SMALLEST_ADAPTIVE_BLOCK = 4
-MOST_DEFAULT_SLOTS = 64
 
 
 @dataclass(frozen=True)

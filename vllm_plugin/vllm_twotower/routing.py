@@ -121,8 +121,9 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     given = _speculative_settings(engine_args)
     if given is None or not (_is_ours(given) or _asks_for_itself(given, engine_args.additional_config)):
         return
+    from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
     from vllm_twotower import metrics
-    from vllm_twotower.config import FOUND, KNOBS, MOST_DRAFT_TOKENS, DrafterKnobs, knobs_in
+    from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
     from vllm_twotower.requirements import check_requirements
 
     _check_scheduling(engine_args)
