@@ -33,7 +33,7 @@ class TwoTowerModel(GeneratingTowers):
         name_or_path: str | Path,
         *,
         revision: str | None = None,
-        towers: Literal["both", "context"] = "both",
+        towers: Literal["both", "context", "denoiser"] = "both",
         dtype: torch.dtype | str | None = None,
         denoiser_dtype: torch.dtype | str | None = None,
         context_device: torch.device | str = "cpu",
@@ -47,7 +47,8 @@ class TwoTowerModel(GeneratingTowers):
         Args:
             name_or_path: directory or hub id.
             revision: branch, tag or commit of a hub id.
-            towers: "context" reads the context tower alone; autoregressive generation needs no more.
+            towers: "context" reads the context tower alone; autoregressive generation needs no more. "denoiser" reads
+                the denoiser alone, for contexts that somebody else computes.
             dtype: of the weights (float32, bfloat16, float16, float64); None for the one they are stored in.
             denoiser_dtype: of the denoiser's weights; None for the same as the context tower's.
             context_device: where the context tower goes.
@@ -59,21 +60,25 @@ class TwoTowerModel(GeneratingTowers):
             CheckpointError: the weights cannot be read or do not fit config.json.
             ArgumentError: an argument is not allowed.
         """
-        if towers not in ("both", "context"):
-            raise ArgumentError(f"towers {towers!r} is not allowed; give 'both' or 'context'")
+        if towers not in ("both", "context", "denoiser"):
+            raise ArgumentError(f"towers {towers!r} is not allowed; give 'both', 'context' or 'denoiser'")
+        with_denoiser, with_context = towers != "context", towers != "denoiser"
         directory = resolve_checkpoint(name_or_path, revision)
         config = TwoTowerConfig.from_pretrained(directory)
         index = CheckpointIndex(directory)
-        ignored = [name for name in index if part_of(name) == "denoiser"] if towers == "context" else []
+        left_out = {"context": "denoiser", "denoiser": "context"}.get(towers)
+        ignored = [name for name in index if left_out and part_of(name) == left_out]
         # Before memory is taken for them: what config.json makes may be larger than what is stored, by far.
-        check_fit(index, towers_without_memory(config, with_denoiser=towers == "both").checkpoint_tensors(), ignored)
+        expected = towers_without_memory(config, with_denoiser=with_denoiser, with_context=with_context)
+        check_fit(index, expected.checkpoint_tensors(), ignored)
         model = cls(
             config,
             dtype=as_dtype(dtype) or stored_dtype(index, config),
             context_device=context_device,
             denoiser_device=denoiser_device,
             denoiser_dtype=as_dtype(denoiser_dtype),
-            with_denoiser=towers == "both",
+            with_denoiser=with_denoiser,
+            with_context=with_context,
         )
         destinations = dict(model.checkpoint_tensors())
         show = sys.stderr.isatty() if progress is None else progress
@@ -101,7 +106,7 @@ class TwoTowerModel(GeneratingTowers):
         """Writes the published layout; tensors that came from a checkpoint keep the dtype they had there.
 
         Raises:
-            ArgumentError: only the context tower is loaded.
+            ArgumentError: only one tower is loaded.
             CheckpointError: it cannot be written; nothing half-written is left under the final names.
         """
         tensors = {**dict(self.context.checkpoint_tensors()), **dict(self.denoiser.checkpoint_tensors())}

@@ -48,8 +48,8 @@ def test_unknown_dtype_is_refused_with_the_allowed_ones() -> None:
 
 
 def test_unknown_choice_of_towers_is_refused() -> None:
-    with pytest.raises(ArgumentError, match="'denoiser'"):
-        TwoTowerModel.from_pretrained(checkpoint("T1"), towers="denoiser")  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="'none' is not allowed; give 'both', 'context' or 'denoiser'"):
+        TwoTowerModel.from_pretrained(checkpoint("T1"), towers="none")  # type: ignore[arg-type]
 
 
 def context_only(name: str) -> TwoTowerModel:
@@ -96,6 +96,30 @@ def test_context_alone_cannot_be_saved_and_leaves_no_directory(tmp_path: Path) -
     with pytest.raises(ArgumentError, match='towers="both"'):
         context_only("T1").save_pretrained(tmp_path / "new")
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_denoiser_alone_holds_only_its_own_tensors(name: str) -> None:
+    model = TwoTowerModel.from_pretrained(checkpoint(name), towers="denoiser", dtype="float32")
+    stored = stored_tensors(checkpoint(name))
+    loaded = dict(model.checkpoint_tensors())
+    assert loaded.keys() == {n for n in stored if not n.startswith(("context_tower.", "context_lm_head."))}
+    assert all(torch.equal(tensor, stored[n].to(tensor.dtype)) for n, tensor in loaded.items())
+
+
+def test_denoiser_alone_does_not_read_tensors_of_the_context_tower(tmp_path: Path) -> None:
+    directory = copy_checkpoint("T1", tmp_path)
+    change_shard(directory / "model.safetensors", context_lm_head__weight=torch.zeros(3, 17))
+    assert TwoTowerModel.from_pretrained(directory, towers="denoiser").has_denoiser
+    with pytest.raises(CheckpointError, match=r"misshaped: context_lm_head\.weight"):
+        TwoTowerModel.from_pretrained(directory)
+
+
+@pytest.mark.parametrize("mode", ["generate_ar", "generate_mask_diffusion", "generate_self_speculative"])
+def test_denoiser_alone_refuses_to_generate_and_names_the_remedy(mode: str) -> None:
+    model = TwoTowerModel.from_pretrained(checkpoint("T1"), towers="denoiser")
+    with pytest.raises(ArgumentError, match='towers="denoiser" and has no context tower; load it with towers="both"'):
+        getattr(model, mode)([[7, 9, 11]], max_new_tokens=3)
 
 
 class _LeavesAMark:

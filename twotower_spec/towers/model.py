@@ -14,11 +14,10 @@ from twotower_spec.towers.denoiser import DenoiserTower
 
 
 class TwoTowers(nn.Module):
-    """The context tower and, unless only it was asked for, the denoiser tower.
+    """The context tower and the denoiser tower, or the one of them that was asked for.
 
     Attributes:
         config: geometry of both.
-        context: the context tower.
         dtype: dtype of the context tower's weights and of the state.
     """
 
@@ -30,6 +29,7 @@ class TwoTowers(nn.Module):
         denoiser_device: torch.device | str | None = None,
         denoiser_dtype: torch.dtype | None = None,
         with_denoiser: bool = True,
+        with_context: bool = True,
     ) -> None:
         """Allocates uninitialised weights.
 
@@ -39,16 +39,29 @@ class TwoTowers(nn.Module):
             context_device: where the context tower is.
             denoiser_device: where the denoiser tower is; None for the same device.
             denoiser_dtype: dtype of the denoiser's weights; None for the same. State is converted once per block.
-            with_denoiser: False leaves the denoiser out, with its memory.
+            with_denoiser, with_context: False leaves a tower out, with its memory.
         """
         super().__init__()
         self.config, self.dtype = config, dtype
         context_device = usable_device(context_device)
-        self.context = ContextTower(config, dtype, context_device)
+        self._context = ContextTower(config, dtype, context_device) if with_context else None
         self._denoiser: DenoiserTower | None = None
         if with_denoiser:
             device = usable_device(denoiser_device or context_device)
             self._denoiser = DenoiserTower(config, denoiser_dtype or dtype, device)
+
+    @property
+    def context(self) -> ContextTower:
+        """The context tower.
+
+        Raises:
+            ArgumentError: the model has only the denoiser tower.
+        """
+        if self._context is None:
+            raise ArgumentError(
+                'this model was loaded with towers="denoiser" and has no context tower; load it with towers="both"'
+            )
+        return self._context
 
     @property
     def has_denoiser(self) -> bool:
@@ -82,20 +95,22 @@ class TwoTowers(nn.Module):
             ArgumentError: a device is not there.
         """
         ctx_device, den_device = usable_device(ctx_device), usable_device(den_device)
-        self.context.to(ctx_device)
+        if self._context is not None:
+            self._context.to(ctx_device)
         if self._denoiser is not None:
             self._denoiser.to(den_device)
         return self
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views of all weights under the published tensor names."""
-        yield from self.context.checkpoint_tensors()
+        if self._context is not None:
+            yield from self._context.checkpoint_tensors()
         if self._denoiser is not None:
             yield from self._denoiser.checkpoint_tensors()
 
 
 def towers_without_memory(
-    config: TwoTowerConfig, dtype: torch.dtype = torch.float32, with_denoiser: bool = True
+    config: TwoTowerConfig, dtype: torch.dtype = torch.float32, with_denoiser: bool = True, with_context: bool = True
 ) -> TwoTowers:
     """The towers on the device `meta`: names, shapes and sizes of all weights before any memory is taken.
 
@@ -103,7 +118,7 @@ def towers_without_memory(
         ConfigError: a tensor has more bytes than can be counted.
     """
     try:
-        return TwoTowers(config, dtype, context_device="meta", with_denoiser=with_denoiser)
+        return TwoTowers(config, dtype, context_device="meta", with_denoiser=with_denoiser, with_context=with_context)
     except RuntimeError as error:
         raise ConfigError(
             f"config.json makes a tensor that no memory holds ({first_line(error)}); use the config.json the "
