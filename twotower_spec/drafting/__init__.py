@@ -2,6 +2,7 @@
 
 from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
+from twotower_spec.drafting.hosted_session import HostedSession
 from twotower_spec.drafting.metrics import DraftingMetrics, DraftingSummary
 from twotower_spec.drafting.policies import (
     AdaptivePolicy,
@@ -12,6 +13,7 @@ from twotower_spec.drafting.policies import (
     ThresholdPolicy,
 )
 from twotower_spec.drafting.round import DraftRequest, Round, RoundResult
+from twotower_spec.drafting.rounds import DraftingRounds
 from twotower_spec.drafting.session import DraftingSession
 from twotower_spec.drafting.speculative_loop import (
     SpeculativeResult,
@@ -41,9 +43,11 @@ __all__ = [
     "DraftPolicy",
     "DraftRequest",
     "DraftingMetrics",
+    "DraftingRounds",
     "DraftingSession",
     "DraftingSummary",
     "FixedPolicy",
+    "HostedSession",
     "Provenance",
     "Round",
     "RoundOutcome",

@@ -16,6 +16,7 @@ from twotower_spec.generation.denoising import (
     FirstStepProbs,
     HostLoop,
     TokenPicker,
+    behind_first,
 )
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextSource
@@ -44,7 +45,7 @@ class BlockDrafter:
         self,
         towers: TwoTowers,
         source: ContextSource,
-        num_slots: int,
+        num_slots: int = 0,
         *,
         first_token: FirstToken,
         sampler: Sampler,
@@ -56,7 +57,7 @@ class BlockDrafter:
         Args:
             towers: the model, each tower where it was placed.
             source: of the contexts.
-            num_slots: slots that the source has.
+            num_slots: slots that the source has, if a context tower gives logits for them.
             first_token: take the first draft from the context tower, or leave it to the denoiser.
             sampler: how tokens are picked.
             noise: of the sampler: "private", or "shared" with the target under the coupled rule.
@@ -68,7 +69,7 @@ class BlockDrafter:
         self.last_logits = torch.empty(
             (num_slots, towers.config.vocab_size),
             dtype=accumulation_dtype(towers.dtype),
-            device=towers.context.device,
+            device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._loops: dict[int, HostLoop] = {}
 
@@ -90,6 +91,7 @@ class BlockDrafter:
         block_size: int,
         commit_rule: CommitRule,
         num_wanted: int | None = None,
+        first_tokens: Tensor | None = None,
     ) -> tuple[DenoisedBlocks, Tensor | None]:
         """Drafts what may follow every row.
 
@@ -100,6 +102,8 @@ class BlockDrafter:
             block_size: positions that are denoised.
             commit_rule: what each denoising step commits.
             num_wanted: positions that are filled, from the left, if the rule commits all in one step; None for all.
+            first_tokens: int64 [num_reqs], tokens behind the contexts that are no drafts: blocks begin with them, and
+                the rule does not see them. None for blocks of drafts alone.
 
         Returns:
             Blocks on the denoiser's device, and float [num_reqs, block_size, vocab], the distributions that the first
@@ -109,13 +113,18 @@ class BlockDrafter:
         starts, seeds = starts.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
         if self.noise == "private":  # no two rounds of a request draw the same
             starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
-        first = self._first_tokens(slots, seeds, starts) if self.first_token == "context" else None
+        first = None
+        if first_tokens is not None:
+            first_tokens, commit_rule = first_tokens.to(device, non_blocking=True), behind_first(commit_rule)
+        elif self.first_token == "context":
+            first = self._first_tokens(slots, seeds, starts)
+            first_tokens = first[0]
         request = DenoisingRequest(
             self.source.view(slots, block_size),
             seeds,
             starts,
             commit_rule,
-            first_tokens=first[0] if first else None,
+            first_tokens=first_tokens,
             first_confidence=first[1] if first else None,
             num_wanted=num_wanted,
             same_noise=self.noise == "shared",

@@ -1,6 +1,12 @@
 """Filling masked blocks: the request, the loops that can serve it, what a step commits, and who may look on."""
 
-from twotower_spec.generation.denoising.commit_rules import CommitRule, DenoisingStep, PublishedSchedule, Schedule
+from twotower_spec.generation.denoising.commit_rules import (
+    CommitRule,
+    DenoisingStep,
+    PublishedSchedule,
+    Schedule,
+    behind_first,
+)
 from twotower_spec.generation.denoising.host_loop import HostLoop
 from twotower_spec.generation.denoising.loop import DenoisingLoop
 from twotower_spec.generation.denoising.observers import (
@@ -30,4 +36,5 @@ __all__ = [
     "StepObserver",
     "TokenPicker",
     "TraceRecorder",
+    "behind_first",
 ]

@@ -77,6 +77,24 @@ class PublishedSchedule(Schedule):
         return self.steps_per_block - index
 
 
+@dataclass(frozen=True)
+class BehindFirst:
+    """A commit rule for blocks whose first token was known before: it sees the positions behind it alone."""
+
+    rule: CommitRule
+
+    def commits(self, step: DenoisingStep) -> Tensor:
+        """See `CommitRule.commits`."""
+        rest = replace(step, masked=step.masked[:, 1:], confidence=step.confidence[:, 1:])
+        # A first token that is the mask token itself looks as if it were open.
+        return torch.cat([step.masked[:, :1], self.rule.commits(rest)], dim=1)
+
+
+def behind_first(rule: CommitRule) -> CommitRule:
+    """Makes a rule for blocks whose first token is known; a schedule looks at masked positions alone as it is."""
+    return rule if isinstance(rule, Schedule) else BehindFirst(rule)
+
+
 def unmask_by(
     commit_rule: CommitRule,
     step: DenoisingStep,

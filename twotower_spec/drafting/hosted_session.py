@@ -1,0 +1,108 @@
+"""HostedSession: drafts for a target that is the model's own context tower, from the state that its host holds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import torch
+
+from twotower_spec.drafting.admission import Admitted
+from twotower_spec.drafting.block_drafter import BlockDrafter
+from twotower_spec.drafting.draft_block import Noise
+from twotower_spec.drafting.policies import DraftPolicy
+from twotower_spec.drafting.round import DraftRequest
+from twotower_spec.drafting.rounds import DrafterMemory, DraftingRounds
+from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.phase_times import PhaseTimes
+from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state import ContextSource, ContextState
+from twotower_spec.state.context_state import RequestId
+from twotower_spec.towers.model import TwoTowers
+
+
+class HostedSession(DraftingRounds):
+    """Drafts from contexts that the target keeps, up to the token before the newest one of each request.
+
+    The target is the context tower itself, run by a serving engine or whoever else: it has chosen the newest token of a
+    request and not read it yet. A block begins with that token, as in self-speculative generation, and brings drafts
+    for all positions but this one. No context tower is needed here, no pool and no pass that brings it up to date.
+    """
+
+    num_known = 1
+
+    def __init__(
+        self,
+        towers: TwoTowers,
+        source: ContextSource,
+        policy: DraftPolicy | None = None,
+        *,
+        sampler: Sampler | None = None,
+        noise: Noise = "private",
+        seed: int = 0,
+        num_token_ids: int | None = None,
+    ) -> None:
+        """Allocates nothing large.
+
+        Args:
+            towers: the model, of which the denoiser is needed alone.
+            source: of the contexts; it reads in the denoiser's dtype, on its device.
+            policy, sampler, noise, seed, num_token_ids: as in `DraftingSession`.
+
+        Raises:
+            ArgumentError: an argument is out of range, the model has no denoiser, or blocks have no room for drafts.
+        """
+        super().__init__(towers, policy, noise, seed, num_token_ids)
+        if min(self._block_sizes(), default=2) < 2:
+            raise ArgumentError(
+                "blocks of 1 hold the newest token and no draft; give a policy with blocks of 2 or more"
+            )
+        self.source = source
+        self.drafter = BlockDrafter(
+            towers,
+            source,
+            first_token="denoiser",
+            sampler=sampler or Sampler(),
+            noise=noise,
+            num_token_ids=self.num_token_ids,
+        )
+
+    @property
+    def num_speculative_tokens(self) -> int:
+        """Most drafts of any round."""
+        return min(super().num_speculative_tokens, max(self._block_sizes()) - 1)
+
+    @property
+    def request_ids(self) -> tuple[RequestId, ...]:
+        """No requests: nothing of them is held here."""
+        return ()
+
+    @torch.inference_mode()
+    def warm_up(self) -> None:
+        """Runs the denoiser on an empty context; see `DraftingRounds.warm_up`."""
+        denoiser = self.towers.denoiser
+        trial = ContextState(self.towers.config, 1, 1, denoiser.dtype, denoiser.device)
+        trial.claim("trial")
+        self.drafter.source = trial
+        try:
+            self._warm_up_blocks(trial.slots(["trial"]))
+        finally:
+            self.drafter.source = self.source
+
+    def memory(self) -> DrafterMemory:
+        """See `DraftingRounds.memory`."""
+        denoiser = self.towers.denoiser
+        return DrafterMemory(
+            denoiser_tower_bytes=sum(parameter.nbytes for parameter in denoiser.parameters()),
+            workspace_bytes=self.source.workspace_nbytes + self.drafter.nbytes,
+            denoiser_device=denoiser.device,
+        )
+
+    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes) -> Admitted:
+        """Finds all contexts up to date."""
+        vocab_size = self.towers.config.vocab_size
+        ready = [one for one in wanting if len(one.token_ids) and 0 <= int(one.token_ids[-1]) < vocab_size]
+        return Admitted({}, [], ready, Counter({"foreign token": len(wanting) - len(ready)}))
+
+    def _restart(self, request_id: RequestId) -> None:
+        """Does nothing: the host has the context."""
