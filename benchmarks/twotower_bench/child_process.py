@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,6 +18,7 @@ from twotower_spec.errors import TwoTowerError
 
 NUM_LAST_LINES = 8
 STOPPED_WITHIN_S = 20.0
+LOOKS_EVERY_S = 0.05
 
 
 class ChildError(TwoTowerError):
@@ -29,7 +32,67 @@ def failure_with_log(title: str, what: str, log: Path) -> ChildError:
     return ChildError(f"{title} {what}; the last it said was:\n{last}")
 
 
-class ChildProcess:
+class WatchedProcess(ABC):
+    """A process with a group and a log of its own, however it was started.
+
+    Attributes:
+        title: what errors call it.
+        log: what it says.
+    """
+
+    title: str
+    log: Path
+
+    @property
+    @abstractmethod
+    def pid(self) -> int:
+        """Process id, and that of its group."""
+
+    @property
+    @abstractmethod
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+
+    @abstractmethod
+    def wait(self) -> int:
+        """Exit code of a process that is about to end."""
+
+    def failure(self, what: str) -> ChildError:
+        """An error with the last lines of its log."""
+        return failure_with_log(self.title, what, self.log)
+
+    def check(self, when: str) -> None:
+        """Raises a `ChildError` if it has ended."""
+        if self.exit_code is not None:
+            raise self.failure(f"ended with exit code {self.exit_code} {when}")
+
+    def ask_to_end(self) -> None:
+        """Returns at once."""
+        if self.exit_code is None:
+            self._signal(signal.SIGINT)
+
+    def close(self) -> None:
+        """Waits for its end for a while, then ends it and whatever it started; Ctrl-C makes the while shorter."""
+        try:
+            self.ask_to_end()
+            end = time.monotonic() + STOPPED_WITHIN_S
+            while self.exit_code is None and time.monotonic() < end:
+                time.sleep(LOOKS_EVERY_S)
+        finally:
+            # Its own children may be left.
+            self.kill()
+
+    def kill(self) -> None:
+        """Ends it at once, with whatever it started."""
+        self._signal(signal.SIGKILL)
+        self.wait()
+
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.pid, number)
+
+
+class ChildProcess(WatchedProcess):
     """Starts when it is made; what it says goes to a file, of which only failures are shown."""
 
     def __init__(
@@ -71,42 +134,9 @@ class ChildProcess:
         """None while it runs."""
         return self._process.poll()
 
-    def failure(self, what: str) -> ChildError:
-        """An error with the last lines of its log."""
-        return failure_with_log(self.title, what, self.log)
-
-    def check(self, when: str) -> None:
-        """Raises a `ChildError` if it has ended."""
-        if self.exit_code is not None:
-            raise self.failure(f"ended with exit code {self.exit_code} {when}")
-
     def wait(self) -> int:
         """Exit code of a process that is about to end."""
         return self._process.wait()
-
-    def ask_to_end(self) -> None:
-        """Returns at once."""
-        if self.exit_code is None:
-            self._signal(signal.SIGINT)
-
-    def close(self) -> None:
-        """Waits for its end for a while, then ends it and whatever it started; Ctrl-C makes the while shorter."""
-        self.ask_to_end()
-        try:
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(STOPPED_WITHIN_S)
-        finally:
-            # Its own children may be left.
-            self.kill()
-
-    def kill(self) -> None:
-        """Ends it at once, with whatever it started."""
-        self._signal(signal.SIGKILL)
-        self._process.wait()
-
-    def _signal(self, number: signal.Signals) -> None:
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, number)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from twotower_bench.engines.fork_server import ForkServer
+from twotower_bench.fork_server import ForkServer
 
 
 def test_a_vllm_that_cannot_be_imported_is_the_failure_of_every_fork(tmp_path: Path) -> None:

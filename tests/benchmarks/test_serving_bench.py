@@ -62,7 +62,7 @@ def test_servers_differ_in_their_speculation_alone() -> None:
 def test_on_a_gpu_a_server_loads_when_the_one_before_is_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
-    def start(self: VllmServer, title: str, *others: object) -> None:
+    def start(self: VllmServer, title: str, *others: object, **named: object) -> None:
         self.name = title  # type: ignore[attr-defined]
         events.append(f"start {title}")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -58,7 +59,7 @@ ALL: list[StandIn] = []
 def no_engines(monkeypatch: pytest.MonkeyPatch) -> None:
     ALL.clear()
     monkeypatch.setattr("twotower_bench.engines.pool.EngineProcess", StandIn)
-    monkeypatch.setattr("twotower_bench.engines.pool.ForkServer", lambda *others: None)
+    monkeypatch.setattr("twotower_bench.engines.pool.running_fork_server", nullcontext)
 
 
 def pool_of(*names: str, together: bool = True) -> EnginePool:

@@ -12,8 +12,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.environment import engine_environment as quiet_environment
+from twotower_bench.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,7 +44,7 @@ def fork(
     """
     variables = {**_with_tests(), **(environment or {})}
     call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
-    return _server().fork("the engine", *call, folder, variables)
+    return shared_fork_server().fork("the engine", *call, folder, variables)
 
 
 def results_of(
@@ -80,8 +80,8 @@ def _folder() -> TemporaryDirectory[str]:
 
 
 @cache
-def _server() -> ForkServer:
-    """Ends with this process."""
+def shared_fork_server() -> ForkServer:
+    """The one process of a test run that everything is forked from; it ends with this process."""
     return ForkServer(Path(_folder().name), _with_tests())
 
 

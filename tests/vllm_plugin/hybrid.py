@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 
 from tests.support.nemotron_h import VOCABULARY
+from tests.vllm_plugin.engine import end_engine
 from tests.vllm_plugin.fork_server import results_of
 
 LENGTHS = (17, 33, 5, 64, 90, 8, 40, 21)  # of the prompts
@@ -166,5 +167,4 @@ def write_results(order: str, output: str) -> None:
         "cached": sum(row.num_cached_tokens or 0 for row in rows),
     }
     Path(output).write_text(json.dumps(results))
-    core: Any = llm.llm_engine.engine_core
-    core.shutdown()
+    end_engine(llm.llm_engine)

@@ -15,7 +15,9 @@ import pytest
 
 from tests.vllm_plugin.engine import ROOMY, run_engine
 from tests.vllm_plugin.fork_server import run_forked
-from tests.vllm_plugin.server import RunningServer, fork_engine_cores, serving
+from tests.vllm_plugin.server import serving
+from twotower_bench.servers.forked_server import fork_engine_cores
+from twotower_bench.servers.server import VllmServer
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 pytestmark = [
@@ -25,7 +27,7 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[RunningServer]:
+def server() -> Iterator[VllmServer]:
     arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
     arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
@@ -34,7 +36,7 @@ def server() -> Iterator[RunningServer]:
 
 
 @pytest.fixture(scope="module")
-def client(server: RunningServer) -> Any:
+def client(server: VllmServer) -> Any:
     from openai import OpenAI
 
     return OpenAI(base_url=server.endpoint.url + "/v1", api_key="none")
@@ -44,7 +46,7 @@ def prompts() -> list[str]:
     return [held_out_prompts("maths")[0].prompt, held_out_prompts("python")[0].prompt]
 
 
-def test_greedy_text_is_that_of_an_engine_without_drafts(server: RunningServer, client: Any) -> None:
+def test_greedy_text_is_that_of_an_engine_without_drafts(server: VllmServer, client: Any) -> None:
     expected = run_engine(["plain_text"], None, **ROOMY)["plain_text"]
     found = client.completions.create(
         model=server.endpoint.model,
@@ -56,7 +58,7 @@ def test_greedy_text_is_that_of_an_engine_without_drafts(server: RunningServer, 
     assert [choice.token_ids for choice in found.choices] == [row[0] for row in expected[:2]]
 
 
-def test_streamed_pieces_make_the_same_text(server: RunningServer, client: Any) -> None:
+def test_streamed_pieces_make_the_same_text(server: VllmServer, client: Any) -> None:
     given: dict[str, Any] = {"model": server.endpoint.model, "prompt": prompts()[1], "temperature": 0, "max_tokens": 60}
     whole = client.completions.create(**given).choices[0].text
     pieces = [part.choices[0].text for part in client.completions.create(**given, stream=True)]
@@ -64,7 +66,7 @@ def test_streamed_pieces_make_the_same_text(server: RunningServer, client: Any) 
     assert len(pieces) < 60  # several tokens in one piece
 
 
-def test_sampled_requests_of_every_kind_are_answered(server: RunningServer, client: Any) -> None:
+def test_sampled_requests_of_every_kind_are_answered(server: VllmServer, client: Any) -> None:
     for extra in ({"top_k": 20}, {"min_p": 0.1}, {"top_k": 5, "repetition_penalty": 1.1}):
         found = client.completions.create(
             model=server.endpoint.model,
@@ -82,7 +84,7 @@ def test_sampled_requests_of_every_kind_are_answered(server: RunningServer, clie
     assert biased.choices[0].text
 
 
-def test_metrics_carry_the_drafter_next_to_vllm(server: RunningServer, client: Any) -> None:
+def test_metrics_carry_the_drafter_next_to_vllm(server: VllmServer, client: Any) -> None:
     client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     lines = dict(
         line.rsplit(" ", 1) for line in server.endpoint.get("/metrics").splitlines() if not line.startswith("#")
@@ -98,7 +100,7 @@ def test_metrics_carry_the_drafter_next_to_vllm(server: RunningServer, client: A
     assert accepted == values["vllm:twotower_accepted_tokens_total"] > 0
 
 
-def test_the_log_says_where_memory_went_and_how_drafting_goes(server: RunningServer, client: Any) -> None:
+def test_the_log_says_where_memory_went_and_how_drafting_goes(server: VllmServer, client: Any) -> None:
     for _ in range(3):
         client.completions.create(model=server.endpoint.model, prompt=prompts()[1], temperature=0, max_tokens=80)
         time.sleep(0.6)
@@ -107,7 +109,7 @@ def test_the_log_says_where_memory_went_and_how_drafting_goes(server: RunningSer
     assert "MiB" in next(line for line in log.splitlines() if "TwoTower: " in line and "float32" in line)
 
 
-def test_a_request_says_how_its_drafts_were_accepted(server: RunningServer, client: Any) -> None:
+def test_a_request_says_how_its_drafts_were_accepted(server: VllmServer, client: Any) -> None:
     found = client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     said = found.model_dump()["metrics"]["speculative_decoding"]
     assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0

@@ -13,9 +13,8 @@ from typing import Any, Self
 import torch
 
 from twotower_bench.child_process import signals_held
-from twotower_bench.engines.fork_server import ForkServer
 from twotower_bench.engines.process import LONGEST_SILENCE_S, EngineProcess
-from twotower_bench.environment import engine_environment
+from twotower_bench.fork_server import ForkServer, running_fork_server
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class EnginePool:
         self.specs, self.together = dict(specs), together
         self._longest_silence_s = longest_silence_s
         self._engines: dict[str, EngineProcess] = {}
-        self._fork_server: ForkServer | None = None
+        self._forks: ForkServer | None = None
         self._num_started = 0
 
     def __enter__(self) -> Self:
@@ -62,9 +61,7 @@ class EnginePool:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._close_all()
-        if self._fork_server is not None:
-            self._fork_server.close()
-            self._fork_server = None
+        self._forks = None
         self._stack.close()
 
     def start(self, names: Iterable[str]) -> None:
@@ -73,8 +70,10 @@ class EnginePool:
             if name not in self._engines:
                 spec = self.specs[name]
                 with signals_held():  # else one that ends us now would leave it behind
+                    if self._num_started == 0:
+                        self._forks = self._stack.enter_context(running_fork_server())
                     self._engines[name] = EngineProcess(
-                        spec.title, spec.arguments, self._new_folder(), self._longest_silence_s, self._forks()
+                        spec.title, spec.arguments, self._new_folder(), self._longest_silence_s, self._forks
                     )
 
     def load(self, names: Collection[str]) -> None:
@@ -106,12 +105,6 @@ class EnginePool:
         folder.mkdir()
         self._num_started += 1
         return folder
-
-    def _forks(self) -> ForkServer | None:
-        """The process that engines are forked from; None on a GPU, where loading weights is what takes long."""
-        if self._fork_server is None and not torch.cuda.is_available():
-            self._fork_server = ForkServer(self._new_folder(), engine_environment())
-        return self._fork_server
 
     def _close_all(self) -> None:
         for engine in self._engines.values():

@@ -9,9 +9,9 @@ from typing import Any
 
 from twotower_bench.child_process import ChildError
 from twotower_bench.connected_process import ConnectedProcess
-from twotower_bench.engines.fork_server import ForkedProcess, ForkServer
 from twotower_bench.engines.messages import Piece, Ready, Served, ServeOrder
 from twotower_bench.environment import engine_environment
+from twotower_bench.fork_server import ForkedProcess, ForkServer
 
 LONGEST_SILENCE_S = 300.0
 WORKER = "twotower_bench.engines.worker"

@@ -11,6 +11,7 @@ from typing import Any
 from twotower_bench.child_process import ChildError
 from twotower_bench.connected_process import ConnectedProcess
 from twotower_bench.environment import engine_environment
+from twotower_bench.fork_server import ForkedProcess, ForkServer
 from twotower_bench.records import LatencyBound, LoadPoint, Quantiles, System, Traffic
 from twotower_bench.servers.server import Endpoint, Server, without_proxy
 
@@ -41,13 +42,26 @@ class Workload:
 class LoadGenerator:
     """Starts loading when it is made."""
 
-    def __init__(self, workload: Workload, folder: Path) -> None:
-        """Starts the process, with a folder of its own for output and temporary files, and returns at once."""
+    def __init__(self, workload: Workload, folder: Path, fork_server: ForkServer | None = None) -> None:
+        """Starts the process and returns at once.
+
+        Args:
+            workload: what it asks.
+            folder: for its output and temporary files, its own.
+            fork_server: forks the process; None for a fresh one.
+        """
         self.workload, self._dataset = workload, folder / "prompts.jsonl"
         rows = ({"prompt": prompt, "output_tokens": workload.max_new_tokens} for prompt in workload.prompts)
         self._dataset.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         environment = {**engine_environment(), **without_proxy()}
-        self._process = ConnectedProcess("the load generator", WORKER, folder, environment)
+        name = "the load generator"
+        self._process: ConnectedProcess | ForkedProcess
+        if fork_server is None:
+            self._process = ConnectedProcess(name, WORKER, folder, environment)
+        else:
+            self._process = fork_server.fork(name, f"{WORKER}:serve_loads", (), folder, environment, is_connected=True)
+        assert self._process.connection is not None
+        self._connection = self._process.connection
 
     def measure(self, system: System, server: Server, traffic: Traffic, repeat: int) -> LoadPoint:
         """Asks everything once.
@@ -62,12 +76,11 @@ class LoadGenerator:
             ChildError: the server or the load generator has ended, or no request was answered.
         """
         arguments = bench_arguments(self.workload, self._dataset, server.endpoint, traffic, seed=repeat)
-        connection = self._process.connection
         try:
-            connection.send(arguments)
-            while not connection.poll(LOOKS_EVERY_S):
+            self._connection.send(arguments)
+            while not self._connection.poll(LOOKS_EVERY_S):
                 server.check()
-            result = connection.recv()
+            result = self._connection.recv()
         except (EOFError, ConnectionError):
             code = self._process.wait()
             raise self._process.failure(f"ended with exit code {code} at {system.title}, {traffic}") from None
@@ -78,7 +91,7 @@ class LoadGenerator:
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.connection.close()
+        self._connection.close()
         self._process.close()
 
 

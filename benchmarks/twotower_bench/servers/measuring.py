@@ -10,6 +10,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal
 
+from twotower_bench.fork_server import ForkServer, running_fork_server
 from twotower_bench.records import LoadPoint, System, Traffic
 from twotower_bench.schedule import Candidate, Say, Slot, engine_of, in_order
 from twotower_bench.servers.load_generator import LoadGenerator, Workload
@@ -59,12 +60,12 @@ def measure_servers(plan: ServePlan, slots: Slots, say: Say) -> Generator[LoadPo
     Raises:
         ChildError: a server or the load generator failed.
     """
-    with running_generator(plan.workload) as generator:
+    with running_fork_server() as forks, running_generator(plan.workload, forks) as generator:
         for part in _served_together(plan, slots):
             wanted = {slot.subject.system.name for slot in part}
             systems = [system for system in plan.systems if system.name in wanted]
             say("loading " + ", ".join(system.title for system in systems))
-            with running_servers(systems, plan.verifier, plan.arguments) as servers:
+            with running_servers(systems, plan.verifier, plan.arguments, forks) as servers:
                 for server in servers.values():
                     server.wait_until_ready()
                 yield from _measure(plan, part, generator, servers, say)
@@ -77,10 +78,13 @@ def measure_endpoint(plan: ServePlan, endpoint: Endpoint, slots: Slots, say: Say
 
 
 @contextmanager
-def running_generator(workload: Workload) -> Iterator[LoadGenerator]:
+def running_generator(workload: Workload, fork_server: ForkServer | None = None) -> Iterator[LoadGenerator]:
     """The load generator, still loading, stopped in the end."""
-    with TemporaryDirectory(prefix="twotower-load-") as folder, closing(LoadGenerator(workload, Path(folder))) as one:
-        yield one
+    with (
+        TemporaryDirectory(prefix="twotower-load-") as folder,
+        closing(LoadGenerator(workload, Path(folder), fork_server)) as generator,
+    ):
+        yield generator
 
 
 def _served_together(plan: ServePlan, slots: Slots) -> list[Slots]:

@@ -17,13 +17,15 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import torch
 
-from twotower_bench.child_process import ChildProcess, signals_held
+from twotower_bench.child_process import ChildProcess, WatchedProcess, signals_held
 from twotower_bench.environment import engine_environment
+from twotower_bench.fork_server import ForkServer
 from twotower_bench.records import System
 from twotower_spec.errors import ArgumentError
 
 # `vllm`, whether or not its script is on the path. -P: nothing is imported from the working directory.
 VLLM = (sys.executable, "-P", "-m", "vllm.entrypoints.cli.main")
+FORKED_VLLM = "twotower_bench.servers.forked_server:run_vllm"
 HOST = "127.0.0.1"
 # Large models take their time; one that cannot be loaded ends its server, which is noticed at once.
 READY_WITHIN_S = 3600.0
@@ -90,6 +92,7 @@ class VllmServer(Server):
         port: int,
         folder: Path,
         environment: Mapping[str, str] | None = None,
+        fork_server: ForkServer | None = None,
     ) -> None:
         """Starts the process and returns at once.
 
@@ -100,12 +103,18 @@ class VllmServer(Server):
             port: free.
             folder: for its output and temporary files, its own.
             environment: variables beside those of all engines.
+            fork_server: forks the process and its engine; None for fresh ones.
         """
         super().__init__(Endpoint(f"http://{HOST}:{port}", verifier, verifier))
-        command = [*VLLM, "serve", verifier, *arguments, "--host", HOST, "--port", str(port)]
+        words = ("serve", verifier, *arguments, "--host", HOST, "--port", str(port))
         # Of an API server its engine is a process apart.
         variables = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1", **(environment or {})}
-        self._process = ChildProcess(f"the server with {title}", command, folder, variables)
+        name = f"the server with {title}"
+        self._process: WatchedProcess
+        if fork_server is None:
+            self._process = ChildProcess(name, [*VLLM, *words], folder, variables)
+        else:
+            self._process = fork_server.fork(name, FORKED_VLLM, words, folder, variables)
 
     @property
     def log(self) -> Path:
@@ -133,6 +142,10 @@ class VllmServer(Server):
         """Ends it with all its processes."""
         self._process.close()
 
+    def kill(self) -> None:
+        """Ends it with all its processes, at once."""
+        self._process.kill()
+
 
 def arguments_of(system: System, arguments: Sequence[str]) -> list[str]:
     """Arguments of `vllm serve`, the same for all systems but for the speculation."""
@@ -145,9 +158,14 @@ def arguments_of(system: System, arguments: Sequence[str]) -> list[str]:
 
 @contextmanager
 def running_servers(
-    systems: Sequence[System], verifier: str, arguments: Sequence[str]
+    systems: Sequence[System], verifier: str, arguments: Sequence[str], fork_server: ForkServer | None = None
 ) -> Iterator[Mapping[str, VllmServer]]:
-    """A server for every system by its name, the last at least still loading; all are stopped in the end."""
+    """A server for every system by its name, the last at least still loading; all are stopped in the end.
+
+    Args:
+        systems, verifier, arguments: of the servers.
+        fork_server: see `VllmServer`.
+    """
     with TemporaryDirectory(prefix="twotower-serve-") as folder, ExitStack() as stack:
         servers: dict[str, VllmServer] = {}
         try:
@@ -160,7 +178,12 @@ def running_servers(
                 own_folder.mkdir()
                 with signals_held():
                     servers[system.name] = VllmServer(
-                        system.title, verifier, arguments_of(system, arguments), port, own_folder
+                        system.title,
+                        verifier,
+                        arguments_of(system, arguments),
+                        port,
+                        own_folder,
+                        fork_server=fork_server,
                     )
                     stack.callback(servers[system.name].close)
             yield servers

@@ -11,19 +11,30 @@ import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager, suppress
 from importlib import import_module
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import recv_handle, send_handle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
-from twotower_bench.child_process import ChildError, failure_with_log
-from twotower_bench.connected_process import ConnectedProcess, own_end
+import torch
 
-IMPORTED_FIRST = ("vllm.v1.worker.gpu_model_runner", "vllm_twotower.v1.proposer")
+from twotower_bench.child_process import ChildError, WatchedProcess, failure_with_log
+from twotower_bench.connected_process import ConnectedProcess, own_end
+from twotower_bench.environment import engine_environment
+
+# What engines, servers and the load generator would each import, the first of them first as vLLM wants it.
+IMPORTED_FIRST = (
+    "vllm.v1.worker.cpu_worker",
+    "vllm.entrypoints.llm",
+    "vllm.entrypoints.openai.api_server",
+    "vllm.benchmarks.serve",
+    "vllm_twotower.v1.proposer",
+)
 
 
 class ForkOrder(NamedTuple):
@@ -34,6 +45,13 @@ class ForkOrder(NamedTuple):
     folder: str
     environment: Mapping[str, str]
     is_connected: bool
+
+
+class WaitOrder(NamedTuple):
+    """An exit code that is asked for; it need not be there yet where `now`."""
+
+    pid: int
+    now: bool
 
 
 class ForkServer:
@@ -81,11 +99,15 @@ class ForkServer:
             self._pids.append(self._connection.recv())
         return self._pids[number]
 
-    def wait(self, number: int) -> int:
-        """Exit code of a fork that is about to end, or of the imports if they failed."""
+    def wait(self, number: int, now: bool = False) -> int | None:
+        """Exit code of a fork that is about to end, or of the imports if they failed; None where `now` is too early.
+
+        Once it was there, it is not there again.
+        """
         try:
-            self._connection.send(self.pid(number))
-            return int(self._connection.recv())
+            self._connection.send(WaitOrder(self.pid(number), now))
+            code: int | None = self._connection.recv()
+            return code
         except (EOFError, ConnectionError):
             return self.process.wait()
 
@@ -95,34 +117,59 @@ class ForkServer:
         self.process.kill()
 
 
-class ForkedProcess:
-    """A fork with a group and a log of its own."""
+class ForkedProcess(WatchedProcess):
+    """A fork, which begins when vLLM is imported."""
 
     def __init__(
         self, title: str, folder: Path, server: ForkServer, number: int, connection: Connection | None
     ) -> None:
-        self.title, self._log, self._server, self._number = title, folder / "log", server, number
+        self.title, self.log, self._server, self._number = title, folder / "log", server, number
         self.connection = connection
+        self._exit_code: int | None = None
 
-    def failure(self, what: str) -> ChildError:
-        """An error with the last lines of its log, or of the imports where there is none."""
-        return failure_with_log(self.title, what, self._log if self._log.exists() else self._server.process.log)
+    @property
+    def pid(self) -> int:
+        """Process id, and that of its group; an `EOFError` where vLLM cannot be imported."""
+        return self._server.pid(self._number)
+
+    @property
+    def exit_code(self) -> int | None:
+        """None while it runs."""
+        if self._exit_code is None:
+            self._exit_code = self._server.wait(self._number, now=True)
+        return self._exit_code
 
     def wait(self) -> int:
         """Exit code of a process that is about to end."""
-        return self._server.wait(self._number)
+        if self._exit_code is None:
+            self._exit_code = self._server.wait(self._number)
+        assert self._exit_code is not None
+        return self._exit_code
 
-    def kill(self) -> None:
-        """Ends it at once, with whatever it started."""
-        with suppress(EOFError, ConnectionError, ProcessLookupError):
-            os.killpg(self._server.pid(self._number), signal.SIGKILL)
-        self.wait()
+    def failure(self, what: str) -> ChildError:
+        """An error with the last lines of its log, or of the imports where there is none."""
+        return failure_with_log(self.title, what, self.log if self.log.exists() else self._server.process.log)
 
-    close = kill
+    def _signal(self, number: signal.Signals) -> None:
+        with suppress(EOFError, ConnectionError):
+            super()._signal(number)
+
+
+@contextmanager
+def running_fork_server() -> Iterator[ForkServer | None]:
+    """The process to fork from; None on a GPU, where loading weights is what takes long."""
+    if torch.cuda.is_available():
+        yield None
+        return
+    with (
+        TemporaryDirectory(prefix="twotower-vllm-") as folder,
+        closing(ForkServer(Path(folder), engine_environment())) as server,
+    ):
+        yield server
 
 
 def serve(connection: Connection) -> None:
-    """Answers an order with the process id of a fork, and a process id with its exit code."""
+    """Answers an order with the process id of a fork, or with an exit code."""
     for module in IMPORTED_FIRST:
         import_module(module)
     gc.freeze()  # forks share what is here, and their collector need not look at it
@@ -131,9 +178,9 @@ def serve(connection: Connection) -> None:
             order = connection.recv()
         except EOFError:
             return
-        if isinstance(order, int):
-            _, status = os.waitpid(order, 0)
-            connection.send(os.waitstatus_to_exitcode(status))
+        if isinstance(order, WaitOrder):
+            pid, status = os.waitpid(order.pid, os.WNOHANG if order.now else 0)
+            connection.send(os.waitstatus_to_exitcode(status) if pid else None)
             continue
         descriptors = [recv_handle(connection)] if order.is_connected else []
         sys.stdout.flush()
@@ -143,6 +190,8 @@ def serve(connection: Connection) -> None:
             _run(order, [own_end(one) for one in descriptors])
         for descriptor in descriptors:
             os.close(descriptor)
+        with suppress(OSError):  # it may have ended; it does so itself, but a signal to the group may be quicker
+            os.setpgid(child, child)
         connection.send(child)
 
 
@@ -169,4 +218,5 @@ def _run(order: ForkOrder, connections: list[Connection]) -> None:
 
 
 if __name__ == "__main__":
-    serve(own_end(int(sys.argv[1])))
+    # By its real name: the classes of the orders that come are those of that module.
+    import_module("twotower_bench.fork_server").serve(own_end(int(sys.argv[1])))

@@ -1,0 +1,29 @@
+"""`vllm serve` in a process that was forked from one that has imported vLLM."""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+from typing import Any
+
+
+def run_vllm(*words: str) -> None:
+    """Does what the command `vllm` does with these words; its engine is forked as well."""
+    fork_engine_cores()
+    sys.argv = ["vllm", *words]
+    from vllm.entrypoints.cli.main import main
+
+    main()
+
+
+def fork_engine_cores() -> None:
+    """Lets vLLM fork where it would spawn, in this process.
+
+    On a CPU alone it spawns the engine's process, which then imports vLLM anew.
+    """
+    get_context = multiprocessing.get_context
+
+    def forking(method: str | None = None) -> Any:
+        return get_context("fork" if method == "spawn" else method)
+
+    multiprocessing.get_context = forking
