@@ -70,13 +70,12 @@ def inputs(device: torch.device, num_reqs: int, context: int, queries: int, caus
         "query": query,
         "key": key,
         "value": value,
-        "key_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
-        "value_cache": randn(num_reqs * context, KV_HEADS, HEAD_DIM),
+        "key_cache": randn(num_reqs * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
+        "value_cache": randn(num_reqs * pages, PAGE_SIZE, KV_HEADS, HEAD_DIM),
         "batch": PagedBatch(
             block_table=table.int(),
             context_lens=torch.tensor(context_lens(num_reqs, context), dtype=torch.int32, device=device),
             query_start_loc=torch.arange(num_reqs + 1, dtype=torch.int32, device=device) * queries,
-            page_size=PAGE_SIZE,
             max_query_len=queries,
             causal=causal,
         ),
@@ -91,12 +90,11 @@ def padded_sdpa(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Attends as one would without a kernel: pages gathered, the block's keys after them, padding masked."""
-    num_reqs, page_size, max_query_len = len(batch.context_lens), batch.page_size, batch.max_query_len
-    in_page = torch.arange(page_size, device=query.device)
-    slots = (batch.block_table.long()[:, :, None] * page_size + in_page).flatten(1)
+    num_reqs, max_query_len = len(batch.context_lens), batch.max_query_len
     query, key, value = (x.unflatten(0, (num_reqs, max_query_len)) for x in (query, key, value))
-    keys, values = torch.cat([key_cache[slots], key], 1), torch.cat([value_cache[slots], value], 1)
-    in_context = torch.arange(slots.shape[1], device=query.device) < batch.context_lens[:, None]
+    context_keys, context_values = (cache[batch.block_table].flatten(1, 2) for cache in (key_cache, value_cache))
+    keys, values = torch.cat([context_keys, key], 1), torch.cat([context_values, value], 1)
+    in_context = torch.arange(context_keys.shape[1], device=query.device) < batch.context_lens[:, None]
     own = torch.ones(max_query_len, max_query_len, dtype=torch.bool, device=query.device)
     own = own.tril() if batch.causal else own
     mask = torch.cat(
@@ -111,10 +109,12 @@ def laid_out(arguments: Arguments) -> list[list[Tensor]]:
     """Keys and values of every request, its context's and then its own, each [num_keys, kv_heads, head_dim]."""
     batch: PagedBatch = arguments["batch"]
     queries, lens = batch.max_query_len, batch.context_lens.tolist()
-    pages = batch.block_table.long()[:, :, None] * PAGE_SIZE
-    slots = (pages + torch.arange(PAGE_SIZE, device=pages.device)).flatten(1)
+    table = batch.block_table
     return [
-        [torch.cat([cache[row[:n]], new]) for row, n, new in zip(slots, lens, own.split(queries), strict=True)]
+        [
+            torch.cat([cache[row].flatten(0, 1)[:n], new])
+            for row, n, new in zip(table, lens, own.split(queries), strict=True)
+        ]
         for cache, own in ((arguments["key_cache"], arguments["key"]), (arguments["value_cache"], arguments["value"]))
     ]
 

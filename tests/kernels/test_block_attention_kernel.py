@@ -69,8 +69,8 @@ def inputs(
     query, key, value = projected.split([heads, kv_heads, kv_heads], dim=1)
     starts = torch.tensor([0, *torch.tensor(queries).cumsum(0).tolist()])
     lens, start_loc = (torch.as_tensor(x).to(device, torch.int32) for x in (contexts, starts))
-    batch = PagedBatch(table.to(device, torch.int32), lens, start_loc, PAGE_SIZE, max(queries), causal)
-    return Inputs(query, key, value, *caches[:, 1], batch)
+    batch = PagedBatch(table.to(device, torch.int32), lens, start_loc, max(queries), causal)
+    return Inputs(query, key, value, *caches[:, 1].unflatten(1, (-1, PAGE_SIZE)), batch)
 
 
 def run(given: Inputs) -> Tensor:
@@ -94,6 +94,19 @@ def assert_close(actual: Tensor, expected: Tensor) -> None:
     else:
         error, scale = (actual.float() - expected.float()).norm(), expected.float().norm()
         assert error / scale < BFLOAT16_RELATIVE
+
+
+def engine_layout(given: Inputs, layout: str) -> Inputs:
+    """The same in the cache of a serving engine: keys beside values, heads before tokens or behind, gaps of NaN."""
+    num_pages, page_size, kv_heads, head_dim = given.key_cache.shape
+    middle = (kv_heads, page_size) if "HND" in layout else (page_size, kv_heads)
+    others = 3 if "layers between" in layout else 1
+    room = given.key_cache.new_full((num_pages, others, *middle, 2 * head_dim), torch.nan)[:, others // 2]
+    both = room.transpose(1, 2) if "HND" in layout else room
+    keys, values = both.split(head_dim, dim=-1)
+    keys.copy_(given.key_cache)
+    values.copy_(given.value_cache)
+    return replace(given, key_cache=keys, value_cache=values)
 
 
 @pytest.fixture
@@ -124,6 +137,15 @@ def test_kernel_computes_what_the_reference_does(
 ) -> None:
     given = inputs(contexts, queries, device, causal=causal)
     assert_close(run(given), expected_of(given))
+
+
+@pytest.mark.parametrize("layout", ["NHD", "HND", "NHD, layers between", "HND, layers between"])
+@pytest.mark.usefixtures("small_tiles")
+def test_pages_are_read_with_the_strides_of_an_engine_s_cache(layout: str, device: torch.device) -> None:
+    given = inputs([17, 0, 3, 40], [3, 17, 1, 16], device)
+    assert torch.equal(run(engine_layout(given, layout)), run(given))
+    on_cpu = inputs([17, 0, 3, 40], [3, 17, 1, 16], torch.device("cpu"))
+    assert torch.equal(paged_attention(**vars(engine_layout(on_cpu, layout))), paged_attention(**vars(on_cpu)))
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -168,8 +190,7 @@ def test_contexts_are_divided_while_programs_are_few_and_parts_long_enough(
 def test_a_requests_own_nan_arrives_and_stays_with_it(part: int, device: torch.device) -> None:
     given = inputs([40, 21, 40], [3, 3, 3], device)
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": part, "num_warps": 4, "num_stages": 2}
-    slot = int(given.batch.block_table[1, 0]) * PAGE_SIZE
-    given.key_cache[slot : slot + PAGE_SIZE] = torch.nan
+    given.key_cache[int(given.batch.block_table[1, 0])] = torch.nan
     with trying("block_attention", "attend_float32", tiles):
         out = run(given)
     assert out.isfinite().flatten(1).all(1).tolist() == [True] * 3 + [False] * 3 + [True] * 3
@@ -188,7 +209,7 @@ def test_scores_that_are_large_or_minus_infinite_are_weighed_as_by_softmax(part:
     given.query.abs_()
     given.key_cache.mul_(1e4)
     for page in given.batch.block_table[0, :5].tolist():  # a whole part of the first request has weight 0
-        given.key_cache[page * PAGE_SIZE : (page + 1) * PAGE_SIZE] = -torch.inf
+        given.key_cache[page] = -torch.inf
     tiles = {"BLOCK_ROWS": 16, "BLOCK_KEYS": 16, "KEYS_PER_PART": part, "num_warps": 4, "num_stages": 2}
     with trying("block_attention", "attend_float32", tiles):
         out = run(given)
@@ -214,8 +235,8 @@ def test_tokens_behind_the_last_request_leave_the_others_alone(device: torch.dev
 
 def test_a_bidirectional_block_is_attention_without_a_mask(device: torch.device) -> None:
     given = inputs([4], [7], device)
-    slots = [int(given.batch.block_table[0, 0]) * PAGE_SIZE + t for t in range(4)]
-    keys, values = torch.cat([given.key_cache[slots], given.key]), torch.cat([given.value_cache[slots], given.value])
+    page = int(given.batch.block_table[0, 0])
+    keys, values = torch.cat([given.key_cache[page], given.key]), torch.cat([given.value_cache[page], given.value])
     assert_close(run(given), attention(given.query[None], keys[None], values[None])[0])
 
 
@@ -354,7 +375,7 @@ def test_the_denoiser_reads_the_pool_in_place_and_takes_no_memory_for_keys(
     state = interleaved(model)
     before = state.kv_cache.keys.clone(), state.kv_cache.values.clone()
     context = state.block_context(list("ab"), 3)
-    assert isinstance(context.keys, PagedKeys) and context.keys.room is state.kv_cache
+    assert isinstance(context.keys, PagedKeys) and context.keys.pages is state.kv_cache.pages
     with torch.inference_mode():
         model.denoiser.step(torch.full((2, 3), 3), context, torch.ones(2))
     assert state.workspace_nbytes == 0
@@ -371,7 +392,7 @@ def test_a_denoiser_of_another_dtype_reads_a_copy_of_the_pages(
     for kernel in (False, True):
         on_kernel(kernel)
         context = state.block_context(["c", "a"], 3)
-        assert not kernel or (isinstance(context.keys, PagedKeys) and context.keys.room is not state.kv_cache)
+        assert not kernel or (isinstance(context.keys, PagedKeys) and context.keys.pages is not state.kv_cache.pages)
         with torch.inference_mode():
             logits.append(model.denoiser.step(block, context, torch.ones(2)))
     assert_same_model(logits[1], logits[0])

@@ -128,7 +128,7 @@ def test_denoiser_reads_the_pool_without_a_copy_of_the_mamba_state(model: TwoTow
     state = new_state(model)
     state.extend(model.context, {"a": random_ids(5), "b": random_ids(5)})
     context = state.block_context(["a", "b"], 4)
-    assert context.ssm.untyped_storage().data_ptr() == state.mamba.ssm.untyped_storage().data_ptr()
+    assert context.states.read(0)[1].untyped_storage().data_ptr() == state.mamba.ssm.untyped_storage().data_ptr()
 
 
 def test_denoising_leaves_the_pool_bit_for_bit_as_it_was(model: TwoTowerModel) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from twotower_kernels.block_attention import attention, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, block_scan
 from twotower_spec.config import TwoTowerConfig
-from twotower_spec.state.kv_cache import PagedKVCache
-from twotower_spec.state.paged_keys import PagedKeys
+from twotower_spec.state.paged_keys import LayerPages, PagedKeys
 
 
 class BlockWorkspace:
@@ -27,10 +26,18 @@ class BlockWorkspace:
         num_tokens: tokens there is room for.
     """
 
-    def __init__(self, config: TwoTowerConfig, num_tokens: int, dtype: torch.dtype, device: torch.device) -> None:
-        """Room for `num_tokens` tokens, those of the blocks included."""
+    def __init__(
+        self,
+        config: TwoTowerConfig,
+        num_tokens: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_layers: int | None = None,
+    ) -> None:
+        """Room for `num_tokens` tokens, those of the blocks included, in all attention layers or `num_layers`."""
         self.num_tokens, self.dtype, self.device = num_tokens, dtype, device
-        self._shape = (len(config.attention_layers), num_tokens, config.num_key_value_heads, config.head_dim)
+        num_layers = len(config.attention_layers) if num_layers is None else num_layers
+        self._shape = (num_layers, num_tokens, config.num_key_value_heads, config.head_dim)
 
     @cached_property
     def keys(self) -> Tensor:
@@ -61,7 +68,7 @@ class BlockKeys(Protocol):
 
 
 def keys_for_block(
-    cache: PagedKVCache,
+    pages: LayerPages,
     page_lists: Sequence[list[int]],
     context_lens: Sequence[int],
     block_size: int,
@@ -69,41 +76,38 @@ def keys_for_block(
 ) -> BlockKeys:
     """Chooses how blocks read contexts.
 
-    By the kernel in the pool's own pages where it can; by the kernel in a copy of the pages where the denoiser has
+    By the kernel where the contexts are, if it can; by the kernel in a copy of the pages where the denoiser has
     another device or dtype; else by PyTorch in a copy that views can be taken of.
 
     Args:
-        cache: of the pool.
+        pages: what the contexts are in.
         page_lists: pages of every request.
         context_lens: tokens of every request.
         block_size: tokens of a block.
         workspace: on the denoiser's device and of its dtype.
     """
     query_lens = [block_size] * len(page_lists)
-    if reads_pages(cache.keys) and (workspace.device, workspace.dtype) == (cache.keys.device, cache.keys.dtype):
-        return PagedKeys.of(cache, cache.page_size, page_lists, context_lens, query_lens, causal=False)
-    if reads_pages(workspace.keys):
-        copied = _copy_pages(cache, page_lists, context_lens, workspace)
-        return PagedKeys.of(workspace, cache.page_size, copied, context_lens, query_lens, causal=False)
+    if all(map(reads_pages, pages.keys)) and pages.are_on(workspace.device, workspace.dtype):
+        return PagedKeys.of(pages, page_lists, context_lens, query_lens, causal=False)
+    if pages.keys and reads_pages(workspace.keys):
+        copied, lists = _copy_pages(pages, page_lists, context_lens, workspace)
+        return PagedKeys.of(copied, lists, context_lens, query_lens, causal=False)
     starts = [0, *accumulate(length + block_size for length in context_lens)]
-    for pages, length, start, stop in zip(page_lists, context_lens, starts, starts[1:], strict=False):
-        span = cache.span([pages], length)
-        workspace.keys[:, start + block_size : stop] = span.take(cache.keys)[:, 0]
-        workspace.values[:, start + block_size : stop] = span.take(cache.values)[:, 0]
+    for own, start, stop in zip(page_lists, starts, starts[1:], strict=False):
+        tokens = slice(start + block_size, stop)
+        pages.copy_tokens(own, workspace.keys[:, tokens].unbind(), workspace.values[:, tokens].unbind())
     return CopiedKeys(workspace, starts[:-1], context_lens, block_size)
 
 
 def _copy_pages(
-    cache: PagedKVCache, page_lists: Sequence[list[int]], context_lens: Sequence[int], workspace: BlockWorkspace
-) -> list[list[int]]:
+    pages: LayerPages, page_lists: Sequence[list[int]], context_lens: Sequence[int], workspace: BlockWorkspace
+) -> tuple[LayerPages, list[list[int]]]:
     """Copies the pages that hold contexts to the front of the workspace; gives where those of each request are."""
-    needed = [pages[: cache.pages_for(length)] for pages, length in zip(page_lists, context_lens, strict=True)]
-    index = torch.tensor([page for pages in needed for page in pages], dtype=torch.long, device=cache.keys.device)
-    for source, target in ((cache.keys, workspace.keys), (cache.values, workspace.values)):
-        pages_of = source.unflatten(1, (-1, cache.page_size))
-        target[:, : len(index) * cache.page_size].copy_(pages_of[:, index].flatten(1, 2))
-    ends = accumulate(len(pages) for pages in needed)
-    return [list(range(end - len(pages), end)) for end, pages in zip(ends, needed, strict=True)]
+    counts = [-(-length // pages.page_size) for length in context_lens]
+    copied = LayerPages.of(workspace.keys, workspace.values, pages.page_size)
+    needed = [page for own, count in zip(page_lists, counts, strict=True) for page in own[:count]]
+    pages.copy_pages(needed, copied.keys, copied.values)
+    return copied, [list(range(end - count, end)) for end, count in zip(accumulate(counts), counts, strict=True)]
 
 
 class CopiedKeys:
@@ -162,35 +166,66 @@ class CopiedKeys:
         return out.view_as(query)
 
 
+class BlockStates(Protocol):
+    """Mamba states at the end of the contexts of some requests, never written."""
+
+    @property
+    def device(self) -> torch.device:
+        """The denoiser's."""
+        ...
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor]:
+        """Convolution history [num_reqs, taps - 1, channels] and SSM state; `slot` counts Mamba layers."""
+        ...
+
+    def select(self, rows: Tensor) -> BlockStates:
+        """The same for some of the requests, in the given order."""
+        ...
+
+
+@dataclass(frozen=True)
+class StackedStates:
+    """`BlockStates` of all layers in one tensor: `conv` and `ssm` are [num_mamba_layers, num_reqs, ...]."""
+
+    conv: Tensor
+    ssm: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """See `BlockStates`."""
+        return self.conv.device
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor]:
+        """See `BlockStates.read`."""
+        return self.conv[slot], self.ssm[slot]
+
+    def select(self, rows: Tensor) -> StackedStates:
+        """See `BlockStates.select`."""
+        return StackedStates(self.conv[:, rows], self.ssm[:, rows])
+
+
 @dataclass
 class BlockContext:
     """Read-only context state of some requests.
 
     Attributes:
         layer_slot: index of each layer among the layers of its kind.
-        conv, ssm: Mamba states [num_mamba_layers, num_reqs, ...], never written.
-        keys: of the contexts.
+        states: of the Mamba layers.
+        keys: of the attention layers.
     """
 
     layer_slot: Sequence[int]
-    conv: Tensor
-    ssm: Tensor
+    states: BlockStates
     keys: BlockKeys
 
     def select(self, rows: list[int]) -> BlockContext:
         """The same for some of the rows, in the given order."""
-        index = torch.tensor(rows, device=self.conv.device)
-        return BlockContext(
-            layer_slot=self.layer_slot,
-            conv=self.conv[:, index],
-            ssm=self.ssm[:, index],
-            keys=self.keys.select(index),
-        )
+        index = torch.tensor(rows, device=self.states.device)
+        return BlockContext(self.layer_slot, self.states.select(index), self.keys.select(index))
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the block from the context's state; see `Prefix.scan`."""
-        slot = self.layer_slot[layer]
-        return block_scan(u, delta, self.conv[slot], self.ssm[slot], weights, return_state=False)[0]
+        return block_scan(u, delta, *self.states.read(self.layer_slot[layer]), weights, return_state=False)[0]
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attends to context and block without any mask inside the block; see `Prefix.attend`."""

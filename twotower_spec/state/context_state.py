@@ -12,7 +12,7 @@ from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.errors import ArgumentError, StateFullError
-from twotower_spec.state.block_context import BlockContext, BlockWorkspace, keys_for_block
+from twotower_spec.state.block_context import BlockContext, BlockWorkspace, StackedStates, keys_for_block
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
@@ -403,10 +403,12 @@ class ContextState:
         device, dtype = self.denoiser_device, self.denoiser_dtype
         return BlockContext(
             layer_slot=self._layer_slot,
-            conv=self.mamba.conv[:, index].to(device, dtype),
-            ssm=self.mamba.ssm[:, index].to(device, accumulation_dtype(dtype)),
+            states=StackedStates(
+                self.mamba.conv[:, index].to(device, dtype),
+                self.mamba.ssm[:, index].to(device, accumulation_dtype(dtype)),
+            ),
             keys=keys_for_block(
-                self.kv_cache, [entry.pages for entry in entries], lens, block_size, self._room(block_size)
+                self.kv_cache.pages, [entry.pages for entry in entries], lens, block_size, self._room(block_size)
             ),
         )
 

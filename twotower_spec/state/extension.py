@@ -159,10 +159,8 @@ class ExtensionPass:
         self._written = torch.tensor(index, device=device)
         self._keys: PagedKeys | ViewedKeys
         cache = self.kv_cache
-        if reads_pages(cache.keys):
-            self._keys = PagedKeys.of(
-                cache, cache.page_size, self.page_lists, self.prefix_lens, query_lens, causal=True
-            )
+        if cache.pages.keys and reads_pages(cache.keys):
+            self._keys = PagedKeys.of(cache.pages, self.page_lists, self.prefix_lens, query_lens, causal=True)
         else:
             self._keys = ViewedKeys(cache, self.page_lists, self.prefix_lens, query_lens)
 

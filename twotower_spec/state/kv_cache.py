@@ -5,12 +5,14 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import StateFullError
+from twotower_spec.state.paged_keys import LayerPages
 
 
 class PagedKVCache:
@@ -28,6 +30,11 @@ class PagedKVCache:
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(num_pages))  # ascending
+
+    @cached_property
+    def pages(self) -> LayerPages:
+        """Views of all pages."""
+        return LayerPages.of(self.keys, self.values, self.page_size)
 
     @property
     def num_free_pages(self) -> int:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,14 +12,62 @@ from torch import Tensor
 from twotower_kernels.block_attention import PagedBatch, paged_attention
 
 
-class Pages(Protocol):
-    """Room for keys and values of all attention layers, [num_attention_layers, num_tokens, kv_heads, head_dim]."""
+@dataclass(frozen=True)
+class LayerPages:
+    """Keys and values in pages, wherever they are.
+
+    Attributes:
+        keys, values: of every attention layer, [num_pages, page_size, kv_heads, head_dim], with any strides.
+    """
+
+    keys: Sequence[Tensor]
+    values: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, page_size: int) -> LayerPages:
+        """Divides rooms [num_attention_layers, num_tokens, kv_heads, head_dim] into pages."""
+        rooms = (room[:, : room.shape[1] // page_size * page_size] for room in (keys, values))
+        return cls(*(room.unflatten(1, (-1, page_size)).unbind() for room in rooms))
 
     @property
-    def keys(self) -> Tensor: ...
+    def page_size(self) -> int:
+        """Tokens of a page."""
+        return self.keys[0].shape[1]
 
-    @property
-    def values(self) -> Tensor: ...
+    def are_on(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether there are any, and all are on a device and of a dtype."""
+        return bool(self.keys) and all((keys.device, keys.dtype) == (device, dtype) for keys in self.keys)
+
+    def select(self, layers: Sequence[int]) -> LayerPages:
+        """The same for some of the layers, in the given order."""
+        return LayerPages([self.keys[layer] for layer in layers], [self.values[layer] for layer in layers])
+
+    def copy_tokens(self, pages: list[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copies the first tokens of a request, all layers.
+
+        Args:
+            pages: of the request.
+            keys, values: of every layer, [num_tokens, kv_heads, head_dim], on any device and of any dtype; written.
+        """
+        for sources, targets in ((self.keys, keys), (self.values, values)):
+            for source, target in zip(sources, targets, strict=True):
+                num_full, rest = divmod(len(target), self.page_size)
+                full = target[: len(target) - rest].unflatten(0, (num_full, self.page_size))
+                full.copy_(source[_as_index(pages[:num_full])])
+                if rest:
+                    target[len(target) - rest :] = source[pages[num_full], :rest]
+
+    def copy_pages(self, pages: list[int], keys: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copies pages, all layers, to the front of others: `keys` and `values` are those of `LayerPages`."""
+        for sources, targets in ((self.keys, keys), (self.values, values)):
+            for source, target in zip(sources, targets, strict=True):
+                target[: len(pages)] = source[torch.tensor(pages, dtype=torch.long, device=source.device)]
+
+
+def _as_index(pages: list[int]) -> slice | list[int]:
+    """An index of pages: a slice, which copies nothing, where they are consecutive."""
+    first = pages[0] if pages else 0
+    return slice(first, first + len(pages)) if pages == list(range(first, first + len(pages))) else pages
 
 
 @dataclass(frozen=True)
@@ -28,34 +75,33 @@ class PagedKeys:
     """Where the contexts of some requests are, for one pass or for all steps of a block.
 
     Attributes:
-        room: what the pages are in; its keys beyond the contexts may be written meanwhile.
+        pages: what the contexts are in; their keys beyond the contexts may be written meanwhile.
         batch: the requests' pages and tokens; its block table is 0 beyond a request's own pages.
     """
 
-    room: Pages
+    pages: LayerPages
     batch: PagedBatch
 
     @classmethod
     def of(
         cls,
-        room: Pages,
-        page_size: int,
+        pages: LayerPages,
         page_lists: Sequence[list[int]],
         context_lens: Sequence[int],
         query_lens: Sequence[int],
         causal: bool,
     ) -> PagedKeys:
         """Puts on the device, in one transfer, where the contexts are."""
-        counts = [-(-length // page_size) for length in context_lens]
+        counts = [-(-length // pages.page_size) for length in context_lens]
         width = max(1, *counts)
-        rows = [pages[:count] + [0] * (width - count) for pages, count in zip(page_lists, counts, strict=True)]
+        rows = [own[:count] + [0] * (width - count) for own, count in zip(page_lists, counts, strict=True)]
         starts = accumulate(query_lens, initial=0)
         numbers = torch.tensor([*context_lens, *starts, *chain(*rows)], dtype=torch.int32)
         num_reqs = len(counts)
         sizes = [num_reqs, num_reqs + 1, num_reqs * width]
-        lens, start_loc, table = numbers.to(room.keys.device, non_blocking=True).split(sizes)
+        lens, start_loc, table = numbers.to(pages.keys[0].device, non_blocking=True).split(sizes)
         table = table.view(num_reqs, width)
-        return cls(room, PagedBatch(table, lens, start_loc, page_size, max(query_lens), causal))
+        return cls(pages, PagedBatch(table, lens, start_loc, max(query_lens), causal))
 
     def select(self, rows: Tensor) -> PagedKeys:
         """The same for some of the requests, if all bring equally many tokens."""
@@ -73,8 +119,8 @@ class PagedKeys:
             query.flatten(0, 1),
             key.flatten(0, 1),
             value.flatten(0, 1),
-            self.room.keys[slot],
-            self.room.values[slot],
+            self.pages.keys[slot],
+            self.pages.values[slot],
             self.batch,
         )
         return attended.view_as(query)

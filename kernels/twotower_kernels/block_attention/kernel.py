@@ -58,8 +58,8 @@ def attend_kernel(
     query,  # [num_tokens, kv_heads * GROUP, HEAD_DIM]
     key,  # [num_tokens, kv_heads, HEAD_DIM]
     value,  # [num_tokens, kv_heads, HEAD_DIM]
-    key_cache,  # [num_cache_tokens, kv_heads, HEAD_DIM]
-    value_cache,  # [num_cache_tokens, kv_heads, HEAD_DIM]
+    key_cache,  # [num_pages, PAGE_SIZE, kv_heads, HEAD_DIM]
+    value_cache,  # [num_pages, PAGE_SIZE, kv_heads, HEAD_DIM]
     block_table,  # int32 [num_reqs, max_pages]
     context_lens,  # int32 [num_reqs]
     query_start_loc,  # int32 [num_reqs + 1]
@@ -72,8 +72,10 @@ def attend_kernel(
     key_head_stride,
     value_token_stride,
     value_head_stride,
+    key_cache_page_stride,
     key_cache_token_stride,
     key_cache_head_stride,
+    value_cache_page_stride,
     value_cache_token_stride,
     value_cache_head_stride,
     table_stride,
@@ -132,9 +134,10 @@ def attend_kernel(
     for first in range(start, context_stop, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
         present = position < context_stop
-        page = tl.load(pages + position // PAGE_SIZE, mask=present, other=0)
-        slot = page.to(tl.int64) * PAGE_SIZE + position % PAGE_SIZE
-        key_rows, value_rows = key_cache + slot * key_cache_token_stride, value_cache + slot * value_cache_token_stride
+        page = tl.load(pages + position // PAGE_SIZE, mask=present, other=0).to(tl.int64)
+        in_page = (position % PAGE_SIZE).to(tl.int64)
+        key_rows = key_cache + page * key_cache_page_stride + in_page * key_cache_token_stride
+        value_rows = value_cache + page * value_cache_page_stride + in_page * value_cache_token_stride
         inside, allowed = present[:, None] & (dim < HEAD_DIM), present[None, :]
         weighted, best, total = _absorb(
             queries, key_rows, value_rows, inside, allowed, dim, scale, weighted, best, total, PRECISION
@@ -218,7 +221,9 @@ def launch_paged_attention(
     chosen = dict(settings("block_attention", attend_settings(query.dtype, max_query_len * group)))
     keys_per_part = chosen.pop("KEYS_PER_PART")
     tiles = triton.cdiv(max_query_len * group, chosen["BLOCK_ROWS"])
-    parts = parts_of_context(tiles * kv_heads * num_reqs, batch.block_table.shape[1] * batch.page_size, keys_per_part)
+    parts = parts_of_context(
+        tiles * kv_heads * num_reqs, batch.block_table.shape[1] * key_cache.shape[1], keys_per_part
+    )
     averages, log_totals = out, None
     if parts > 1:
         averages = query.new_empty((parts, *query.shape), dtype=torch.float32)
@@ -239,13 +244,13 @@ def launch_paged_attention(
         *query.stride()[:2],
         *key.stride()[:2],
         *value.stride()[:2],
-        *key_cache.stride()[:2],
-        *value_cache.stride()[:2],
+        *key_cache.stride()[:3],
+        *value_cache.stride()[:3],
         batch.block_table.stride(0),
         num_tokens,
         parts,
         GROUP=group,
-        PAGE_SIZE=batch.page_size,
+        PAGE_SIZE=key_cache.shape[1],
         CAUSAL=batch.causal,
         SPLIT=parts > 1,
         PRECISION=precision_of(query.dtype),

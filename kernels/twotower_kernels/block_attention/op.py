@@ -94,7 +94,8 @@ def reads_pages(cache: Tensor) -> bool:
     Args:
         cache: [..., kv_heads, head_dim], keys or values.
     """
-    return use_triton(cache) and cache.dtype in KERNEL_DTYPES and cache.shape[-1] <= MAX_HEAD_DIM
+    in_order = cache.stride(-1) == 1
+    return in_order and use_triton(cache) and cache.dtype in KERNEL_DTYPES and cache.shape[-1] <= MAX_HEAD_DIM
 
 
 def paged_attention(
@@ -105,11 +106,11 @@ def paged_attention(
     A request's pages beyond its context, and other pages, are not read; they may hold anything, NaN included.
 
     Args:
-        query: [num_tokens, heads, head_dim], request after request; here and below heads and head_dim may stand in a
-            wider tensor, but head_dim is contiguous.
+        query: [num_tokens, heads, head_dim], request after request; here and below strides are free, but head_dim is
+            contiguous.
         key, value: [num_tokens, kv_heads, head_dim], of the pass itself; query head j reads kv head
             j // (heads / kv_heads).
-        key_cache, value_cache: [num_cache_tokens, kv_heads, head_dim]; page p holds tokens p * page_size and on.
+        key_cache, value_cache: [num_pages, page_size, kv_heads, head_dim].
         batch: whose tokens and pages these are.
 
     Returns:
@@ -130,16 +131,17 @@ def _paged_attention_on_views(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Attends request by request, so that nothing is padded to the longest one."""
-    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
-    in_page = torch.arange(page_size, device=query.device)
-    keys, values, query_lens, masks = [], [], [], []
+    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), key_cache.shape[1]
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    query_lens, masks = [], []
     for pages, context_len, (start, stop) in zip(batch.block_table, lens, pairwise(bounds), strict=True):
         if start == stop:
             continue
-        own = pages[: -(-context_len // page_size), None]
-        slots = (own * page_size + in_page).flatten()[:context_len]
-        keys.append(torch.cat([key_cache[slots], key[start:stop]]).transpose(0, 1)[None])
-        values.append(torch.cat([value_cache[slots], value[start:stop]]).transpose(0, 1)[None])
+        own = pages[: -(-context_len // page_size)]
+        for found, cache, new in ((keys, key_cache, key), (values, value_cache, value)):
+            context = cache[own].flatten(0, 1)[:context_len]
+            found.append(torch.cat([context, new[start:stop]]).transpose(0, 1)[None])
         query_lens.append(stop - start)
         if batch.causal:
             allowed = causal_mask(
@@ -163,8 +165,8 @@ def _check_paged(
     wanted = {
         "key": (key, (num_tokens, kv_heads, head_dim)),
         "value": (value, (num_tokens, kv_heads, head_dim)),
-        "key_cache": (key_cache, (len(key_cache), kv_heads, head_dim)),
-        "value_cache": (value_cache, (len(key_cache), kv_heads, head_dim)),
+        "key_cache": (key_cache, (*key_cache.shape[:2], kv_heads, head_dim)),
+        "value_cache": (value_cache, (*key_cache.shape[:2], kv_heads, head_dim)),
         "block_table": (block_table, (num_reqs, block_table.shape[-1])),
         "query_start_loc": (query_start_loc, (num_reqs + 1,)),
     }

@@ -24,14 +24,15 @@ def paged_attention_reference(
     query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
 ) -> Tensor:
     """Computes what `paged_attention` does. Same arguments and result."""
-    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), batch.page_size
+    bounds, lens, page_size = batch.query_start_loc.tolist(), batch.context_lens.tolist(), key_cache.shape[1]
     assert max(stop - start for start, stop in pairwise(bounds)) <= batch.max_query_len
     out = torch.empty_like(query)
     for pages, context_len, (start, stop) in zip(batch.block_table, lens, pairwise(bounds), strict=True):
-        slots = [int(pages[t // page_size]) * page_size + t % page_size for t in range(context_len)]
+        of_token = [int(pages[t // page_size]) for t in range(context_len)]
+        in_page = [t % page_size for t in range(context_len)]
         keys, values = (
-            torch.cat([key_cache[slots], key[start:stop]]),
-            torch.cat([value_cache[slots], value[start:stop]]),
+            torch.cat([key_cache[of_token, in_page], key[start:stop]]),
+            torch.cat([value_cache[of_token, in_page], value[start:stop]]),
         )
         position = torch.arange(len(keys), device=keys.device)
         mask = (position <= position[context_len:, None])[None] if batch.causal else None

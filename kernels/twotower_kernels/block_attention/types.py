@@ -13,9 +13,8 @@ class PagedBatch:
 
     Attributes:
         block_table: int32 [num_reqs, max_pages], pages of each request in the order of its tokens; anything after them.
-        context_lens: int32 [num_reqs], tokens of context, at most max_pages * page_size.
+        context_lens: int32 [num_reqs], tokens of context, at most as many as max_pages pages have.
         query_start_loc: int32 [num_reqs + 1], first token of each request in the pass, leading 0 included.
-        page_size: tokens of a page.
         max_query_len: most tokens that a request has in the pass, or more.
         causal: a query sees its own and earlier keys of the pass; otherwise all of its request's.
     """
@@ -23,6 +22,5 @@ class PagedBatch:
     block_table: Tensor
     context_lens: Tensor
     query_start_loc: Tensor
-    page_size: int
     max_query_len: int
     causal: bool

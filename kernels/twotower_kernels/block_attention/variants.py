@@ -56,6 +56,7 @@ def _attend(
 ) -> Variant:
     tensors = ("query", "key", "value", "key_cache", "value_cache")
     strides = [f"{tensor}_{axis}_stride" for tensor in tensors for axis in ("token", "head")]
+    strides += [f"{cache}_page_stride" for cache in ("key_cache", "value_cache")]
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     name = attend_settings(torch_dtype, queries * group)
     chosen = dict(settings("block_attention", name))
