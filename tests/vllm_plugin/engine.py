@@ -7,6 +7,7 @@ are kept for the test run, so that several tests can look at one engine.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,10 +77,14 @@ class Engine:
         return self.core.model_executor.driver_worker.worker.model_runner
 
     @property
+    def drafter(self) -> Any:
+        """The drafter of either model runner; None without speculation."""
+        return getattr(self.runner, "speculator" if is_on_v2() else "drafter", None)
+
+    @property
     def session(self) -> Any:
-        """The proposer's drafting session; None without speculation."""
-        proposer = getattr(self.runner, "drafter", None)
-        return getattr(proposer, "session", None)
+        """The drafter's session; None without speculation."""
+        return getattr(self.drafter, "session", None)
 
     def prompts(self, count: int) -> list[str]:
         """Held-out prompts, maths and Python in turn."""
@@ -150,11 +155,17 @@ def end_engine(engine: Any) -> None:
         engine.engine_core.shutdown()
 
 
+def is_on_v2() -> bool:
+    """Whether engines of this process run vLLM's model runner V2."""
+    return os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1"
+
+
 def write_results(order: str, output: str) -> None:
     """Runs an engine in this process."""
     from vllm import LLM
 
     from tests.vllm_plugin import scenarios
+    from tests.vllm_plugin.v2 import on_a_cpu
 
     given = json.loads(order)
     arguments = {
@@ -166,6 +177,8 @@ def write_results(order: str, output: str) -> None:
         **given["engine_args"],
     }
     prepare = arguments.pop("prepare", None)
+    if is_on_v2():
+        on_a_cpu.prepare()
     if prepare:
         getattr(scenarios, prepare)()
     engine = Engine(LLM(**arguments, speculative_config=given["speculative_config"]))

@@ -17,6 +17,13 @@ from twotower_bench.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# With these variables vLLM's model runner V2 runs on a CPU, in Triton's interpreter; they count where it is imported.
+V2_ON_CPU = {
+    "PYTHONPATH": str(ROOT / "tests" / "support" / "v2_on_cpu"),
+    "TRITON_INTERPRET": "1",
+    "VLLM_USE_V2_MODEL_RUNNER": "1",
+}
+
 
 def engine_environment() -> dict[str, str]:
     """Environment as in the demo, but with the whole log, and without network: no name is looked up on a hub."""
@@ -39,12 +46,14 @@ def fork(
         function: as in `package.module:name`.
         arguments: of the function.
         folder: for its `log` and temporary files.
-        environment: variables beside those of all engines.
+        environment: variables beside those of all engines; with those of `V2_ON_CPU` it has a server of its own.
         timeout_s: after which it ends with an error.
     """
-    variables = {**_with_tests(), **(environment or {})}
+    given = environment or {}
+    imports = V2_ON_CPU if V2_ON_CPU.items() <= given.items() else {}
+    variables = {**_with_tests(**imports), **{name: one for name, one in given.items() if name not in imports}}
     call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
-    return shared_fork_server().fork("the engine", *call, folder, variables)
+    return shared_fork_server(**imports).fork("the engine", *call, folder, variables)
 
 
 def results_of(
@@ -80,12 +89,14 @@ def _folder() -> TemporaryDirectory[str]:
 
 
 @cache
-def shared_fork_server() -> ForkServer:
-    """The one process of a test run that everything is forked from; it ends with this process."""
-    return ForkServer(Path(_folder().name), _with_tests())
+def shared_fork_server(**imports: str) -> ForkServer:
+    """Process that everything is forked from, one for every set of variables that imports read; ends with this one."""
+    folder = Path(_folder().name) / str(len(imports))
+    folder.mkdir()
+    return ForkServer(folder, _with_tests(**imports))
 
 
-def _with_tests() -> dict[str, str]:
-    environment = engine_environment()
+def _with_tests(**imports: str) -> dict[str, str]:
+    environment = {**engine_environment(), **imports}
     paths = [str(ROOT), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}

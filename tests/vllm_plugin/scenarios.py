@@ -297,7 +297,7 @@ def facts(engine: Engine) -> dict[str, float]:
 
     # In this process nobody runs the step after the last request has ended, which tells the drafter so.
     engine.generate(engine.prompts(1), max_tokens=4)
-    stats = engine.runner.drafter.stats
+    stats = engine.drafter.stats
     session = engine.session
     return {
         "accepted": stats.get("accepted_tokens"),
@@ -413,7 +413,7 @@ def faults(engine: Engine) -> Any:
     """The same four requests under every fault of the drafter, and after each of them; counters of the drafter too."""
     found = {}
     for name, damage in FAULTS.items():
-        stats = engine.runner.drafter.stats
+        stats = engine.drafter.stats
         before = {reason: stats.get("fallbacks", reason) for reason in ("error", "not finite", "no room")}
         with damage(engine):
             during = plain_text(engine)
@@ -541,7 +541,7 @@ def equal_ranks(engine: Engine) -> Any:
 
 def without_hooks(engine: Engine) -> Any:
     """Generates where the proposer was not told whose runner it is, and so whose rows are whose: it drafts nothing."""
-    proposer = engine.runner.drafter
+    proposer = engine.drafter
     with patch.object(type(proposer), "begin_step", lambda self, runner, scheduler_output: None):
         accepted = proposer.stats.get("accepted_tokens")
         found = [plain_text(engine), joining_and_leaving(engine)]
@@ -605,3 +605,9 @@ def thinking_budgets(engine: Engine) -> Any:
 def strain(engine: Engine) -> dict[str, float]:
     """How often requests were thrown out, and tokens taken from the prefix cache, so far."""
     return {"preemptions": engine.metric("vllm:num_preemptions"), "hits": engine.metric("vllm:prefix_cache_hits")}
+
+
+def runner(engine: Engine) -> dict[str, Any]:
+    """Module of vLLM's model runner, and whether steps are scheduled asynchronously."""
+    scheduling = engine.core.vllm_config.scheduler_config.async_scheduling
+    return {"module": type(engine.runner).__module__, "async_scheduling": scheduling}
