@@ -81,6 +81,7 @@ ALIAS = Need("the command-line option --speculative-model", "routing", required=
 MORE_PARAMETERS = Need("requests with min_p or logit_bias", "routing", required=False)
 SEVERAL_SERVERS = Need("the drafter's numbers on /metrics of several API servers", "routing", required=False)
 ITSELF = Need("a TwoTower checkpoint as the verifier", "model", required=False)
+ITSELF_ON_CPU = Need("a TwoTower checkpoint as the verifier on a CPU", "model", required=False, cpu_only=True)
 KNOWING = Need("requests that set sampling parameters which twotower-spec does not know", "v1", required=False)
 LOADING = Need("loading the drafter", "v1")
 STEP = Need("giving the drafter the requests of a step", "v1")
@@ -143,6 +144,7 @@ HOOKS: tuple[Hook, ...] = (
     Hook(MODEL_SETTINGS, "MODELS_CONFIG_MAP", Kind.NAME, ITSELF),
     *fields(MODEL_PARTS, "WeightsMapper", "orig_to_new_prefix", ITSELF),
     *fields(NEMOTRON_H, "NemotronHForCausalLM", "hf_to_vllm_mapper", ITSELF),
+    function("vllm.v1.attention.backends.cpu_attn", "CPUAttentionBackend.get_supported_head_sizes", ITSELF_ON_CPU),
     function(CUSTOM_CLASS, "create_custom_proposer", LOADING, "vllm_config"),
     Hook(RUNNER, "create_custom_proposer", Kind.NAME, LOADING),
     function(RUNNER, "GPUModelRunner.execute_model", STEP, "scheduler_output"),

@@ -45,11 +45,11 @@ def _checked(stock: Any) -> Any:
     def create_model_config(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not is_two_tower(self.hf_config_path or self.model, self.revision):
             return stock(self, *args, **kwargs)
-        from vllm_twotower.model.settings import check_dtype, prepare
+        from vllm_twotower.model.settings import check, prepare
 
         config = prepare(self)
         model_config = stock(self, *args, **kwargs)
-        check_dtype(config, model_config)
+        check(config, model_config)
         return model_config
 
     return create_model_config

@@ -59,8 +59,10 @@ def prepare(engine_args: Any) -> TwoTowerConfig:
     Raises:
         TwoTowerError: vLLM lacks what is needed, or cannot compute what config.json asks for.
     """
+    from vllm.platforms import current_platform
+
     name = engine_args.hf_config_path or engine_args.model
-    missing = compat.missing_hooks(hooks_of("model"))
+    missing = compat.missing_hooks(hooks_of("model", on_cpu=current_platform.is_cpu()))
     if missing:
         raise ArgumentError(
             f"{name} is a TwoTower checkpoint, and vLLM {compat.vllm_version()} lacks or has changed "
@@ -80,17 +82,33 @@ def prepare(engine_args: Any) -> TwoTowerConfig:
     return config
 
 
-def check_dtype(config: TwoTowerConfig, model_config: Any) -> None:
-    """Refuses weights in which vLLM would keep the residual stream, where config.json wants it in float32.
+def check(config: TwoTowerConfig, model_config: Any) -> None:
+    """Refuses what this device or dtype cannot compute, where vLLM would fail later or compute something else.
+
+    Args:
+        config: of the checkpoint.
+        model_config: vLLM's, made for it.
 
     Raises:
-        ConfigError: with the dtype.
+        ConfigError: with the value and what is allowed.
     """
+    from vllm.platforms import current_platform
+
     if config.residual_in_fp32 and model_config.dtype != torch.float32:
+        dtype = str(model_config.dtype).removeprefix("torch.")
         raise ConfigError(
-            f"residual_in_fp32 true of {model_config.model} cannot be served with dtype {model_config.dtype}, in which "
-            f"vLLM keeps the residual stream, too; give --dtype float32"
+            f"residual_in_fp32 true of {model_config.model} cannot be served in {dtype}, where vLLM keeps the residual "
+            f"stream in {dtype}, too; give --dtype float32"
         )
+    if current_platform.is_cpu() and config.attention_layers:
+        from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+        sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if config.head_dim not in sizes:
+            raise ConfigError(
+                f"head_dim {config.head_dim} of {model_config.model} cannot be served on a CPU, where vLLM's attention "
+                f"takes {', '.join(map(str, sizes))}; use a GPU, or generate_ar of twotower_spec"
+            )
 
 
 def _as_vllm_reads(name: str, revision: str | None) -> Any:
