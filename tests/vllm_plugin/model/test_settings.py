@@ -46,7 +46,7 @@ def more_positions(config: Any) -> Any:
 
 
 def write_read(order: str, output: str) -> None:
-    """What vLLM reads of each configuration, or why it is refused."""
+    """Writes the fields that vLLM reads of each configuration, or why it is refused."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_twotower import compat
