@@ -1,46 +1,27 @@
-"""The proposer that vLLM calls after every step: rows of token ids in, draft token ids out; no maths."""
+"""The proposer that vLLM's model runner V1 calls after every step: rows of token ids in, draft token ids out."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Collection, Hashable, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from vllm.distributed import get_tensor_model_parallel_rank
-from vllm.logger import init_logger
 
-from twotower_kernels.acceptance import warm_up
-from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
-from twotower_spec.errors import ArgumentError, TwoTowerError
-from twotower_spec.generation import PhaseTimes
-from vllm_twotower.config import DrafterKnobs
-from vllm_twotower.faults import FaultHandler
-from vllm_twotower.loading import load_session
-from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line
-from vllm_twotower.requirements import configuration_of
-from vllm_twotower.stats_folder import end_with_server, stats_path
+from twotower_spec.drafting import DraftRequest
+from vllm_twotower.drafter import EngineDrafter, StepRow, filled
 from vllm_twotower.v1 import hooks
 from vllm_twotower.v1.requests import gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
 
-logger = init_logger("vllm.twotower.proposer")
-
-# How much the acceptance length remembers: about a hundred drafts.
-ACCEPTANCE_MEMORY = 0.99
 # Where vLLM stops to ask a drafter that could outgrow it; ours takes rows of any length.
 ANY_LENGTH = 10**9
 
 
-class TwoTowerProposer:
+class TwoTowerProposer(EngineDrafter):
     """Drafts for vLLM's V1 model runner (speculative method `custom_class`).
 
-    One in every worker process; the towers are on tensor-parallel rank 0 alone, whose drafts reach all ranks through
-    the scheduler. Once loaded nothing of it raises: what cannot be drafted gets no drafts, is counted, and is logged
-    once.
+    Drafts of rank 0 reach all ranks through the scheduler.
     """
 
     def __init__(self, vllm_config: Any) -> None:
@@ -52,32 +33,14 @@ class TwoTowerProposer:
         Raises:
             TwoTowerError: the settings are refused.
         """
-        self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
-        self.knobs, self._found = configuration_of(vllm_config)
-        self._vllm_config = vllm_config
-        self.session: DraftingSession | None = None
-        self.stats = DrafterStats(None)
-        self._vocab_size = int(vllm_config.model_config.get_vocab_size())
-        parallel = vllm_config.parallel_config
-        # The rank is 0 in every engine of a dense model.
-        self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+        super().__init__(vllm_config)
         self._pads = self.knobs.pads_drafts(vllm_config)
         self._runner: Any = None
         self._scheduled: Mapping[Any, Sequence[int]] = {}
-        self._round_end = time.perf_counter()
-        self._round: Round | None = None
-        # Seconds of the towers that are not counted yet, and of the whole round.
-        self._untimed: tuple[PhaseTimes, float] | None = None
-        # By what makes them different; None where nothing is to be drafted.
-        self._policies: dict[tuple[object, ...], DraftPolicy | None] = {}
-        self._is_off = self.knobs.policy == "off"
-        self._faults = FaultHandler()
-        self._sampler_failures = 0
-        self._logged_at, self._logged = time.monotonic(), self.stats.copy()
         self._hooked = hooks.install(is_hybrid=vllm_config.model_config.is_hybrid)
 
     def load_model(self, target_model: Any) -> None:
-        """Loads the towers and allocates the state, before vLLM measures what is left for its own cache.
+        """Loads the drafter.
 
         Args:
             target_model: vLLM's verifier, on its device.
@@ -85,65 +48,14 @@ class TwoTowerProposer:
         Raises:
             TwoTowerError: the checkpoint is refused. Any other failure leaves vLLM without drafts.
         """
-        if not self._hooked:
-            return
-        parameter = next(iter(target_model.parameters()))
-        # What fails here fails in the first verification too, where it is counted and logged.
-        with suppress(Exception):
-            warm_up(self._vocab_size, parameter.dtype, parameter.device, self.knobs.verification)
-        if get_tensor_model_parallel_rank() != 0:
-            return
-        self.stats = DrafterStats(stats_path(self._engine))
-        end_with_server()
-        if self.knobs.policy == "off":
-            logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
-            return
-        try:
-            self.session = load_session(self.knobs, self._found, self._vllm_config, parameter.device, parameter.dtype)
-        except TwoTowerError:
-            raise
-        except Exception as error:
-            self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
-            return
-        self._policies[self._policy_key(self.knobs)] = self.session.policy
-        for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
-            self.stats.set("pool_size", size, resource)
-
-    def change_policy(self, changes: Mapping[str, Any]) -> None:
-        """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
-
-        Args:
-            changes: as in `"twotower": {...}`; knobs that are not named are as at start.
-
-        Raises:
-            TwoTowerError: one is refused, or nothing was loaded because the policy was "off" at start.
-        """
-        knobs = DrafterKnobs.parse({**asdict(self.knobs), **changes})
-        knobs.check_num_speculative_tokens(self.num_speculative_tokens, self._found.block_size)
-        if self.knobs.policy == "off" != knobs.policy:
-            raise ArgumentError(f'policy {knobs.policy!r} needs the towers, which "off" at start has left unloaded')
-        if self.session is None:
-            return
-        key = self._policy_key(knobs)
-        if key not in self._policies:
-            self._policies[key] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
-        policy = self._policies[key]
-        self._round = None  # its policy is not the one to be told
-        self._is_off = policy is None
-        self.session.reset()
-        if policy is not None:
-            self.session.policy = policy
-            self.session.drafter.first_token = knobs.first_token
-            self.session.warm_up()
-
-    def _policy_key(self, knobs: DrafterKnobs) -> tuple[object, ...]:
-        full = knobs.resolved(self._found.block_size)
-        return full.policy, full.block_size, full.steps_per_block, full.confidence_threshold
+        if self._hooked:
+            parameter = next(iter(target_model.parameters()))
+            self.load(parameter.device, parameter.dtype)
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
         """Told by the hook of `execute_model` before every step, also of one that runs nothing; never raises."""
         self._scheduled = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
-        self._forget(getattr(scheduler_output, "finished_req_ids", None) or ())
+        self.forget(getattr(scheduler_output, "finished_req_ids", None) or ())
         if self._runner is not runner:
             self._runner = runner
             runner.effective_drafter_max_model_len = ANY_LENGTH
@@ -169,160 +81,50 @@ class TwoTowerProposer:
         Returns:
             Per row, up to `num_speculative_tokens` drafts.
         """
-        num_reqs = len(sampled_token_ids)
-        self._count_sampler_failures()
-        if self.session is None or self._runner is None or self._is_off:
-            self.stats.add("fallbacks", num_reqs, self._reason_to_rest())
-            return [[] for _ in range(num_reqs)]
-        start = time.perf_counter()
-        try:
-            drafts = self._draft(self.session, start, sampled_token_ids, num_tokens_no_spec, token_ids_cpu)
-        except Exception as error:
-            self.stats.add("fallbacks", num_reqs, "error")
-            self._round = None
-            if not self._faults.recover(error, self.session.reset):
-                self.session = None
-            drafts = [[] for _ in range(num_reqs)]
-        self._round_end = time.perf_counter()
-        return drafts
+        rows: list[StepRow] = []
 
-    def _reason_to_rest(self) -> str:
-        if self._is_off:
-            return "policy"
-        return "not loaded" if self.session is None else "no runner"
+        def read_rows() -> Sequence[StepRow]:
+            rows.extend(self._rows(sampled_token_ids, num_tokens_no_spec, token_ids_cpu))
+            return rows
 
-    def _draft(
+        self.count_sampler_failures(getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0))
+        drafts = self.draft(len(sampled_token_ids), read_rows, lambda held: gone(held, self._runner))
+        return padded(drafts, rows) if self._pads else drafts
+
+    def _reason_to_rest(self) -> str | None:
+        reason = super()._reason_to_rest()
+        return "no runner" if reason is None and self._runner is None else reason
+
+    def _rows(
         self,
-        session: DraftingSession,
-        start: float,
         sampled_token_ids: list[list[int]],
         num_tokens_no_spec: npt.NDArray[np.int32],
         token_ids_cpu: npt.NDArray[np.int32],
-    ) -> list[list[int]]:
-        self._forget(gone(session.request_ids, self._runner))
-        self._count_phases()
+    ) -> list[StepRow]:
         request_ids: list[str] = self._runner.input_batch.req_ids[: len(sampled_token_ids)]
-        self._observe(session, start, dict(zip(request_ids, sampled_token_ids, strict=True)))
-        self.stats.add("rounds", 1)
-        if self._faults.skips_round():
-            self.stats.add("fallbacks", len(request_ids), "recovering")
-            return [[] for _ in request_ids]
         lengths: list[int] = num_tokens_no_spec[: len(request_ids)].tolist()
-        requests = [
-            DraftRequest(
-                request_id,
-                token_ids_cpu[row, :length],
-                usable_drafts(self._runner, request_id, length, self.num_speculative_tokens),
-                read_only=not sampled,
+        return [
+            StepRow(
+                DraftRequest(
+                    request_id,
+                    token_ids_cpu[row, :length],
+                    usable_drafts(self._runner, request_id, length, self.num_speculative_tokens),
+                    read_only=not sampled,
+                ),
+                num_sampled=len(sampled),
+                num_verified=len(self._scheduled.get(request_id) or ()),
             )
             for row, (request_id, length, sampled) in enumerate(
                 zip(request_ids, lengths, sampled_token_ids, strict=True)
             )
         ]
-        self._round = session.draft(requests)
-        self._faults.judge(self._round)
-        self._count(session, self._round, start)
-        drafts = self._round.block.rows()
-        return padded(drafts, sampled_token_ids, requests) if self._pads else drafts
-
-    def _observe(self, session: DraftingSession, start: float, sampled: Mapping[Hashable, Sequence[int]]) -> None:
-        """Tells the policy, and counts, what became of the last round's drafts."""
-        finished, self._round = self._round, None
-        if finished is None:
-            return
-        block = finished.block
-        verified = [
-            min(drafted, len(self._scheduled.get(request_id) or ()))
-            for request_id, drafted in zip(block.request_ids, block.num_draft_tokens, strict=True)
-        ]
-        accepted = [
-            min(len(sampled[request_id]) - 1, asked) if sampled.get(request_id) else None
-            for request_id, asked in zip(block.request_ids, verified, strict=True)
-        ]
-        if all(count is None for count in accepted):
-            return
-        # Its requests are still here, so vLLM was busy with them all the time.
-        verify_s = start - self._round_end
-        ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
-        with_prompts = not ran.issuperset(sampled)
-        session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts))
-        self.stats.add("verify_seconds", verify_s)
-        self._calibrate(block.confidence.double().numpy(), accepted, verified)
-        for count, asked in zip(accepted, verified, strict=True):
-            if count is not None and asked:
-                self.stats.add("drafts", 1)
-                self.stats.add("draft_tokens", asked)
-                self.stats.add("accepted_tokens", count)
-                share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
-                length = self.stats.get("acceptance_length")
-                self.stats.set("acceptance_length", length + share * (count + 1 - length))
-
-    def _calibrate(
-        self, confidence: npt.NDArray[np.float64], accepted: Sequence[int | None], verified: Sequence[int]
-    ) -> None:
-        """Counts drafts up to the first that was rejected, by their confidence."""
-        kept = np.array([count or 0 for count in accepted])[:, None]
-        asked = np.array([0 if count is None else n for count, n in zip(accepted, verified, strict=True)])[:, None]
-        position = np.arange(confidence.shape[1])
-        decided = position < np.minimum(kept + 1, asked)
-        self.stats.add_decided(confidence[decided], (position < kept)[decided])
-
-    def _count_sampler_failures(self) -> None:
-        failures = getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0)
-        self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
-        self._sampler_failures = failures
-
-    def _count(self, session: DraftingSession, drafted: Round, start: float) -> None:
-        stats, block = self.stats, drafted.block
-        stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
-        stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
-        stats.add("context_tokens", drafted.num_context_tokens)
-        for reason, count in drafted.without_drafts.items():
-            stats.add("fallbacks", count, reason)
-        self._show_pool(session)
-        self._untimed = drafted.times, time.perf_counter() - start
-        if drafted.times.known:
-            self._count_phases()
-        now = time.monotonic()
-        if self.knobs.log_interval_s and now - self._logged_at >= self.knobs.log_interval_s:
-            line = log_line(stats, self._logged)
-            if line:
-                logger.info("%s", line)
-            self._logged_at, self._logged = now, stats.copy()
-
-    def _forget(self, request_ids: Collection[Hashable]) -> None:
-        """Releases requests that have ended: after the last one of all there is no round that would."""
-        if self.session is None or not request_ids:
-            return
-        try:
-            for request_id in request_ids:
-                self.session.release(request_id)
-            self._show_pool(self.session)
-        except Exception as error:
-            self._faults.log(error, "the state of a request that has ended could not be released")
-
-    def _show_pool(self, session: DraftingSession) -> None:
-        held = session.request_ids
-        self.stats.set("pool_used", len(held), "requests")
-        self.stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
-
-    def _count_phases(self) -> None:
-        """Counts a round's seconds: at once where its passes are over, else when the next one begins. Nothing waits."""
-        if self._untimed is None:
-            return
-        (times, drafting_s), self._untimed = self._untimed, None
-        self.stats.add("drafting_seconds", times.extend_s, "extend")
-        self.stats.add("drafting_seconds", times.denoise_s, "denoise")
-        self.stats.add("drafting_seconds", max(0.0, drafting_s - times.extend_s - times.denoise_s), "host")
 
 
-def padded(
-    drafts: list[list[int]], sampled_token_ids: list[list[int]], requests: Sequence[DraftRequest]
-) -> list[list[int]]:
+def padded(drafts: list[list[int]], rows: Sequence[StepRow]) -> list[list[int]]:
     """Gives every decoding row as many drafts as it can use, for which vLLM has a CUDA graph of the whole step."""
     if not any(drafts):
         return drafts
     return [
-        row + [(row or sampled)[-1]] * ((one.max_draft_tokens or 0) - len(row)) if sampled else row
-        for row, sampled, one in zip(drafts, sampled_token_ids, requests, strict=True)
+        filled(own, row.request, row.request.max_draft_tokens or 0) if row.num_sampled else own
+        for own, row in zip(drafts, rows, strict=True)
     ]

@@ -1,0 +1,302 @@
+"""The drafter of one engine, whatever model runner asks it: a session, its policy, what is counted, and faults."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank
+from vllm.logger import init_logger
+
+from twotower_kernels.acceptance import warm_up
+from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
+from twotower_spec.errors import ArgumentError, TwoTowerError
+from twotower_spec.generation import PhaseTimes
+from vllm_twotower.config import DrafterKnobs
+from vllm_twotower.faults import FaultHandler
+from vllm_twotower.loading import load_session
+from vllm_twotower.metrics import RESOURCES, DrafterStats, log_line
+from vllm_twotower.requirements import configuration_of
+from vllm_twotower.stats_folder import end_with_server, stats_path
+
+logger = init_logger("vllm.twotower.drafter")
+
+# How much the acceptance length remembers: about a hundred drafts.
+ACCEPTANCE_MEMORY = 0.99
+
+
+@dataclass(frozen=True)
+class StepRow:
+    """One request of the step that has just ended.
+
+    Attributes:
+        request: with all tokens so far.
+        num_sampled: tokens that the step committed; 0 while its prompt is being read.
+        num_verified: drafts that the step verified.
+    """
+
+    request: DraftRequest
+    num_sampled: int
+    num_verified: int
+
+
+class EngineDrafter:
+    """Drafts for the requests of one engine.
+
+    One in every worker process; the towers are on tensor-parallel rank 0 alone. Once loaded nothing of it raises: what
+    cannot be drafted gets no drafts, is counted, and is logged once.
+    """
+
+    def __init__(self, vllm_config: Any) -> None:
+        """Checks the settings.
+
+        Args:
+            vllm_config: vLLM's; the knobs are in `additional_config["twotower"]`.
+
+        Raises:
+            TwoTowerError: the settings are refused.
+        """
+        self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
+        self.knobs, self._found = configuration_of(vllm_config)
+        self._vllm_config = vllm_config
+        self.session: DraftingSession | None = None
+        self.stats = DrafterStats(None)
+        self._vocab_size = int(vllm_config.model_config.get_vocab_size())
+        parallel = vllm_config.parallel_config
+        # The rank is 0 in every engine of a dense model.
+        self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
+        self._round_end = time.perf_counter()
+        self._round: Round | None = None
+        # Seconds of the towers that are not counted yet, and of the whole round.
+        self._untimed: tuple[PhaseTimes, float] | None = None
+        # By what makes them different; None where nothing is to be drafted.
+        self._policies: dict[tuple[object, ...], DraftPolicy | None] = {}
+        self._is_off = self.knobs.policy == "off"
+        self._faults = FaultHandler()
+        self._sampler_failures = 0
+        self._logged_at, self._logged = time.monotonic(), self.stats.copy()
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Loads the towers and allocates the state, before vLLM measures what is left for its own cache.
+
+        Args:
+            device, dtype: of the verifier.
+
+        Raises:
+            TwoTowerError: the checkpoint is refused. Any other failure leaves vLLM without drafts.
+        """
+        # What fails here fails in the first verification too, where it is counted and logged.
+        with suppress(Exception):
+            warm_up(self._vocab_size, dtype, device, self.knobs.verification)
+        if get_tensor_model_parallel_rank() != 0:
+            return
+        self.stats = DrafterStats(stats_path(self._engine))
+        end_with_server()
+        if self.knobs.policy == "off":
+            logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
+            return
+        try:
+            self.session = load_session(self.knobs, self._found, self._vllm_config, device, dtype)
+        except TwoTowerError:
+            raise
+        except Exception as error:
+            self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
+            return
+        self._policies[self._policy_key(self.knobs)] = self.session.policy
+        for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
+            self.stats.set("pool_size", size, resource)
+
+    def change_policy(self, changes: Mapping[str, Any]) -> None:
+        """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
+
+        Args:
+            changes: as in `"twotower": {...}`; knobs that are not named are as at start.
+
+        Raises:
+            TwoTowerError: one is refused, or nothing was loaded because the policy was "off" at start.
+        """
+        knobs = DrafterKnobs.parse({**asdict(self.knobs), **changes})
+        knobs.check_num_speculative_tokens(self.num_speculative_tokens, self._found.block_size)
+        if self.knobs.policy == "off" != knobs.policy:
+            raise ArgumentError(f'policy {knobs.policy!r} needs the towers, which "off" at start has left unloaded')
+        if self.session is None:
+            return
+        key = self._policy_key(knobs)
+        if key not in self._policies:
+            self._policies[key] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+        policy = self._policies[key]
+        self._round = None  # its policy is not the one to be told
+        self._is_off = policy is None
+        self.session.reset()
+        if policy is not None:
+            self.session.policy = policy
+            self.session.drafter.first_token = knobs.first_token
+            self.session.warm_up()
+
+    def _policy_key(self, knobs: DrafterKnobs) -> tuple[object, ...]:
+        full = knobs.resolved(self._found.block_size)
+        return full.policy, full.block_size, full.steps_per_block, full.confidence_threshold
+
+    def draft(
+        self,
+        num_reqs: int,
+        read_rows: Callable[[], Sequence[StepRow]],
+        gone: Callable[[Iterable[Hashable]], list[Hashable]],
+    ) -> list[list[int]]:
+        """Drafts for the next step; never raises.
+
+        Args:
+            num_reqs: requests of the step that has just ended.
+            read_rows: says what became of each of them; what it raises is the drafter's fault too.
+            gone: those of some requests that the runner has forgotten; they are forgotten here too.
+
+        Returns:
+            Per row, up to `num_speculative_tokens` drafts.
+        """
+        reason = self._reason_to_rest()
+        if self.session is None or reason is not None:
+            self.stats.add("fallbacks", num_reqs, reason or "not loaded")
+            return [[] for _ in range(num_reqs)]
+        start = time.perf_counter()
+        try:
+            drafts = self._draft(self.session, start, read_rows, gone)
+        except Exception as error:
+            self.stats.add("fallbacks", num_reqs, "error")
+            self._round = None
+            if not self._faults.recover(error, self.session.reset):
+                self.session = None
+            drafts = [[] for _ in range(num_reqs)]
+        self._round_end = time.perf_counter()
+        return drafts
+
+    def _reason_to_rest(self) -> str | None:
+        if self._is_off:
+            return "policy"
+        return "not loaded" if self.session is None else None
+
+    def _draft(
+        self,
+        session: DraftingSession,
+        start: float,
+        read_rows: Callable[[], Sequence[StepRow]],
+        gone: Callable[[Iterable[Hashable]], list[Hashable]],
+    ) -> list[list[int]]:
+        self.forget(gone(session.request_ids))
+        self._count_phases()
+        rows = read_rows()
+        self._observe(session, start, {row.request.request_id: row for row in rows})
+        self.stats.add("rounds", 1)
+        if self._faults.skips_round():
+            self.stats.add("fallbacks", len(rows), "recovering")
+            return [[] for _ in rows]
+        self._round = session.draft([row.request for row in rows])
+        self._faults.judge(self._round)
+        self._count(session, self._round, start)
+        return self._round.block.rows()
+
+    def _observe(self, session: DraftingSession, start: float, rows: Mapping[Hashable, StepRow]) -> None:
+        """Tells the policy, and counts, what became of the last round's drafts."""
+        finished, self._round = self._round, None
+        if finished is None:
+            return
+        block = finished.block
+        present = [rows.get(request_id) for request_id in block.request_ids]
+        verified = [
+            min(drafted, row.num_verified) if row else 0
+            for row, drafted in zip(present, block.num_draft_tokens, strict=True)
+        ]
+        accepted = [
+            min(row.num_sampled - 1, asked) if row and row.num_sampled else None
+            for row, asked in zip(present, verified, strict=True)
+        ]
+        if all(count is None for count in accepted):
+            return
+        # Its requests are still here, so vLLM was busy with them all the time.
+        verify_s = start - self._round_end
+        ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
+        with_prompts = not ran.issuperset(rows)
+        session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts))
+        self.stats.add("verify_seconds", verify_s)
+        self._calibrate(block.confidence.double().numpy(), accepted, verified)
+        for count, asked in zip(accepted, verified, strict=True):
+            if count is not None and asked:
+                self.stats.add("drafts", 1)
+                self.stats.add("draft_tokens", asked)
+                self.stats.add("accepted_tokens", count)
+                share = max(1 - ACCEPTANCE_MEMORY, 1 / self.stats.get("drafts"))
+                length = self.stats.get("acceptance_length")
+                self.stats.set("acceptance_length", length + share * (count + 1 - length))
+
+    def forget(self, request_ids: Collection[Hashable]) -> None:
+        """Releases requests that have ended: after the last one of all there is no round that would."""
+        if self.session is None or not request_ids:
+            return
+        try:
+            for request_id in request_ids:
+                self.session.release(request_id)
+            self._show_pool(self.session)
+        except Exception as error:
+            self._faults.log(error, "the state of a request that has ended could not be released")
+
+    def count_sampler_failures(self, failures: int) -> None:
+        """Counts steps that vLLM's own sampler took over.
+
+        Args:
+            failures: of our sampler, since it was made.
+        """
+        self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
+        self._sampler_failures = failures
+
+    def _calibrate(
+        self, confidence: npt.NDArray[np.float64], accepted: Sequence[int | None], verified: Sequence[int]
+    ) -> None:
+        """Counts drafts up to the first that was rejected, by their confidence."""
+        kept = np.array([count or 0 for count in accepted])[:, None]
+        asked = np.array([0 if count is None else n for count, n in zip(accepted, verified, strict=True)])[:, None]
+        position = np.arange(confidence.shape[1])
+        decided = position < np.minimum(kept + 1, asked)
+        self.stats.add_decided(confidence[decided], (position < kept)[decided])
+
+    def _count(self, session: DraftingSession, drafted: Round, start: float) -> None:
+        stats, block = self.stats, drafted.block
+        stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
+        stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
+        stats.add("context_tokens", drafted.num_context_tokens)
+        for reason, count in drafted.without_drafts.items():
+            stats.add("fallbacks", count, reason)
+        self._show_pool(session)
+        self._untimed = drafted.times, time.perf_counter() - start
+        if drafted.times.known:
+            self._count_phases()
+        now = time.monotonic()
+        if self.knobs.log_interval_s and now - self._logged_at >= self.knobs.log_interval_s:
+            line = log_line(stats, self._logged)
+            if line:
+                logger.info("%s", line)
+            self._logged_at, self._logged = now, stats.copy()
+
+    def _show_pool(self, session: DraftingSession) -> None:
+        held = session.request_ids
+        self.stats.set("pool_used", len(held), "requests")
+        self.stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")
+
+    def _count_phases(self) -> None:
+        """Counts a round's seconds: at once where its passes are over, else when the next one begins. Nothing waits."""
+        if self._untimed is None:
+            return
+        (times, drafting_s), self._untimed = self._untimed, None
+        self.stats.add("drafting_seconds", times.extend_s, "extend")
+        self.stats.add("drafting_seconds", times.denoise_s, "denoise")
+        self.stats.add("drafting_seconds", max(0.0, drafting_s - times.extend_s - times.denoise_s), "host")
+
+
+def filled(drafts: list[int], request: DraftRequest, count: int) -> list[int]:
+    """Drafts of a row, up to a count by repeating the last of them, or the request's last token."""
+    last = drafts[-1] if drafts else int(request.token_ids[-1])
+    return drafts + [last] * (count - len(drafts))
