@@ -1,4 +1,4 @@
-"""`vllm serve` on the bundled verifier, forked from a process that has imported vLLM, on a port of its own."""
+"""`vllm serve` on a bundled model, forked from a process that has imported vLLM, on a port of its own."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from twotower_spec.demo.trio import trio_path
 
 
 @contextmanager
-def serving(*arguments: str) -> Iterator[VllmServer]:
+def serving(*arguments: str, model: str = str(trio_path("verifier"))) -> Iterator[VllmServer]:
     """Starts a server, and ends it and its processes, at once, in the end.
 
     Servers with processes that import vLLM each for themselves, as a user's, are in the tests of two engines and of the
@@ -21,13 +21,14 @@ def serving(*arguments: str) -> Iterator[VllmServer]:
 
     Args:
         arguments: of `vllm serve`, beside those that the trio needs.
+        model: that is served.
     """
     words = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", *arguments]
-    verifier, (port,) = str(trio_path("verifier")), free_ports(1)
+    (port,) = free_ports(1)
     # Not pytest's folders: vLLM's sockets lie in it, whose paths have 107 characters at most.
     with TemporaryDirectory(prefix="serve-") as folder:
         environment = {**engine_environment(), "VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-        server = VllmServer("the trio", verifier, words, port, Path(folder), environment, shared_fork_server())
+        server = VllmServer("the trio", model, words, port, Path(folder), environment, shared_fork_server())
         try:
             server.wait_until_ready()
             yield server
