@@ -6,6 +6,7 @@ import asyncio
 import json
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,12 +27,50 @@ pytestmark = [
 ]
 
 
+TOOL = {
+    "type": "function",
+    "function": {
+        "name": "work_out",
+        "strict": True,  # else only the name is
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "left": {"type": "integer", "minimum": 0, "maximum": 99},
+                "sign": {"enum": ["+", "-", "*"]},
+                "right": {"type": "integer", "minimum": 0, "maximum": 99},
+            },
+            "required": ["left", "sign", "right"],
+            "additionalProperties": False,
+        },
+    },
+}
+NAMED = {"type": "function", "function": {"name": "work_out"}}
+
+
 @pytest.fixture(scope="module")
-def server() -> Iterator[VllmServer]:
-    arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
+def chats(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """Arguments of a server for chats with reasoning and tools."""
+    template = tmp_path_factory.mktemp("chat") / "chat.jinja"
+    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    parser = Path(__file__).with_name("reasoning_parser.py")
+    words = ["--chat-template", str(template), "--max-num-seqs", "8"]
+    words += ["--reasoning-parser-plugin", str(parser), "--reasoning-parser", "trio"]
+    return [*words, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+
+
+@pytest.fixture(scope="module")
+def server(chats: list[str]) -> Iterator[VllmServer]:
+    arguments = [*chats, "--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
-    arguments += ["--per-request-spec-decode-metrics", "summary", "--max-num-seqs", "8"]
+    arguments += ["--per-request-spec-decode-metrics", "summary"]
     with serving(*arguments) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def plain_server(chats: list[str]) -> Iterator[VllmServer]:
+    """Likewise, without drafts."""
+    with serving(*chats) as running:
         yield running
 
 
@@ -113,6 +152,56 @@ def test_a_request_says_how_its_drafts_were_accepted(server: VllmServer, client:
     found = client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     said = found.model_dump()["metrics"]["speculative_decoding"]
     assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0
+
+
+@dataclass(frozen=True)
+class Chat:
+    """One chat with both servers.
+
+    Attributes:
+        server, plain_server: one that drafts and one that does not.
+    """
+
+    server: VllmServer
+    plain_server: VllmServer
+
+    def ask(self, server: VllmServer, **given: Any) -> Any:
+        """Asks a server."""
+        from openai import OpenAI
+
+        chat = [{"role": "user", "content": held_out_prompts("maths")[2].prompt}]
+        made = OpenAI(base_url=server.endpoint.url + "/v1", api_key="none").chat.completions
+        return made.create(model=server.endpoint.model, messages=chat, temperature=0, max_completion_tokens=90, **given)
+
+    def messages(self, **given: Any) -> tuple[Any, Any]:
+        """Asks both, of which the first has accepted drafts."""
+        drafted, plain = (self.ask(server, **given) for server in (self.server, self.plain_server))
+        assert drafted.model_dump()["metrics"]["speculative_decoding"]["num_accepted_draft_tokens"] > 0
+        return drafted.choices[0].message, plain.choices[0].message
+
+
+@pytest.fixture
+def chat(server: VllmServer, plain_server: VllmServer) -> Chat:
+    return Chat(server, plain_server)
+
+
+def test_reasoning_is_parsed_as_without_drafts(chat: Chat) -> None:
+    drafted, plain = chat.messages()
+    assert drafted == plain
+    assert drafted.reasoning.endswith("step by step.\n") and drafted.content.startswith(" one:")
+    parts = [part.choices[0].delta for part in chat.ask(chat.server, stream=True) if part.choices]
+    streamed = [(getattr(part, "reasoning", None) or "", part.content or "") for part in parts]
+    assert tuple(map("".join, zip(*streamed, strict=True))) == (drafted.reasoning, drafted.content)
+
+
+@pytest.mark.parametrize("tool_choice", [NAMED, "required"], ids=["named", "required"])
+def test_a_tool_is_called_after_reasoning_as_without_drafts(chat: Chat, tool_choice: Any) -> None:
+    drafted, plain = chat.messages(tools=[TOOL], tool_choice=tool_choice, parallel_tool_calls=False)
+    calls = [one.tool_calls[0].function for one in (drafted, plain)]
+    assert calls[0] == calls[1] and calls[0].name == "work_out"
+    assert set(json.loads(calls[0].arguments)) == {"left", "sign", "right"}
+    assert drafted.reasoning == plain.reasoning
+    assert drafted.reasoning.endswith("step by step.\n")
 
 
 def write_tokens(prompt: str, output: str) -> None:
