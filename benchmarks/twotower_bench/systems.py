@@ -25,6 +25,8 @@ NGRAM = System(
 )
 # Without its memory of earlier responses: prompts come again in every repeat, and it would draft its own answers.
 SUFFIX = System("suffix", "suffix decoding", {"method": "suffix", "suffix_decoding_max_cached_requests": 0})
+# The verifier's own layers for it, with as many drafts as the recipes of Nemotron-3 that have fewest.
+MTP = System("mtp", "MTP", {"method": "mtp", "num_speculative_tokens": 3})
 
 
 def draft_model(model: str | Path) -> System:

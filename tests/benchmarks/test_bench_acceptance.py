@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +18,13 @@ from typing import Any
 
 import pytest
 
+from tests.support.nemotron_h import save_nemotron_h
 from twotower_bench.cli.acceptance import TABLES
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import Load, ServingCell, read_row
 from twotower_bench.serving_profile import ServingProfile
 from twotower_spec.cli import main
+from twotower_spec.demo import trio_path
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOKUP = 'short={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_max": 3, "prompt_lookup_min": 2}'
@@ -131,6 +134,24 @@ def test_rows_and_the_last_lines_say_what_was_measured_on(acceptance: Run) -> No
     assert all(f"\n{title}\n" in acceptance.text for title in TABLES)
     assert "too few repeats" in acceptance.text
     assert acceptance.text.splitlines()[-1].startswith("twotower-spec bench acceptance")
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_mtp_layers_of_the_verifier_are_a_rival(tmp_path: Path) -> None:
+    verifier = save_nemotron_h(tmp_path / "verifier", vocabulary=2048, with_mtp=True)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(trio_path("twotower") / name, verifier)
+    models = ["--verifier", str(verifier), "--drafter", str(trio_path("twotower"))]
+    models += ["--engine-args", '{"dtype": "float32", "enforce_eager": true, "max_model_len": 512}']
+    few = ["--prompts", "2", "--category", "maths", "--rival", "mtp", "--only", "mtp,twotower"]
+    cells = run_bench(tmp_path, "acceptance", *models, *SMALL, *few).cells
+    texts = {cell.system.name: [one.token_ids for one in cell.requests] for cell in cells}
+    assert set(texts) == {"none", "mtp", "twotower"}
+    assert texts["mtp"] == texts["twotower"] == texts["none"]
+    (mtp,) = (cell for cell in cells if cell.system.name == "mtp")
+    assert mtp.system.speculative_config == {"method": "mtp", "num_speculative_tokens": 3}
+    assert all(max(one.num_draft_tokens) == 3 for one in mtp.requests)
 
 
 @needs_vllm
@@ -269,6 +290,8 @@ def test_a_file_does_not_go_on_with_another_vllm(monkeypatch: pytest.MonkeyPatch
         (["acceptance", "--chat"], "--chat needs a chat template, and "),
         (["acceptance", "--rival", "{}"], "--rival '{}' has no name; give NAME=JSON"),
         (["acceptance", "--rival", "ngram={}"], "--rival ngram is taken"),
+        (["acceptance", "--rival", "mtp", "--rival", "mtp"], "--rival mtp is MTP, and "),
+        (["acceptance", "--rival", 'own={"method": "nemotron_h_mtp"}'], "--rival own is MTP, and "),
         (["acceptance", "--rival", "mine=[1]"], "--rival mine '[1]' is not an object"),
         (["acceptance", "--only", "eagle"], "--only eagle is not there; give some of ngram"),
         (["acceptance", "--engine-args", '{"model": "x"}'], "--engine-args cannot have model"),

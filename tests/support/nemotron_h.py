@@ -13,14 +13,19 @@ HIDDEN, VOCABULARY = 64, 512
 NUM_HEADS, NUM_KV_HEADS, HEAD_DIM = 4, 2, 32
 MAMBA_HEADS, MAMBA_HEAD_DIM, NUM_GROUPS, STATE_SIZE, KERNEL = 4, 16, 2, 16, 4
 NUM_EXPERTS, EXPERT_WIDTH, SHARED_WIDTH, MLP_WIDTH = 4, 48, 64, 96
+MTP_NORMS = ("enorm", "hnorm", "final_layernorm")
 
 
 def save_nemotron_h(
-    folder: Path, pattern: str = "M*EM-M*E", dtype: torch.dtype = torch.float32, vocabulary: int = VOCABULARY
+    folder: Path,
+    pattern: str = "M*EM-M*E",
+    dtype: torch.dtype = torch.float32,
+    vocabulary: int = VOCABULARY,
+    with_mtp: bool = False,
 ) -> Path:
     """Writes a checkpoint of Mamba-2 (M), attention (*), experts (E) and MLPs (-), and returns its folder.
 
-    The weights are large enough that texts do not repeat themselves.
+    The weights are large enough that texts do not repeat themselves. An MTP layer is one of attention.
     """
     generator = torch.Generator().manual_seed(len(pattern))
 
@@ -35,8 +40,12 @@ def save_nemotron_h(
     }
     inner = MAMBA_HEADS * MAMBA_HEAD_DIM
     channels = inner + 2 * NUM_GROUPS * STATE_SIZE
-    for index, kind in enumerate(pattern):
+    places = [(f"backbone.layers.{index}", kind) for index, kind in enumerate(pattern)]
+    for place, kind in [*places, *([("mtp.layers.0", "*")] if with_mtp else [])]:
         layer = {"norm.weight": normal(HIDDEN, std=0.1, mean=1.0)}
+        if place == "mtp.layers.0":
+            layer |= {f"{name}.weight": normal(HIDDEN, std=0.1, mean=1.0) for name in MTP_NORMS}
+            layer["eh_proj.weight"] = normal(HIDDEN, 2 * HIDDEN)
         match kind:
             case "M":
                 layer |= {
@@ -64,10 +73,11 @@ def save_nemotron_h(
             case "-":
                 layer["mixer.up_proj.weight"] = normal(MLP_WIDTH, HIDDEN)
                 layer["mixer.down_proj.weight"] = normal(HIDDEN, MLP_WIDTH)
-        tensors |= {f"backbone.layers.{index}.{name}": tensor for name, tensor in layer.items()}
+        tensors |= {f"{place}.{name}": tensor for name, tensor in layer.items()}
     folder.mkdir(parents=True)
     save_file({name: tensor.to(dtype).contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(_config(pattern, dtype, vocabulary)))
+    mtp = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*"} if with_mtp else {}
+    (folder / "config.json").write_text(json.dumps(_config(pattern, dtype, vocabulary) | mtp))
     return folder
 
 

@@ -8,7 +8,8 @@ from importlib.util import find_spec
 
 from twotower_bench.cli.options import Models, as_object
 from twotower_bench.records import BASELINE, BASELINE_AGAIN, System
-from twotower_bench.systems import NGRAM, NO_SPECULATION, NO_SPECULATION_AGAIN, SUFFIX, draft_model, two_tower
+from twotower_bench.systems import MTP, NGRAM, NO_SPECULATION, NO_SPECULATION_AGAIN, SUFFIX, draft_model, two_tower
+from twotower_spec.config import read_config
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import FEWEST_ROUNDS
 
@@ -52,10 +53,35 @@ def _rivals(models: Models, named: Sequence[str] | None) -> list[System]:
     if models.draft_model:
         found.append(draft_model(models.draft_model))
     for text in named or ():
-        name, separator, config = text.partition("=")
-        if not separator or not name.isidentifier():
-            raise ArgumentError(f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}')
-        if name in TAKEN or name in (system.name for system in found):
-            raise ArgumentError(f"--rival {name} is taken by a system that is measured anyway; give another name")
-        found.append(System(name, name, as_object(f"--rival {name}", config)))
+        rival = MTP if text == MTP.name else _named(text)
+        if rival.name in TAKEN or rival.name in (system.name for system in found):
+            raise ArgumentError(f"--rival {rival.name} is taken by a system that is measured anyway; give another name")
+        _check_mtp(rival, models.verifier)
+        found.append(rival)
     return found
+
+
+def _named(text: str) -> System:
+    """A rival from `NAME=JSON`."""
+    name, separator, config = text.partition("=")
+    if not separator or not name.isidentifier():
+        raise ArgumentError(
+            f'--rival {text!r} has no name; give NAME=JSON, like eagle={{"method": "eagle", ...}}, or mtp for the '
+            f"verifier's own layers"
+        )
+    return System(name, name, as_object(f"--rival {name}", config))
+
+
+def _check_mtp(rival: System, verifier: str) -> None:
+    """Refuses MTP of a verifier whose config.json counts no layers for it."""
+    config = rival.speculative_config or {}
+    if not str(config.get("method")).endswith("mtp") or config.get("model"):
+        return
+    raw = read_config(verifier)
+    sections = [raw, *(part for part in raw.values() if isinstance(part, dict))]
+    counts = [value for part in sections for name, value in part.items() if "nextn" in name or "mtp" in name]
+    if not any(isinstance(count, int) and count > 0 for count in counts):
+        raise ArgumentError(
+            f"--rival {rival.name} is MTP, and {verifier} has no layers for it (num_nextn_predict_layers in its "
+            f"config.json); leave it out, or name a checkpoint that has them as its model"
+        )

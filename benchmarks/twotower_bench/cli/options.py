@@ -36,7 +36,11 @@ Repeat = Annotated[
     int, typer.Option(help="Passes over everything, of which medians are taken; 3 or more for verdicts.")
 ]
 Rival = Annotated[
-    list[str] | None, typer.Option("--rival", help="NAME=JSON, another speculative config of vLLM; can be repeated.")
+    list[str] | None,
+    typer.Option(
+        "--rival",
+        help="NAME=JSON, another speculative config of vLLM, or mtp, by the verifier's own layers; can be repeated.",
+    ),
 ]
 Only = Annotated[
     str | None, typer.Option(help="Names of systems, with commas, of those measured beside no speculation.")
