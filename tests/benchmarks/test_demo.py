@@ -130,10 +130,10 @@ def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines() -> None:
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        (["--prompts", "0"], "--prompts 0 is not allowed; give an integer of at least 1"),
-        (["--prompts", "73"], "--prompts 73 is not allowed; give 72 at most"),
-        (["--max-new-tokens", "385"], "--max-new-tokens 385 is not allowed; give 384 at most"),
-        (["--repeats", "-1"], "--repeats -1 is not allowed; give an integer of at least 1"),
+        (["--prompts", "0"], "--prompts 0 is not allowed; give an integer from 1 to 72"),
+        (["--prompts", "73"], "--prompts 73 is not allowed; give an integer from 1 to 72"),
+        (["--max-new-tokens", "385"], "--max-new-tokens 385 is not allowed; give an integer from 1 to 384"),
+        (["--repeats", "-1"], "--repeats -1 is not allowed; give an integer from 1 to 1000"),
         (["--standalone", "--json", "figures.json"], "--repeats and --json are about the comparison in vLLM"),
         pytest.param(["--json", "."], "--json . is not a regular file; give another", marks=needs_vllm),
         pytest.param(

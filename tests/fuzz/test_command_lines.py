@@ -23,7 +23,7 @@ from twotower_spec.demo import trio_path
 from twotower_spec.training.pipeline import STAGES
 
 GROUPS = ("bench", "train")
-# A command imports what it needs when it first runs, transformers among it.
+# A command imports what it needs when it first runs, transformers among it; lm-eval lists its tasks for each folder.
 LONGEST_S = 10.0
 
 
@@ -62,6 +62,14 @@ def options_of() -> dict[tuple[str, ...], list[str]]:
             found[path] = [option for param in one.params for option in param.opts if option.startswith("-")]
     del found["lm-eval",]
     return found
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _lm_eval() -> None:
+    """Imports lm-eval and lists its thousands of tasks: 9 s and 1.4 GiB that no command line answers for."""
+    from lm_eval.tasks import TaskManager
+
+    TaskManager()
 
 
 PLAIN = (
@@ -133,6 +141,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @example(["train", "evaluate", "--output", "[" * 3000])
 @example(["train", "evaluate", "--json", "[" * 3000 + "/new.json"])
 @example(["bench", "standalone", "--task", "gsm8k", "--include-path", "[" * 3000])
+@example(["bench", "standalone", "--repeat", "2147483648"])
+@example(["bench", "acceptance", "--verifier", "model", "--drafter", "model", "--repeat", "9223372036854775808"])
 def test_command_line(folder: Path, line: list[str]) -> None:
     out, err = io.StringIO(), io.StringIO()
     began = time.process_time()

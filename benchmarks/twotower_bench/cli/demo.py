@@ -14,6 +14,7 @@ import torch
 import transformers
 import typer
 
+from twotower_bench.cli.options import MOST_REPEATS
 from twotower_bench.cli.tables import print_table
 from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, measure
 from twotower_bench.engines import Piece
@@ -56,7 +57,7 @@ def demo(
     """Speculate in vLLM with the bundled models, on held-out prompts: no speculation, n-gram, draft model, TwoTower."""
     _check_number("--prompts", prompts, MOST_PROMPTS)
     _check_number("--max-new-tokens", max_new_tokens, MOST_NEW_TOKENS)
-    _check_number("--repeats", repeats)
+    _check_number("--repeats", repeats, MOST_REPEATS)
     console = Terminal()
     has_vllm = find_spec("vllm") is not None
     if standalone or not has_vllm:
@@ -163,12 +164,9 @@ def _versions(vllm_version: str) -> dict[str, str]:
     }
 
 
-def _check_number(name: str, value: int | None, most: int | None = None) -> None:
-    if value is None:
-        return
-    check_integer(name, value, minimum=1)
-    if most is not None and value > most:
-        raise ArgumentError(f"{name} {value} is not allowed; give {most} at most")
+def _check_number(name: str, value: int | None, most: int) -> None:
+    if value is not None:
+        check_integer(name, value, minimum=1, maximum=most)
 
 
 def _say(console: Terminal, text: str) -> None:

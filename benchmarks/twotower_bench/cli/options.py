@@ -70,6 +70,7 @@ Holding = Literal["auto", "together", "in-turn"]
 REPORTING = ("pandas", "scipy", "matplotlib", "jinja2")
 # Large models take their time to load, and a cell may have many prompts.
 LONGEST_SILENCE_S = 3600.0
+MOST_REPEATS = 1000
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,15 @@ def held_together(option: str, given: str) -> bool:
 
 
 def check_sizes(prompts: int, max_new_tokens: int, repeat: int) -> None:
-    """Refuses a measurement of nothing."""
-    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens), ("--repeat", repeat)):
+    """Refuses a measurement of nothing, and one that never ends."""
+    for name, value in (("--prompts", prompts), ("--max-new-tokens", max_new_tokens)):
         check_integer(name, value, minimum=1)
+    check_repeat(repeat)
+
+
+def check_repeat(repeat: int) -> None:
+    """Refuses a number of passes whose plan would fill the memory."""
+    check_integer("--repeat", repeat, minimum=1, maximum=MOST_REPEATS)
 
 
 def check_at_once(most: int, groups: Mapping[str, int]) -> None:

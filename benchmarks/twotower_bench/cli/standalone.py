@@ -65,8 +65,9 @@ def standalone(
     # Everything that can be refused is checked before weights are read.
     require_extra("bench", *options.REPORTING)
     settings = sweep(numbers("--gamma", gamma, float), numbers("-S", block_size, int), numbers("--steps", steps, int))
-    for name, value in (("--max-new-tokens", max_new_tokens), ("--repeat", repeat), ("--batch-size", batch_size)):
+    for name, value in (("--max-new-tokens", max_new_tokens), ("--batch-size", batch_size)):
         check_integer(name, value, minimum=1)
+    options.check_repeat(repeat)
     as_dtype(dtype)
     usable_device(context_device)
     usable_device(denoiser_device or context_device)
