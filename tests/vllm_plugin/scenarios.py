@@ -340,7 +340,7 @@ def _sorted(found: dict[int, list[int]]) -> list[list[Any]]:
     return [[index, found[index]] for index in sorted(found)]
 
 
-NUM_SAMPLES = 1024
+NUM_SAMPLES = 640
 SAMPLED_KINDS: dict[str, dict[str, Any]] = {
     "unseeded": {"temperature": 1.2},
     "seeded": {"temperature": 1.2, "seed": 1000},
