@@ -12,6 +12,7 @@ import sys
 import time
 from dataclasses import dataclass
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import pytest
 
 from tests.support.nemotron_h import save_nemotron_h
+from tests.vllm_plugin.fork_server import share_forks
 from twotower_bench.cli.acceptance import TABLES
 from twotower_bench.measurement_file import SystemsFile
 from twotower_bench.records import Load, ServingCell, read_row
@@ -74,8 +76,16 @@ def acceptance(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("sweep")
-    return run_bench(folder, *SWEEP, "--profile", str(folder / "profile.json"))
+    folder, text = tmp_path_factory.mktemp("sweep"), StringIO()
+    file = folder / "cells.jsonl"
+    options = [*SWEEP, "--profile", str(folder / "profile.json"), "--json", str(file)]
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        share_forks(patch)
+        patch.setattr(sys, "argv", ["twotower-spec", "bench", *options])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code, text.getvalue()
+    return Run(text.getvalue(), file)
 
 
 @needs_vllm

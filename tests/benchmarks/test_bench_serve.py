@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
@@ -19,7 +18,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from tests.vllm_plugin.fork_server import run_forked, shared_fork_server
+from tests.vllm_plugin.fork_server import run_forked, share_forks
 from tests.vllm_plugin.server import serving
 from twotower_bench.child_process import ChildError, ChildProcess
 from twotower_bench.cli.measured_systems import systems_of
@@ -138,8 +137,7 @@ def test_file_of_other_prompts_or_another_config_is_refused(run: Run) -> None:
 def test_server_that_fails_is_one_sentence_with_its_last_lines_and_keeps_what_was_measured(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forks = nullcontext(shared_fork_server())
-    monkeypatch.setattr("twotower_bench.servers.measuring.running_fork_server", lambda: forks)
+    share_forks(monkeypatch)
     file = Path(shutil.copy(run.file, tmp_path))
     systems = ["--only", "twotower,broken", "--rival", 'broken={"method": "no_such_method"}']
     with pytest.raises(ChildError, match=r"(?s)^the server with broken ended with exit code .* while loading.*no_such"):

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from tests.vllm_plugin.fork_server import share_forks
 from twotower_bench.child_process import ChildError
 from twotower_bench.cli.demo import print_rows, print_text, run_demo
 from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, rows_of
@@ -109,7 +110,10 @@ def test_demo_shows_two_texts_a_table_and_what_it_ran_on(run: Run) -> None:
 
 @needs_vllm
 @pytest.mark.slow
-def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: Path) -> None:
+def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share_forks(monkeypatch)
     console, _ = terminal()
     with pytest.raises(ChildError) as caught:
         run_demo(console, Sizes(1, 8, 1), verifier=tmp_path / "absent")
@@ -120,7 +124,8 @@ def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(tmp_path: P
 
 @needs_vllm
 @pytest.mark.slow
-def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines() -> None:
+def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    share_forks(monkeypatch)
     with demo_engines(demo_systems()[:1]) as engines, pytest.raises(ChildError) as caught:
         engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
     assert "no speculation ended with exit code 1 while generating" in str(caught.value)

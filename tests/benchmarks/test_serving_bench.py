@@ -16,9 +16,11 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.test_bench_serve import CLOSED_PROXY, NONE, TWO_TOWER, WORKLOAD, plan, result
+from tests.vllm_plugin.fork_server import run_forked
 from twotower_bench.records import Traffic
 from twotower_bench.schedule import key_of_slot
 from twotower_bench.servers.load_generator import as_point, bench_arguments
+from twotower_bench.servers.load_worker import serve_loads
 from twotower_bench.servers.server import (
     HOST,
     Endpoint,
@@ -114,14 +116,17 @@ def test_hosts_that_need_no_proxy_stay_so(before: str, after: str, monkeypatch: 
     assert without_proxy() == {"no_proxy": after, "NO_PROXY": after}
 
 
+def run_changed_load_generator() -> None:
+    from vllm.benchmarks import serve as changed
+
+    del changed.main
+    serve_loads(None)  # type: ignore[arg-type]
+
+
 @pytest.mark.slow
 def test_load_generator_that_has_changed_is_named(tmp_path: Path) -> None:
-    code = (
-        "import vllm.benchmarks.serve as changed; del changed.main; "
-        "from twotower_bench.servers.load_worker import serve_loads; serve_loads(None)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    last = done.stderr.splitlines()[-1]
+    assert run_forked(f"{__name__}:run_changed_load_generator", folder=tmp_path) == 1
+    last = (tmp_path / "log").read_text().splitlines()[-1]
     assert last.startswith("twotower_spec.errors.TwoTowerError: vLLM") and f"main, needed for {SERVING.purpose}" in last
 
 

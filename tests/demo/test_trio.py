@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -14,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from tests.vllm_plugin.fork_server import results_of
 from twotower_spec import TwoTowerConfig
 from twotower_spec.checkpoint import load_tokenizer
 from twotower_spec.demo import held_out_prompts, trio_directory, trio_path
@@ -110,26 +108,16 @@ def test_one_denoising_step_is_accepted_often_enough(category: Category, system:
 
 
 @pytest.mark.slow
-def test_the_verifier_loads_in_vllm_and_writes_what_transformers_writes(tmp_path: Path) -> None:
-    texts = greedy_texts("maths")[:4]
-    script = tmp_path / "generate.py"
-    script.write_text(
-        "import json, sys\n"
-        "from vllm import LLM, SamplingParams\n"
-        "if __name__ == '__main__':\n"
-        "    model, prompts = sys.argv[1], json.loads(sys.argv[2])\n"
-        "    llm = LLM(model, dtype='float32', max_model_len=512, enforce_eager=True)\n"
-        "    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=40))\n"
-        "    print('RESULT', json.dumps([list(o.outputs[0].token_ids) for o in outputs]))\n"
-    )
+def test_the_verifier_loads_in_vllm_and_writes_what_transformers_writes() -> None:
     prompts = json.dumps([row.prompt for row in held_out_prompts("maths")[:4]])
-    done = subprocess.run(
-        [sys.executable, str(script), str(trio_path("verifier")), prompts],
-        capture_output=True,
-        text=True,
-        timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "VLLM_CPU_KVCACHE_SPACE": "1"},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    written = json.loads(done.stdout.partition("RESULT ")[2].splitlines()[0])
-    assert written == [text.text[:40] for text in texts]
+    written, _ = results_of(f"{__name__}:write_tokens", prompts)
+    assert written == [text.text[:40] for text in greedy_texts("maths")[:4]]
+
+
+def write_tokens(prompts: str, output: str) -> None:
+    """Runs vLLM in this process."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(str(trio_path("verifier")), dtype="float32", max_model_len=512, enforce_eager=True)
+    rows = llm.generate(json.loads(prompts), SamplingParams(temperature=0, max_tokens=40), use_tqdm=False)
+    Path(output).write_text(json.dumps([list(row.outputs[0].token_ids) for row in rows]))

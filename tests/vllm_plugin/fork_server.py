@@ -6,11 +6,14 @@ import faulthandler
 import json
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import cache
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+
+import pytest
 
 from twotower_bench.environment import engine_environment as quiet_environment
 from twotower_bench.fork_server import ForkedProcess, ForkServer
@@ -91,6 +94,12 @@ def call(function: str, arguments: tuple[str, ...], timeout_s: float) -> None:
     faulthandler.dump_traceback_later(timeout_s, exit=True)
     module, _, name = function.partition(":")
     getattr(import_module(module), name)(*arguments)
+
+
+def share_forks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets commands that run in this process fork from the one process of the tests, which goes on after them."""
+    for user in ("engines.pool", "servers.measuring"):
+        monkeypatch.setattr(f"twotower_bench.{user}.running_fork_server", lambda: nullcontext(shared_fork_server()))
 
 
 @cache

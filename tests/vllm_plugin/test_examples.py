@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import runpy
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Thread
 
 import pytest
 
-from tests.vllm_plugin.fork_server import ROOT
+from tests.vllm_plugin.fork_server import ROOT, run_forked
+from twotower_bench.servers.forked_server import fork_engine_cores
 from twotower_spec.demo import held_out_prompts, trio_path
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -64,11 +67,27 @@ def session(session_id: int) -> list[str]:
 
 @pytest.fixture(scope="module")
 def drafted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
-    """Output of the first script, and the texts it wrote to a file."""
-    saved = tmp_path_factory.mktemp("examples") / "texts.json"
-    out = run("vllm_llm.py", "--max-tokens", MAX_TOKENS, "--save", str(saved), *PROMPTS)
-    texts: list[str] = json.loads(saved.read_text())
+    """Output of the first script, and the texts it wrote to a file.
+
+    It and its engine are forked from a process that has imported vLLM; the other scripts import it themselves.
+    """
+    folder = tmp_path_factory.mktemp("examples")
+    arguments = ("vllm_llm.py", "--max-tokens", MAX_TOKENS, "--save", str(folder / "texts.json"), *PROMPTS)
+    environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    with TemporaryDirectory(prefix="script-") as own:  # sockets lie in it, see `serving`
+        code = run_forked(f"{__name__}:run_script", *arguments, folder=Path(own), environment=environment)
+        out = (Path(own) / "log").read_text()
+    assert code == 0, out[-6000:]
+    texts: list[str] = json.loads((folder / "texts.json").read_text())
     return out, texts
+
+
+def run_script(script: str, *arguments: str) -> None:
+    """Does in this process what `python` does with a script of the examples."""
+    fork_engine_cores()
+    path = ROOT / "examples" / script
+    sys.argv, sys.path[0] = [str(path), *arguments], str(path.parent)
+    runpy.run_path(str(path), run_name="__main__")
 
 
 class StandIn(BaseHTTPRequestHandler):
