@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.vllm_plugin.fork_server import results_of
+from twotower_bench.servers.forked_server import fork_workers
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 # Far more blocks than all of them can fill, and far fewer than a GiB holds, which would be zeroed for every engine.
@@ -176,6 +177,7 @@ def write_results(order: str, output: str) -> None:
         "disable_log_stats": False,
         **given["engine_args"],
     }
+    fork_workers()
     prepare = arguments.pop("prepare", None)
     if is_on_v2():
         on_a_cpu.prepare()

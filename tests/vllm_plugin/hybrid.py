@@ -17,6 +17,7 @@ import numpy as np
 from tests.support.nemotron_h import VOCABULARY
 from tests.vllm_plugin.engine import end_engine
 from tests.vllm_plugin.fork_server import results_of
+from twotower_bench.servers.forked_server import fork_workers
 
 LENGTHS = (17, 33, 5, 64, 90, 8, 40, 21)  # of the prompts
 ENGINE = {
@@ -146,6 +147,7 @@ def write_results(order: str, output: str) -> None:
     rng = np.random.default_rng(0)
     shared = rng.integers(3, VOCABULARY, given["shared"]).tolist()
     prompts = [shared + rng.integers(3, VOCABULARY, length).tolist() for length in given["lengths"]]
+    fork_workers()
     llm = LLM(
         model=given["model"],
         enforce_eager=True,

@@ -21,7 +21,7 @@ from threading import Thread
 import pytest
 
 from tests.vllm_plugin.fork_server import ROOT, run_forked
-from twotower_bench.servers.forked_server import fork_engine_cores
+from twotower_bench.servers.forked_server import fork_workers
 from twotower_spec.demo import held_out_prompts, trio_path
 
 pytest.importorskip("vllm", reason="vLLM is not installed")
@@ -84,7 +84,7 @@ def drafted(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, list[str]]:
 
 def run_script(script: str, *arguments: str) -> None:
     """Does in this process what `python` does with a script of the examples."""
-    fork_engine_cores()
+    fork_workers()
     path = ROOT / "examples" / script
     sys.argv, sys.path[0] = [str(path), *arguments], str(path.parent)
     runpy.run_path(str(path), run_name="__main__")

@@ -17,7 +17,7 @@ import pytest
 from tests.vllm_plugin.engine import ROOMY, run_engine
 from tests.vllm_plugin.fork_server import run_forked
 from tests.vllm_plugin.server import serving
-from twotower_bench.servers.forked_server import fork_engine_cores
+from twotower_bench.servers.forked_server import fork_workers
 from twotower_bench.servers.server import VllmServer
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
@@ -223,7 +223,7 @@ def write_tokens(prompt: str, output: str) -> None:
         engine.shutdown()
         return list(last.outputs[0].token_ids)
 
-    fork_engine_cores()
+    fork_workers()
     Path(output).write_text(json.dumps(asyncio.run(generate())))
 
 

@@ -9,17 +9,17 @@ from typing import Any
 
 def run_vllm(*words: str) -> None:
     """Does what the command `vllm` does with these words; its engine is forked as well."""
-    fork_engine_cores()
+    fork_workers()
     sys.argv = ["vllm", *words]
     from vllm.entrypoints.cli.main import main
 
     main()
 
 
-def fork_engine_cores() -> None:
-    """Lets vLLM fork where it would spawn, in this process.
+def fork_workers() -> None:
+    """Lets vLLM fork engines and workers where it would spawn them, in this process.
 
-    On a CPU alone it spawns the engine's process, which then imports vLLM anew.
+    On a CPU alone it spawns them, and each then imports vLLM anew.
     """
     get_context = multiprocessing.get_context
 
