@@ -61,7 +61,7 @@ format: setup ## format the code and apply ruff's safe fixes
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-demo: setup ## the bundled trio in real vLLM: text as it comes, then its speed beside its rivals; about 2 minutes
+demo: setup ## the bundled trio in real vLLM: text as it comes, then speed for a larger verifier and for itself; 2 to 3 minutes
 	$(VENV)/bin/twotower-spec demo
 
 bench: setup ## the short form of all benchmarks: a report in .benchmarks/report/, tables in docs/benchmarks.md; 15 minutes

@@ -1,10 +1,10 @@
-"""The demo in real vLLM: the bundled verifier without speculation, and with three ways to draft for it."""
+"""The demo in real vLLM: the bundled TwoTower drafts for a larger verifier, beside its rivals, and for itself."""
 
 from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,6 +20,8 @@ from twotower_spec.evaluation import Prompt
 
 LARGEST_BATCH = 8
 BATCH_SIZES = (1, LARGEST_BATCH)
+# Its context tower has Mamba layers: every draft holds a state.
+OWN_DRAFTS = 7
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,37 @@ class Sizes:
 
 
 @dataclass(frozen=True)
+class Use:
+    """A verifier, and the systems that are compared with it.
+
+    Attributes:
+        name: "verifier" where a larger model verifies, "self" where TwoTower does.
+        title: what tables call it.
+        verifier: directory of the model whose text is kept.
+        systems: no speculation first and TwoTower last.
+    """
+
+    name: str
+    title: str
+    verifier: Path
+    systems: tuple[System, ...]
+
+    def engine_of(self, system: System) -> str:
+        """Name of the engine of one of its systems."""
+        return f"{self.name}: {system.name}"
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Names of all its engines, in the order of its systems."""
+        return tuple(map(self.engine_of, self.systems))
+
+
+@dataclass(frozen=True)
 class DemoRow:
     """A system at one batch size, in the middle of its repeats.
 
     Attributes:
+        use: name of what it is measured for.
         system: its name.
         batch_size: prompts at once.
         tokens_per_s: median over repeats.
@@ -54,6 +83,7 @@ class DemoRow:
         identical: whether every token is that of no speculation, in every repeat.
     """
 
+    use: str
     system: str
     batch_size: int
     tokens_per_s: float
@@ -61,28 +91,35 @@ class DemoRow:
     identical: bool
 
 
-def demo_systems() -> tuple[System, ...]:
-    """Systems that the demo compares, no speculation first and TwoTower last.
+def demo_uses(verifier: Path | None = None) -> tuple[Use, Use]:
+    """Both uses of TwoTower: for a larger verifier, and for itself.
+
+    Args:
+        verifier: the larger one; None for the bundled one.
 
     Raises:
         CheckpointError: the package was installed without the trio's weights.
     """
-    return (NO_SPECULATION, NGRAM, draft_model(trio_path("draft")), two_tower(trio_path("twotower")))
+    model = trio_path("twotower")
+    rivals = (NGRAM, draft_model(trio_path("draft")))
+    larger = (NO_SPECULATION, *rivals, two_tower(model))
+    own = replace(two_tower(model), speculative_config={"model": str(model), "num_speculative_tokens": OWN_DRAFTS})
+    return (
+        Use("verifier", "TwoTower for a larger verifier", verifier or trio_path("verifier"), larger),
+        Use("self", "TwoTower for itself", model, (NO_SPECULATION, own)),
+    )
 
 
-def demo_engines(systems: Sequence[System], verifier: Path | None = None) -> EnginePool:
-    """Engines of all systems, all at once where there is no GPU that they would have to share."""
+def demo_engines(uses: Sequence[Use]) -> EnginePool:
+    """Engines of all uses, all at once where there is no GPU that they would have to share."""
     arguments = {**TRIO_ARGUMENTS, "max_num_seqs": LARGEST_BATCH}
-    path = verifier or trio_path("verifier")
-    specs = {system.name: engine_spec(system, path, arguments) for system in systems}
+    specs = {use.engine_of(one): engine_spec(one, use.verifier, arguments) for use in uses for one in use.systems}
     return EnginePool(specs, together=not torch.cuda.is_available())
 
 
-def measure(
-    engines: EnginePool, systems: Sequence[System], sizes: Sizes, say: Say = lambda progress: None
-) -> list[DemoRow]:
-    """Measures all systems, no speculation first, at all batch sizes, and says what it measures."""
-    candidates = [Candidate(system, system.name) for system in systems]
+def measure(engines: EnginePool, use: Use, sizes: Sizes, say: Say = lambda progress: None) -> list[DemoRow]:
+    """Measures the systems of one use at all batch sizes, and says what it measures."""
+    candidates = [Candidate(system, use.engine_of(system)) for system in use.systems]
     rows = []
     for batch_size in BATCH_SIZES:
         run = ServingRun(engines, sizes.prompts_of(batch_size), sizes.max_new_tokens)
@@ -90,19 +127,20 @@ def measure(
         slots = in_order(candidates, [Load(ALL_CATEGORIES, batch_size)], sizes.repeats, held)
         measured, cells = run.measure(slots), []
         for slot in slots:
-            say(f"pass {slot.repeat + 1} of {sizes.repeats}, batch {batch_size}, {slot.subject.system.title}")
+            title = slot.subject.system.title
+            say(f"{use.title}: pass {slot.repeat + 1} of {sizes.repeats}, batch {batch_size}, {title}")
             cells.append(next(measured))
-        rows += rows_of(cells, systems)
+        rows += rows_of(cells, use)
     return rows
 
 
-def rows_of(cells: Sequence[ServingCell], systems: Sequence[System]) -> list[DemoRow]:
-    """One row per system, of cells at one batch size."""
-    by_system = [[cell for cell in cells if cell.system == system] for system in systems]
-    return [_row(found, by_system[0][0]) for found in by_system]
+def rows_of(cells: Sequence[ServingCell], use: Use) -> list[DemoRow]:
+    """One row per system that was measured, of cells at one batch size."""
+    by_system = [[cell for cell in cells if cell.system == system] for system in use.systems]
+    return [_row(use.name, found, by_system[0][0]) for found in by_system if found]
 
 
-def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
+def _row(use: str, found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
     kept = [
         accepted
         for cell in found
@@ -111,6 +149,7 @@ def _row(found: Sequence[ServingCell], expected: ServingCell) -> DemoRow:
         if drafted
     ]
     return DemoRow(
+        use=use,
         system=found[0].system.name,
         batch_size=found[0].load.concurrency,
         tokens_per_s=statistics.median(cell.tokens_per_s for cell in found),

@@ -4,7 +4,7 @@ import json
 import re
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.console import Console
 from tests.vllm_plugin.fork_server import share_forks
 from twotower_bench.child_process import ChildError
 from twotower_bench.cli.demo import print_rows, print_text, run_demo
-from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, rows_of
+from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_uses, rows_of
 from twotower_bench.engines import Asked, Piece, ServeOrder
 from twotower_bench.records import Load, ServedRequest, ServingCell, System
 from twotower_spec.cli import main
@@ -25,7 +25,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.files import check_writable, write_atomically
 
 ROOT = Path(__file__).resolve().parents[2]
-NAMES = ["none", "ngram", "draft_model", "twotower"]
+NAMES = {"verifier": ["none", "ngram", "draft_model", "twotower"], "self": ["none", "twotower"]}
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
@@ -68,13 +68,15 @@ def terminal() -> tuple[Console, StringIO]:
 
 @needs_vllm
 @pytest.mark.slow
-def test_json_file_has_machine_versions_and_a_row_per_system_and_batch_size(run: Run) -> None:
+def test_json_file_has_machine_versions_and_a_row_per_use_system_and_batch_size(run: Run) -> None:
     assert set(run.record) == {"machine", "versions", "rows"}
     assert set(run.record["versions"]) == {"vllm", "torch", "transformers", "twotower-spec"}
     rows = run.record["rows"]
-    assert [(row["system"], row["batch_size"]) for row in rows] == [(name, size) for size in (1, 8) for name in NAMES]
+    assert [(row["use"], row["batch_size"], row["system"]) for row in rows] == [
+        (use, size, name) for use, names in NAMES.items() for size in (1, 8) for name in names
+    ]
     assert {frozenset(row) for row in rows} == {
-        frozenset({"system", "batch_size", "tokens_per_s", "acceptance_length", "identical"})
+        frozenset({"use", "system", "batch_size", "tokens_per_s", "acceptance_length", "identical"})
     }
     assert list(run.folder.iterdir()) == [run.folder / "figures.json"]
 
@@ -84,26 +86,31 @@ def test_json_file_has_machine_versions_and_a_row_per_system_and_batch_size(run:
 def test_every_system_gives_the_tokens_of_no_speculation_and_drafts_are_accepted(run: Run) -> None:
     rows = run.record["rows"]
     assert all(row["identical"] is True and row["tokens_per_s"] > 0 for row in rows)
-    lengths = {(row["system"], row["batch_size"]): row["acceptance_length"] for row in rows}
-    assert lengths["none", 1] == lengths["none", 8] == 1.0
-    assert all(lengths[name, size] > 1.0 for name in ("ngram", "draft_model") for size in (1, 8))
+    lengths = {(row["use"], row["system"], row["batch_size"]): row["acceptance_length"] for row in rows}
+    assert all(lengths[use, "none", size] == 1.0 for use in NAMES for size in (1, 8))
+    assert all(lengths["verifier", name, size] > 1.0 for name in ("ngram", "draft_model") for size in (1, 8))
     # At one of the sizes it may be right to draft nothing.
-    assert max(lengths["twotower", size] for size in (1, 8)) > 1.0
+    assert all(max(lengths[use, "twotower", size] for size in (1, 8)) > 1.0 for use in NAMES)
     assert all(int(count) > 0 for count in re.findall(r"steps of the verifier: (\d+) accepted drafts", run.text))
 
 
 @needs_vllm
 @pytest.mark.slow
-def test_demo_shows_two_texts_a_table_and_what_it_ran_on(run: Run) -> None:
+def test_demo_shows_texts_of_both_uses_a_table_and_what_it_ran_on(run: Run) -> None:
     for prompt in demo_prompts(1):
         assert f"{prompt.category}, held out by {prompt.held_out}: {prompt.source}" in run.text
         assert prompt.prompt in run.text
-    assert run.text.count("steps of the verifier") == 2
+    assert run.text.count("steps of the verifier") == 3
+    assert run.text.partition("And the same model for itself")[2].count("steps of the verifier") == 1
     assert "adaptive policy learns what pays" in run.text
-    table = [re.split(" {2,}", line) for line in run.text.partition("\nbatch 1\n")[2].splitlines()]
-    titles = [system.title for system in demo_systems()]
-    assert [row[0] for row in table[:9]] == [*titles, "batch 8", *titles]
-    assert {row[4] for row in table[:9] if len(row) > 1} == {"yes"}
+    expected = []
+    for use in demo_uses():
+        for size in (1, 8):
+            expected += [f"{use.title}, batch {size}", *(system.title for system in use.systems)]
+    start = run.text.index(f"\n{expected[0]}\n") + 1
+    table = [re.split(" {2,}", line) for line in run.text[start:].splitlines()[: len(expected)]]
+    assert [row[0] for row in table] == expected
+    assert {row[4] for row in table if len(row) > 1} == {"yes"}
     assert f"vllm {run.record['versions']['vllm']}" in run.text.splitlines()[-1]
     assert "\x1b" not in run.text and "WARNING" not in run.text
 
@@ -126,8 +133,11 @@ def test_engine_that_cannot_load_gives_one_error_with_its_last_lines(
 @pytest.mark.slow
 def test_engine_that_dies_at_work_gives_one_error_with_its_last_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     share_forks(monkeypatch)
-    with demo_engines(demo_systems()[:1]) as engines, pytest.raises(ChildError) as caught:
-        engines.use("none").serve(ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0))
+    use = demo_uses()[0]
+    with demo_engines([replace(use, systems=use.systems[:1])]) as engines, pytest.raises(ChildError) as caught:
+        engines.use(*use.engines[:1]).serve(
+            ServeOrder((Asked("0", "maths", "No token is wanted."),), 1, max_new_tokens=0)
+        )
     assert "no speculation ended with exit code 1 while generating" in str(caught.value)
     assert "max_tokens must be at least 1, got 0" in str(caught.value)
 
@@ -160,17 +170,20 @@ def test_option_out_of_range_is_refused_in_one_sentence_before_anything_starts(
 
 
 def test_one_other_token_in_one_repeat_is_not_identical() -> None:
-    none, _, _, two_tower = demo_systems()
+    use = demo_uses()[0]
+    none, _, _, two_tower = use.systems
     cells = [cell(none, 0, 5, 6, 7), cell(two_tower, 0, 5, 6, 7), cell(none, 1, 5, 6, 7), cell(two_tower, 1, 5, 6, 8)]
-    assert {row.system: row.identical for row in rows_of(cells, (none, two_tower))} == {"none": True, "twotower": False}
-    assert all(row.identical for row in rows_of(cells[:3], (none, two_tower)))
+    assert {row.system: row.identical for row in rows_of(cells, use)} == {"none": True, "twotower": False}
+    assert all(row.identical for row in rows_of(cells[:3], use))
 
 
 def test_figures_are_medians_over_repeats_and_tokens_per_drafted_step() -> None:
-    systems = demo_systems()[:1]
+    use = demo_uses()[1]
     drafts = {"drafts": (3, 0, 2), "accepted": (2, 0, 1)}
-    cells = [cell(*systems, i, 1, 2, 3, 4, seconds=seconds, **drafts) for i, seconds in enumerate((1.0, 8.0, 2.0))]
-    assert rows_of(cells, systems) == [DemoRow("none", 8, 2.0, 2.5, True)]
+    cells = [
+        cell(use.systems[0], i, 1, 2, 3, 4, seconds=seconds, **drafts) for i, seconds in enumerate((1.0, 8.0, 2.0))
+    ]
+    assert rows_of(cells, use) == [DemoRow("self", "none", 8, 2.0, 2.5, True)]
 
 
 def test_accepted_drafts_are_green_in_a_terminal_and_unmarked_elsewhere() -> None:
@@ -184,15 +197,15 @@ def test_accepted_drafts_are_green_in_a_terminal_and_unmarked_elsewhere() -> Non
     assert "\x1b[32m answer is\x1b[0m 7\x1b[32m pens\x1b[0m.\n" in coloured.file.getvalue()  # type: ignore[attr-defined]
 
 
-def test_table_has_the_speed_up_over_no_speculation_at_the_same_batch_size() -> None:
+def test_table_has_the_speed_up_over_no_speculation_of_the_same_use_and_batch_size() -> None:
     console, file = terminal()
-    rows = [DemoRow("none", 1, 100.0, 1.0, True), DemoRow("twotower", 1, 250.0, 5.25, False)]
-    print_rows(console, demo_systems(), [*rows, DemoRow("none", 8, 500.0, 1.0, True)])
+    rows = [DemoRow("verifier", "none", 1, 100.0, 1.0, True), DemoRow("verifier", "twotower", 1, 250.0, 5.25, False)]
+    print_rows(console, demo_uses(), [*rows, DemoRow("self", "none", 1, 500.0, 1.0, True)])
     assert [re.split(" {2,}", line) for line in file.getvalue().splitlines()[2:]] == [
-        ["batch 1"],
+        ["TwoTower for a larger verifier, batch 1"],
         ["no speculation", "100", "1.00", "1.00", "yes"],
         ["TwoTower", "250", "2.50", "5.25", "no"],
-        ["batch 8"],
+        ["TwoTower for itself, batch 1"],
         ["no speculation", "500", "1.00", "1.00", "yes"],
     ]
 

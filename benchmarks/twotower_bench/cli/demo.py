@@ -1,4 +1,4 @@
-"""`twotower-spec demo`: the bundled trio in real vLLM."""
+"""`twotower-spec demo`: the bundled trio in real vLLM, TwoTower for a larger verifier and for itself."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ import typer
 
 from twotower_bench.cli.options import MOST_REPEATS
 from twotower_bench.cli.tables import print_table
-from twotower_bench.demo import DemoRow, Sizes, demo_engines, demo_systems, measure
-from twotower_bench.engines import Piece
+from twotower_bench.demo import DemoRow, Sizes, Use, demo_engines, demo_uses, measure
+from twotower_bench.engines import EngineProcess, Piece
 from twotower_bench.environment import engine_environment
-from twotower_bench.records import BASELINE, System
+from twotower_bench.records import BASELINE
 from twotower_spec.cli.demo import demo as standalone_demo
 from twotower_spec.config import check_integer
 from twotower_spec.demo import HeldOutPrompt, demo_prompts
@@ -54,7 +54,10 @@ def demo(
         bool, typer.Option("--standalone", help="The TwoTower model alone, in its four modes, without vLLM.")
     ] = False,
 ) -> None:
-    """Speculate in vLLM with the bundled models, on held-out prompts: no speculation, n-gram, draft model, TwoTower."""
+    """Speculate in vLLM with the bundled models, on held-out prompts.
+
+    TwoTower drafts for a larger verifier, beside no speculation, n-gram lookup and a draft model, and then for itself.
+    """
     _check_number("--prompts", prompts, MOST_PROMPTS)
     _check_number("--max-new-tokens", max_new_tokens, MOST_NEW_TOKENS)
     _check_number("--repeats", repeats, MOST_REPEATS)
@@ -85,20 +88,26 @@ def run_demo(console: Terminal, sizes: Sizes, json_file: Path | None = None, ver
     Raises:
         ChildError: an engine failed; its last lines are in it.
     """
-    systems = demo_systems()
-    *others, two_tower = (system.name for system in systems)
+    uses = demo_uses(verifier)
+    drafting = [use.engines[-1] for use in uses]
+    names = [name for use in uses for name in use.engines]
     _say(console, "Loading vLLM, in a process of its own for every system.")
-    with demo_engines(systems, verifier) as engines:
+    with demo_engines(uses) as engines:
         with console.status("loading vLLM with TwoTower"):
-            engine = engines.use(two_tower)
+            engine = engines.use(drafting[0])
         if engines.together:
-            engines.start(others)
+            engines.start(names)
         vllm_version = engine.wait_until_ready().version
         # One prompt per category, while the other engines load.
-        with console.status("warming up TwoTower"):
-            list(engine.stream(demo_prompts(1)[0].prompt, STREAMED_TOKENS))
-        for prompt in demo_prompts(1):
-            print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
+        show_texts(console, engine, demo_prompts(1))
+        if engines.together:
+            _say(console, "And the same model for itself: its context tower is what verifies.")
+            with console.status("loading the other systems"):
+                engine = engines.use(drafting[1])
+            # Before it has learnt anything, and while others load, adaptive drafting may be none.
+            engine.draft_by({"policy": "fixed"})
+            show_texts(console, engine, demo_prompts(1)[:1])
+            engine.draft_by({})
         _say(
             console,
             f"Measuring {2 * sizes.prompts} prompts one by one and 16 with 8 at once, maths and Python, up to "
@@ -107,16 +116,24 @@ def run_demo(console: Terminal, sizes: Sizes, json_file: Path | None = None, ver
             f"all systems in turn.",
         )
         with console.status("loading the other systems") as status:
-            engines.load(others)
-            rows = measure(engines, systems, sizes, status.update)
+            engines.load(names)
+            rows = [row for use in uses for row in measure(engines, use, sizes, status.update)]
     if threads := engine_environment().get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(threads))  # as the engines had; the description of the machine says so
     machine, versions = describe_machine(), _versions(vllm_version)
-    print_rows(console, systems, rows)
+    print_rows(console, uses, rows)
     _say(console, f"float32, greedy; {machine}, vllm {vllm_version}, twotower-spec {versions['twotower-spec']}")
     if json_file is not None:
         record = {"machine": machine, "versions": versions, "rows": [asdict(row) for row in rows]}
         write_atomically(json_file, json.dumps(record, indent=1) + "\n")
+
+
+def show_texts(console: Terminal, engine: EngineProcess, prompts: Sequence[HeldOutPrompt]) -> None:
+    """Prompts and their texts as an engine writes them, after one that is not shown."""
+    with console.status("warming up TwoTower"):
+        list(engine.stream(prompts[0].prompt, STREAMED_TOKENS))
+    for prompt in prompts:
+        print_text(console, prompt, engine.stream(prompt.prompt, STREAMED_TOKENS))
 
 
 def print_text(console: Terminal, prompt: HeldOutPrompt, pieces: Iterable[Piece]) -> None:
@@ -138,20 +155,22 @@ def print_text(console: Terminal, prompt: HeldOutPrompt, pieces: Iterable[Piece]
     )
 
 
-def print_rows(console: Terminal, systems: Sequence[System], rows: Sequence[DemoRow]) -> None:
-    """All rows, batch sizes apart, with the speed-up over no speculation."""
-    titles = {system.name: system.title for system in systems}
-    plain = {row.batch_size: row.tokens_per_s for row in rows if row.system == BASELINE}
+def print_rows(console: Terminal, uses: Sequence[Use], rows: Sequence[DemoRow]) -> None:
+    """All rows, uses and batch sizes apart, with the speed-up over no speculation."""
+    use_titles = {use.name: use.title for use in uses}
+    titles = {system.name: system.title for use in uses for system in use.systems}
+    plain = {(row.use, row.batch_size): row.tokens_per_s for row in rows if row.system == BASELINE}
     groups: dict[str, list[dict[str, str]]] = {}
     for row in rows:
         texts = (
             titles[row.system],
             f"{row.tokens_per_s:.0f}",
-            f"{row.tokens_per_s / plain[row.batch_size]:.2f}",
+            f"{row.tokens_per_s / plain[row.use, row.batch_size]:.2f}",
             f"{row.acceptance_length:.2f}",
             "yes" if row.identical else "no",
         )
-        groups.setdefault(f"batch {row.batch_size}", []).append(dict(zip(COLUMNS, texts, strict=True)))
+        group = f"{use_titles[row.use]}, batch {row.batch_size}"
+        groups.setdefault(group, []).append(dict(zip(COLUMNS, texts, strict=True)))
     print_table(console, COLUMNS, groups)
 
 
