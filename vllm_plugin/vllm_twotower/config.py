@@ -142,20 +142,23 @@ class DrafterKnobs:
         steps = default_steps if self.steps_per_block is None else self.steps_per_block
         return replace(self, block_size=block_size, steps_per_block=steps)
 
-    def policy_for(self, num_speculative_tokens: int, default_block_size: int) -> DraftPolicy | None:
+    def policy_for(
+        self, num_speculative_tokens: int, default_block_size: int, num_known: int = 0
+    ) -> DraftPolicy | None:
         """Makes the policy; None for "off".
 
         Args:
             num_speculative_tokens: most drafts per request and step.
             default_block_size: where no knob names one.
+            num_known: positions at the beginning of a block that are no drafts.
         """
         knobs = self.resolved(default_block_size)
         block_size, steps, threshold = knobs.block_size, knobs.steps_per_block, knobs.confidence_threshold
         assert block_size is not None and steps is not None
-        tokens = min(num_speculative_tokens, block_size)
+        tokens = min(num_speculative_tokens, block_size - num_known)
         match self.policy:
             case "adaptive":
-                sizes = adaptive_block_sizes(block_size, tokens)
+                sizes = adaptive_block_sizes(block_size, tokens + num_known)
                 return AdaptivePolicy(sizes, min(steps, max(sizes)), threshold)
             case "fixed":
                 return FixedPolicy(block_size, steps, threshold, tokens)
@@ -221,11 +224,11 @@ def knobs_in(holder: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(knobs or {})
 
 
-def adaptive_block_sizes(block_size: int, num_speculative_tokens: int) -> list[int]:
-    """Powers of two from 4 up to the first that holds all drafts, and the given size where that is smaller."""
+def adaptive_block_sizes(block_size: int, num_tokens: int) -> list[int]:
+    """Powers of two from 4 up to the first that holds all tokens, and the given size where that is smaller."""
     sizes = [block_size]
     size = SMALLEST_ADAPTIVE_BLOCK
-    while size < min(block_size, num_speculative_tokens):
+    while size < min(block_size, num_tokens):
         sizes.append(size)
         size *= 2
     if size < block_size:  # no larger block is of use

@@ -15,7 +15,7 @@ from vllm.distributed import get_tensor_model_parallel_rank
 from vllm.logger import init_logger
 
 from twotower_kernels.acceptance import warm_up
-from twotower_spec.drafting import DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
+from twotower_spec.drafting import DraftingRounds, DraftingSession, DraftPolicy, DraftRequest, Round, RoundResult
 from twotower_spec.errors import ArgumentError, TwoTowerError
 from twotower_spec.generation import PhaseTimes
 from vllm_twotower.config import DrafterKnobs
@@ -65,7 +65,7 @@ class EngineDrafter:
         self.num_speculative_tokens = int(vllm_config.speculative_config.num_speculative_tokens)
         self.knobs, self._found = configuration_of(vllm_config)
         self._vllm_config = vllm_config
-        self.session: DraftingSession | None = None
+        self.session: DraftingRounds | None = None
         self.stats = DrafterStats(None)
         self._vocab_size = int(vllm_config.model_config.get_vocab_size())
         parallel = vllm_config.parallel_config
@@ -102,15 +102,19 @@ class EngineDrafter:
             logger.info("TwoTower: policy is off, nothing is loaded and nothing will be drafted")
             return
         try:
-            self.session = load_session(self.knobs, self._found, self._vllm_config, device, dtype)
+            self.session = self._load_session(device, dtype)
         except TwoTowerError:
             raise
         except Exception as error:
             self._faults.log(error, "loading failed; vLLM goes on without drafts until it is started again")
             return
         self._policies[self._policy_key(self.knobs)] = self.session.policy
-        for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
-            self.stats.set("pool_size", size, resource)
+        if isinstance(self.session, DraftingSession):
+            for resource, size in zip(RESOURCES, self.knobs.pool_size(self._vllm_config), strict=True):
+                self.stats.set("pool_size", size, resource)
+
+    def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
+        return load_session(self.knobs, self._found, self._vllm_config, device, dtype)
 
     def change_policy(self, changes: Mapping[str, Any]) -> None:
         """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.
@@ -129,14 +133,17 @@ class EngineDrafter:
             return
         key = self._policy_key(knobs)
         if key not in self._policies:
-            self._policies[key] = knobs.policy_for(self.num_speculative_tokens, self._found.block_size)
+            self._policies[key] = knobs.policy_for(
+                self.num_speculative_tokens, self._found.block_size, self.session.num_known
+            )
         policy = self._policies[key]
         self._round = None  # its policy is not the one to be told
         self._is_off = policy is None
         self.session.reset()
         if policy is not None:
             self.session.policy = policy
-            self.session.drafter.first_token = knobs.first_token
+            if isinstance(self.session, DraftingSession):
+                self.session.drafter.first_token = knobs.first_token
             self.session.warm_up()
 
     def _policy_key(self, knobs: DrafterKnobs) -> tuple[object, ...]:
@@ -182,7 +189,7 @@ class EngineDrafter:
 
     def _draft(
         self,
-        session: DraftingSession,
+        session: DraftingRounds,
         start: float,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
@@ -200,7 +207,7 @@ class EngineDrafter:
         self._count(session, self._round, start)
         return self._round.block.rows()
 
-    def _observe(self, session: DraftingSession, start: float, rows: Mapping[Hashable, StepRow]) -> None:
+    def _observe(self, session: DraftingRounds, start: float, rows: Mapping[Hashable, StepRow]) -> None:
         """Tells the policy, and counts, what became of the last round's drafts."""
         finished, self._round = self._round, None
         if finished is None:
@@ -263,7 +270,7 @@ class EngineDrafter:
         decided = position < np.minimum(kept + 1, asked)
         self.stats.add_decided(confidence[decided], (position < kept)[decided])
 
-    def _count(self, session: DraftingSession, drafted: Round, start: float) -> None:
+    def _count(self, session: DraftingRounds, drafted: Round, start: float) -> None:
         stats, block = self.stats, drafted.block
         stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
         stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
@@ -281,7 +288,9 @@ class EngineDrafter:
                 logger.info("%s", line)
             self._logged_at, self._logged = now, stats.copy()
 
-    def _show_pool(self, session: DraftingSession) -> None:
+    def _show_pool(self, session: DraftingRounds) -> None:
+        if not isinstance(session, DraftingSession):
+            return
         held = session.request_ids
         self.stats.set("pool_used", len(held), "requests")
         self.stats.set("pool_used", sum(map(session.state.num_computed_tokens, held)), "tokens")

@@ -14,9 +14,9 @@ from typing import Literal
 from vllm_twotower.sampling_parameters import OF_REQUESTS, OF_STEPS, names
 
 # Where a hook acts: in every process that reads engine arguments or requests, where the verifier is a TwoTower
-# checkpoint, in the workers of vLLM's model runner V1, there where the verifier has Mamba layers, or in benchmarks,
-# whose table is in `twotower_bench.vllm_hooks`.
-Stage = Literal["routing", "model", "v1", "hybrid", "measuring"]
+# checkpoint, in the workers of vLLM's model runner V1, there where the verifier has Mamba layers or is the drafter's
+# own context tower, or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
+Stage = Literal["routing", "model", "v1", "hybrid", "own state", "measuring"]
 
 
 class Kind(StrEnum):
@@ -90,6 +90,7 @@ VERIFYING = Need("verifying drafts", "v1")
 CPU_SAMPLING = Need("correct sampling on a CPU", "v1", cpu_only=True)
 HYBRID = Need("drafting for a verifier with Mamba layers", "hybrid", required=False)
 HYBRID_ON_CPU = Need("a verifier with Mamba layers on a CPU", "hybrid", required=False, cpu_only=True)
+OWN_STATE = Need("drafting from the verifier's own state", "own state", required=False)
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
@@ -106,6 +107,9 @@ OUTPUTS = "vllm.v1.outputs"
 CUSTOM_CLASS = "vllm.v1.spec_decode.custom_class_proposer"
 DRAFT_METADATA = "vllm.v1.spec_decode.metadata"
 MAMBA_UTILS = "vllm.v1.worker.mamba_utils"
+BLOCK_TABLE = "vllm.v1.worker.block_table"
+KV_CACHE = "vllm.v1.kv_cache_interface"
+ATTENTION = "vllm.model_executor.layers.attention.attention"
 MAMBA_MIXER = "vllm.model_executor.layers.mamba.mamba_mixer2"
 STATE_UPDATE = "vllm.model_executor.layers.mamba.ops.ssu_dispatch"
 MODELS = "vllm.model_executor.models.registry"
@@ -263,6 +267,15 @@ HOOKS: tuple[Hook, ...] = (
         "block_size COPY_BLOCK_SIZE CONV_STATE_DIM_FIRST",
     ),
     function("vllm.triton_utils.dispatcher", "register_kernels", HYBRID_ON_CPU, "overrides"),
+    *fields(RUNNER, "GPUModelRunner", "kv_cache_config compilation_config cache_config mamba_state_idx", OWN_STATE),
+    *fields(INPUT_BATCH, "InputBatch", "block_table", OWN_STATE),
+    function(BLOCK_TABLE, "BlockTable.get_numpy_array", OWN_STATE),
+    *fields(KV_CACHE, "KVCacheGroupSpec", "layer_names kv_cache_spec", OWN_STATE),
+    *fields(KV_CACHE, "MambaSpec", "block_size", OWN_STATE),
+    *fields(ATTENTION, "Attention", "kv_cache num_kv_heads head_size attn_backend impl", OWN_STATE),
+    *fields(MAMBA_MIXER, "MambaMixer2", "kv_cache", OWN_STATE),
+    function("vllm.model_executor.layers.mamba.mamba_utils", "is_conv_state_dim_first", OWN_STATE),
+    function(MODEL_PARTS, "extract_layer_index", OWN_STATE, "layer_name"),
     function("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", HYBRID_ON_CPU),
 )
 

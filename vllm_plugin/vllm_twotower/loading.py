@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -47,13 +47,16 @@ def load_session(
     return session
 
 
-def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -> TwoTowerModel:
-    """Loads both towers, whose long prompts are read by vLLM's own scan.
+def load_towers(
+    knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype, towers: Literal["both", "denoiser"] = "both"
+) -> TwoTowerModel:
+    """Loads both towers, whose long prompts are read by vLLM's own scan, or the denoiser alone.
 
     Args:
         knobs: of the drafter.
         device: the verifier's; for towers that no knob places.
         dtype: of the verifier's weights; bfloat16 stands in for what the towers cannot compute in.
+        towers: that are loaded.
 
     Raises:
         TwoTowerError: the checkpoint is refused.
@@ -70,6 +73,7 @@ def load_towers(knobs: DrafterKnobs, device: torch.device, dtype: torch.dtype) -
     return TwoTowerModel.from_pretrained(
         knobs.model,
         revision=knobs.revision,
+        towers=towers,
         dtype=dtype,
         context_device=context_device,
         denoiser_device=denoiser_device,

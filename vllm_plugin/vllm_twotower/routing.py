@@ -142,7 +142,8 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     _drop_settings_without_meaning(given)
     _bound_primitive_cache()
     if num_speculative_tokens is None:
-        num_speculative_tokens = min(found.block_size, MOST_DRAFT_TOKENS)
+        # Where the drafter reads the verifier's own state, a block begins with a token that is no draft.
+        num_speculative_tokens = min(max(1, found.block_size - found.drafts_for_itself), MOST_DRAFT_TOKENS)
     given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
     engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = given

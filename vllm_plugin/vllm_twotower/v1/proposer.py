@@ -7,12 +7,17 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from vllm.logger import init_logger
 
-from twotower_spec.drafting import DraftRequest
+from twotower_spec.drafting import DraftingRounds, DraftRequest
 from vllm_twotower.drafter import EngineDrafter, StepRow, filled
-from vllm_twotower.v1 import hooks
+from vllm_twotower.v1 import hooks, one_tower
+from vllm_twotower.v1.engine_context import EngineContext
 from vllm_twotower.v1.requests import gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
+
+logger = init_logger("vllm.twotower.proposer")
 
 # Where vLLM stops to ask a drafter that could outgrow it; ours takes rows of any length.
 ANY_LENGTH = 10**9
@@ -62,6 +67,28 @@ class TwoTowerProposer(EngineDrafter):
             sampler = getattr(runner, "rejection_sampler", None)
             if isinstance(sampler, TwoTowerRejectionSampler):
                 sampler.attach(runner, self.knobs.verification)
+            self._attach_state(runner)
+
+    def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
+        """Loads the denoiser alone where it can read the verifier's own state, and else both towers."""
+        given = self.knobs, self._found, self._vllm_config, device, dtype
+        reason = one_tower.obstacle(*given)
+        if reason is None:
+            return one_tower.load_hosted_session(*given)
+        if self._found.drafts_for_itself:
+            logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", reason)
+        return super()._load_session(device, dtype)
+
+    def _attach_state(self, runner: Any) -> None:
+        """Has the drafter read the verifier's state; where that fails, vLLM goes on without drafts."""
+        source = self.session.drafter.source if self.session else None
+        if not isinstance(source, EngineContext):
+            return
+        try:
+            source.attach(runner)
+        except Exception as error:
+            self._faults.log(error, "the verifier's state cannot be read; vLLM goes on without drafts")
+            self.session = None
 
     def propose(
         self,
