@@ -20,12 +20,9 @@ from twotower_bench.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# With these variables vLLM's model runner V2 runs on a CPU, in Triton's interpreter; they count where it is imported.
-V2_ON_CPU = {
-    "PYTHONPATH": str(ROOT / "tests" / "support" / "v2_on_cpu"),
-    "TRITON_INTERPRET": "1",
-    "VLLM_USE_V2_MODEL_RUNNER": "1",
-}
+# With these variables vLLM's model runner V2 can run on a CPU, interpreted; they count where vLLM is imported.
+TRITON_ON_CPU = {"PYTHONPATH": str(ROOT / "tests" / "support" / "v2_on_cpu"), "TRITON_INTERPRET": "1"}
+V2_ON_CPU = {**TRITON_ON_CPU, "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
 # What vLLM compiles, such as ranks of log-probabilities, is compiled once for all processes: else it would lie in the
@@ -60,11 +57,11 @@ def fork(
         function: as in `package.module:name`.
         arguments: of the function.
         folder: for its `log` and temporary files.
-        environment: variables beside those of all engines; with those of `V2_ON_CPU` it has a server of its own.
+        environment: variables beside those of all engines; with those of `TRITON_ON_CPU` it has a server of its own.
         timeout_s: after which it ends with an error.
     """
     given = environment or {}
-    imports = V2_ON_CPU if V2_ON_CPU.items() <= given.items() else {}
+    imports = TRITON_ON_CPU if TRITON_ON_CPU.items() <= given.items() else {}
     variables = {**_with_tests(**imports), **{name: one for name, one in given.items() if name not in imports}}
     call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
     return shared_fork_server(**imports).fork("the engine", *call, folder, variables)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from vllm_twotower.check_wheel import WheelError, all_hooks, check_wheel, download, main
-from vllm_twotower.hook_table import Hook
+from vllm_twotower.hook_table import SPECULATORS, Hook
 
 HOOKS = all_hooks()
 WHEEL = "vllm-1.2.3-cp38-abi3-manylinux_2_28_x86_64.whl"
@@ -37,7 +37,7 @@ def sources() -> dict[str, str]:
     if found is None or not found.submodule_search_locations:
         pytest.skip("vllm is not installed")
     folder = Path(found.submodule_search_locations[0]).parent
-    paths = {hook.module.replace(".", "/") + ".py" for hook in HOOKS}
+    paths = {file_of(hook) for hook in HOOKS}
     return {path: (folder / path).read_text(encoding="utf-8") for path in paths}
 
 
@@ -57,7 +57,8 @@ def hook_named(name: str) -> Hook:
 
 
 def file_of(hook: Hook) -> str:
-    return hook.module.replace(".", "/") + ".py"
+    place = hook.module.replace(".", "/")
+    return f"{place}/__init__.py" if hook.module == SPECULATORS else f"{place}.py"
 
 
 def pip_that_says(text: str) -> Callable[..., subprocess.CompletedProcess[str]]:

@@ -25,7 +25,7 @@ from vllm_twotower.compat import (
 from vllm_twotower.hook_table import Hook, Kind, Need, Stage, hooks_of
 
 HOOKS = all_hooks()
-STAGES: tuple[Stage, ...] = ("routing", "model", "v1", "hybrid", "own state")
+STAGES: tuple[Stage, ...] = ("routing", "model", "v1", "hybrid", "own state", "v2")
 ROOT = Path(__file__).parents[2]
 
 

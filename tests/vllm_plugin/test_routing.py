@@ -47,6 +47,7 @@ def outcome(given: dict[str, Any]) -> dict[str, Any]:
         "num_speculative_tokens": speculative.num_speculative_tokens,
         "knobs": config.additional_config.get("twotower"),
         "found": config.additional_config.get("twotower_found"),
+        "on_v2": getattr(config, "use_v2_model_runner", False),
         "primitives": os.environ.get("ONEDNN_PRIMITIVE_CACHE_CAPACITY"),
     }
 
@@ -293,10 +294,12 @@ def test_verifiers_that_cannot_be_served_are_refused() -> None:
     assert "pipeline_parallel_size 2" in piped["error"]
     (routed,) = outcomes([given], ONEDNN_PRIMITIVE_CACHE_CAPACITY="300")
     assert routed["primitives"] == "300"  # what the user has chosen stays
-    (scheduled,) = outcomes([{**given, "async_scheduling": True}])
-    assert "--async-scheduling does not work with a TwoTower drafter" in scheduled["error"]
+    (scheduled,) = outcomes([{**given, "async_scheduling": True}], VLLM_USE_V2_MODEL_RUNNER="0")
+    assert "--async-scheduling needs vLLM's model runner V2" in scheduled["error"]
     (forced,) = outcomes([given], VLLM_USE_V2_MODEL_RUNNER="1")
-    assert "VLLM_USE_V2_MODEL_RUNNER" in forced["error"]
+    assert "model runner V2 needs Triton" in forced["error"]  # tests/vllm_plugin/v2 has it
+    refused, afterwards = outcomes([{**given, "async_scheduling": True}, given])
+    assert "model runner V2 needs Triton" in refused["error"] and afterwards["method"] == "custom_class"
 
 
 def test_a_verifier_whose_states_cannot_be_taken_back_is_refused_on_a_cpu(tmp_path: Path) -> None:

@@ -21,10 +21,12 @@ def register() -> None:
     warning.
     """
     from vllm_twotower import routing
-    from vllm_twotower.model import registration
+    from vllm_twotower.model import registration as context_tower
+    from vllm_twotower.v2 import registration as speculator
 
     routing.install()
-    registration.install()
+    context_tower.install()
+    speculator.install()
 
 
 def __getattr__(name: str) -> Any:

@@ -74,8 +74,9 @@ def check_wheel(wheel: Path) -> list[Finding]:
         with zipfile.ZipFile(wheel) as archive:
             present = set(archive.namelist())
             for module in {hook.module for hook in hooks}:
-                file = module.replace(".", "/") + ".py"
-                trees[module] = ast.parse(archive.read(file) if file in present else b"")
+                place = module.replace(".", "/")
+                files = [file for file in (f"{place}.py", f"{place}/__init__.py") if file in present]
+                trees[module] = ast.parse(archive.read(files[0]) if files else b"")
     except (OSError, zipfile.BadZipFile, SyntaxError) as error:
         raise WheelError(f"{wheel} cannot be read as a wheel of vLLM: {error}.") from error
     return [check(hook, trees[hook.module]) for hook in hooks]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -303,6 +304,26 @@ class EngineDrafter:
         self.stats.add("drafting_seconds", times.extend_s, "extend")
         self.stats.add("drafting_seconds", times.denoise_s, "denoise")
         self.stats.add("drafting_seconds", max(0.0, drafting_s - times.extend_s - times.denoise_s), "host")
+
+
+def announcing_steps(attribute: str) -> Callable[[Any], Any]:
+    """Makes a wrapper of `execute_model` that tells our drafter of every step before it runs, and whose runner it is.
+
+    Args:
+        attribute: of the runner, in which the drafter is.
+    """
+
+    def announcing(stock: Any) -> Any:
+        @wraps(stock)
+        def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            begin_step = getattr(getattr(self, attribute, None), "begin_step", None)
+            if begin_step is not None:
+                begin_step(self, scheduler_output)
+            return stock(self, scheduler_output, *args, **kwargs)
+
+        return execute_model
+
+    return announcing
 
 
 def filled(drafts: list[int], request: DraftRequest, count: int) -> list[int]:

@@ -15,8 +15,8 @@ from vllm_twotower.sampling_parameters import OF_REQUESTS, OF_STEPS, names
 
 # Where a hook acts: in every process that reads engine arguments or requests, where the verifier is a TwoTower
 # checkpoint, in the workers of vLLM's model runner V1, there where the verifier has Mamba layers or is the drafter's
-# own context tower, or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
-Stage = Literal["routing", "model", "v1", "hybrid", "own state", "measuring"]
+# own context tower, in those of V2, or in benchmarks, whose table is in `twotower_bench.vllm_hooks`.
+Stage = Literal["routing", "model", "v1", "hybrid", "own state", "v2", "measuring"]
 
 
 class Kind(StrEnum):
@@ -91,6 +91,7 @@ CPU_SAMPLING = Need("correct sampling on a CPU", "v1", cpu_only=True)
 HYBRID = Need("drafting for a verifier with Mamba layers", "hybrid", required=False)
 HYBRID_ON_CPU = Need("a verifier with Mamba layers on a CPU", "hybrid", required=False, cpu_only=True)
 OWN_STATE = Need("drafting from the verifier's own state", "own state", required=False)
+ON_V2 = Need("drafting on model runner V2", "v2", required=False)
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
@@ -117,6 +118,17 @@ MODEL_SETTINGS = "vllm.model_executor.models.config"
 MODEL_PARTS = "vllm.model_executor.models.utils"
 MODEL_CONFIGURATION = "vllm.transformers_utils.config"
 NEMOTRON_H = "vllm.model_executor.models.nemotron_h"
+# Of model runner V2.
+RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+SPECULATORS = "vllm.v1.worker.gpu.spec_decode"
+REJECTION_SAMPLER_V2 = "vllm.v1.worker.gpu.spec_decode.rejection_sampler"
+SAMPLER_V2 = "vllm.v1.worker.gpu.sample.sampler"
+SAMPLING_STATES = "vllm.v1.worker.gpu.sample.states"
+LOGPROBS_V2 = "vllm.v1.worker.gpu.sample.logprob"
+LOGITS_CONTEXT = "vllm.v1.worker.gpu.sample.logits_processor.interface"
+OUTPUT_V2 = "vllm.v1.worker.gpu.sample.output"
+BATCH_V2 = "vllm.v1.worker.gpu.input_batch"
+STATES_V2 = "vllm.v1.worker.gpu.states"
 
 # Parameters in which vLLM's kernels find the states of all Mamba layers.
 _STATE_LAYOUT = (
@@ -277,6 +289,75 @@ HOOKS: tuple[Hook, ...] = (
     function("vllm.model_executor.layers.mamba.mamba_utils", "is_conv_state_dim_first", OWN_STATE),
     function(MODEL_PARTS, "extract_layer_index", OWN_STATE, "layer_name"),
     function("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", HYBRID_ON_CPU),
+    function(SPECULATORS, "init_speculator", ON_V2, "vllm_config device req_states"),
+    function(SPECULATIVE, "SpeculativeConfig.use_ngram_gpu", ON_V2),
+    function(RUNNER_V2, "GPUModelRunner.load_model", ON_V2),
+    function(RUNNER_V2, "GPUModelRunner.execute_model", ON_V2, "scheduler_output"),
+    *(Hook(RUNNER_V2, name, Kind.NAME, ON_V2) for name in ("init_speculator", "Sampler", "RejectionSampler")),
+    *fields(RUNNER_V2, "GPUModelRunner", "speculator rejection_sampler model_memory_usage device dtype", ON_V2),
+    function(
+        "vllm.v1.worker.gpu.spec_decode.speculator",
+        "BaseSpeculator.propose",
+        ON_V2,
+        "input_batch attn_metadata slot_mappings last_hidden_states aux_hidden_states num_sampled num_rejected "
+        "last_sampled next_prefill_tokens temperature seeds",
+    ),
+    function(REJECTION_SAMPLER_V2, "RejectionSampler.__init__", ON_V2, "sampler spec_config device"),
+    function(
+        REJECTION_SAMPLER_V2, "RejectionSampler.__call__", ON_V2, "logits input_batch draft_logits invalid_drafts"
+    ),
+    function(
+        REJECTION_SAMPLER_V2,
+        "gather_draft_sampled",
+        ON_V2,
+        "input_ids positions logits_indices expanded_idx_mapping expanded_local_pos prefill_len",
+    ),
+    function(SAMPLER_V2, "Sampler.__init__", ON_V2, "vllm_config max_num_reqs vocab_size device req_states"),
+    function(SAMPLER_V2, "Sampler.__call__", ON_V2, "logits input_batch"),
+    function(SAMPLER_V2, "Sampler.get_logprobs_dims", ON_V2, "idx_mapping_np"),
+    *fields(
+        SAMPLER_V2,
+        "Sampler",
+        "sampling_states logits_processors thinking_budget_state logprob_token_ids_state trace_replay_state "
+        "needs_logits_processing return_sampling_mask compute_nans logprobs_mode req_states",
+        ON_V2,
+    ),
+    function(SAMPLING_STATES, "SamplingStates.__init__", ON_V2, "max_num_reqs vocab_size"),
+    function(SAMPLING_STATES, "SamplingStates.add_request", ON_V2, "req_idx sampling_params"),
+    *fields(SAMPLING_STATES, "SamplingStates", "temperature top_k top_p min_p seeds vocab_size", ON_V2),
+    function(
+        LOGPROBS_V2,
+        "compute_topk_scores",
+        ON_V2,
+        "logits num_logprobs sampled_token_ids cu_num_logits logprob_token_ids_state expanded_idx_mapping "
+        "max_per_req_token_ids logits_mode",
+    ),
+    *fields(
+        LOGITS_CONTEXT,
+        "LogitsContext",
+        "expanded_idx_mapping idx_mapping idx_mapping_np expanded_local_pos input_ids pos seq_lens_upper_bound_np",
+        ON_V2,
+    ),
+    *fields(OUTPUT_V2, "SamplerOutput", "sampled_token_ids logprobs_tensors num_nans num_sampled num_rejected", ON_V2),
+    function(
+        BATCH_V2,
+        "get_num_sampled_and_rejected",
+        ON_V2,
+        "num_sampled seq_lens cu_num_logits idx_mapping prefill_len",
+    ),
+    *fields(
+        BATCH_V2,
+        "InputBatch",
+        "req_ids num_reqs idx_mapping idx_mapping_np expanded_idx_mapping expanded_local_pos input_ids positions "
+        "logits_indices cu_num_logits cu_num_logits_np seq_lens seq_lens_cpu_upper_bound",
+        ON_V2,
+    ),
+    *fields(
+        STATES_V2,
+        "RequestState",
+        "max_num_reqs req_id_to_index index_to_req_id all_token_ids total_len prefill_len max_seq_len",
+        ON_V2,
+    ),
 )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,8 @@ from twotower_spec.inspection import inspect_checkpoint
 from twotower_spec.towers.model import usable_device
 from vllm_twotower import compat
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
-from vllm_twotower.hook_table import hooks_of
+from vllm_twotower.hook_table import SPECULATORS, hooks_of
+from vllm_twotower.runner import VARIABLE, drafts_on_v2
 from vllm_twotower.sampling_parameters import check_logits_processors
 
 # Architectures with Mamba-2 layers that decode on a CPU with our repairs as they do without drafts.
@@ -40,7 +40,12 @@ def configuration_of(vllm_config: Any) -> tuple[DrafterKnobs, FoundAtStart]:
     knobs = DrafterKnobs.parse(knobs_in(given))
     num_speculative_tokens = vllm_config.speculative_config.num_speculative_tokens
     return knobs, check_requirements(
-        knobs, given.get(FOUND), num_speculative_tokens, vllm_config.model_config, vllm_config.parallel_config
+        knobs,
+        given.get(FOUND),
+        num_speculative_tokens,
+        vllm_config.model_config,
+        vllm_config.parallel_config,
+        on_v2=drafts_on_v2(vllm_config.speculative_config),
     )
 
 
@@ -50,7 +55,9 @@ def check_requirements(
     num_speculative_tokens: int | None,
     model_config: Any,
     parallel_config: Any,
+    *,
     drafts_for_itself: bool = False,
+    on_v2: bool = False,
 ) -> FoundAtStart:
     """Refuses what cannot work, before anything is loaded.
 
@@ -60,6 +67,7 @@ def check_requirements(
         num_speculative_tokens: drafts per request and step, as the user gave them; None for a whole block.
         model_config, parallel_config: vLLM's, of the verifier.
         drafts_for_itself: whether the drafter is the verifier's own checkpoint.
+        on_v2: whether vLLM's model runner V2 will ask for drafts.
 
     Raises:
         TwoTowerError: with the value, what is allowed, and the remedy.
@@ -70,7 +78,8 @@ def check_requirements(
         block_size = _block_size_of_checkpoint(knobs) if known is None else known.block_size
     if num_speculative_tokens is not None:
         knobs.check_num_speculative_tokens(num_speculative_tokens, block_size)
-    _check_runner()
+    if on_v2:
+        _check_v2(model_config, parallel_config)
     _check_verifier(model_config, parallel_config)
     check_logits_processors(model_config)
     # With Ray the towers are on another machine, where this is asked again.
@@ -100,11 +109,31 @@ def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
     return block_size
 
 
-def _check_runner() -> None:
-    if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
+def _check_v2(model_config: Any, parallel_config: Any) -> None:
+    """Refuses what does not work on vLLM's model runner V2.
+
+    Raises:
+        ArgumentError: the verifier, its ranks, or this vLLM.
+    """
+    from vllm.triton_utils import HAS_TRITON
+
+    remedy = f"set {VARIABLE}=0 and leave --async-scheduling out, vLLM then takes model runner V1"
+    if model_config.is_hybrid:
         raise ArgumentError(
-            "VLLM_USE_V2_MODEL_RUNNER=1 forces a model runner that takes no drafter from outside; unset it, vLLM then "
-            "takes the V1 runner by itself"
+            f"{model_config.model} has Mamba layers, whose states model runner V2 does not take back as our drafts "
+            f"need it; {remedy}"
+        )
+    if parallel_config.tensor_parallel_size > 1:
+        raise ArgumentError(
+            f"tensor_parallel_size {parallel_config.tensor_parallel_size} is not tried with a TwoTower drafter on "
+            f"model runner V2; {remedy}"
+        )
+    if not HAS_TRITON:
+        raise ArgumentError(f"model runner V2 needs Triton, which vLLM does not find here or does not use; {remedy}")
+    missing = compat.missing_hooks([hook for hook in hooks_of("v2") if hook.module == SPECULATORS])
+    if missing:
+        raise ArgumentError(
+            f"model runner V2 of vLLM {compat.vllm_version()} takes no drafter from outside; {remedy}, or use vLLM 0.32"
         )
 
 

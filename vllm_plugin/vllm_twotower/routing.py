@@ -18,9 +18,8 @@ from functools import wraps
 from typing import Any
 
 from vllm_twotower.checkpoints import is_same, is_two_tower
+from vllm_twotower.runner import PROPOSER_PATHS, V1_SETTINGS, V2_SETTINGS, chooses_v2, insist_on_v2
 
-PROPOSER = "vllm_twotower.TwoTowerProposer"
-PROPOSER_PATHS = (PROPOSER, "vllm_twotower.v1.proposer.TwoTowerProposer")
 METHOD = "twotower"
 HYBRID_CPU_WORKER = "vllm_twotower.v1.cpu_hybrid.HybridCPUWorker"
 
@@ -126,7 +125,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
     from vllm_twotower.requirements import check_requirements
 
-    _check_scheduling(engine_args)
+    on_v2 = chooses_v2(engine_args.async_scheduling)
     additional = {} if engine_args.additional_config is None else dict(engine_args.additional_config)
     given_knobs = {**knobs_in(additional), **knobs_in(given)}
     given.pop(KNOBS, None)
@@ -137,14 +136,22 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     knobs = DrafterKnobs.parse(given_knobs)
     num_speculative_tokens = given.get("num_speculative_tokens")
     found = check_requirements(
-        knobs, additional.get(FOUND), num_speculative_tokens, model_config, parallel_config, drafts_for_itself
+        knobs,
+        additional.get(FOUND),
+        num_speculative_tokens,
+        model_config,
+        parallel_config,
+        drafts_for_itself=drafts_for_itself,
+        on_v2=on_v2,
     )
+    if on_v2:
+        insist_on_v2()
     _drop_settings_without_meaning(given)
     _bound_primitive_cache()
     if num_speculative_tokens is None:
         # Where the drafter reads the verifier's own state, a block begins with a token that is no draft.
         num_speculative_tokens = min(max(1, found.block_size - found.drafts_for_itself), MOST_DRAFT_TOKENS)
-    given |= {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": num_speculative_tokens}
+    given |= {**(V2_SETTINGS if on_v2 else V1_SETTINGS), "num_speculative_tokens": num_speculative_tokens}
     engine_args.spec_model = engine_args.spec_method = engine_args.spec_tokens = None
     engine_args.speculative_config = given
     engine_args.additional_config = {**additional, KNOBS: given_knobs, FOUND: asdict(found)}
@@ -197,16 +204,6 @@ def _speculative_settings(engine_args: Any) -> dict[str, Any] | None:
         if value is not None and given.setdefault(key, value) != value:
             return None
     return given
-
-
-def _check_scheduling(engine_args: Any) -> None:
-    from twotower_spec.errors import ArgumentError
-
-    if getattr(engine_args, "async_scheduling", None):
-        raise ArgumentError(
-            "--async-scheduling does not work with a TwoTower drafter, which needs the tokens of a step before the "
-            "next one is scheduled; leave it out"
-        )
 
 
 def _naming_checkpoint(knobs: Mapping[str, Any], model: object, revision: object) -> dict[str, Any]:
@@ -288,8 +285,11 @@ def _drop_settings_without_meaning(given: dict[str, Any]) -> None:
     from vllm.config.speculative import SpeculativeConfig
 
     defaults = {field.name: field.default for field in fields(SpeculativeConfig)}
+    if given.get("model") in PROPOSER_PATHS:  # they have been here before
+        for name in V2_SETTINGS.keys() - V1_SETTINGS.keys():
+            given.pop(name, None)
     ignored = [name for name in given if name in defaults and name not in COUNTING_SETTINGS]
-    if given.get("rejection_sample_method") == "block":  # V1, the runner of drafters from outside, does not have it
+    if given.get("rejection_sample_method") == "block":  # it weighs probabilities of drafts, which ours do not have
         ignored.append("rejection_sample_method")
     asked = [name for name in ignored if given[name] is not None and given[name] != defaults[name]]
     for name in ignored:
@@ -310,7 +310,7 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
     if _is_our_name(method):
         return True
     if model in PROPOSER_PATHS:
-        return method in OPEN_METHODS
+        return method in (*OPEN_METHODS, V2_SETTINGS["method"])
     elsewhere = not isinstance(model, str) or model.strip("[]") == "ngram" or _is_import_path(model)
     if elsewhere or method in METHODS_WITHOUT_CHECKPOINT or not is_two_tower(model, given.get("revision")):
         return False

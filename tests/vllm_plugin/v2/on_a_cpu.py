@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
 from typing import Any
-
-import numpy as np
 
 from vllm_twotower.compat import wrap_once
 
@@ -15,8 +14,8 @@ def prepare() -> None:
     from triton.runtime.interpreter import InterpreterBuilder
     from vllm.platforms.cpu import CpuPlatform
 
-    wrap_once(InterpreterBuilder, "create_masked_load", _with_boolean_mask)
-    wrap_once(InterpreterBuilder, "create_masked_store", _with_boolean_mask)
+    wrap_once(InterpreterBuilder, "create_masked_load", _with_boolean_mask(1))
+    wrap_once(InterpreterBuilder, "create_masked_store", _with_boolean_mask(2))
     stock = CpuPlatform.check_and_update_config
 
     def check_and_update_config(cls: type, vllm_config: Any) -> None:
@@ -26,16 +25,21 @@ def prepare() -> None:
     CpuPlatform.check_and_update_config = classmethod(check_and_update_config)
 
 
-def _with_boolean_mask(stock: Any) -> Any:
-    """A mask that was broadcast from one element is int32 there, which loads and stores refuse."""
+def _with_boolean_mask(place: int) -> Callable[[Any], Any]:
+    """Makes a wrapper of loads or stores, which refuse a mask that is int32: one that was broadcast, or computed.
+
+    Args:
+        place: of the mask among the arguments.
+    """
     from triton.runtime.interpreter import TensorHandle
 
-    def as_mask(one: Any) -> Any:
-        is_mask = isinstance(one, TensorHandle) and str(one.dtype.scalar) == "int1" and one.data.dtype != np.bool_
-        return TensorHandle(one.data.astype(bool), one.dtype) if is_mask else one
+    def wrapper(stock: Any) -> Any:
+        @wraps(stock)
+        def masked(self: Any, *given: Any, **named: Any) -> Any:
+            mask = given[place]
+            boolean = TensorHandle(mask.data.astype(bool), mask.dtype)
+            return stock(self, *given[:place], boolean, *given[place + 1 :], **named)
 
-    @wraps(stock)
-    def masked(self: Any, *given: Any, **named: Any) -> Any:
-        return stock(self, *map(as_mask, given), **{name: as_mask(one) for name, one in named.items()})
+        return masked
 
-    return masked
+    return wrapper

@@ -12,6 +12,7 @@ from vllm.v1.spec_decode.metadata import SpecDecodeMetadata
 from vllm.v1.worker import gpu_model_runner
 
 from vllm_twotower import compat
+from vllm_twotower.drafter import announcing_steps
 from vllm_twotower.hook_table import hooks_of
 from vllm_twotower.v1 import cpu_repairs, hybrid_repairs
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
@@ -46,23 +47,10 @@ def install(*, is_hybrid: bool) -> bool:
         hybrid_repairs.install()
     gpu_model_runner.RejectionSampler = TwoTowerRejectionSampler
     runner_class = gpu_model_runner.GPUModelRunner
-    compat.wrap_once(runner_class, "execute_model", announcing_steps)
+    compat.wrap_once(runner_class, "execute_model", announcing_steps("drafter"))
     if not compat.rejection_sampler_runs_without_drafts():
         compat.wrap_once(runner_class, "_sample", sampling_without_drafts)
     return True
-
-
-def announcing_steps(stock: Any) -> Any:
-    """Tells the proposer of every step before it runs, and whose runner it is."""
-
-    @wraps(stock)
-    def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-        begin_step = getattr(getattr(self, "drafter", None), "begin_step", None)
-        if begin_step is not None:
-            begin_step(self, scheduler_output)
-        return stock(self, scheduler_output, *args, **kwargs)
-
-    return execute_model
 
 
 def sampling_without_drafts(stock: Any) -> Any:

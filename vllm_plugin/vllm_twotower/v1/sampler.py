@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
-from twotower_spec.generation.sampling import signed_seed
+from vllm_twotower.seeds import request_seed
 
 logger = init_logger("vllm.twotower.sampler")
 
@@ -153,8 +152,7 @@ class _RequestBatch:
         params = [runner.requests[request_id].sampling_params for request_id in request_ids]
         engine_seed = runner.vllm_config.model_config.seed
         seeds = [
-            own_seed(engine_seed, request_id) if one.seed is None else signed_seed(one.seed)
-            for request_id, one in zip(request_ids, params, strict=True)
+            request_seed(one.seed, engine_seed, request_id) for request_id, one in zip(request_ids, params, strict=True)
         ]
         min_p = [one.min_p for one in params]
         biases = {
@@ -177,12 +175,6 @@ class _RequestBatch:
         given = self.sampling_metadata
         temperature = None if given.all_greedy else given.temperature
         return SamplingTensors(temperature, given.top_k, given.top_p, self.min_p, self.seeds, positions)
-
-
-def own_seed(engine_seed: int | None, request_id: str) -> int:
-    """Seed of a request that brings none: the same on all ranks, another one for every request."""
-    digest = hashlib.blake2b(f"{engine_seed}:{request_id}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
 
 
 def with_budgets(budgets: Any, logits: Tensor, output_token_ids: list[list[int]]) -> Tensor:

@@ -1,0 +1,63 @@
+"""Every spelling of the speculative settings leads to our speculator where model runner V2 runs."""
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.vllm_plugin.fork_server import TRITON_ON_CPU, V2_ON_CPU
+from tests.vllm_plugin.test_routing import hybrid_verifier, outcomes
+from twotower_spec.demo.trio import trio_path
+from vllm_twotower.runner import PROPOSER, drafts_on_v2
+
+pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+
+
+def test_every_spelling_leads_to_the_speculator() -> None:
+    drafter = str(trio_path("twotower"))
+    custom_class = {"method": "custom_class", "model": PROPOSER, "num_speculative_tokens": 15}
+    spellings: list[dict[str, Any]] = [
+        {"cli": ["--speculative-model", drafter, "--spec-tokens", "15"]},
+        {"cli": ["--spec-model", drafter, "--spec-tokens", "15", "--async-scheduling"]},
+        {"cli": ["--speculative-config", json.dumps({"model": drafter, "num-speculative-tokens": 15})]},
+        {"spec_model": drafter, "spec_method": "twotower", "spec_tokens": 15},
+        {"speculative_config": custom_class, "additional_config": {"twotower": {"model": drafter}}},
+        {"speculative_config": {"model": drafter, "method": "draft_model", "num_speculative_tokens": 15}},
+        {"speculative_config": {"model": drafter, "num_speculative_tokens": 15}, "async_scheduling": False},
+    ]
+    found = outcomes(spellings, **V2_ON_CPU)
+    for one in found:
+        assert one.get("method") == "ngram_gpu" and one["model"] == PROPOSER and one["on_v2"], one
+        assert one["knobs"]["model"] == drafter and one["found"]["num_token_ids"] == 2048
+        assert one["num_speculative_tokens"] == 15
+
+
+def test_asynchronous_scheduling_asks_for_v2() -> None:
+    given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
+    plain, asynchronous = outcomes([given, {**given, "async_scheduling": True}], **TRITON_ON_CPU)
+    assert not plain["on_v2"] and plain["method"] == "custom_class"
+    assert asynchronous["on_v2"] and asynchronous["model"] == PROPOSER
+
+
+def test_what_v2_cannot_serve_is_refused_with_the_way_to_v1(tmp_path: Path) -> None:
+    given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
+    cases = [{**given, "tensor_parallel_size": 2}, {**given, "model": hybrid_verifier(tmp_path / "hybrid")}]
+    found = outcomes(cases, **V2_ON_CPU)
+    for one, part in zip(found, ("tensor_parallel_size 2", "has Mamba layers"), strict=True):
+        assert part in one["error"] and "set VLLM_USE_V2_MODEL_RUNNER=0" in one["error"]
+
+
+def test_the_n_gram_drafter_of_vllm_is_told_from_ours() -> None:
+    from vllm.config.speculative import SpeculativeConfig
+
+    import vllm_twotower
+
+    vllm_twotower.register()
+    ours = SimpleNamespace(method="ngram_gpu", model=PROPOSER)
+    theirs = SimpleNamespace(method="ngram_gpu", model="ngram_gpu")
+    assert drafts_on_v2(ours) and not drafts_on_v2(theirs)
+    # Model runner V1 asks for this before it makes an n-gram drafter.
+    assert not SpeculativeConfig.use_ngram_gpu(ours) and SpeculativeConfig.use_ngram_gpu(theirs)

@@ -1,0 +1,1 @@
+"""TwoTower in vLLM's model runner V2, beside asynchronous scheduling."""
