@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
@@ -411,8 +412,18 @@ def plain_text(engine: Engine) -> Any:
 
 def faults(engine: Engine) -> Any:
     """The same four requests under every fault of the drafter, and after each of them; counters of the drafter too."""
+    return _under(engine, FAULTS)
+
+
+def faults_on_v2(engine: Engine) -> Any:
+    """Likewise, under the faults of what model runner V2 has of its own, and one of each kind of the rest."""
+    shared = ("denoiser pass", "policy", "damaged state", "full pool", "sampler")
+    return _under(engine, {"history": _failing_history, **{name: FAULTS[name] for name in shared}})
+
+
+def _under(engine: Engine, faults: Mapping[str, Callable[[Engine], AbstractContextManager[None]]]) -> Any:
     found = {}
-    for name, damage in FAULTS.items():
+    for name, damage in faults.items():
         stats = engine.drafter.stats
         before = {reason: stats.get("fallbacks", reason) for reason in ("error", "not finite", "no room")}
         with damage(engine):
@@ -485,11 +496,17 @@ def _another_history(engine: Engine) -> Iterator[None]:
         yield
 
 
+def _failing_history(engine: Engine) -> AbstractContextManager[None]:
+    """Makes reading tokens from the device raise, with model runner V2."""
+    from vllm_twotower.v2.history import TokenHistory
+
+    return _raising(TokenHistory, "read", RuntimeError("injected"))
+
+
 @contextmanager
 def _failing_sampler(engine: Engine) -> Iterator[None]:
     """Makes our sampler raise, so that vLLM's own takes over."""
-    from vllm_twotower.v1 import sampler
-
+    sampler = import_module(type(engine.runner.rejection_sampler).__module__)
     with patch.object(sampler, "accept", side_effect=RuntimeError("injected")):
         yield
 
