@@ -30,6 +30,8 @@ from twotower_spec.towers.model import towers_without_memory
 Holder = Literal["drafter", "verifier"]
 Per = Literal["", "request", "token"]
 
+# Files of a hub id that are downloaded.
+CONFIGURATION = ("config.json", INDEX_FILE)
 # In a verifier with Mamba layers every draft of a request holds a state of its own; else a block is the bound.
 FEW_DRAFTS, MANY_DRAFTS = (3, 7), (7, DiffusionConfig().block_size - 1)
 
@@ -67,6 +69,7 @@ class ServingMemory:
     Attributes:
         num_speculative_tokens, max_num_seqs, tensor_parallel_size: what it is computed for.
         lines: of both; the verifier's are those of one tensor-parallel rank.
+        has_one_context_tower: whether the drafter reads the verifier's own state, which is the same model's.
         num_drafts: fewest and most drafts that are a sensible choice.
         state_bytes: of one Mamba state of the verifier, which every draft of a request has; 0 without any.
         unknown: why lines of the verifier's cache are missing; "" where none is.
@@ -76,6 +79,7 @@ class ServingMemory:
     max_num_seqs: int
     tensor_parallel_size: int
     lines: tuple[MemoryLine, ...]
+    has_one_context_tower: bool
     num_drafts: tuple[int, int]
     state_bytes: int
     unknown: str
@@ -122,11 +126,13 @@ def serving_memory(
     check_integer("--tensor-parallel-size", tensor_parallel_size, minimum=1)
     check_integer("--context-length", context_length, minimum=0)
     config = TwoTowerConfig.from_pretrained(drafter, revision)
-    directory = resolve_checkpoint(verifier, files=["config.json", INDEX_FILE])
+    directory = resolve_checkpoint(verifier, files=CONFIGURATION)
     raw = read_config(directory)
     verifier_dtype = as_dtype(dtype) or dtype_of(raw)
     cache = cache_shape(config.to_dict(), verifier_dtype if verifier_dtype == torch.float32 else torch.bfloat16)
-    lines = _drafter_lines(config, cache, min(max_num_seqs, MOST_DEFAULT_SLOTS), context_length)
+    # vLLM's ranks each hold a part of the state, which a drafter on one of them cannot read.
+    has_one = tensor_parallel_size == 1 and resolve_checkpoint(drafter, revision, CONFIGURATION).samefile(directory)
+    lines = _drafter_lines(config, cache, min(max_num_seqs, MOST_DEFAULT_SLOTS), context_length, has_one)
     lines.append(MemoryLine("verifier", "weights", "", _weights(raw, directory, verifier_dtype, tensor_parallel_size)))
     num_drafts, state_bytes, unknown = FEW_DRAFTS, 0, ""
     try:
@@ -137,7 +143,7 @@ def serving_memory(
     except CheckpointError as error:
         unknown = str(error)
     sizes = num_speculative_tokens, max_num_seqs, tensor_parallel_size
-    return ServingMemory(*sizes, tuple(lines), num_drafts, state_bytes, unknown)
+    return ServingMemory(*sizes, tuple(lines), has_one, num_drafts, state_bytes, unknown)
 
 
 def _weights(raw: Mapping[str, Any], directory: Path, dtype: torch.dtype, num_ranks: int) -> int | None:
@@ -154,9 +160,12 @@ def _weights(raw: Mapping[str, Any], directory: Path, dtype: torch.dtype, num_ra
 
 
 def _drafter_lines(
-    config: TwoTowerConfig, cache: CacheShape, num_requests: int, context_length: int
+    config: TwoTowerConfig, cache: CacheShape, num_requests: int, context_length: int, has_one_context_tower: bool
 ) -> list[MemoryLine]:
     towers = towers_without_memory(config, cache.dtype)
+    denoiser = MemoryLine("drafter", "denoiser tower", "", _bytes_of(towers.denoiser))
+    if has_one_context_tower:
+        return [denoiser]
     num_tokens = num_requests * min(context_length, DEFAULT_NUM_TOKENS)
     num_held = -(-num_tokens // DEFAULT_PAGE_SIZE) * DEFAULT_PAGE_SIZE
     state, state_formula = cache.state()
@@ -165,7 +174,7 @@ def _drafter_lines(
     block_size = DiffusionConfig().block_size
     lines = [
         MemoryLine("drafter", "context tower", "", _bytes_of(towers.context)),
-        MemoryLine("drafter", "denoiser tower", "", _bytes_of(towers.denoiser)),
+        denoiser,
         MemoryLine("drafter", "Mamba states", state_formula, state, "request", num_requests),
         MemoryLine("drafter", "keys and values", keys_formula, keys, "token", num_held),
         MemoryLine(

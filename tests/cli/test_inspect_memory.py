@@ -51,8 +51,11 @@ def lines_of(memory: dict[str, Any], holder: str) -> dict[str, dict[str, Any]]:
     return {line["name"]: line for line in memory["lines"] if line["holder"] == holder}
 
 
-def test_the_published_model_takes_59_gib_a_tower_and_47_mib_a_state(command: Command, published: Path) -> None:
-    memory = memory_of(command, published, published, "--num-speculative-tokens", 7, "--max-num-seqs", 16)
+def test_the_published_model_takes_59_gib_a_tower_and_47_mib_a_state(
+    command: Command, published: Path, tmp_path: Path
+) -> None:
+    another = save_config(tmp_path / "another", PUBLISHED_SIZE)
+    memory = memory_of(command, published, another, "--num-speculative-tokens", 7, "--max-num-seqs", 16)
     drafter, verifier = lines_of(memory, "drafter"), lines_of(memory, "verifier")
     assert [round(drafter[f"{tower} tower"]["total"] / GIB) for tower in ("context", "denoiser")] == [59, 59]
     assert round(verifier["weights"]["total"] / GIB) == 59
@@ -66,12 +69,29 @@ def test_the_published_model_takes_59_gib_a_tower_and_47_mib_a_state(command: Co
     assert (memory["num_drafts"], memory["max_num_batched_tokens"]) == ([3, 7], 128)
 
 
+def test_a_model_that_drafts_for_itself_has_one_context_tower(
+    command: Command, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "link").symlink_to(published)
+    memory = memory_of(command, published, tmp_path / "link", "--num-speculative-tokens", 7, "--max-num-seqs", 16)
+    drafter, verifier = lines_of(memory, "drafter"), lines_of(memory, "verifier")
+    assert memory["has_one_context_tower"] is True and set(drafter) == {"denoiser tower"}
+    assert round(drafter["denoiser tower"]["total"] / GIB) == round(verifier["weights"]["total"] / GIB) == 59
+    monkeypatch.setenv("COLUMNS", "160")
+    assert (
+        "there is one context tower" in command("inspect", published, "--verifier", published, "--max-num-seqs", 1)[1]
+    )
+    two = memory_of(command, published, published, "--tensor-parallel-size", 2)
+    assert two["has_one_context_tower"] is False and "context tower" in lines_of(two, "drafter")
+
+
 def test_the_table_has_the_formulas_and_what_to_set(
-    command: Command, published: Path, monkeypatch: pytest.MonkeyPatch
+    command: Command, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "160")
+    another = save_config(tmp_path / "another", PUBLISHED_SIZE)
     options = ("--num-speculative-tokens", 3, "--max-num-seqs", 4)
-    code, out, err = command("inspect", published, "--verifier", published, *options)
+    code, out, err = command("inspect", published, "--verifier", another, *options)
     assert (code, err) == (0, "")
     for text in (
         "23 M x (6144 x 3 x 2 B + 64 x 64 x 128 x 4 B)",
@@ -114,8 +134,9 @@ def test_a_verifier_of_attention_alone_has_keys_and_values(command: Command) -> 
     assert (memory["num_drafts"], memory["state_bytes"]) == ([7, 15], 0)
 
 
-def test_ranks_share_the_verifier_and_not_the_drafter(command: Command, published: Path) -> None:
-    one, four = (memory_of(command, published, published, "--tensor-parallel-size", size) for size in (1, 4))
+def test_ranks_share_the_verifier_and_not_the_drafter(command: Command, published: Path, tmp_path: Path) -> None:
+    another = save_config(tmp_path / "another", PUBLISHED_SIZE)
+    one, four = (memory_of(command, published, another, "--tensor-parallel-size", size) for size in (1, 4))
     assert lines_of(one, "drafter") == lines_of(four, "drafter")
     assert four["state_bytes"] == one["state_bytes"] // 4
     weights = [lines_of(memory, "verifier")["weights"]["total"] for memory in (one, four)]

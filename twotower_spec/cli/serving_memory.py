@@ -45,6 +45,8 @@ def _remarks(memory: ServingMemory) -> list[str]:
     remarks = [
         "M: Mamba layers, *: attention layers; others keep nothing of a request. vLLM rounds states up to whole pages."
     ]
+    if memory.has_one_context_tower:
+        remarks.append("T drafts for itself: its denoiser reads the verifier's state, there is one context tower")
     if memory.unknown:
         remarks.append(f"not all is known: {memory.unknown}")
     fewest, most = memory.num_drafts
