@@ -26,10 +26,15 @@ def is_two_tower(model: object, revision: object = None) -> bool:
 def is_same(model: str, revision: str | None, other: str, other_revision: str | None) -> bool:
     """Whether two names mean one checkpoint, also where one is a hub id and one its downloaded files; never raises."""
     try:
-        one, another = (
-            Path(str(cached_file(name, "config.json", revision=of))).parent
-            for name, of in ((model, revision), (other, other_revision))
-        )
-        return one.samefile(another)
+        folders = [_folder(model, revision), _folder(other, other_revision)]
+        return folders[0].samefile(folders[1])
     except Exception:  # nothing is there, and what is loaded will say so
         return False
+
+
+def _folder(name: str, revision: str | None) -> Path:
+    """Folder with the config.json of a directory or of a commit in the hub cache."""
+    file: str | None = cached_file(name, "config.json", revision=revision)
+    if file is None:
+        raise FileNotFoundError(name)
+    return Path(file).parent  # not of what it links to: commits of a hub id share files
