@@ -283,7 +283,7 @@ HOOKS: tuple[Hook, ...] = (
     *fields(INPUT_BATCH, "InputBatch", "block_table", OWN_STATE),
     function(BLOCK_TABLE, "BlockTable.get_numpy_array", OWN_STATE),
     *fields(KV_CACHE, "KVCacheGroupSpec", "layer_names kv_cache_spec", OWN_STATE),
-    *fields(KV_CACHE, "MambaSpec", "block_size", OWN_STATE),
+    *fields(KV_CACHE, "KVCacheSpec", "block_size", OWN_STATE),
     *fields(ATTENTION, "Attention", "kv_cache num_kv_heads head_size attn_backend impl", OWN_STATE),
     *fields(MAMBA_MIXER, "MambaMixer2", "kv_cache", OWN_STATE),
     function("vllm.model_executor.layers.mamba.mamba_utils", "is_conv_state_dim_first", OWN_STATE),
