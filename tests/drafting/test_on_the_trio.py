@@ -31,6 +31,11 @@ def prompts() -> list[list[int]]:
     return [list(ids) for ids in trio().tokenizer(rows)["input_ids"]]
 
 
+@cache
+def expected_texts() -> list[list[int]]:
+    return greedy_texts(trio().verifier, prompts(), 64, eos=2)
+
+
 def test_drafter_and_verifier_share_all_their_tokens() -> None:
     assert shared_token_ids(trio().tokenizer, trio().tokenizer, 2048, 2048) == 2048
 
@@ -39,10 +44,9 @@ def test_drafter_and_verifier_share_all_their_tokens() -> None:
     "policy", [FixedPolicy(8, 1), ThresholdPolicy(), AdaptivePolicy()], ids=lambda p: type(p).__name__
 )
 def test_greedy_text_is_that_of_generate(policy: DraftPolicy) -> None:
-    expected = greedy_texts(trio().verifier, prompts(), 64, eos=2)
     drafter = DraftingSession(trio().towers, policy, num_slots=len(prompts()))
     result = decode(trio().verifier, drafter, prompts(), 64, eos_token_id=2)
-    assert result.token_ids == expected
+    assert result.token_ids == expected_texts()
     if isinstance(policy, FixedPolicy):
         assert result.summary.acceptance_length > 2.5
 
