@@ -56,17 +56,15 @@ class Run:
 
 
 def run_bench(folder: Path, *options: str) -> Run:
-    file = folder / "cells.jsonl"
-    done = subprocess.run(
-        [sys.executable, "-m", "twotower_spec.cli", "bench", *options, "--json", str(file)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=550,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return Run(done.stdout, file)
+    """Runs the command in this process; as a process of its own it is in the test of its end."""
+    file, text = folder / "cells.jsonl", StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
+        share_forks(patch)
+        patch.setattr(sys, "argv", ["twotower-spec", "bench", *options, "--json", str(file)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+    assert not ended.value.code, text.getvalue()
+    return Run(text.getvalue(), file)
 
 
 @pytest.fixture(scope="module")
@@ -76,16 +74,8 @@ def acceptance(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture(scope="module")
 def sweep(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder, text = tmp_path_factory.mktemp("sweep"), StringIO()
-    file = folder / "cells.jsonl"
-    options = [*SWEEP, "--profile", str(folder / "profile.json"), "--json", str(file)]
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(text):
-        share_forks(patch)
-        patch.setattr(sys, "argv", ["twotower-spec", "bench", *options])
-        with pytest.raises(SystemExit) as ended:
-            main()
-    assert not ended.value.code, text.getvalue()
-    return Run(text.getvalue(), file)
+    folder = tmp_path_factory.mktemp("sweep")
+    return run_bench(folder, *SWEEP, "--profile", str(folder / "profile.json"))
 
 
 @needs_vllm
