@@ -31,6 +31,7 @@ def run_itself(
     passes: int = 1,
     fault: str = "",
     knobs: dict[str, Any] | None = None,
+    change: dict[str, Any] | None = None,
     num_speculative_tokens: int | None = 7,
     **engine_args: Any,
 ) -> dict[str, Any]:
@@ -44,6 +45,7 @@ def run_itself(
         passes: times that the same requests come; the texts of the last time count.
         fault: of `FAULTS`.
         knobs: of the drafter.
+        change: of its policy, after the first of several passes.
         num_speculative_tokens: None for no drafts.
         engine_args: beside `ENGINE`.
 
@@ -59,6 +61,7 @@ def run_itself(
         "max_tokens": max_tokens,
         "passes": passes,
         "fault": fault,
+        "change": change,
         "num_speculative_tokens": num_speculative_tokens,
         "knobs": {"log_interval_s": 0, "policy": "fixed", "steps_per_block": 1, **(knobs or {})},
         "engine_args": {**ENGINE, **engine_args},
@@ -200,9 +203,11 @@ def write_results(order: str, output: str) -> None:
         )
         prompts = _prompts(given)
         params = SamplingParams(temperature=0, max_tokens=given["max_tokens"], ignore_eos=True)
-        for _ in range(given["passes"]):
+        for count in range(given["passes"]):
+            if count == 1 and given["change"]:
+                _drafter(llm).change_policy(given["change"])
             rows = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-    drafter = llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
+    drafter = _drafter(llm)
     metrics = {one.name: getattr(one, "value", 0) for one in llm.get_metrics()}
     results = {
         "prompts": prompts,
@@ -222,6 +227,10 @@ def write_results(order: str, output: str) -> None:
     Path(output).write_text(json.dumps(results))
     core: Any = llm.llm_engine.engine_core
     core.shutdown()
+
+
+def _drafter(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner.drafter
 
 
 def _prompts(given: dict[str, Any]) -> list[list[int]]:

@@ -44,7 +44,7 @@ def check(found: dict[str, Any], *experiences: str, path: str = T) -> None:
 
 @pytest.mark.slow
 def test_contexts_after_prompts_and_after_drafts_that_were_partly_accepted() -> None:
-    found = run_itself()
+    found = run_itself(passes=2, change={"policy": "threshold", "block_size": 8, "steps_per_block": 3})
     check(found, "prompt", "none of the drafts", "some of the drafts", "all of the drafts")
     assert found["accepted"] > 50 and found["memory"].startswith("no context tower and no state of its own")
     assert found["log"].count("drafts from the verifier's own state") == 1

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from vllm.model_executor.layers.mamba.mamba_utils import is_conv_state_dim_first
@@ -185,8 +186,9 @@ class EngineContext:
             per_block, page_size = group.pages_per_block, group.pages.page_size
             counts = [-(-length // page_size) for length in lens]
             table = self._blocks(group.group)
+            in_block = np.arange(per_block)
             page_lists = [
-                [int(table[row, page // per_block]) * per_block + page % per_block for page in range(count)]
+                (table[row, : -(-count // per_block), None] * per_block + in_block).flatten()[:count].tolist()
                 for row, count in zip(rows, counts, strict=True)
             ]
             workspace = self._room(group, sum(counts) * page_size + len(rows) * block_size)
