@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.nemotron_h import save_nemotron_h
 from tests.vllm_plugin.fork_server import results_of
 from twotower_spec.demo.trio import trio_path
 
@@ -302,11 +303,18 @@ def test_verifiers_that_cannot_be_served_are_refused() -> None:
     assert "model runner V2 needs Triton" in refused["error"] and afterwards["method"] == "custom_class"
 
 
-def test_a_verifier_whose_states_cannot_be_taken_back_is_refused_on_a_cpu(tmp_path: Path) -> None:
+def test_a_hybrid_is_refused_on_a_cpu_by_its_kind_of_layer_or_by_ids_that_differ(tmp_path: Path) -> None:
     verifier = hybrid_verifier(tmp_path / "hybrid")
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
-    (found,) = outcomes([{**given, "model": verifier}])
-    assert "is a JambaForCausalLM, whose recurrent states" in found["error"]
+    stranger = save_nemotron_h(tmp_path / "stranger", vocabulary=2048)
+    tokenizer = json.loads((trio_path("verifier") / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    first, second = (next(token for token, token_id in vocab.items() if token_id == wanted) for wanted in (300, 301))
+    vocab[first], vocab[second] = 301, 300
+    (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
+    found, other = outcomes([{**given, "model": verifier}, {**given, "model": str(stranger)}])
+    assert "is a JambaForCausalLM with layers of the kind mamba, whose recurrent states" in found["error"]
+    assert "300" in other["error"] and repr(first) in other["error"] and repr(second) in other["error"]
 
 
 def hybrid_verifier(folder: Path) -> str:

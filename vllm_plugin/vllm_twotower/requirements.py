@@ -173,8 +173,9 @@ def check_hybrid(model_config: Any, *, on_cpu: bool) -> None:
     architecture = model_config.architecture
     if on_cpu and architecture not in MAMBA2_ON_CPU:
         raise ArgumentError(
-            f"{model_config.model} is a {architecture}, whose recurrent states vLLM does not take back on a CPU after "
-            f"a rejected draft; use a verifier with attention alone or a {' or '.join(MAMBA2_ON_CPU)}, or a GPU"
+            f"{model_config.model} is a {architecture}{_kinds_of(model_config)}, whose recurrent states vLLM does not "
+            f"take back on a CPU after a rejected draft; use a verifier with attention alone or a "
+            f"{' or '.join(MAMBA2_ON_CPU)}, or a GPU"
         )
     missing = compat.missing_hooks(hooks_of("hybrid", on_cpu=on_cpu))
     if missing:
@@ -183,6 +184,15 @@ def check_hybrid(model_config: Any, *, on_cpu: bool) -> None:
             f"{', '.join(hook.name for hook in missing)}, without which drafts would change its text; use vLLM 0.32, "
             f"or a verifier with attention alone"
         )
+
+
+def _kinds_of(model_config: Any) -> str:
+    """Names the kinds of its recurrent layers, where its config.json does."""
+    config = getattr(model_config, "hf_text_config", None)
+    named = getattr(config, "layers_block_type", None) or getattr(config, "layer_types", None) or ()
+    others = ("attention", "full_attention", "sliding_attention", "moe", "mlp")
+    kinds = dict.fromkeys(str(kind) for kind in named if kind not in others)
+    return f" with layers of the kind {', '.join(kinds)}" if kinds else ""
 
 
 def _shared_ids(knobs: DrafterKnobs, config: TwoTowerConfig, model_config: Any) -> int:
