@@ -59,7 +59,7 @@ def test_text_is_the_context_towers(tmp_path: Path, like: str, changes: dict[str
     (model / "config.json").write_text(json.dumps({**config, "n_shared_experts": 2}))
     found = run_hybrid(model, settings, max_tokens=NUM_TOKENS)
     assert found["texts"] == own_text(model, found["texts"])
-    assert (found["accepted"] > 20) == (settings is not None)
+    assert (found["drafted"] > 100) == (settings is not None)  # a random denoiser guesses none
 
 
 def add_hole(file: Path, name: str, num_bytes: int) -> None:
