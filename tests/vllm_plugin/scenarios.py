@@ -628,3 +628,15 @@ def runner(engine: Engine) -> dict[str, Any]:
     """Module of vLLM's model runner, and whether steps are scheduled asynchronously."""
     scheduling = engine.core.vllm_config.scheduler_config.async_scheduling
     return {"module": type(engine.runner).__module__, "async_scheduling": scheduling}
+
+
+def one_hot_samples(engine: Engine) -> Any:
+    """Sampled text with seeds and without, filters too; without the last token, up to which drafts may be cut."""
+    kinds: list[dict[str, Any]] = [
+        {"temperature": 0.9, "seed": 21},
+        {"temperature": 1.2, "top_k": 8},
+        {"temperature": 1.4, "top_p": 0.8, "seed": 22},
+        {"temperature": 1.4, "min_p": 0.08},
+    ]
+    found = [engine.generate(engine.prompts(6), max_tokens=24, ignore_eos=True, **kind) for kind in kinds]
+    return [[row[0][:-1] for row in rows] for rows in found]
