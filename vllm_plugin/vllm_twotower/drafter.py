@@ -115,7 +115,15 @@ class EngineDrafter:
                 self.stats.set("pool_size", size, resource)
 
     def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
+        """Loads both towers; says why where the verifier is the context tower itself."""
+        if self._found.drafts_for_itself:
+            reason = self._obstacle(device, dtype)
+            logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", reason)
         return load_session(self.knobs, self._found, self._vllm_config, device, dtype)
+
+    def _obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Names what keeps the drafter from reading the verifier's own state; None where nothing does."""
+        return "the state of this model runner is not read"
 
     def change_policy(self, changes: Mapping[str, Any]) -> None:
         """Drafts by other knobs from now on, of which those of the policy count; a policy keeps what it has learnt.

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from vllm.logger import init_logger
 
 from twotower_spec.drafting import DraftingRounds, DraftRequest
 from vllm_twotower.drafter import EngineDrafter, StepRow, filled
@@ -16,8 +15,6 @@ from vllm_twotower.v1 import hooks, one_tower
 from vllm_twotower.v1.engine_context import EngineContext
 from vllm_twotower.v1.requests import gone, usable_drafts
 from vllm_twotower.v1.sampler import TwoTowerRejectionSampler
-
-logger = init_logger("vllm.twotower.proposer")
 
 # Where vLLM stops to ask a drafter that could outgrow it; ours takes rows of any length.
 ANY_LENGTH = 10**9
@@ -71,13 +68,13 @@ class TwoTowerProposer(EngineDrafter):
 
     def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
         """Loads the denoiser alone where it can read the verifier's own state, and else both towers."""
-        given = self.knobs, self._found, self._vllm_config, device, dtype
-        reason = one_tower.obstacle(*given)
-        if reason is None:
-            return one_tower.load_hosted_session(*given)
-        if self._found.drafts_for_itself:
-            logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", reason)
+        if self._obstacle(device, dtype) is None:
+            return one_tower.load_hosted_session(self.knobs, self._found, self._vllm_config, device, dtype)
         return super()._load_session(device, dtype)
+
+    def _obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """See `EngineDrafter`."""
+        return one_tower.obstacle(self.knobs, self._found, self._vllm_config, device, dtype)
 
     def _attach_state(self, runner: Any) -> None:
         """Has the drafter read the verifier's state; where that fails, vLLM goes on without drafts."""
