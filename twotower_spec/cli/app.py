@@ -69,7 +69,9 @@ def main() -> None:
     Exit codes: 0 done, 1 standard output cannot be written, 2 bad input, 130 interrupted.
     """
     open_standard_streams()
-    sys.exit(_exit_code(lambda: build_app()(standalone_mode=False)) or _exit_code(sys.stdout.flush))
+    # Also where Python was asked for a module instead.
+    code = _exit_code(lambda: build_app()(prog_name="twotower-spec", standalone_mode=False))
+    sys.exit(code or _exit_code(sys.stdout.flush))
 
 
 def _exit_code(action: Callable[[], int | None]) -> int:
