@@ -33,8 +33,9 @@ OF_REQUESTS: Mapping[Handling, str] = {
         "stream_interval skip_clone skip_reading_prefix_cache routed_experts_prompt_start"
     ),
     Handling.NO_DRAFTS: "thinking_token_budget",
-    # By vLLM: it wants its newer runner for the first two, has no third with speculative decoding, and no engine whose
-    # watermarks the next two could turn off. The readers of the last, logits processors, are refused below.
+    # By vLLM: it wants its newer runner for the first two, which answers them itself, has no third with speculative
+    # decoding, and no engine whose watermarks the next two could turn off. The readers of the last, logits processors,
+    # are refused below.
     Handling.REFUSED: (
         "prompt_logprob_token_ids prompt_logprob_start trace_decode_token_ids watermarking _watermarking_skipped "
         "extra_args"
