@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml
 test: setup ## run the tests; choose some with ARGS='-k acceptance' or ARGS='-m "not slow"'
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
-fuzz: setup ## bad files and command lines by the 100,000: taken or refused in a sentence; an hour of a core
+fuzz: setup ## bad files and command lines by the 100,000: taken or refused in a sentence; a quarter of an hour of a core
 	$(PY) -m pytest tests/fuzz -n $(WORKERS) --hypothesis-profile long --hypothesis-show-statistics --timeout 0 $(ARGS)
 
 lint: setup ## formatting, ruff, mypy --strict
