@@ -115,14 +115,16 @@ class EngineDrafter:
                 self.stats.set("pool_size", size, resource)
 
     def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
-        """Loads both towers; says why where the verifier is the context tower itself."""
+        """Loads the denoiser alone where it can read the verifier's own state, and else both towers; says why."""
         if self._found.drafts_for_itself:
-            reason = self._obstacle(device, dtype)
-            logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", reason)
+            hosted = self._load_hosted_session(device, dtype)
+            if not isinstance(hosted, str):
+                return hosted
+            logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", hosted)
         return load_session(self.knobs, self._found, self._vllm_config, device, dtype)
 
-    def _obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Names what keeps the drafter from reading the verifier's own state; None where nothing does."""
+    def _load_hosted_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds | str:
+        """Loads the denoiser for a verifier that is the context tower, or says what keeps it from reading its state."""
         return "the state of this model runner is not read"
 
     def change_policy(self, changes: Mapping[str, Any]) -> None:
@@ -164,7 +166,7 @@ class EngineDrafter:
         num_reqs: int,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Sequence[StepRow]]:
         """Drafts for the next step; never raises.
 
         Args:
@@ -173,15 +175,16 @@ class EngineDrafter:
             gone: those of some requests that the runner has forgotten; they are forgotten here too.
 
         Returns:
-            Per row, up to `num_speculative_tokens` drafts.
+            Per row, up to `num_speculative_tokens` drafts; and the rows, as far as there are any drafts.
         """
+        rows: Sequence[StepRow] = ()
         reason = self._reason_to_rest()
         if self.session is None or reason is not None:
             self.stats.add("fallbacks", num_reqs, reason or "not loaded")
-            return [[] for _ in range(num_reqs)]
+            return [[] for _ in range(num_reqs)], rows
         start = time.perf_counter()
         try:
-            drafts = self._draft(self.session, start, read_rows, gone)
+            drafts, rows = self._draft(self.session, start, read_rows, gone)
         except Exception as error:
             self.stats.add("fallbacks", num_reqs, "error")
             self._round = None
@@ -189,7 +192,7 @@ class EngineDrafter:
                 self.session = None
             drafts = [[] for _ in range(num_reqs)]
         self._round_end = time.perf_counter()
-        return drafts
+        return drafts, rows
 
     def _reason_to_rest(self) -> str | None:
         if self._is_off:
@@ -202,7 +205,7 @@ class EngineDrafter:
         start: float,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
-    ) -> list[list[int]]:
+    ) -> tuple[list[list[int]], Sequence[StepRow]]:
         self.forget(gone(session.request_ids))
         self._count_phases()
         rows = read_rows()
@@ -210,11 +213,11 @@ class EngineDrafter:
         self.stats.add("rounds", 1)
         if self._faults.skips_round():
             self.stats.add("fallbacks", len(rows), "recovering")
-            return [[] for _ in rows]
+            return [[] for _ in rows], rows
         self._round = session.draft([row.request for row in rows])
         self._faults.judge(self._round)
         self._count(session, self._round, start)
-        return self._round.block.rows()
+        return self._round.block.rows(), rows
 
     def _observe(self, session: DraftingRounds, start: float, rows: Mapping[Hashable, StepRow]) -> None:
         """Tells the policy, and counts, what became of the last round's drafts."""

@@ -66,15 +66,10 @@ class TwoTowerProposer(EngineDrafter):
                 sampler.attach(runner, self.knobs.verification)
             self._attach_state(runner)
 
-    def _load_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
-        """Loads the denoiser alone where it can read the verifier's own state, and else both towers."""
-        if self._obstacle(device, dtype) is None:
-            return one_tower.load_hosted_session(self.knobs, self._found, self._vllm_config, device, dtype)
-        return super()._load_session(device, dtype)
-
-    def _obstacle(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def _load_hosted_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds | str:
         """See `EngineDrafter`."""
-        return one_tower.obstacle(self.knobs, self._found, self._vllm_config, device, dtype)
+        arguments = self.knobs, self._found, self._vllm_config, device, dtype
+        return one_tower.obstacle(*arguments) or one_tower.load_hosted_session(*arguments)
 
     def _attach_state(self, runner: Any) -> None:
         """Has the drafter read the verifier's state; where that fails, vLLM goes on without drafts."""
@@ -105,14 +100,12 @@ class TwoTowerProposer(EngineDrafter):
         Returns:
             Per row, up to `num_speculative_tokens` drafts.
         """
-        rows: list[StepRow] = []
-
-        def read_rows() -> Sequence[StepRow]:
-            rows.extend(self._rows(sampled_token_ids, num_tokens_no_spec, token_ids_cpu))
-            return rows
-
         self.count_sampler_failures(getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0))
-        drafts = self.draft(len(sampled_token_ids), read_rows, lambda held: gone(held, self._runner))
+        drafts, rows = self.draft(
+            len(sampled_token_ids),
+            lambda: self._rows(sampled_token_ids, num_tokens_no_spec, token_ids_cpu),
+            lambda held: gone(held, self._runner),
+        )
         return padded(drafts, rows) if self._pads else drafts
 
     def _reason_to_rest(self) -> str | None:

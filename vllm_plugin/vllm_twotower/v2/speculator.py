@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import numpy as np
@@ -99,14 +99,8 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         drafts = self._drafts[: input_batch.num_reqs]
         if dummy_run:
             return drafts
-        rows: list[StepRow] = []
-
-        def read_rows() -> Sequence[StepRow]:
-            rows.extend(self._rows(input_batch, num_sampled))
-            return rows
-
         self.count_sampler_failures(getattr(self.sampler, "num_failures", 0))
-        own = self.draft(input_batch.num_reqs, read_rows, self._gone)
+        own, rows = self.draft(input_batch.num_reqs, lambda: self._rows(input_batch, num_sampled), self._gone)
         drafts.copy_(last_sampled[input_batch.idx_mapping].expand_as(drafts))
         if any(own):
             width = self.num_speculative_tokens
