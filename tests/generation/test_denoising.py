@@ -2,61 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
+from torch import Tensor
 
 from tests.support.builders import random_ids, tiny_model
-from twotower_kernels.unmasking import unmask
 from twotower_spec import TwoTowerModel
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import (
-    DenoisedBlocks,
     DenoisingLoop,
     DenoisingRequest,
+    DenoisingStep,
     FirstStepProbs,
     HostLoop,
     PublishedSchedule,
     Schedule,
+    ScheduleLoop,
     TokenPicker,
     TraceRecorder,
+    behind_first,
 )
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 
 MASK = 3
 GREEDY = TokenPicker(Sampler(), MASK)
+SAMPLED = TokenPicker(Sampler(temperature=0.9, top_k=20), MASK, num_token_ids=50)
 LENGTHS = [1, 17, 6]
 
 
-class FixedShapes:
-    """A loop that keeps all rows and positions in every step, and takes no value from the device."""
-
-    def __init__(self, model: TwoTowerModel, block_size: int) -> None:
-        self.denoiser, self.block_size = model.denoiser, block_size
-        self._modulation = model.denoiser.time_conditioning.for_block_size(block_size)
-
-    @property
-    def nbytes(self) -> int:
-        return self._modulation.nbytes
-
-    @torch.inference_mode()
-    def denoise(self, request: DenoisingRequest) -> DenoisedBlocks:
-        rule = request.commit_rule
-        assert isinstance(rule, Schedule)
-        blocks = self.denoiser.initial_block(len(request.seeds), self.block_size, MASK)
-        if request.first_tokens is not None:
-            blocks[:, 0] = request.first_tokens
-        confidence = torch.ones(blocks.shape, dtype=torch.float64)
-        num_passes = torch.zeros(len(blocks), dtype=torch.long)
-        for index in range(self.block_size):
-            masked = blocks == MASK
-            num_masked = masked.sum(-1)
-            num_passes += num_masked > 0
-            logits = self.denoiser(blocks, request.context, self._modulation[num_masked], None, wide_logits=False)
-            left = max(rule.remaining_steps(index, self.block_size), 1)
-            done = unmask(logits, None, blocks, masked, confidence, MASK, rule.confidence_threshold, left)
-            blocks, confidence = done.token_ids, done.confidence
-        return DenoisedBlocks(blocks, confidence, num_passes)
+class UnseenRule:
+    def commits(self, step: DenoisingStep) -> Tensor:
+        return step.masked
 
 
 def request_for(
@@ -80,7 +59,10 @@ def test_a_loop_of_fixed_shapes_fills_the_same_blocks(
     block_size: int, steps: int, threshold: float, first_tokens: list[int] | None
 ) -> None:
     model, rule = tiny_model(), PublishedSchedule(threshold, steps)
-    loops: list[DenoisingLoop] = [HostLoop(model.denoiser, block_size, GREEDY), FixedShapes(model, block_size)]
+    loops: list[DenoisingLoop] = [
+        HostLoop(model.denoiser, block_size, GREEDY),
+        ScheduleLoop(model.denoiser, block_size, GREEDY),
+    ]
     host, fixed = (loop.denoise(request_for(model, block_size, rule, first_tokens)) for loop in loops)
     assert torch.equal(host.token_ids, fixed.token_ids)
     assert torch.equal(host.num_passes, fixed.num_passes)
@@ -94,9 +76,12 @@ def test_a_request_serves_many_calls() -> None:
     assert torch.equal(first.token_ids, second.token_ids)
 
 
-def test_unwanted_positions_stay_masked_and_the_others_are_those_of_a_whole_block() -> None:
+@pytest.mark.parametrize("kind", [HostLoop, ScheduleLoop])
+def test_unwanted_positions_stay_masked_and_the_others_are_those_of_a_whole_block(
+    kind: type[HostLoop | ScheduleLoop],
+) -> None:
     model, rule = tiny_model(), PublishedSchedule(0.0, 1)
-    loop = HostLoop(model.denoiser, 5, GREEDY)
+    loop = kind(model.denoiser, 5, GREEDY)
     whole = request_for(model, 5, rule)
     narrow = DenoisingRequest(whole.context, whole.seeds, whole.first_positions, rule, num_wanted=2)
     expected, filled = loop.denoise(whole).token_ids, loop.denoise(narrow).token_ids
@@ -120,3 +105,11 @@ def test_probs_are_of_the_first_step_and_without_ids_that_are_never_picked(num_t
 def test_a_block_without_positions_is_refused() -> None:
     with pytest.raises(ArgumentError, match="block_size 0"):
         HostLoop(tiny_model().denoiser, 0, GREEDY)
+
+
+def test_a_rule_that_looks_at_every_step_is_refused_by_the_loop_of_fixed_shapes() -> None:
+    model = tiny_model()
+    request = request_for(model, 5, PublishedSchedule(0.1, 3))
+    seeing = behind_first(UnseenRule())
+    with pytest.raises(ArgumentError, match="give a schedule"):
+        ScheduleLoop(model.denoiser, 5, GREEDY).denoise(replace(request, commit_rule=seeing))

@@ -125,6 +125,7 @@ BATCHES = [
     pytest.param([5], [17], id="one block"),
     pytest.param([17, 0, 3, 40], [3, 17, 1, 16], id="ragged"),
     pytest.param([0, 0], [5, 5], id="no context"),
+    pytest.param([17, 0, 40], [4, 4, 4], id="alike"),
     pytest.param([9, 4, 0], [0, 3, 0], id="requests without tokens"),
 ]
 

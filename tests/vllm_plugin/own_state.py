@@ -222,7 +222,7 @@ def write_results(order: str, output: str) -> None:
         "context_tokens": drafter.stats.get("context_tokens"),
         "memory": str(drafter.session.memory()) if drafter.session else "",
         "session": type(drafter.session).__name__,
-        "attention_groups": len(getattr(drafter.session.drafter.source, "_attention", ())) if drafter.session else 0,
+        "attention_groups": len(getattr(drafter.session.source, "_attention", ())) if drafter.session else 0,
     }
     Path(output).write_text(json.dumps(results))
     core: Any = llm.llm_engine.engine_core

@@ -1,4 +1,4 @@
-"""The device part of drafting: slots and tensors in, token ids and confidences out."""
+"""The device part of drafting: contexts and tensors in, token ids and confidences out."""
 
 from __future__ import annotations
 
@@ -15,11 +15,12 @@ from twotower_spec.generation.denoising import (
     DenoisingRequest,
     FirstStepProbs,
     HostLoop,
+    ScheduleLoop,
     TokenPicker,
     behind_first,
 )
 from twotower_spec.generation.sampling import Sampler
-from twotower_spec.state import ContextSource
+from twotower_spec.state import BlockContext
 from twotower_spec.towers.model import TwoTowers
 
 FirstToken = Literal["context", "denoiser"]
@@ -30,10 +31,10 @@ MOST_OFFSETS = 1 << 10
 
 
 class BlockDrafter:
-    """Drafts one block for every row of a batch, from contexts that a `ContextSource` holds by slot.
+    """Drafts one block for every row of a batch.
 
     It knows no request ids, keeps no lists and reads nothing back from a device; results stay on the denoiser's. Only
-    the denoising loop may look at the device between its steps.
+    `HostLoop` looks at the device between its steps.
 
     Attributes:
         picker: how tokens are picked, and which ids never are.
@@ -44,26 +45,26 @@ class BlockDrafter:
     def __init__(
         self,
         towers: TwoTowers,
-        source: ContextSource,
         num_slots: int = 0,
         *,
         first_token: FirstToken,
         sampler: Sampler,
         noise: Noise,
         num_token_ids: int,
+        loop: type[HostLoop | ScheduleLoop] = HostLoop,
     ) -> None:
         """Allocates room for the last logits.
 
         Args:
             towers: the model, each tower where it was placed.
-            source: of the contexts.
-            num_slots: slots that the source has, if a context tower gives logits for them.
+            num_slots: slots of the pool, if a context tower gives logits for them.
             first_token: take the first draft from the context tower, or leave it to the denoiser.
             sampler: how tokens are picked.
             noise: of the sampler: "private", or "shared" with the target under the coupled rule.
             num_token_ids: ids from this one on are not drafted.
+            loop: that fills the blocks.
         """
-        self.towers, self.source = towers, source
+        self.towers = towers
         self.first_token, self.noise = first_token, noise
         self.picker = TokenPicker(sampler, towers.config.mask_token_id, num_token_ids)
         self.last_logits = torch.empty(
@@ -71,7 +72,8 @@ class BlockDrafter:
             dtype=accumulation_dtype(towers.dtype),
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
-        self._loops: dict[int, HostLoop] = {}
+        self._make_loop = loop
+        self._loops: dict[int, HostLoop | ScheduleLoop] = {}
 
     @property
     def nbytes(self) -> int:
@@ -85,6 +87,7 @@ class BlockDrafter:
     @torch.inference_mode()
     def draft(
         self,
+        context: BlockContext,
         slots: Tensor,
         starts: Tensor,
         seeds: Tensor,
@@ -96,7 +99,8 @@ class BlockDrafter:
         """Drafts what may follow every row.
 
         Args:
-            slots: int64 [num_reqs] on the host, whose contexts are up to date.
+            context: of the rows, viewed for blocks of this size.
+            slots: int64 [num_reqs], of their last logits.
             starts: int64 [num_reqs], index of each block's first token in its sequence.
             seeds: int64 [num_reqs], of sampling noise.
             block_size: positions that are denoised.
@@ -107,7 +111,7 @@ class BlockDrafter:
 
         Returns:
             Blocks on the denoiser's device, and float [num_reqs, block_size, vocab], the distributions that the first
-            step's picks were drawn from; None for the most probable tokens.
+            step's picks were drawn from; None for the most probable tokens, and from `ScheduleLoop`.
         """
         device = self.towers.denoiser.device
         starts, seeds = starts.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
@@ -120,7 +124,7 @@ class BlockDrafter:
             first = self._first_tokens(slots, seeds, starts)
             first_tokens = first[0]
         request = DenoisingRequest(
-            self.source.view(slots, block_size),
+            context,
             seeds,
             starts,
             commit_rule,
@@ -129,10 +133,11 @@ class BlockDrafter:
             num_wanted=num_wanted,
             same_noise=self.noise == "shared",
         )
-        if self.picker.sampler.greedy:
-            return self._loop(block_size).denoise(request), None
+        loop = self._loop(block_size)
+        if self.picker.sampler.greedy or isinstance(loop, ScheduleLoop):
+            return loop.denoise(request), None
         first_step = FirstStepProbs(self.picker)
-        done, probs = self._loop(block_size).denoise(request, [first_step]), first_step.probs
+        done, probs = loop.denoise(request, [first_step]), first_step.probs
         if first is not None:
             if probs is None:  # a block of one token, which the denoiser was not asked for
                 return done, self.picker.probs(first[2])[:, None]
@@ -144,7 +149,7 @@ class BlockDrafter:
         logits = self.last_logits[slots.to(self.last_logits.device)].to(seeds.device)
         return *self.picker.pick(logits, seeds, starts), logits
 
-    def _loop(self, block_size: int) -> HostLoop:
+    def _loop(self, block_size: int) -> HostLoop | ScheduleLoop:
         if block_size not in self._loops:
-            self._loops[block_size] = HostLoop(self.towers.denoiser, block_size, self.picker)
+            self._loops[block_size] = self._make_loop(self.towers.denoiser, block_size, self.picker)
         return self._loops[block_size]

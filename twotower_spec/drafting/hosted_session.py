@@ -57,10 +57,9 @@ class HostedSession(DraftingRounds):
             raise ArgumentError(
                 "blocks of 1 hold the newest token and no draft; give a policy with blocks of 2 or more"
             )
-        self.source = source
+        self.source: ContextSource = source
         self.drafter = BlockDrafter(
             towers,
-            source,
             first_token="denoiser",
             sampler=sampler or Sampler(),
             noise=noise,
@@ -83,11 +82,11 @@ class HostedSession(DraftingRounds):
         denoiser = self.towers.denoiser
         trial = ContextState(self.towers.config, 1, 1, denoiser.dtype, denoiser.device)
         trial.claim("trial")
-        self.drafter.source = trial
+        own, self.source = self.source, trial
         try:
             self._warm_up_blocks(trial.slots(["trial"]))
         finally:
-            self.drafter.source = self.source
+            self.source = own
 
     def memory(self) -> DrafterMemory:
         """See `DraftingRounds.memory`."""

@@ -22,6 +22,7 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import DenoisedBlocks, PublishedSchedule
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import signed_seed
+from twotower_spec.state import ContextSource
 from twotower_spec.state.context_state import RequestId
 from twotower_spec.towers.model import TwoTowers
 
@@ -67,6 +68,7 @@ class DraftingRounds(ABC):
     Attributes:
         num_token_ids: ids from this one on are not drafted.
         drafter: the part that runs on the devices.
+        source: of the contexts.
         num_known: tokens that are known before, at the beginning of every block; they are no drafts.
         without_drafts: requests that got none in a round, all rounds together, by reason: "prefilling" (their context
             is not computed yet), "no room" (the pool is full), "foreign token" (an id that the drafter does not have),
@@ -75,6 +77,7 @@ class DraftingRounds(ABC):
     """
 
     drafter: BlockDrafter
+    source: ContextSource
     num_known = 0
 
     def __init__(
@@ -215,8 +218,10 @@ class DraftingRounds(ABC):
     def _denoise(self, plan: DraftPlan, drafted: Sequence[DraftRequest]) -> tuple[DenoisedBlocks, Tensor | None]:
         most, known = plan.num_tokens, self.num_known
         longest = max(most if one.max_draft_tokens is None else one.max_draft_tokens for one in drafted)
+        slots = self.source.slots(one.request_id for one in drafted)
         return self.drafter.draft(
-            self.drafter.source.slots(one.request_id for one in drafted),
+            self.source.view(slots, plan.block_size),
+            slots,
             torch.tensor([len(one.token_ids) - known for one in drafted]),
             torch.tensor([signed_seed(self.seed if one.seed is None else one.seed) for one in drafted]),
             plan.block_size,
@@ -235,7 +240,8 @@ class DraftingRounds(ABC):
         zeros = torch.zeros_like(slots)
         first = zeros if self.num_known else None
         for size in sorted(self._block_sizes(), reverse=True):
-            self.drafter.draft(slots, zeros, zeros, size, PublishedSchedule(0.0, 1), first_tokens=first)
+            context = self.source.view(slots, size)
+            self.drafter.draft(context, slots, zeros, zeros, size, PublishedSchedule(0.0, 1), first_tokens=first)
 
     def _as_block(
         self,

@@ -82,9 +82,9 @@ class DraftingSession(DraftingRounds):
         if first_token not in ("context", "denoiser"):
             raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
         self.state = ContextState.for_towers(towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True)
+        self.source = self.state
         self.drafter = BlockDrafter(
             towers,
-            self.state,
             num_slots,
             first_token=first_token,
             sampler=sampler or Sampler(),

@@ -19,14 +19,24 @@ class PagedKVCache:
     """Keys and values of all attention layers; requests own pages of `page_size` tokens.
 
     Attributes:
-        keys, values: [num_attention_layers, num_pages * page_size, kv_heads, head_dim].
+        keys, values: [num_attention_layers, num_pages * page_size, kv_heads, head_dim], and a page more with a scratch
+            page: nobody owns it, and passes of fixed shape write there what does not count.
+        scratch_token: flat index of that page's first token.
     """
 
     def __init__(
-        self, config: TwoTowerConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+        self,
+        config: TwoTowerConfig,
+        num_pages: int,
+        page_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scratch_page: bool = False,
     ) -> None:
-        self.page_size = page_size
-        shape = (len(config.attention_layers), num_pages * page_size, config.num_key_value_heads, config.head_dim)
+        self.page_size, self._num_pages = page_size, num_pages
+        self.scratch_token = num_pages * page_size
+        num_tokens = (num_pages + scratch_page) * page_size
+        shape = (len(config.attention_layers), num_tokens, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
         self._free = list(range(num_pages))  # ascending
@@ -78,7 +88,7 @@ class PagedKVCache:
         """Gives all pages back, emptied, whoever owned them."""
         self.keys.zero_()
         self.values.zero_()
-        self._free = list(range(self.keys.shape[1] // self.page_size))
+        self._free = list(range(self._num_pages))
 
     def write(self, layer: int, token_index: Tensor, key: Tensor, value: Tensor) -> None:
         """Stores keys and values [num_tokens, kv_heads, head_dim] of one layer at flat token indices [num_tokens]."""

@@ -124,7 +124,30 @@ def paged_attention(
         from twotower_kernels.block_attention.kernel import launch_paged_attention
 
         return launch_paged_attention(query, key, value, key_cache, value_cache, batch)
-    return _paged_attention_on_views(query, key, value, key_cache, value_cache, batch)
+    by_views = query.shape[0] != len(batch.context_lens) * batch.max_query_len
+    attend = _paged_attention_on_views if by_views else _paged_attention_padded
+    return attend(query, key, value, key_cache, value_cache, batch)
+
+
+def _paged_attention_padded(
+    query: Tensor, key: Tensor, value: Tensor, key_cache: Tensor, value_cache: Tensor, batch: PagedBatch
+) -> Tensor:
+    """Attends where all requests bring `max_query_len` tokens; contexts are padded, and the host reads nothing."""
+    num_reqs, num_queries = len(batch.context_lens), batch.max_query_len
+    query, key, value = (x.unflatten(0, (num_reqs, num_queries)) for x in (query, key, value))
+    table = batch.block_table.long()
+    num_places = table.shape[1] * key_cache.shape[1]
+    in_context = torch.arange(num_places, device=query.device) < batch.context_lens[:, None]
+    # What is beyond a context counts zero times, but zero times NaN would be NaN.
+    found = (
+        cache[table].flatten(1, 2).masked_fill(~in_context[:, :, None, None], 0) for cache in (key_cache, value_cache)
+    )
+    keys, values = (torch.cat([context, own], dim=1) for context, own in zip(found, (key, value), strict=True))
+    seen = in_context[:, None].expand(-1, num_queries, -1)
+    own_seen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device)
+    own_seen = own_seen.tril() if batch.causal else own_seen
+    mask = torch.cat([seen, own_seen.expand(num_reqs, -1, -1)], dim=2)
+    return attention(query, keys, values, mask).flatten(0, 1)
 
 
 def _paged_attention_on_views(

@@ -19,6 +19,7 @@ from twotower_spec.generation.denoising.observers import (
 )
 from twotower_spec.generation.denoising.picking import TokenPicker
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
+from twotower_spec.generation.denoising.schedule_loop import ScheduleLoop
 
 __all__ = [
     "CommitRule",
@@ -31,6 +32,7 @@ __all__ = [
     "ObservedStep",
     "PublishedSchedule",
     "Schedule",
+    "ScheduleLoop",
     "StepCallback",
     "StepCallbackObserver",
     "StepObserver",

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower_spec.config import accumulation_dtype, check_integer
+from twotower_spec.config import check_integer
 from twotower_spec.generation.denoising.commit_rules import DenoisingStep, unmask_by
 from twotower_spec.generation.denoising.observers import ObservedStep, StepObserver
 from twotower_spec.generation.denoising.picking import TokenPicker
-from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
+from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest, fresh_blocks
 from twotower_spec.towers import DenoiserTower
 
 
@@ -48,7 +48,8 @@ class HostLoop:
             request: the rows, and the rule that decides what each step commits.
             observers: are shown the fresh blocks and every step.
         """
-        rows = _ActiveRows(request, *self._fresh_blocks(request))
+        blocks = fresh_blocks(self.denoiser, request, self.block_size, self.picker.mask_token_id)
+        rows = _ActiveRows(request, *blocks)
         for observer in observers:
             observer.begin(rows.token_ids)
         whole = any(observer.wants_all_logits for observer in observers)
@@ -63,18 +64,6 @@ class HostLoop:
             for observer in observers:
                 observer.observe(step)
         return rows.results()
-
-    def _fresh_blocks(self, request: DenoisingRequest) -> tuple[Tensor, Tensor]:
-        """Blocks of masked positions, but for first tokens that are known, and the confidence of these."""
-        num_reqs = len(request.seeds)
-        token_ids = self.denoiser.initial_block(num_reqs, self.block_size, self.picker.mask_token_id)
-        dtype = accumulation_dtype(self.denoiser.dtype)
-        confidence = torch.ones(token_ids.shape, dtype=dtype, device=token_ids.device)
-        if request.first_tokens is not None:
-            token_ids[:, 0] = request.first_tokens
-            if request.first_confidence is not None:
-                confidence[:, 0] = request.first_confidence
-        return token_ids, confidence
 
     def _step(self, index: int, rows: _ActiveRows, masked: _Masked, whole: bool) -> ObservedStep:
         """One denoiser pass over the rows, and what the rule commits of it; the rows are left as they are."""

@@ -10,9 +10,9 @@ from twotower_spec.generation.denoising.request import DenoisedBlocks, Denoising
 class DenoisingLoop(Protocol):
     """Fills blocks of one size by repeated denoiser passes.
 
-    `HostLoop` looks at the blocks after each step, so that rows leave when they are done and any rule decides. A loop
-    of fixed shapes may follow instead what a `Schedule` says before each step, and never wait for the device: neither
-    the request nor the result asks for a host read.
+    `HostLoop` looks at the blocks after each step, so that rows leave when they are done and any rule decides.
+    `ScheduleLoop` follows what a `Schedule` says before each step, and never waits for the device: neither the request
+    nor the result asks for a host read.
     """
 
     @property

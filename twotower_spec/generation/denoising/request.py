@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from twotower_spec.config import accumulation_dtype
 from twotower_spec.generation.denoising.commit_rules import CommitRule
 from twotower_spec.state import BlockContext
+from twotower_spec.towers import DenoiserTower
 
 
 @dataclass(frozen=True)
@@ -52,3 +55,20 @@ class DenoisedBlocks:
     token_ids: Tensor
     confidence: Tensor
     num_passes: Tensor
+
+
+def fresh_blocks(
+    denoiser: DenoiserTower, request: DenoisingRequest, block_size: int, mask_token_id: int
+) -> tuple[Tensor, Tensor]:
+    """Makes blocks of masked positions, but for first tokens that are known, and their confidence.
+
+    Returns:
+        Token ids int64 and confidence [num_reqs, block_size], on the denoiser's device; 1 at masked positions.
+    """
+    token_ids = denoiser.initial_block(len(request.seeds), block_size, mask_token_id)
+    confidence = torch.ones(token_ids.shape, dtype=accumulation_dtype(denoiser.dtype), device=token_ids.device)
+    if request.first_tokens is not None:
+        token_ids[:, 0] = request.first_tokens
+        if request.first_confidence is not None:
+            confidence[:, 0] = request.first_confidence
+    return token_ids, confidence

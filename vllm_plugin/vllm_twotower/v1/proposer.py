@@ -73,7 +73,7 @@ class TwoTowerProposer(EngineDrafter):
 
     def _attach_state(self, runner: Any) -> None:
         """Has the drafter read the verifier's state; where that fails, vLLM goes on without drafts."""
-        source = self.session.drafter.source if self.session else None
+        source = self.session.source if self.session else None
         if not isinstance(source, EngineContext):
             return
         try:
