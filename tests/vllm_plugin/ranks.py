@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
+
+from tests.vllm_plugin.engine import is_on_v2
 
 
 class RankReport:
@@ -12,6 +15,12 @@ class RankReport:
 
     def token_rows(self) -> dict[str, list[int]]:
         """Token ids that this rank holds for every request, prompt and output."""
+        if is_on_v2():
+            states = self.model_runner.req_states
+            return {
+                request_id: states.all_token_ids.gpu[slot, : int(states.total_len.gpu[slot])].tolist()
+                for request_id, slot in states.req_id_to_index.items()
+            }
         batch = self.model_runner.input_batch
         lengths = batch.num_tokens_no_spec[: batch.num_reqs].tolist()
         return {
@@ -21,8 +30,30 @@ class RankReport:
 
     def has_towers(self) -> bool:
         """Whether the TwoTower model is in this process."""
-        return self.model_runner.drafter.session is not None
+        return self._drafter().session is not None
 
     def accepted_tokens(self) -> float:
-        """Accepted drafts, as the proposer of this rank counts them."""
-        return float(self.model_runner.drafter.stats.get("accepted_tokens"))
+        """Accepted drafts, as the drafter of this rank counts them."""
+        return float(self._drafter().stats.get("accepted_tokens"))
+
+    def errors(self) -> float:
+        """Requests without drafts because of a fault, as the drafter of this rank counts them."""
+        return float(self._drafter().stats.get("fallbacks", "error"))
+
+    def fail_every_other_round(self) -> None:
+        """Makes rounds raise where the towers are."""
+        if not self.has_towers():
+            return
+        session, calls = self._drafter().session, itertools.count()
+        real = session.draft
+
+        def failing(requests: Any) -> Any:
+            drafted = real(requests)
+            if next(calls) % 2 == 0:
+                raise RuntimeError("injected")
+            return drafted
+
+        session.draft = failing
+
+    def _drafter(self) -> Any:
+        return self.model_runner.speculator if is_on_v2() else self.model_runner.drafter

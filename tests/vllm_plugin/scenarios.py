@@ -534,12 +534,12 @@ def fail_to_load() -> None:
 
 
 def equal_ranks(engine: Engine) -> Any:
-    """Sampled and greedy requests on two ranks; after every step both must hold the same tokens."""
+    """Sampled and greedy requests; after every step all ranks must hold the same tokens."""
     steps = []
 
     def compare(step: int) -> None:
-        first, second = engine.llm.collective_rpc("token_rows")
-        assert first == second, f"ranks differ in step {step}"
+        first, *others = engine.llm.collective_rpc("token_rows")
+        assert all(one == first for one in others), f"ranks differ in step {step}"
         steps.append(sum(map(len, first.values())))
 
     requests = [
@@ -548,12 +548,19 @@ def equal_ranks(engine: Engine) -> Any:
         )
         for i, prompt in enumerate(engine.prompts(6))
     ]
-    engine.step_through(requests, compare)
+    texts = _sorted(engine.step_through(requests, compare))
     return {
+        "texts": texts,
         "steps": len(steps),
         "has_towers": engine.llm.collective_rpc("has_towers"),
         "accepted": engine.llm.collective_rpc("accepted_tokens"),
     }
+
+
+def equal_ranks_under_faults(engine: Engine) -> Any:
+    """Greedy text while every other round fails on the rank that drafts, and what that rank counted."""
+    engine.llm.collective_rpc("fail_every_other_round")
+    return {"text": plain_text(engine), "errors": engine.llm.collective_rpc("errors")}
 
 
 def without_hooks(engine: Engine) -> Any:

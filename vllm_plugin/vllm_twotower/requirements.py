@@ -123,10 +123,15 @@ def _check_v2(model_config: Any, parallel_config: Any) -> None:
             f"{model_config.model} has Mamba layers, whose states model runner V2 does not take back as our drafts "
             f"need it; {remedy}"
         )
-    if parallel_config.tensor_parallel_size > 1:
+    if getattr(parallel_config, "enable_batch_sharded_sampling", None):
         raise ArgumentError(
-            f"tensor_parallel_size {parallel_config.tensor_parallel_size} is not tried with a TwoTower drafter on "
-            f"model runner V2; {remedy}"
+            "enable_batch_sharded_sampling is not tried with a TwoTower drafter, whose sampler every rank runs for all "
+            "requests; leave it out"
+        )
+    if getattr(parallel_config, "prefill_context_parallel_size", 1) > 1:
+        raise ArgumentError(
+            f"prefill_context_parallel_size {parallel_config.prefill_context_parallel_size} is not tried with a "
+            f"TwoTower drafter; give 1"
         )
     if not HAS_TRITON:
         raise ArgumentError(f"model runner V2 needs Triton, which vLLM does not find here or does not use; {remedy}")

@@ -44,10 +44,17 @@ def test_asynchronous_scheduling_asks_for_v2() -> None:
 
 def test_what_v2_cannot_serve_is_refused_with_the_way_to_v1(tmp_path: Path) -> None:
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
-    cases = [{**given, "tensor_parallel_size": 2}, {**given, "model": hybrid_verifier(tmp_path / "hybrid")}]
-    found = outcomes(cases, **V2_ON_CPU)
-    for one, part in zip(found, ("tensor_parallel_size 2", "has Mamba layers"), strict=True):
-        assert part in one["error"] and "set VLLM_USE_V2_MODEL_RUNNER=0" in one["error"]
+    hybrid, sharded, split = outcomes(
+        [
+            {**given, "model": hybrid_verifier(tmp_path / "hybrid")},
+            {**given, "tensor_parallel_size": 2, "enable_batch_sharded_sampling": True},
+            {**given, "prefill_context_parallel_size": 2},
+        ],
+        **V2_ON_CPU,
+    )
+    assert "has Mamba layers" in hybrid["error"] and "set VLLM_USE_V2_MODEL_RUNNER=0" in hybrid["error"]
+    assert "enable_batch_sharded_sampling" in sharded["error"] and "leave it out" in sharded["error"]
+    assert "prefill_context_parallel_size 2" in split["error"] and "give 1" in split["error"]
 
 
 def test_the_n_gram_drafter_of_vllm_is_told_from_ours() -> None:
