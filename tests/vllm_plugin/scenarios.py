@@ -312,6 +312,40 @@ def facts(engine: Engine) -> dict[str, float]:
     }
 
 
+def accepted_after_the_end(engine: Engine) -> dict[str, float]:
+    """Drafts accepted as our drafter and vLLM count them, and in steps of requests that had ended before.
+
+    Requests end by length, at stop tokens and by being aborted.
+    """
+    scheduler, after_end = engine.core.engine_core.engine_core.scheduler, []
+    real = type(scheduler).update_from_output
+
+    def counting(self: Any, scheduled: Any, output: Any) -> Any:
+        drafted = scheduled.scheduled_spec_decode_tokens.keys() - self.requests.keys()
+        after_end.extend(len(output.sampled_token_ids[output.req_id_to_index[one]]) - 1 for one in drafted)
+        return real(self, scheduled, output)
+
+    def counts() -> tuple[float, float]:
+        engine.generate(engine.prompts(1), max_tokens=1)  # verifies nothing, and has the last verification counted
+        ours = engine.drafter.stats.get("accepted_tokens")
+        return ours, engine.metric("vllm:spec_decode_num_accepted_tokens")
+
+    ours, theirs = counts()
+    with patch.object(type(scheduler), "update_from_output", counting):
+        stop = engine.generate(engine.prompts(1), max_tokens=30)[0][0][20]
+        requests = [
+            Request(
+                prompt,
+                engine.params(max_tokens=30 + i, stop_token_ids=[stop] if i % 2 else []),
+                aborted_at=5 if i % 4 == 2 else None,
+            )
+            for i, prompt in enumerate(engine.prompts(10))
+        ]
+        engine.step_through(requests)
+        now = counts()
+    return {"ours": now[0] - ours, "vllm": now[1] - theirs, "after_end": sum(after_end), "steps": len(after_end)}
+
+
 def _logprobs(rows: Any) -> list[list[tuple[int, float]]]:
     """Token ids and values of every position, the most probable first."""
     return [sorted(((token, one.logprob) for token, one in row.items()), key=lambda pair: -pair[1]) for row in rows]

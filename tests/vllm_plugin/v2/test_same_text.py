@@ -17,11 +17,15 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
+COUNTS = "accepted_after_the_end"
+
 
 @pytest.fixture(scope="module")
 def roomy() -> dict[str, Any]:
     settings = two_tower(7, policy="fixed", block_size=8, verification="coupled")
-    return run_v2_engine([*PLENTY_OF_ROOM, "seeded_samples", "facts", "runner"], settings, timeout_s=580, **ROOMY)
+    return run_v2_engine(
+        [*PLENTY_OF_ROOM, "seeded_samples", COUNTS, "facts", "runner"], settings, timeout_s=580, **ROOMY
+    )
 
 
 @pytest.mark.timeout(700)
@@ -36,6 +40,13 @@ def test_greedy_text_with_room_for_all(roomy: dict[str, Any]) -> None:
     assert roomy["runner"] == {"module": "vllm.v1.worker.cpu.model_runner", "async_scheduling": True}
     assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["held"] <= 1
+
+
+def test_accepted_drafts_are_those_that_vllm_counts_and_those_of_steps_after_the_end(roomy: dict[str, Any]) -> None:
+    counts = roomy[COUNTS]
+    # A step is scheduled before vLLM has looked whether the one before it ended a request, and leaves it out then.
+    assert counts["steps"] > 0 and counts["vllm"] > 200
+    assert counts["ours"] == counts["vllm"] + counts["after_end"]
 
 
 def test_a_seed_gives_one_text_on_both_runners(roomy: dict[str, Any]) -> None:
