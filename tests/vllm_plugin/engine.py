@@ -166,7 +166,6 @@ def write_results(order: str, output: str) -> None:
     from vllm import LLM
 
     from tests.vllm_plugin import scenarios
-    from tests.vllm_plugin.v2 import on_a_cpu
 
     given = json.loads(order)
     arguments = {
@@ -179,8 +178,6 @@ def write_results(order: str, output: str) -> None:
     }
     fork_workers()
     prepare = arguments.pop("prepare", None)
-    if is_on_v2():
-        on_a_cpu.prepare()
     if prepare:
         getattr(scenarios, prepare)()
     engine = Engine(LLM(**arguments, speculative_config=given["speculative_config"]))

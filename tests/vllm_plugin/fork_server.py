@@ -57,14 +57,20 @@ def fork(
         function: as in `package.module:name`.
         arguments: of the function.
         folder: for its `log` and temporary files.
-        environment: variables beside those of all engines; with those of `TRITON_ON_CPU` it has a server of its own.
+        environment: variables beside those of all engines.
         timeout_s: after which it ends with an error.
     """
+    server, variables = server_and_variables(environment)
+    call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
+    return server.fork("the engine", *call, folder, variables)
+
+
+def server_and_variables(environment: Mapping[str, str] | None = None) -> tuple[ForkServer, dict[str, str]]:
+    """Process to fork from, and the whole environment of a fork; with `TRITON_ON_CPU` it is another process."""
     given = environment or {}
     imports = TRITON_ON_CPU if TRITON_ON_CPU.items() <= given.items() else {}
-    variables = {**_with_tests(**imports), **{name: one for name, one in given.items() if name not in imports}}
-    call = ("tests.vllm_plugin.fork_server:call", (function, arguments, timeout_s))
-    return shared_fork_server(**imports).fork("the engine", *call, folder, variables)
+    rest = {name: one for name, one in given.items() if name not in imports}
+    return shared_fork_server(**imports), {**_with_tests(**imports), **rest}
 
 
 def results_of(

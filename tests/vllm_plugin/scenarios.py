@@ -444,6 +444,11 @@ def plain_text(engine: Engine) -> Any:
     return engine.generate(engine.prompts(4))
 
 
+def plain_strings(engine: Engine) -> list[str]:
+    """Text of the same four requests."""
+    return [row.outputs[0].text for row in engine.outputs(engine.prompts(4))]
+
+
 def faults(engine: Engine) -> Any:
     """The same four requests under every fault of the drafter, and after each of them; counters of the drafter too."""
     return _under(engine, FAULTS)

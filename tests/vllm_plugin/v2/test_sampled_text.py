@@ -1,4 +1,4 @@
-"""Sampled text of model runner V2 under the one-hot rule, and log-probabilities of named tokens.
+"""Sampled text of model runner V2 under the one-hot rule, log-probabilities of named tokens, and grammars after thinking.
 
 V1 and V2 draft the same and draw the same noise, so that the text of V2 is that of V1, token by token; how that is
 distributed is tested in `tests/vllm_plugin/test_distribution_of_samples.py`.
@@ -19,14 +19,16 @@ pytestmark = [
     pytest.mark.slow,
 ]
 
-NAMED = "logprobs_of_named_tokens"
-ENGINE = {**ROOMY, "max_logprobs": -1}
+NAMED, AFTER_THINKING = "logprobs_of_named_tokens", "structured_outputs_after_thinking"
+PARSER = {"prepare": "know_a_reasoning_parser", "reasoning_parser": "until_step"}
+ENGINE = {**ROOMY, "max_logprobs": -1, **PARSER}
 SETTINGS = two_tower(7, policy="fixed", block_size=8, pad_drafts=True)
 
 
 @pytest.fixture(scope="module")
 def on_v2() -> dict[str, Any]:
-    return run_v2_engine(["one_hot_samples", NAMED, "facts"], SETTINGS, SAME_REQUEST_IDS, **ENGINE)
+    scenarios = ["one_hot_samples", NAMED, AFTER_THINKING, "facts"]
+    return run_v2_engine(scenarios, SETTINGS, SAME_REQUEST_IDS, **ENGINE)
 
 
 def test_sampled_text_is_that_of_v1_with_seeds_and_without(on_v2: dict[str, Any]) -> None:
@@ -38,6 +40,10 @@ def test_sampled_text_is_that_of_v1_with_seeds_and_without(on_v2: dict[str, Any]
 
 
 def test_log_probabilities_of_named_tokens_are_those_without_speculation(on_v2: dict[str, Any]) -> None:
-    expected = run_engine([NAMED], None, **ENGINE)[NAMED]
+    expected = run_engine([NAMED, AFTER_THINKING], None, **ENGINE)[NAMED]
     assert same(on_v2[NAMED]["alone"], expected["alone"])
     assert same(on_v2[NAMED]["together"], on_v2[NAMED]["alone"])
+
+
+def test_a_grammar_may_begin_to_hold_inside_a_draft(on_v2: dict[str, Any]) -> None:
+    assert on_v2[AFTER_THINKING] == run_engine([NAMED, AFTER_THINKING], None, **ENGINE)[AFTER_THINKING]
