@@ -1,4 +1,4 @@
-"""Sampled text of model runner V2 under the one-hot rule, log-probabilities of named tokens, and grammars after thinking.
+"""Sampled text of model runner V2 under the one-hot rule, named log-probabilities, and grammars after thinking.
 
 V1 and V2 draft the same and draw the same noise, so that the text of V2 is that of V1, token by token; how that is
 distributed is tested in `tests/vllm_plugin/test_distribution_of_samples.py`.
