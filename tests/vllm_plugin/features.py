@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
@@ -51,25 +52,28 @@ SAMPLED_FEATURES: dict[str, dict[str, Any]] = {
 def crossed(engine: Engine, sampled: bool) -> dict[str, Any]:
     """Outputs of one request for every pair of features, by the names of both.
 
+    Of the pairs every `EVERY_NTH_PAIR`th of the environment, and those with a feature named `PAIRS_WITH` there.
+
     Args:
         engine: in which they run together.
         sampled: the pairs with a feature of sampled requests, or all others, greedy.
     """
     features = FEATURES | SAMPLED_FEATURES
     pairs = [pair for pair in combinations(features, 2) if SAMPLED_FEATURES.keys().isdisjoint(pair) != sampled]
+    every, named = int(os.environ.get("EVERY_NTH_PAIR", "1")), os.environ.get("PAIRS_WITH", "")
+    chosen = [(i, pair) for i, pair in enumerate(pairs) if i % every == 0 and named in ("", *pair)]
     requests = []
-    for i, pair in enumerate(pairs):
+    for i, pair in chosen:
         given = {name: value for one in pair for name, value in features[one].items()}
         draw = {"temperature": 0.9, "seed": i} if sampled else {}
         params = engine.params(max_tokens=28, **draw, **{name: _of_vllm(value) for name, value in given.items()})
         requests.append((" + ".join(pair), _prompt(engine, i, pair), params))
     found: dict[str, Any] = {}
     # vLLM without drafts gives named log-probabilities only where one request asks for them, also to those that do not.
-    for named in (False, True):
-        chosen = [one for one in requests if bool(one[2].logprob_token_ids) == named]
-        names, prompts, params = zip(*chosen, strict=True)
-        rows = engine.llm.generate(list(prompts), list(params), use_tqdm=False)
-        found |= {name: _shown(row) for name, row in zip(names, rows, strict=True)}
+    for asks in (False, True):
+        together = [one for one in requests if bool(one[2].logprob_token_ids) == asks]
+        rows = engine.llm.generate([one[1] for one in together], [one[2] for one in together], use_tqdm=False)
+        found |= {name: _shown(row) for (name, *_), row in zip(together, rows, strict=True)}
     return found
 
 

@@ -42,8 +42,12 @@ def test_every_position_is_distributed_as_the_verifier_has_it(verification: str,
     assert found["facts"]["sampler_fallbacks"] == 0
     # Drafts were accepted often and rejected often: both ways to a token are tested.
     assert 0.2 < found["facts"]["accepted"] / found["facts"]["drafted"] < 0.9
+    check_distribution(found["many_samples"], exact)
+
+
+def check_distribution(found: Any, exact: Any) -> None:
     for kind in SAMPLED_KINDS:
-        samples = found["many_samples"][kind]
+        samples = found[kind]
         assert len(samples) == NUM_SAMPLES
         firsts = Counter(row[0] for row in samples)
         assert p_value(firsts, exact[kind]["first"]) > 1e-4, kind
