@@ -1,5 +1,6 @@
 """Drafting with the denoiser tower, and verification that leaves the target's text as it is."""
 
+from twotower_spec.drafting.async_session import AsyncRequest, AsyncRound, AsyncSession
 from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.drafting.hosted_session import HostedSession
@@ -37,6 +38,9 @@ from twotower_spec.drafting.vocabulary import (
 __all__ = [
     "VERIFICATION_RULES",
     "AdaptivePolicy",
+    "AsyncRequest",
+    "AsyncRound",
+    "AsyncSession",
     "BlockDrafter",
     "DraftBlock",
     "DraftPlan",

@@ -80,9 +80,18 @@ class BlockDrafter:
         """Bytes of time modulation, on the denoiser's device."""
         return sum(loop.nbytes for loop in self._loops.values())
 
-    def keep_logits(self, slots: Tensor, logits: Tensor) -> None:
-        """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots."""
-        self.last_logits[slots.to(self.last_logits.device)] = logits
+    def keep_logits(self, slots: Tensor, logits: Tensor, are_new: Tensor | None = None) -> None:
+        """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots.
+
+        Args:
+            slots: int64 [num_reqs].
+            logits: float [num_reqs, vocab].
+            are_new: bool [num_reqs] on the context tower's device, whose logits count; None for all.
+        """
+        slots = slots.to(self.last_logits.device, non_blocking=True)
+        if are_new is not None:
+            logits = torch.where(are_new[:, None], logits, self.last_logits[slots])
+        self.last_logits[slots] = logits
 
     @torch.inference_mode()
     def draft(

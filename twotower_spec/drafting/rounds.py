@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -180,7 +180,7 @@ class DraftingRounds(ABC):
         if drafted:
             with times.measure("denoise", self.towers.denoiser.device):
                 done, probs = self._denoise(plan, drafted)
-                block, damaged = self._as_block(plan, block.request_ids, drafted, admitted, done, probs)
+                block, damaged = self._as_block(plan, block.request_ids, drafted, admitted.increments, done, probs)
             self._note_damage(drafted, damaged)
             without_drafts["not finite"] += len(damaged)
         num_context_tokens = sum(map(len, admitted.increments.values()))
@@ -248,18 +248,27 @@ class DraftingRounds(ABC):
         plan: DraftPlan,
         request_ids: tuple[RequestId, ...],
         drafted: Sequence[DraftRequest],
-        admitted: Admitted,
+        read: Collection[RequestId],
         done: DenoisedBlocks,
-        probs: Tensor | None,
+        probs: Tensor | None = None,
+        selects: bool = True,
     ) -> tuple[DraftBlock, list[RequestId]]:
-        """Reads drafts from the device into a row per request, and says whose towers or states gave NaN."""
+        """Reads drafts from the device into a row per request, and says whose towers or states gave NaN.
+
+        Args:
+            plan, request_ids: of the round.
+            drafted: requests of the rows of `done` and `probs`.
+            read: requests whose context was read on in this round.
+            done, probs: what the drafter gave.
+            selects: whether the policy may keep drafts back.
+        """
         drafts = slice(self.num_known, self.num_known + plan.num_tokens)
         confidence, token_ids = done.confidence[:, drafts].float().cpu(), done.token_ids[:, drafts].cpu()
         finite: list[bool] = confidence.isfinite().all(1).tolist()
         confidence = confidence.nan_to_num(nan=0.0)
         num_passes: list[int] = done.num_passes.tolist()
-        usable = self.policy.usable(plan, confidence, num_passes)
         width = confidence.shape[1]
+        usable = self.policy.usable(plan, confidence, num_passes) if selects else [width] * len(drafted)
         counts = [
             min(count, width, width if one.max_draft_tokens is None else one.max_draft_tokens) if fine else 0
             for count, one, fine in zip(usable, drafted, finite, strict=True)
@@ -278,7 +287,7 @@ class DraftingRounds(ABC):
             num_draft_tokens=_spread(torch.tensor(counts), rows, num_reqs).tolist(),
             confidence=_spread(confidence[:, :num_tokens].masked_fill(beyond, 0.0), rows, num_reqs),
             num_denoiser_passes=_spread(torch.tensor(num_passes), rows, num_reqs).tolist(),
-            num_context_passes=[int(request_id in admitted.increments) for request_id in request_ids],
+            num_context_passes=[int(request_id in read) for request_id in request_ids],
             provenance=self._provenance(num_steps, probs is not None),
             probs=probs,
         )

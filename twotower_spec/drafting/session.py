@@ -16,6 +16,7 @@ from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.drafting.round import DraftRequest
 from twotower_spec.drafting.rounds import DrafterMemory, DraftingRounds
 from twotower_spec.errors import ArgumentError
+from twotower_spec.generation.denoising import HostLoop, ScheduleLoop
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
@@ -40,6 +41,9 @@ class DraftingSession(DraftingRounds):
         state: contexts of the requests.
     """
 
+    # Whether passes of fixed shape run in the pool.
+    scratch_page = False
+
     def __init__(
         self,
         towers: TwoTowers,
@@ -53,6 +57,7 @@ class DraftingSession(DraftingRounds):
         num_tokens: int | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         num_token_ids: int | None = None,
+        loop: type[HostLoop | ScheduleLoop] = HostLoop,
     ) -> None:
         """Allocates the state.
 
@@ -70,6 +75,7 @@ class DraftingSession(DraftingRounds):
             token_budget: most tokens of the context tower in one round; what is left of a long prompt waits, requests
                 with few new tokens go first.
             num_token_ids: ids from this one on are not drafted (where the target's vocabulary is the smaller one).
+            loop: that fills the blocks.
 
         Raises:
             ArgumentError: an argument is out of range, or the model has no denoiser.
@@ -81,7 +87,9 @@ class DraftingSession(DraftingRounds):
             check_integer(name, value, minimum=1)
         if first_token not in ("context", "denoiser"):
             raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
-        self.state = ContextState.for_towers(towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True)
+        self.state = ContextState.for_towers(
+            towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True, scratch_page=self.scratch_page
+        )
         self.source = self.state
         self.drafter = BlockDrafter(
             towers,
@@ -90,6 +98,7 @@ class DraftingSession(DraftingRounds):
             sampler=sampler or Sampler(),
             noise=noise,
             num_token_ids=self.num_token_ids,
+            loop=loop,
         )
         self._admission = Admission(self.state, token_budget, towers.config.vocab_size)
 

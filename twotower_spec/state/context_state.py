@@ -148,7 +148,8 @@ class ContextState:
         self._pages_per_slot = num_pages // num_slots if room_to_grow else 0
         self._clock = itertools.count(1)
         kinds = config.layer_kinds
-        self._layer_slot = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
+        # Index of each layer among those of its kind.
+        self.layer_slot = [kinds[:i].count(kind) for i, kind in enumerate(kinds)]
 
     @classmethod
     def for_towers(
@@ -324,7 +325,7 @@ class ContextState:
         device = tower.device
         layout = RaggedLayout([len(tokens[request_id]) for request_id in ids], device)
         step = ExtensionPass(
-            layer_slot=self._layer_slot,
+            layer_slot=self.layer_slot,
             mamba=self.mamba,
             kv_cache=self.kv_cache,
             slots=[entry.slot for entry in entries],
@@ -412,13 +413,13 @@ class ContextState:
         index, lens = self.mamba.index(chosen), [len(entry.history) for entry in entries]
         device, dtype = self.denoiser_device, self.denoiser_dtype
         return BlockContext(
-            layer_slot=self._layer_slot,
+            layer_slot=self.layer_slot,
             states=StackedStates(
                 self.mamba.conv[:, index].to(device, dtype),
                 self.mamba.ssm[:, index].to(device, accumulation_dtype(dtype)),
             ),
             keys=keys_for_block(
-                self.kv_cache.pages, [entry.pages for entry in entries], lens, block_size, self._room(block_size)
+                self.kv_cache.pages, [entry.pages for entry in entries], lens, block_size, self.workspace(block_size)
             ),
         )
 
@@ -426,7 +427,7 @@ class ContextState:
         """Gives `view` of requests that are held."""
         return self.view(self.slots(request_ids), block_size)
 
-    def _room(self, block_size: int) -> BlockWorkspace:
+    def workspace(self, block_size: int) -> BlockWorkspace:
         """The workspace, with room for the whole pool and a block per slot; it takes memory when first written."""
         num_tokens = self.num_pages * self.kv_cache.page_size + self.num_slots * block_size
         if self._workspace is None or self._workspace.num_tokens < num_tokens:

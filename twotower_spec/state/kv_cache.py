@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import StateFullError
 from twotower_spec.state.paged_keys import LayerPages
+from twotower_spec.state.transfer import to_device
 
 
 class PagedKVCache:
@@ -77,7 +79,7 @@ class PagedKVCache:
     @torch.inference_mode()
     def release(self, pages: list[int]) -> None:
         """Gives pages back, emptied: masked keys count zero times, but zero times NaN would be NaN."""
-        index = torch.tensor(pages, dtype=torch.long, device=self.keys.device)
+        index = to_device(np.array(pages, dtype=np.int64), self.keys.device)
         for cache in (self.keys, self.values):
             cache.unflatten(1, (-1, self.page_size)).index_fill_(1, index, 0)
         self._free.extend(pages)

@@ -103,6 +103,23 @@ class PagedKeys:
         table = table.view(num_reqs, width)
         return cls(pages, PagedBatch(table, lens, start_loc, max(query_lens), causal))
 
+    @classmethod
+    def in_table(
+        cls, pages: LayerPages, block_table: Tensor, context_lens: Tensor, query_len: int, causal: bool
+    ) -> PagedKeys:
+        """Looks at requests that bring equally many tokens each.
+
+        Args:
+            pages: what the contexts are in.
+            block_table: int32 [num_reqs, max_pages], 0 beyond a request's own pages.
+            context_lens: int32 [num_reqs], tokens of context.
+            query_len: tokens of the pass per request.
+            causal: as in `PagedBatch`.
+        """
+        num_reqs = len(context_lens)
+        starts = torch.arange(0, (num_reqs + 1) * query_len, query_len, dtype=torch.int32, device=context_lens.device)
+        return cls(pages, PagedBatch(block_table, context_lens, starts, query_len, causal))
+
     def select(self, rows: Tensor) -> PagedKeys:
         """The same for some of the requests, if all bring equally many tokens."""
         batch = replace(
