@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import wraps
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,19 +32,26 @@ logger = init_logger("vllm.twotower.drafter")
 ACCEPTANCE_MEMORY = 0.99
 
 
-@dataclass(frozen=True)
-class StepRow:
-    """One request of the step that has just ended.
+Result = TypeVar("Result")
+
+
+class Outcome(NamedTuple):
+    """Outcome of a step for one request.
 
     Attributes:
-        request: with all tokens so far.
         num_sampled: tokens that the step committed; 0 while its prompt is being read.
         num_verified: drafts that the step verified.
     """
 
-    request: DraftRequest
     num_sampled: int
     num_verified: int
+
+
+class StepRow(NamedTuple):
+    """One request of the step that has just ended, with all tokens so far."""
+
+    request: DraftRequest
+    outcome: Outcome
 
 
 class EngineDrafter:
@@ -121,7 +128,11 @@ class EngineDrafter:
             if not isinstance(hosted, str):
                 return hosted
             logger.info("TwoTower: the drafter has a context tower of its own beside the verifier's: %s", hosted)
-        return load_session(self.knobs, self._found, self._vllm_config, device, dtype)
+        return self._load_own_session(device, dtype)
+
+    def _load_own_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
+        """Loads both towers, and a pool for the contexts of requests."""
+        return load_session(self.knobs, self._found, self._vllm_config, device, dtype, DraftingSession)
 
     def _load_hosted_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds | str:
         """Loads the denoiser for a verifier that is the context tower, or says what keeps it from reading its state."""
@@ -177,22 +188,31 @@ class EngineDrafter:
         Returns:
             Per row, up to `num_speculative_tokens` drafts; and the rows, as far as there are any drafts.
         """
-        rows: Sequence[StepRow] = ()
+        nothing: tuple[list[list[int]], Sequence[StepRow]] = ([[] for _ in range(num_reqs)], ())
+        return self._guarded(num_reqs, lambda session: self._draft(session, read_rows, gone), nothing)
+
+    def _guarded(self, num_reqs: int, work: Callable[[DraftingRounds], Result], otherwise: Result) -> Result:
+        """Does the work of a round; never raises.
+
+        Args:
+            num_reqs: requests that go without drafts where it fails, or is not to be done.
+            work: what it raises is the drafter's fault.
+            otherwise: the result of a round that fails, or is not to be made.
+        """
         reason = self._reason_to_rest()
         if self.session is None or reason is not None:
             self.stats.add("fallbacks", num_reqs, reason or "not loaded")
-            return [[] for _ in range(num_reqs)], rows
-        start = time.perf_counter()
+            return otherwise
         try:
-            drafts, rows = self._draft(self.session, start, read_rows, gone)
+            result = work(self.session)
         except Exception as error:
             self.stats.add("fallbacks", num_reqs, "error")
             self._round = None
             if not self._faults.recover(error, self.session.reset):
                 self.session = None
-            drafts = [[] for _ in range(num_reqs)]
+            result = otherwise
         self._round_end = time.perf_counter()
-        return drafts, rows
+        return result
 
     def _reason_to_rest(self) -> str | None:
         if self._is_off:
@@ -202,44 +222,51 @@ class EngineDrafter:
     def _draft(
         self,
         session: DraftingRounds,
-        start: float,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
     ) -> tuple[list[list[int]], Sequence[StepRow]]:
+        start = time.perf_counter()
         self.forget(gone(session.request_ids))
         self._count_phases()
         rows = read_rows()
-        self._observe(session, start, {row.request.request_id: row for row in rows})
+        finished, self._round = self._round, None
+        if finished is not None:  # its requests are still here, so vLLM was busy with them all the time
+            outcomes = {row.request.request_id: row.outcome for row in rows}
+            self._observe(session, finished, start - self._round_end, outcomes)
         self.stats.add("rounds", 1)
         if self._faults.skips_round():
             self.stats.add("fallbacks", len(rows), "recovering")
             return [[] for _ in rows], rows
         self._round = session.draft([row.request for row in rows])
         self._faults.judge(self._round)
-        self._count(session, self._round, start)
+        self._count(session, self._round, time.perf_counter() - start)
         return self._round.block.rows(), rows
 
-    def _observe(self, session: DraftingRounds, start: float, rows: Mapping[Hashable, StepRow]) -> None:
-        """Tells the policy, and counts, what became of the last round's drafts."""
-        finished, self._round = self._round, None
-        if finished is None:
-            return
+    def _observe(
+        self, session: DraftingRounds, finished: Round, verify_s: float, outcomes: Mapping[Hashable, Outcome]
+    ) -> None:
+        """Tells the policy, and counts, what became of a round's drafts.
+
+        Args:
+            session: that made them.
+            finished: the round.
+            verify_s: seconds of the step that verified them.
+            outcomes: of all requests of that step.
+        """
         block = finished.block
-        present = [rows.get(request_id) for request_id in block.request_ids]
+        present = [outcomes.get(request_id) for request_id in block.request_ids]
         verified = [
-            min(drafted, row.num_verified) if row else 0
-            for row, drafted in zip(present, block.num_draft_tokens, strict=True)
+            min(drafted, one.num_verified) if one else 0
+            for one, drafted in zip(present, block.num_draft_tokens, strict=True)
         ]
         accepted = [
-            min(row.num_sampled - 1, asked) if row and row.num_sampled else None
-            for row, asked in zip(present, verified, strict=True)
+            min(one.num_sampled - 1, asked) if one and one.num_sampled else None
+            for one, asked in zip(present, verified, strict=True)
         ]
         if all(count is None for count in accepted):
             return
-        # Its requests are still here, so vLLM was busy with them all the time.
-        verify_s = start - self._round_end
         ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
-        with_prompts = not ran.issuperset(rows)
+        with_prompts = not ran.issuperset(outcomes)
         session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts))
         self.stats.add("verify_seconds", verify_s)
         self._calibrate(block.confidence.double().numpy(), accepted, verified)
@@ -282,7 +309,7 @@ class EngineDrafter:
         decided = position < np.minimum(kept + 1, asked)
         self.stats.add_decided(confidence[decided], (position < kept)[decided])
 
-    def _count(self, session: DraftingRounds, drafted: Round, start: float) -> None:
+    def _count(self, session: DraftingRounds, drafted: Round, drafting_s: float) -> None:
         stats, block = self.stats, drafted.block
         stats.add("denoiser_passes", max(block.num_denoiser_passes, default=0))
         stats.add("request_denoiser_passes", sum(block.num_denoiser_passes))
@@ -290,7 +317,7 @@ class EngineDrafter:
         for reason, count in drafted.without_drafts.items():
             stats.add("fallbacks", count, reason)
         self._show_pool(session)
-        self._untimed = drafted.times, time.perf_counter() - start
+        self._untimed = drafted.times, drafting_s
         if drafted.times.known:
             self._count_phases()
         now = time.monotonic()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -15,10 +16,18 @@ from vllm_twotower.config import DrafterKnobs, FoundAtStart
 
 logger = logging.getLogger("vllm.twotower.loading")
 
+Session = TypeVar("Session", bound=DraftingSession)
+
 
 def load_session(
-    knobs: DrafterKnobs, found: FoundAtStart, vllm_config: Any, device: torch.device, dtype: torch.dtype
-) -> DraftingSession:
+    knobs: DrafterKnobs,
+    found: FoundAtStart,
+    vllm_config: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    kind: Callable[..., Session],
+    **options: Any,
+) -> Session:
     """Loads both towers and allocates the state pool and all workspaces; one line in the log says how much went where.
 
     To be called before vLLM measures what is left for its own cache.
@@ -27,13 +36,15 @@ def load_session(
         knobs, found: of the drafter.
         vllm_config: vLLM's.
         device, dtype: as in `load_towers`.
+        kind: of session.
+        options: that this kind takes besides.
 
     Raises:
         TwoTowerError: the checkpoint is refused.
     """
     num_requests, num_tokens = knobs.pool_size(vllm_config)
     model = load_towers(knobs, device, dtype)
-    session = DraftingSession(
+    session = kind(
         model,
         knobs.policy_for(int(vllm_config.speculative_config.num_speculative_tokens), found.block_size),
         first_token=knobs.first_token,
@@ -41,6 +52,7 @@ def load_session(
         num_tokens=num_tokens,
         token_budget=knobs.prefill_budget,
         num_token_ids=found.num_token_ids,
+        **options,
     )
     session.warm_up()
     logger.info("TwoTower: %s, %s; %s", knobs.model, str(model.dtype).removeprefix("torch."), session.memory())

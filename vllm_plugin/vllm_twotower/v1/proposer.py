@@ -10,7 +10,7 @@ import numpy.typing as npt
 import torch
 
 from twotower_spec.drafting import DraftingRounds, DraftRequest
-from vllm_twotower.drafter import EngineDrafter, StepRow, filled
+from vllm_twotower.drafter import EngineDrafter, Outcome, StepRow, filled
 from vllm_twotower.v1 import hooks, one_tower
 from vllm_twotower.v1.engine_context import EngineContext
 from vllm_twotower.v1.requests import gone, usable_drafts
@@ -128,8 +128,7 @@ class TwoTowerProposer(EngineDrafter):
                     usable_drafts(self._runner, request_id, length, self.num_speculative_tokens),
                     read_only=not sampled,
                 ),
-                num_sampled=len(sampled),
-                num_verified=len(self._scheduled.get(request_id) or ()),
+                Outcome(len(sampled), len(self._scheduled.get(request_id) or ())),
             )
             for row, (request_id, length, sampled) in enumerate(
                 zip(request_ids, lengths, sampled_token_ids, strict=True)
@@ -142,6 +141,6 @@ def padded(drafts: list[list[int]], rows: Sequence[StepRow]) -> list[list[int]]:
     if not any(drafts):
         return drafts
     return [
-        filled(own, row.request, row.request.max_draft_tokens or 0) if row.num_sampled else own
+        filled(own, row.request, row.request.max_draft_tokens or 0) if row.outcome.num_sampled else own
         for own, row in zip(drafts, rows, strict=True)
     ]

@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from vllm.distributed import get_tp_group
-from vllm.utils.torch_utils import async_tensor_h2d
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
-from twotower_spec.drafting import DraftRequest
-from vllm_twotower.drafter import EngineDrafter, StepRow, filled
+from twotower_spec.drafting import AsyncRequest, AsyncRound, AsyncSession, DraftingRounds
+from twotower_spec.state.transfer import Moment, to_device
+from twotower_spec.state.window import TokenTable
+from vllm_twotower.drafter import EngineDrafter
+from vllm_twotower.loading import load_session
 from vllm_twotower.v2 import hooks
-from vllm_twotower.v2.history import TokenHistory
-
-# Stands in a row without drafts, before it leaves the host.
-NO_DRAFT = -1
+from vllm_twotower.v2.history import KnownTokens, Step, TokenHistory
 
 
 class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
     """Drafts for vLLM's V2 model runner.
 
     V2 verifies `num_speculative_tokens` drafts of every decoding request in every step. A request without drafts gets
-    its last token so many times, which costs verification and is worth nothing.
+    its last token so many times, which costs verification and is worth nothing. The host goes ahead of the device: it
+    reads nothing of a step in steady state, and learns what became of drafts when that has arrived, a step late.
     """
 
     # Read by the runner: no images, and drafts are one-hot.
@@ -50,6 +50,8 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         self._max_model_len = int(vllm_config.model_config.max_model_len)
         self._history = TokenHistory(req_states, self.num_speculative_tokens + 1)
         self._drafts = torch.zeros(req_states.max_num_reqs, self.num_speculative_tokens, dtype=torch.int64).to(device)
+        # When the drafts of `_round` were there.
+        self._ended: Moment | None = None
         self._has_ranks = vllm_config.parallel_config.tensor_parallel_size > 1
 
     def init_cudagraph_manager(self, cudagraph_mode: Any) -> None:
@@ -67,7 +69,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
             self._history.forget(request_id)
         # Those that were thrown out and come back are among them.
         for new in getattr(scheduler_output, "scheduled_new_reqs", None) or ():
-            self._history.forget(new.req_id)
+            self._history.begin(new.req_id, getattr(new, "prefill_token_ids", None))
 
     @torch.inference_mode()
     def propose(
@@ -100,42 +102,86 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         if dummy_run:
             return drafts
         self.count_sampler_failures(getattr(self.sampler, "num_failures", 0))
-        own, rows = self.draft(input_batch.num_reqs, lambda: self._rows(input_batch, num_sampled), self._gone)
         drafts.copy_(last_sampled[input_batch.idx_mapping].expand_as(drafts))
-        if any(own):
-            width = self.num_speculative_tokens
-            full = [
-                filled(one, row.request, width) if one else [NO_DRAFT] * width
-                for one, row in zip(own, rows, strict=True)
-            ]
-            wanted = async_tensor_h2d(np.array(full, dtype=np.int64), device=self._device)
-            drafts.copy_(torch.where(wanted == NO_DRAFT, drafts, wanted))
+        self._guarded(
+            input_batch.num_reqs, lambda session: self._draft_ahead(session, input_batch, num_sampled, drafts), None
+        )
         if self._has_ranks:  # every rank verifies what it holds itself
             get_tp_group().broadcast(drafts, src=0)
         return drafts
+
+    def change_policy(self, changes: Mapping[str, Any]) -> None:
+        """See `EngineDrafter.change_policy`; rounds under way are none of the policy's that takes over."""
+        super().change_policy(changes)
+        for step in self._history.under_way:
+            step.drafted = None
+
+    def _load_own_session(self, device: torch.device, dtype: torch.dtype) -> DraftingRounds:
+        """See `EngineDrafter`."""
+        most = self.num_speculative_tokens + 1
+        return load_session(self.knobs, self._found, self._vllm_config, device, dtype, AsyncSession, most_per_step=most)
+
+    def _draft_ahead(self, session: DraftingRounds, input_batch: Any, num_sampled: Tensor, drafts: Tensor) -> None:
+        """Drafts for a step whose results are not known, and learns of those before it.
+
+        Args:
+            session: ours.
+            input_batch, num_sampled: as `propose` takes them.
+            drafts: int64 [num_reqs, num_speculative_tokens], last tokens; drafts are put in their place.
+        """
+        assert isinstance(session, AsyncSession)
+        self.forget(self._gone(session.request_ids))
+        while (landed := self._history.next_landed()) is not None:
+            self._settle(session, landed)
+        step = self._history.follow(input_batch, num_sampled)
+        self.stats.add("rounds", 1)
+        if self._faults.skips_round():
+            self.stats.add("fallbacks", len(step.known), "recovering")
+            return
+        requests = [
+            AsyncRequest(
+                request_id,
+                known.slot,
+                self._history.token_ids(known),
+                self._history.most_tokens(known),
+                read_only=not samples,
+                wants_drafts=self._wants_drafts(known),
+            )
+            for request_id, known, samples in zip(step.request_ids, step.known, step.samples.tolist(), strict=True)
+        ]
+        table = TokenTable(self._states.all_token_ids.gpu, self._states.total_len.gpu)
+        step.drafted = session.draft_ahead(requests, table)
+        _fill(drafts, step.drafted)
+        step.ended = Moment(self._device)
+
+    def _settle(self, session: AsyncSession, step: Step) -> None:
+        """Learns of a step that is over: what it made of the drafts before it, and what its own drafts are."""
+        finished, self._round = self._round, None
+        if finished is not None and self._ended is not None:
+            self._observe(session, finished, self._ended.seconds_until(step.begun), step.outcomes())
+        if step.drafted is None:
+            return
+        self._round = session.settle(step.drafted, self._history.token_ids_of(step.request_ids))
+        self._ended = step.ended
+        self._faults.judge(self._round)
+        self._count(session, self._round, self._round.host_s)
 
     def _gone(self, request_ids: Iterable[Hashable]) -> list[Hashable]:
         """Requests that vLLM has forgotten, which are also those that it has thrown out for a while."""
         return [request_id for request_id in request_ids if request_id not in self._states.req_id_to_index]
 
-    def _rows(self, input_batch: Any, num_sampled: Tensor) -> list[StepRow]:
-        request_ids, slots = list(input_batch.req_ids), input_batch.idx_mapping_np.tolist()
-        step = self._history.read(request_ids, slots, input_batch.idx_mapping, num_sampled)
-        verified = (np.diff(input_batch.cu_num_logits_np) - 1).tolist()
-        return [
-            StepRow(
-                DraftRequest(request_id, token_ids, self._usable_drafts(slot, len(token_ids)), read_only=not sampled),
-                num_sampled=sampled,
-                num_verified=drafts,
-            )
-            for request_id, slot, token_ids, sampled, drafts in zip(
-                request_ids, slots, step.token_ids, step.num_sampled, verified, strict=True
-            )
-        ]
+    def _wants_drafts(self, known: KnownTokens) -> bool:
+        """Whether drafts of a request may be accepted, before max_model_len or its max_tokens ends it."""
+        end = min(self._max_model_len, int(self._states.max_seq_len[known.slot]))
+        return getattr(self.sampler, "takes_drafts", lambda slot: True)(known.slot) and end - known.length > 1
 
-    def _usable_drafts(self, slot: int, num_tokens: int) -> int:
-        """How many drafts a request can still use before max_model_len or its max_tokens ends it; 0 for some rules."""
-        if not getattr(self.sampler, "takes_drafts", lambda slot: True)(slot):
-            return 0
-        end = min(self._max_model_len, int(self._states.max_seq_len[slot]))
-        return max(0, min(self.num_speculative_tokens, end - num_tokens - 1))
+
+def _fill(drafts: Tensor, drafted: AsyncRound) -> None:
+    """Puts a round's drafts where they belong; where they are too few the last of them stands again."""
+    if drafted.token_ids is None or drafted.usable is None:
+        return
+    rows = to_device(np.array(drafted.rows), drafts.device)
+    own = drafted.token_ids.to(drafts.device, non_blocking=True)[:, : drafts.shape[1]]
+    missing = drafts.shape[1] - own.shape[1]
+    own = torch.cat([own, own[:, -1:].expand(-1, missing)], dim=1)
+    drafts[rows] = torch.where(drafted.usable.to(drafts.device, non_blocking=True), own, drafts[rows])
