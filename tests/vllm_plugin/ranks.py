@@ -45,15 +45,16 @@ class RankReport:
         if not self.has_towers():
             return
         session, calls = self._drafter().session, itertools.count()
-        real = session.draft
+        name = "draft_ahead" if is_on_v2() else "draft"
+        real = getattr(session, name)
 
-        def failing(requests: Any) -> Any:
-            drafted = real(requests)
+        def failing(*given: Any) -> Any:
+            drafted = real(*given)
             if next(calls) % 2 == 0:
                 raise RuntimeError("injected")
             return drafted
 
-        session.draft = failing
+        setattr(session, name, failing)
 
     def _drafter(self) -> Any:
         return self.model_runner.speculator if is_on_v2() else self.model_runner.drafter

@@ -459,7 +459,7 @@ def faults(engine: Engine) -> Any:
 def faults_on_v2(engine: Engine) -> Any:
     """Likewise, under the faults of what model runner V2 has of its own, and one of each kind of the rest."""
     shared = ("denoiser pass", "policy", "damaged state", "full pool", "sampler")
-    return _under(engine, {"history": _failing_history, **{name: FAULTS[name] for name in shared}})
+    return _under(engine, {**FAULTS_ON_V2, **{name: FAULTS[name] for name in shared}})
 
 
 def _under(engine: Engine, faults: Mapping[str, Callable[[Engine], AbstractContextManager[None]]]) -> Any:
@@ -502,14 +502,15 @@ def _raising(owner: Any, name: str, error: Exception, every: int = 2) -> Iterato
 def _damaged_state(engine: Engine) -> Iterator[None]:
     """Sets the Mamba states to NaN once, in the middle of the run."""
     session, calls = engine.session, itertools.count()
-    real = type(session).draft
+    name = "draft_ahead" if hasattr(session, "draft_ahead") else "draft"
+    real = getattr(type(session), name)
 
     def draft(self: Any, *args: Any, **kwargs: Any) -> Any:
         if next(calls) == 3:
             self.state.mamba.ssm.fill_(float("nan"))
         return real(self, *args, **kwargs)
 
-    with patch.object(type(session), "draft", draft):
+    with patch.object(type(session), name, draft):
         yield
 
 
@@ -537,11 +538,15 @@ def _another_history(engine: Engine) -> Iterator[None]:
         yield
 
 
-def _failing_history(engine: Engine) -> AbstractContextManager[None]:
-    """Makes reading tokens from the device raise, with model runner V2."""
-    from vllm_twotower.v2.history import TokenHistory
+def _failing_history(name: str) -> Callable[[Engine], AbstractContextManager[None]]:
+    """Makes a method of what follows the engine's tokens raise, with model runner V2."""
 
-    return _raising(TokenHistory, "read", RuntimeError("injected"))
+    def failing(engine: Engine) -> AbstractContextManager[None]:
+        from vllm_twotower.v2.history import TokenHistory
+
+        return _raising(TokenHistory, name, RuntimeError("injected"))
+
+    return failing
 
 
 @contextmanager
@@ -565,6 +570,7 @@ FAULTS: dict[str, Callable[[Engine], AbstractContextManager[None]]] = {
     "another history": _another_history,
     "sampler": _failing_sampler,
 }
+FAULTS_ON_V2 = {"history": _failing_history("follow"), "late history": _failing_history("next_landed")}
 
 
 def fail_to_load() -> None:
@@ -602,6 +608,28 @@ def equal_ranks_under_faults(engine: Engine) -> Any:
     """Greedy text while every other round fails on the rank that drafts, and what that rank counted."""
     engine.llm.collective_rpc("fail_every_other_round")
     return {"text": plain_text(engine), "errors": engine.llm.collective_rpc("errors")}
+
+
+def host_reads(engine: Engine) -> Any:
+    """Where the host reads tensors while it drafts on model runner V2, in steps that read no prompts."""
+    from tests.support.host_reads import HostReads
+
+    found: list[str] = []
+    steps = itertools.count()
+    real = type(engine.drafter).propose
+
+    def propose(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        # Results of earlier steps are learnt once they have landed.
+        with HostReads(but_in=("_settle", "next_landed")) as reads:
+            drafts = real(self, input_batch, *args, **kwargs)
+        if not input_batch.has_prefill:
+            next(steps)
+            found.extend(reads.found)
+        return drafts
+
+    with patch.object(type(engine.drafter), "propose", propose):
+        plain_text(engine)
+    return {"steps": next(steps), "reads": found}
 
 
 def without_hooks(engine: Engine) -> Any:

@@ -24,7 +24,7 @@ COUNTS = "accepted_after_the_end"
 def roomy() -> dict[str, Any]:
     settings = two_tower(7, policy="fixed", block_size=8, verification="coupled")
     return run_v2_engine(
-        [*PLENTY_OF_ROOM, "seeded_samples", COUNTS, "facts", "runner"], settings, timeout_s=580, **ROOMY
+        [*PLENTY_OF_ROOM, "seeded_samples", COUNTS, "host_reads", "facts", "runner"], settings, timeout_s=580, **ROOMY
     )
 
 
@@ -40,6 +40,11 @@ def test_greedy_text_with_room_for_all(roomy: dict[str, Any]) -> None:
     assert roomy["runner"] == {"module": "vllm.v1.worker.cpu.model_runner", "async_scheduling": True}
     assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["held"] <= 1
+
+
+def test_the_host_reads_nothing_of_a_step_before_it_is_over(roomy: dict[str, Any]) -> None:
+    assert roomy["host_reads"]["steps"] > 5
+    assert roomy["host_reads"]["reads"] == []
 
 
 def test_accepted_drafts_are_those_that_vllm_counts_and_those_of_steps_after_the_end(roomy: dict[str, Any]) -> None:
