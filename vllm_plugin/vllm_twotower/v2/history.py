@@ -19,7 +19,7 @@ from vllm_twotower.drafter import Outcome
 
 @dataclass
 class KnownTokens:
-    """What the host knows of a request.
+    """Tokens of a request as far as the host knows them.
 
     Attributes:
         slot: of vLLM's request states.
@@ -63,7 +63,7 @@ class Step:
         return self.copy.landed and (self.drafted is None or self.drafted.landed)
 
     def outcomes(self) -> Mapping[Hashable, Outcome]:
-        """What became of its requests."""
+        """Outcomes of its requests."""
         num_sampled = self.copy.read()[0][:, 1].tolist()
         return dict(zip(self.request_ids, map(Outcome, num_sampled, self.num_verified), strict=True))
 
