@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -74,6 +74,7 @@ def replaying(num_speculative_tokens: int) -> dict[str, Any]:
 def run_hybrid(
     model: Path,
     speculative_config: dict[str, Any] | None = None,
+    environment: Mapping[str, str] | None = None,
     *,
     known: Sequence[Sequence[int]] = (),
     drafts: str = "",
@@ -89,6 +90,7 @@ def run_hybrid(
     Args:
         model: checkpoint.
         speculative_config: vLLM's.
+        environment: variables beside those of all engines.
         known, drafts: texts with their prompts, and what `ReplayProposer` makes of them.
         without: functions of `hybrid_repairs` that leave vLLM's as it is.
         passes: times that the same requests come; the texts of the last time count.
@@ -114,7 +116,7 @@ def run_hybrid(
         "max_tokens": max_tokens,
         "engine_args": {**ENGINE, **engine_args},
     }
-    found, _ = results_of(f"{__name__}:write_results", json.dumps(order))
+    found, _ = results_of(f"{__name__}:write_results", json.dumps(order), environment)
     results: dict[str, Any] = found
     return results
 

@@ -79,8 +79,8 @@ def check_requirements(
     if num_speculative_tokens is not None:
         knobs.check_num_speculative_tokens(num_speculative_tokens, block_size)
     if on_v2:
-        _check_v2(model_config, parallel_config)
-    _check_verifier(model_config, parallel_config)
+        _check_v2(parallel_config)
+    _check_verifier(model_config, parallel_config, on_v2)
     check_logits_processors(model_config)
     # With Ray the towers are on another machine, where this is asked again.
     if known is not None or parallel_config.distributed_executor_backend != "ray":
@@ -109,20 +109,15 @@ def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
     return block_size
 
 
-def _check_v2(model_config: Any, parallel_config: Any) -> None:
+def _check_v2(parallel_config: Any) -> None:
     """Refuses what does not work on vLLM's model runner V2.
 
     Raises:
-        ArgumentError: the verifier, its ranks, or this vLLM.
+        ArgumentError: ranks that share work as V1's do not, or this vLLM.
     """
     from vllm.triton_utils import HAS_TRITON
 
     remedy = f"set {VARIABLE}=0 and leave --async-scheduling out, vLLM then takes model runner V1"
-    if model_config.is_hybrid:
-        raise ArgumentError(
-            f"{model_config.model} has Mamba layers, whose states model runner V2 does not take back as our drafts "
-            f"need it; {remedy}"
-        )
     if getattr(parallel_config, "enable_batch_sharded_sampling", None):
         raise ArgumentError(
             "enable_batch_sharded_sampling is not tried with a TwoTower drafter, whose sampler every rank runs for all "
@@ -152,7 +147,7 @@ def _check_devices(knobs: DrafterKnobs) -> None:
             raise ArgumentError(f"twotower knob {name}: {error}") from error
 
 
-def _check_verifier(model_config: Any, parallel_config: Any) -> None:
+def _check_verifier(model_config: Any, parallel_config: Any, on_v2: bool) -> None:
     from vllm.platforms import current_platform
 
     if parallel_config.pipeline_parallel_size > 1:
@@ -161,15 +156,16 @@ def _check_verifier(model_config: Any, parallel_config: Any) -> None:
             f"drafter; give 1 and use tensor parallelism"
         )
     if model_config.is_hybrid:
-        check_hybrid(model_config, on_cpu=current_platform.is_cpu())
+        check_hybrid(model_config, on_cpu=current_platform.is_cpu(), on_v2=on_v2)
 
 
-def check_hybrid(model_config: Any, *, on_cpu: bool) -> None:
+def check_hybrid(model_config: Any, *, on_cpu: bool, on_v2: bool = False) -> None:
     """Refuses a verifier with Mamba layers whose states cannot be taken back after a rejected draft.
 
     Args:
         model_config: vLLM's, of the verifier.
         on_cpu: whether it runs on a CPU, where more is repaired.
+        on_v2: whether vLLM's model runner V2 runs it, which needs no repair elsewhere.
 
     Raises:
         ArgumentError: this vLLM lacks a place that is repaired, or, on a CPU, the architecture is not one of those
@@ -182,7 +178,7 @@ def check_hybrid(model_config: Any, *, on_cpu: bool) -> None:
             f"take back on a CPU after a rejected draft; use a verifier with attention alone or a "
             f"{' or '.join(MAMBA2_ON_CPU)}, or a GPU"
         )
-    missing = compat.missing_hooks(hooks_of("hybrid", on_cpu=on_cpu))
+    missing = [] if on_v2 and not on_cpu else compat.missing_hooks(hooks_of("hybrid", on_cpu=on_cpu))
     if missing:
         raise ArgumentError(
             f"{model_config.model} has Mamba layers, and vLLM {compat.vllm_version()} lacks or has changed "

@@ -2,14 +2,13 @@
 
 import json
 from importlib.util import find_spec
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from tests.vllm_plugin.fork_server import TRITON_ON_CPU, V2_ON_CPU
-from tests.vllm_plugin.test_routing import hybrid_verifier, outcomes
+from tests.vllm_plugin.test_routing import outcomes
 from twotower_spec.demo.trio import trio_path
 from vllm_twotower.runner import PROPOSER, drafts_on_v2
 
@@ -42,17 +41,15 @@ def test_asynchronous_scheduling_asks_for_v2() -> None:
     assert asynchronous["on_v2"] and asynchronous["model"] == PROPOSER
 
 
-def test_what_v2_cannot_serve_is_refused_with_the_way_to_v1(tmp_path: Path) -> None:
+def test_what_ranks_cannot_share_yet_is_refused() -> None:
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
-    hybrid, sharded, split = outcomes(
+    sharded, split = outcomes(
         [
-            {**given, "model": hybrid_verifier(tmp_path / "hybrid")},
             {**given, "tensor_parallel_size": 2, "enable_batch_sharded_sampling": True},
             {**given, "prefill_context_parallel_size": 2},
         ],
         **V2_ON_CPU,
     )
-    assert "has Mamba layers" in hybrid["error"] and "set VLLM_USE_V2_MODEL_RUNNER=0" in hybrid["error"]
     assert "enable_batch_sharded_sampling" in sharded["error"] and "leave it out" in sharded["error"]
     assert "prefill_context_parallel_size 2" in split["error"] and "give 1" in split["error"]
 

@@ -27,6 +27,7 @@ from vllm.model_executor.layers.mamba import mamba_mixer2
 from vllm.model_executor.layers.mamba.abstract import MambaBase
 from vllm.model_executor.layers.mamba.ops import ssu_dispatch
 from vllm.model_executor.models import nemotron_h
+from vllm.triton_utils import HAS_TRITON
 from vllm.triton_utils.dispatcher import register_kernels
 from vllm.v1.worker.cpu_worker import CPUWorker
 
@@ -55,12 +56,13 @@ def install() -> None:
     wrap_once(ssu_dispatch.CPUSSUBackend, "__call__", state_update_with_drafts)
     wrap_once(mamba_mixer2.MambaMixer2, "get_kv_cache_spec", ending_prefills_at_blocks)
     wrap_once(nemotron_h, "FusedMoEFactory", lambda stock: SquaredReluExperts)
-    register_kernels(
-        {
-            "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel": copy_before_step,
-            "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel": copy_after_step,
-        }
-    )
+    if not HAS_TRITON:  # with it, in its interpreter, vLLM's own kernels run, for model runner V2 too
+        register_kernels(
+            {
+                "vllm.v1.worker.mamba_utils.precopy_mamba_align_fused_kernel": copy_before_step,
+                "vllm.v1.worker.mamba_utils.postprocess_mamba_fused_kernel": copy_after_step,
+            }
+        )
 
 
 def convolution_with_drafts(stock: Any) -> Any:
