@@ -18,6 +18,7 @@ import torch
 
 from tests.vllm_plugin import features
 from tests.vllm_plugin.engine import Engine, Request
+from twotower_spec.drafting import FixedPolicy
 from twotower_spec.errors import StateFullError
 
 LONG = 150
@@ -630,6 +631,38 @@ def host_reads(engine: Engine) -> Any:
     with patch.object(type(engine.drafter), "propose", propose):
         plain_text(engine)
     return {"steps": next(steps), "reads": found}
+
+
+def plans_that_change(engine: Engine) -> Any:
+    """Text on model runner V2 while the policy drafts nothing for five rounds, few for five, and all for five."""
+    rounds = itertools.count()
+    plans = [None, *(FixedPolicy(8, 1, num_tokens=count).plan(1) for count in (2, 7))]
+
+    def changing(num_reqs: int) -> Any:
+        return plans[next(rounds) // 5 % 3]
+
+    with patch.object(engine.session.policy, "plan", changing):
+        found = verified_drafts(engine)
+    return {**found, "accepted": engine.drafter.stats.get("accepted_tokens")}
+
+
+def verified_drafts(engine: Engine) -> Any:
+    """Text of four requests on model runner V2, and how many drafts of a request its steps verified."""
+    verified: set[int] = set()
+    propose = type(engine.drafter).propose
+
+    def watched(self: Any, input_batch: Any, *args: Any, **kwargs: Any) -> Any:
+        if not input_batch.has_prefill:
+            verified.add(int((input_batch.cu_num_logits_np[1:] - input_batch.cu_num_logits_np[:-1]).max()) - 1)
+        return propose(self, input_batch, *args, **kwargs)
+
+    with patch.object(type(engine.drafter), "propose", watched):
+        return {"text": long_text(engine), "verified": sorted(verified)}
+
+
+def long_text(engine: Engine) -> Any:
+    """Four requests, a hundred tokens each."""
+    return engine.generate(engine.prompts(4), max_tokens=100)
 
 
 def without_hooks(engine: Engine) -> Any:

@@ -9,7 +9,7 @@ from prometheus_client import REGISTRY, CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from vllm_twotower import metrics
-from vllm_twotower.metrics import DrafterStats, log_line
+from vllm_twotower.metrics import PLANNED, DrafterStats, PlannedDrafts, log_line
 from vllm_twotower.stats_folder import STATS_FOLDER_VARIABLE, stats_path
 
 
@@ -97,3 +97,14 @@ def test_the_log_line_tells_of_the_time_since_the_last_one() -> None:
     assert line is not None
     assert "Mean acceptance length: 4.50, Drafts: 20 in 10 rounds, Drafted: 140 tokens, Accepted: 70 tokens" in line
     assert "Drafting: 4.0 ms/round (extend 0.0, denoise 4.0, host 0.0)" in line and "policy 3" in line
+
+
+def test_a_scheduler_sees_what_a_drafter_in_another_process_plans(tmp_path: Path) -> None:
+    path = tmp_path / "0.stats"
+    free, bounded = (PlannedDrafts(path, 7, table) for table in (None, [0, 7, 2]))
+    assert (free[1], bounded[1], bounded[2]) == (7, 7, 2), "no drafter yet"
+    stats = DrafterStats(path)
+    for planned in (0, 5):
+        stats.set(PLANNED, planned)
+        assert (free[2], bounded[1], bounded[2]) == (planned, planned, min(planned, 2))
+    assert PlannedDrafts(None, 7, None)[3] == 7

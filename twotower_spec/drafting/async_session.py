@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -52,7 +52,8 @@ class AsyncRound:
 
     Attributes:
         request_ids: of the step, in the order given.
-        plan: what the policy decided; None to draft nothing.
+        plan: what the round drafts; None for nothing.
+        num_planned: drafts of a request that the policy would have made, whatever the target takes.
         rows: which of the requests were drafted for.
         token_ids: int64 [num_drafted, num_tokens] on the denoiser's device; None where nothing was drafted.
         usable: bool [num_drafted, 1] there: the context is up to date, and the drafts are finite.
@@ -64,6 +65,7 @@ class AsyncRound:
 
     request_ids: tuple[RequestId, ...]
     plan: DraftPlan | None
+    num_planned: int = 0
     rows: list[int] = field(default_factory=list)
     token_ids: Tensor | None = None
     usable: Tensor | None = None
@@ -126,19 +128,26 @@ class AsyncSession(DraftingSession):
         self._unsettled.clear()
 
     @torch.inference_mode()
-    def draft_ahead(self, requests: Sequence[AsyncRequest], table: TokenTable) -> AsyncRound:
+    def draft_ahead(
+        self, requests: Sequence[AsyncRequest], table: TokenTable, most_tokens: int | None = None
+    ) -> AsyncRound:
         """Drafts what may follow every request, while the host reads nothing from the device.
 
         Args:
             requests: of the step, each named once.
             table: all of their tokens, on the context tower's device.
+            most_tokens: drafts of a request that the target is going to verify; with 0 contexts stay where they are
+                too. None for all that the policy makes.
 
         Returns:
             The round; `settle` takes it when it has landed.
         """
         start = time.perf_counter()
         plan = self.policy.plan(len(requests)) if requests else None
-        done = AsyncRound(tuple(one.request_id for one in requests), plan)
+        num_planned = plan.num_tokens if plan else 0
+        if plan is not None and most_tokens is not None and most_tokens < plan.num_tokens:
+            plan = replace(plan, num_tokens=most_tokens) if most_tokens else None
+        done = AsyncRound(tuple(one.request_id for one in requests), plan, num_planned)
         if plan is None:
             done.without_drafts["policy"] = len(requests)
             return done

@@ -95,6 +95,7 @@ ON_V2 = Need("drafting on model runner V2", "v2", required=False)
 
 ARG_UTILS = "vllm.engine.arg_utils"
 SAMPLING_PARAMS = "vllm.sampling_params"
+SCHEDULER = "vllm.v1.core.sched.scheduler"
 SCHEDULER_OUTPUT = "vllm.v1.core.sched.output"
 SPECULATIVE = "vllm.config.speculative"
 RUNNER = "vllm.v1.worker.gpu_model_runner"
@@ -291,6 +292,13 @@ HOOKS: tuple[Hook, ...] = (
     function("vllm.v1.worker.cpu_worker", "CPUWorker.init_device", HYBRID_ON_CPU),
     function(SPECULATORS, "init_speculator", ON_V2, "vllm_config device req_states"),
     function(SPECULATIVE, "SpeculativeConfig.use_ngram_gpu", ON_V2),
+    function(
+        SCHEDULER,
+        "Scheduler.__init__",
+        ON_V2,
+        "vllm_config kv_cache_config structured_output_manager block_size",
+    ),
+    *fields(SCHEDULER, "Scheduler", "dynamic_sd_lookup", ON_V2),
     function(RUNNER_V2, "GPUModelRunner.load_model", ON_V2),
     function(RUNNER_V2, "GPUModelRunner.execute_model", ON_V2, "scheduler_output"),
     *(Hook(RUNNER_V2, name, Kind.NAME, ON_V2) for name in ("init_speculator", "Sampler", "RejectionSampler")),

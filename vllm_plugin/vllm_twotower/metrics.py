@@ -7,7 +7,7 @@ traffic stops; the processes that serve `/metrics` read the files of all engines
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
@@ -35,6 +35,7 @@ FALLBACKS = (
     "no runner",
 )
 RESOURCES = ("requests", "tokens")
+PLANNED = "planned_draft_tokens"
 # Lower bounds, as labels.
 CONFIDENCES = tuple(f"{low:.1f}" for low, _ in CALIBRATION_BINS)
 
@@ -74,6 +75,7 @@ SERIES = (
     Series("calibration_confidence", "counter", "Sum of their confidences.", "confidence", CONFIDENCES),
     Series("calibration_accepted", "counter", "Those that were accepted.", "confidence", CONFIDENCES),
     Series("acceptance_length", "gauge", "Tokens per verification, of about the last hundred drafts."),
+    Series(PLANNED, "gauge", "Draft tokens per request that the next steps make and verify, on model runner V2."),
     Series("pool_used", "gauge", "What is held in the state pool.", "resource", RESOURCES),
     Series("pool_size", "gauge", "What the state pool can hold.", "resource", RESOURCES),
 )
@@ -125,6 +127,31 @@ class DrafterStats:
         kept = DrafterStats(None)
         kept._values[:] = self._values
         return kept
+
+
+class PlannedDrafts:
+    """Table of draft tokens per request by batch size, as vLLM's scheduler looks it up: what the drafter plans now.
+
+    The drafter may be in another process, from which its numbers are read.
+    """
+
+    def __init__(self, path: Path | None, most: int, table: Sequence[int] | None) -> None:
+        """Looks at a drafter's numbers.
+
+        Args:
+            path: of its file, which may come later; None where it has none.
+            most: drafts per request where nothing is known of it.
+            table: most drafts by batch size, where the user has given it.
+        """
+        self._path, self._most, self._table = path, most, table
+        self._values: Any = None
+
+    def __getitem__(self, num_reqs: int) -> int:
+        if self._values is None and self._path is not None:
+            with suppress(OSError, ValueError):
+                self._values = np.memmap(self._path, dtype=np.float64, mode="r", shape=(len(_PLACES),))
+        planned = self._most if self._values is None else int(self._values[_PLACES[PLANNED, ""]])
+        return min(planned, self._most if self._table is None else self._table[num_reqs])
 
 
 def publish(starts_engines: bool) -> None:

@@ -35,6 +35,7 @@ COUNTING_SETTINGS = {
     "synthetic_acceptance_rates",
     "synthetic_acceptance_length",
 }
+COUNTING_ON_V2 = {"num_speculative_tokens_per_batch_size"}
 # Methods of vLLM that a TwoTower checkpoint may stand beside; those of the second row do not look at a checkpoint.
 OPEN_METHODS = (None, "draft_model", "custom_class")
 METHODS_WITHOUT_CHECKPOINT = ("ngram", "[ngram]", "ngram_gpu", "suffix", "extract_hidden_states")
@@ -124,6 +125,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     from vllm_twotower import metrics
     from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
     from vllm_twotower.requirements import check_requirements
+    from vllm_twotower.v2 import registration
 
     on_v2 = chooses_v2(engine_args.async_scheduling)
     additional = {} if engine_args.additional_config is None else dict(engine_args.additional_config)
@@ -146,7 +148,8 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     )
     if on_v2:
         insist_on_v2()
-    _drop_settings_without_meaning(given)
+        registration.install_scheduler()
+    _drop_settings_without_meaning(given, on_v2)
     _bound_primitive_cache()
     if num_speculative_tokens is None:
         # Where the drafter reads the verifier's own state, a block begins with a token that is no draft.
@@ -280,15 +283,16 @@ def _naming_itself(knobs: Mapping[str, Any], method: object, model_config: Any) 
     return named, same and asked is not False
 
 
-def _drop_settings_without_meaning(given: dict[str, Any]) -> None:
+def _drop_settings_without_meaning(given: dict[str, Any], on_v2: bool) -> None:
     """Removes settings of vLLM that our drafter does not have, and names them in one line of the log."""
+    counting = COUNTING_SETTINGS | (COUNTING_ON_V2 if on_v2 else set())
     from vllm.config.speculative import SpeculativeConfig
 
     defaults = {field.name: field.default for field in fields(SpeculativeConfig)}
     if given.get("model") in PROPOSER_PATHS:  # they have been here before
         for name in V2_SETTINGS.keys() - V1_SETTINGS.keys():
             given.pop(name, None)
-    ignored = [name for name in given if name in defaults and name not in COUNTING_SETTINGS]
+    ignored = [name for name in given if name in defaults and name not in counting]
     if given.get("rejection_sample_method") == "block":  # it weighs probabilities of drafts, which ours do not have
         ignored.append("rejection_sample_method")
     asked = [name for name in ignored if given[name] is not None and given[name] != defaults[name]]

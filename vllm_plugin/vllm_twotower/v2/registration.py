@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import sys
 from functools import wraps
 from typing import Any
 
 from vllm_twotower import compat, hook_table
-from vllm_twotower.runner import drafts_on_v2
+from vllm_twotower.runner import VARIABLE, drafts_on_v2
 
 
 def install() -> None:
@@ -23,6 +24,44 @@ def install() -> None:
         runner = sys.modules.get(hook_table.RUNNER_V2)
         if runner is not None:  # it has taken the name from the package already
             compat.wrap_once(runner, "init_speculator", _making_ours)
+    install_scheduler()
+
+
+def install_scheduler() -> None:
+    """Lets the scheduler of this process plan as many drafts as the drafter wants; nothing where V2 is not certain.
+
+    Importing the scheduler takes time, which processes without V2 are spared.
+    """
+    if os.environ.get(VARIABLE) != "1":
+        return
+    with contextlib.suppress(ImportError, AttributeError):
+        scheduler = importlib.import_module(hook_table.SCHEDULER).Scheduler
+        compat.wrap_once(scheduler, "__init__", _planning_with_the_drafter)
+
+
+def _planning_with_the_drafter(stock: Any) -> Any:
+    """Has every step make as many drafts as pay, none at all where none does.
+
+    vLLM looks up their number by batch size in a table that the user may give; ours stands in its place. With data
+    parallelism there is none, for ranks must not differ.
+    """
+
+    @wraps(stock)
+    def init(self: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
+        stock(self, vllm_config, *args, **kwargs)
+        parallel, speculative = vllm_config.parallel_config, vllm_config.speculative_config
+        if not drafts_on_v2(speculative) or parallel.data_parallel_size > 1:
+            return
+        from vllm_twotower.metrics import PlannedDrafts
+        from vllm_twotower.requirements import configuration_of
+        from vllm_twotower.stats_folder import stats_path
+
+        if configuration_of(vllm_config)[0].policy not in ("adaptive", "off"):
+            return  # always as many, for which vLLM has graphs and pads new requests
+        path = stats_path(int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)))
+        self.dynamic_sd_lookup = PlannedDrafts(path, speculative.num_speculative_tokens, self.dynamic_sd_lookup)
+
+    return init
 
 
 def _making_ours(stock: Any) -> Any:

@@ -16,6 +16,7 @@ from twotower_spec.state.transfer import Moment, to_device
 from twotower_spec.state.window import TokenTable
 from vllm_twotower.drafter import EngineDrafter
 from vllm_twotower.loading import load_session
+from vllm_twotower.metrics import PLANNED
 from vllm_twotower.v2 import hooks
 from vllm_twotower.v2.history import KnownTokens, Step, TokenHistory
 
@@ -83,6 +84,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         num_rejected: Tensor,
         last_sampled: Tensor,
         *others: Any,
+        num_speculative_tokens: int | None = None,
         dummy_run: bool = False,
         **unused: Any,
     ) -> Tensor:
@@ -93,6 +95,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
             attn_metadata, slot_mappings, last_hidden_states, aux_hidden_states, num_rejected, others, unused: not used.
             num_sampled: int32 [num_reqs], tokens that the step committed; 0 while a prompt is being read.
             last_sampled: int64 [max_num_reqs, 1], last token of every slot.
+            num_speculative_tokens: drafts that the next step verifies, which the scheduler has decided; None for all.
             dummy_run: whether this is a trial without requests.
 
         Returns:
@@ -103,12 +106,19 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
             return drafts
         self.count_sampler_failures(getattr(self.sampler, "num_failures", 0))
         drafts.copy_(last_sampled[input_batch.idx_mapping].expand_as(drafts))
-        self._guarded(
-            input_batch.num_reqs, lambda session: self._draft_ahead(session, input_batch, num_sampled, drafts), None
+        most = self.num_speculative_tokens if num_speculative_tokens is None else num_speculative_tokens
+        planned = self._guarded(
+            input_batch.num_reqs, lambda session: self._draft_ahead(session, input_batch, num_sampled, drafts, most), 0
         )
+        self.stats.set(PLANNED, planned)
         if self._has_ranks:  # every rank verifies what it holds itself
             get_tp_group().broadcast(drafts, src=0)
         return drafts
+
+    def load(self, device: torch.device, dtype: torch.dtype) -> None:
+        """See `EngineDrafter.load`."""
+        super().load(device, dtype)
+        self.stats.set(PLANNED, self.num_speculative_tokens if self.session is not None else 0)
 
     def change_policy(self, changes: Mapping[str, Any]) -> None:
         """See `EngineDrafter.change_policy`; rounds under way are none of the policy's that takes over."""
@@ -121,13 +131,19 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         most = self.num_speculative_tokens + 1
         return load_session(self.knobs, self._found, self._vllm_config, device, dtype, AsyncSession, most_per_step=most)
 
-    def _draft_ahead(self, session: DraftingRounds, input_batch: Any, num_sampled: Tensor, drafts: Tensor) -> None:
+    def _draft_ahead(
+        self, session: DraftingRounds, input_batch: Any, num_sampled: Tensor, drafts: Tensor, most: int
+    ) -> int:
         """Drafts for a step whose results are not known, and learns of those before it.
 
         Args:
             session: ours.
             input_batch, num_sampled: as `propose` takes them.
             drafts: int64 [num_reqs, num_speculative_tokens], last tokens; drafts are put in their place.
+            most: drafts that the next step verifies.
+
+        Returns:
+            How many drafts the scheduler should plan for.
         """
         assert isinstance(session, AsyncSession)
         self.forget(self._gone(session.request_ids))
@@ -137,7 +153,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         self.stats.add("rounds", 1)
         if self._faults.skips_round():
             self.stats.add("fallbacks", len(step.known), "recovering")
-            return
+            return 0
         requests = [
             AsyncRequest(
                 request_id,
@@ -150,14 +166,17 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
             for request_id, known, samples in zip(step.request_ids, step.known, step.samples.tolist(), strict=True)
         ]
         table = TokenTable(self._states.all_token_ids.gpu, self._states.total_len.gpu)
-        step.drafted = session.draft_ahead(requests, table)
+        step.drafted = session.draft_ahead(requests, table, most)
         _fill(drafts, step.drafted)
         step.ended = Moment(self._device)
+        return min(step.drafted.num_planned, self.num_speculative_tokens)
 
     def _settle(self, session: AsyncSession, step: Step) -> None:
         """Learns of a step that is over: what it made of the drafts before it, and what its own drafts are."""
         finished, self._round = self._round, None
-        if finished is not None and self._ended is not None:
+        # Where the scheduler did not know yet that nothing was drafted, the step is no measure of one without drafts.
+        is_measure = finished is not None and (finished.plan is not None or not any(step.num_verified))
+        if finished is not None and self._ended is not None and is_measure:
             self._observe(session, finished, self._ended.seconds_until(step.begun), step.outcomes())
         if step.drafted is None:
             return
