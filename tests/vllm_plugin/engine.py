@@ -17,6 +17,7 @@ from typing import Any
 from tests.vllm_plugin.fork_server import results_of
 from twotower_bench.servers.forked_server import fork_workers
 from twotower_spec.demo.trio import held_out_prompts, trio_path
+from vllm_twotower.runner import drafter_of
 
 # Far more blocks than all of them can fill, and far fewer than a GiB holds, which would be zeroed for every engine.
 ROOMY = {"max_model_len": 512, "max_num_seqs": 10, "max_num_batched_tokens": 512, "num_gpu_blocks_override": 400}
@@ -80,7 +81,7 @@ class Engine:
     @property
     def drafter(self) -> Any:
         """The drafter of either model runner; None without speculation."""
-        return getattr(self.runner, "speculator" if is_on_v2() else "drafter", None)
+        return drafter_of(self.runner)
 
     @property
     def session(self) -> Any:

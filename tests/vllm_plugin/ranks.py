@@ -6,6 +6,7 @@ import itertools
 from typing import Any
 
 from tests.vllm_plugin.engine import is_on_v2
+from vllm_twotower.runner import drafter_of
 
 
 class RankReport:
@@ -57,4 +58,4 @@ class RankReport:
         setattr(session, name, failing)
 
     def _drafter(self) -> Any:
-        return self.model_runner.speculator if is_on_v2() else self.model_runner.drafter
+        return drafter_of(self.model_runner)

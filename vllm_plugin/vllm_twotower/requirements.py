@@ -18,7 +18,7 @@ from twotower_spec.towers.model import usable_device
 from vllm_twotower import compat
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
 from vllm_twotower.hook_table import SPECULATORS, hooks_of
-from vllm_twotower.runner import VARIABLE, drafts_on_v2
+from vllm_twotower.runner import VARIABLE, Wish, drafts_on_v2
 from vllm_twotower.sampling_parameters import check_logits_processors
 
 # Architectures with Mamba-2 layers that decode on a CPU with our repairs as they do without drafts.
@@ -96,6 +96,24 @@ def check_requirements(
     return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config), drafts_for_itself)
 
 
+def chooses_v2(wish: Wish, parallel_config: Any, *, drafts_for_itself: bool) -> bool:
+    """Whether the drafter runs on vLLM's model runner V2: as the user wishes, else where vLLM would run V2 itself.
+
+    Args:
+        wish: of the user.
+        parallel_config: vLLM's, of the verifier.
+        drafts_for_itself: whether the drafter is the verifier's own checkpoint, of which V1 needs one tower less.
+    """
+    if wish is not Wish.NONE:
+        return wish is Wish.V2
+    reason = _obstacle_to_v2(parallel_config)
+    if reason is None and drafts_for_itself:
+        reason = "there a model that drafts for itself needs no second context tower"
+    if reason is not None:
+        logger.info("TwoTower: drafting on vLLM's model runner V1: %s", reason)
+    return reason is None
+
+
 def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
     """Block size in config.json, or the published one."""
     config = TwoTowerConfig.from_pretrained(knobs.model, knobs.revision)
@@ -115,9 +133,6 @@ def _check_v2(parallel_config: Any) -> None:
     Raises:
         ArgumentError: ranks that share work as V1's do not, or this vLLM.
     """
-    from vllm.triton_utils import HAS_TRITON
-
-    remedy = f"set {VARIABLE}=0 and leave --async-scheduling out, vLLM then takes model runner V1"
     if getattr(parallel_config, "enable_batch_sharded_sampling", None):
         raise ArgumentError(
             "enable_batch_sharded_sampling is not tried with a TwoTower drafter, whose sampler every rank runs for all "
@@ -128,13 +143,22 @@ def _check_v2(parallel_config: Any) -> None:
             f"prefill_context_parallel_size {parallel_config.prefill_context_parallel_size} is not tried with a "
             f"TwoTower drafter; give 1"
         )
+    obstacle = _obstacle_to_v2(parallel_config)
+    if obstacle is not None:
+        raise ArgumentError(f"{obstacle}; set {VARIABLE}=0 and leave --async-scheduling out, vLLM then takes V1")
+
+
+def _obstacle_to_v2(parallel_config: Any) -> str | None:
+    """Says what keeps vLLM from running model runner V2 with our drafter, as vLLM decides it; None where nothing."""
+    from vllm.triton_utils import HAS_TRITON
+
     if not HAS_TRITON:
-        raise ArgumentError(f"model runner V2 needs Triton, which vLLM does not find here or does not use; {remedy}")
-    missing = compat.missing_hooks([hook for hook in hooks_of("v2") if hook.module == SPECULATORS])
-    if missing:
-        raise ArgumentError(
-            f"model runner V2 of vLLM {compat.vllm_version()} takes no drafter from outside; {remedy}, or use vLLM 0.32"
-        )
+        return "model runner V2 needs Triton, which vLLM does not find here or does not use"
+    if compat.missing_hooks([hook for hook in hooks_of("v2") if hook.module == SPECULATORS]):
+        return f"model runner V2 of vLLM {compat.vllm_version()} takes no drafter from outside, that of 0.32 does"
+    if parallel_config.use_ubatching:
+        return "model runner V2 does not overlap two halves of a batch where there are drafts"
+    return None
 
 
 def _check_devices(knobs: DrafterKnobs) -> None:

@@ -18,7 +18,7 @@ from functools import wraps
 from typing import Any
 
 from vllm_twotower.checkpoints import is_same, is_two_tower
-from vllm_twotower.runner import PROPOSER_PATHS, V1_SETTINGS, V2_SETTINGS, chooses_v2, insist_on_v2
+from vllm_twotower.runner import DRAFTS_ON_V2, PROPOSER_PATHS, V1_SETTINGS, V2_SETTINGS, Wish
 
 METHOD = "twotower"
 HYBRID_CPU_WORKER = "vllm_twotower.v1.cpu_hybrid.HybridCPUWorker"
@@ -124,10 +124,10 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
     from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
     from vllm_twotower import metrics
     from vllm_twotower.config import FOUND, KNOBS, DrafterKnobs, knobs_in
-    from vllm_twotower.requirements import check_requirements
+    from vllm_twotower.requirements import check_requirements, chooses_v2
     from vllm_twotower.v2 import registration
 
-    on_v2 = chooses_v2(engine_args.async_scheduling)
+    wish = Wish.of(engine_args.async_scheduling)
     additional = {} if engine_args.additional_config is None else dict(engine_args.additional_config)
     given_knobs = {**knobs_in(additional), **knobs_in(given)}
     given.pop(KNOBS, None)
@@ -136,6 +136,9 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
         given_knobs = _naming_checkpoint(given_knobs, given.get("model"), given.pop("revision", None))
     given_knobs, drafts_for_itself = _naming_itself(given_knobs, given.get("method"), model_config)
     knobs = DrafterKnobs.parse(given_knobs)
+    if FOUND in additional:  # these arguments have been here before
+        drafts_for_itself = bool(additional[FOUND]["drafts_for_itself"])
+    on_v2 = chooses_v2(wish, parallel_config, drafts_for_itself=drafts_for_itself)
     num_speculative_tokens = given.get("num_speculative_tokens")
     found = check_requirements(
         knobs,
@@ -147,7 +150,7 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
         on_v2=on_v2,
     )
     if on_v2:
-        insist_on_v2()
+        os.environ[DRAFTS_ON_V2] = "1"
         registration.install_scheduler()
     _drop_settings_without_meaning(given, on_v2)
     _bound_primitive_cache()

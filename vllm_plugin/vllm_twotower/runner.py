@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from enum import Enum
 from typing import Any
 
 PROPOSER = "vllm_twotower.TwoTowerProposer"
@@ -22,36 +23,46 @@ V2_SETTINGS: Mapping[str, Any] = {
     "prompt_lookup_min": 1,
     "prompt_lookup_max": 1,
 }
-# vLLM takes V2 for certain where it is "1", in this process and in all that inherit it.
+# vLLM takes V2 where it is "1", and V1 where it is "0"; without it V2 where V2 can do what is asked for.
 VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
+# Ours, for processes that this one starts, which are told nothing else before they read their configuration.
+DRAFTS_ON_V2 = "TWOTOWER_DRAFTS_ON_V2"
 
 
-def chooses_v2(async_scheduling: bool | None) -> bool:
-    """Whether the drafter runs on V2: where the variable says so, or asynchronous scheduling is asked for.
+class Wish(Enum):
+    """Model runner that a user asks for."""
 
-    Args:
-        async_scheduling: as the user gave it.
+    V1, V2, NONE = range(3)
 
-    Raises:
-        ArgumentError: it is asked for, and V2 is switched off.
-    """
-    value = os.environ.get(VARIABLE, "").strip()
-    if async_scheduling and value == "0":
-        from twotower_spec.errors import ArgumentError
+    @classmethod
+    def of(cls, async_scheduling: bool | None) -> Wish:
+        """Wish that the variable says, or asynchronous scheduling, which V1 does not have where we draft.
 
-        raise ArgumentError(
-            f"--async-scheduling needs vLLM's model runner V2 where TwoTower drafts, and {VARIABLE}=0 switches that "
-            f"off; leave out one of the two"
-        )
-    return bool(async_scheduling) or value not in ("", "0")
+        Args:
+            async_scheduling: as the user gave it.
 
+        Raises:
+            ArgumentError: it is asked for, and V2 is switched off.
+        """
+        value = os.environ.get(VARIABLE, "").strip()
+        if async_scheduling and value == "0":
+            from twotower_spec.errors import ArgumentError
 
-def insist_on_v2() -> None:
-    """Makes V2 certain in this process and in those that it starts, also where vLLM would prefer V1."""
-    os.environ[VARIABLE] = "1"
+            raise ArgumentError(
+                f"--async-scheduling needs vLLM's model runner V2 where TwoTower drafts, and {VARIABLE}=0 switches "
+                f"that off; leave out one of the two"
+            )
+        if async_scheduling or value not in ("", "0"):
+            return cls.V2
+        return cls.V1 if value else cls.NONE
 
 
 def drafts_on_v2(speculative_config: Any) -> bool:
     """Whether vLLM's speculative settings are those of our drafter on V2."""
     method, model = getattr(speculative_config, "method", None), getattr(speculative_config, "model", None)
     return method == V2_SETTINGS["method"] and model in PROPOSER_PATHS
+
+
+def drafter_of(runner: Any) -> Any:
+    """The drafter in a model runner of vLLM, V1's or V2's; None where there is none."""
+    return getattr(runner, "speculator", None) or getattr(runner, "drafter", None)

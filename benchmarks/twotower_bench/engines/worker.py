@@ -23,6 +23,7 @@ from twotower_bench.records import ServedRequest
 from twotower_bench.vllm_hooks import RECORDING_HOOKS
 from twotower_spec.errors import TwoTowerError
 from vllm_twotower import compat, register
+from vllm_twotower.runner import drafter_of
 
 
 @dataclass
@@ -159,7 +160,7 @@ class Engine:
 
 
 def _change_policy(worker: Any, knobs: Mapping[str, Any]) -> None:
-    worker.model_runner.drafter.change_policy(knobs)
+    drafter_of(worker.model_runner).change_policy(knobs)
 
 
 def serve(connection: Connection) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -34,11 +35,42 @@ def test_every_spelling_leads_to_the_speculator() -> None:
         assert one["num_speculative_tokens"] == 15
 
 
-def test_asynchronous_scheduling_asks_for_v2() -> None:
-    given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
-    plain, asynchronous = outcomes([given, {**given, "async_scheduling": True}], **TRITON_ON_CPU)
-    assert not plain["on_v2"] and plain["method"] == "custom_class"
-    assert asynchronous["on_v2"] and asynchronous["model"] == PROPOSER
+def test_v2_is_taken_where_vllm_takes_it_and_v1_is_said_to_be_for_a_reason(tmp_path: Path) -> None:
+    drafter = str(trio_path("twotower"))
+    given: dict[str, Any] = {"speculative_config": {"model": drafter, "num_speculative_tokens": 4}}
+    itself = {**given, "model": drafter}
+    cases: list[tuple[str, dict[str, Any]]] = [
+        ("V2", given),
+        ("V2", {**given, "async_scheduling": True}),
+        ("V2", {**given, "tensor_parallel_size": 2}),
+        ("V1", itself),
+        ("V2", {**itself, "async_scheduling": True}),
+        ("V2", {**itself, "speculative_config": {**given["speculative_config"], "twotower": {"self": False}}}),
+    ]
+    halved = {**given, "ubatch_size": 2}  # which vLLM then refuses on a CPU
+    *found, _ = outcomes([*(one for _, one in cases), halved], tmp_path / "log", **TRITON_ON_CPU)
+    methods = {"V1": "custom_class", "V2": "ngram_gpu"}
+    for one, (runner, asked) in zip(found, cases, strict=True):
+        assert one.get("method") == methods[runner] and one["on_v2"] == (runner == "V2"), (asked, one)
+    reasons = [line for line in (tmp_path / "log").read_text().splitlines() if "on vLLM's model runner V1: " in line]
+    assert len(reasons) == 2
+    assert "no second context tower" in reasons[0] and "two halves of a batch" in reasons[1]
+    (off,) = outcomes([given], **TRITON_ON_CPU, VLLM_USE_V2_MODEL_RUNNER="0")
+    assert off["method"] == "custom_class" and not off["on_v2"]
+
+
+def test_arguments_that_were_routed_are_routed_likewise_again() -> None:
+    drafter = str(trio_path("twotower"))
+    two_towers = {"model": drafter, "num_speculative_tokens": 4, "twotower": {"self": False}}
+    for given in ({"speculative_config": two_towers}, {"speculative_config": {**two_towers, "twotower": {}}}):
+        (first,) = outcomes([{**given, "model": drafter}], **TRITON_ON_CPU)
+        names = ("method", "model", "num_speculative_tokens")
+        again = {
+            "model": drafter,
+            "speculative_config": {name: first[name] for name in names},
+            "additional_config": {"twotower": first["knobs"], "twotower_found": first["found"]},
+        }
+        assert outcomes([again], **TRITON_ON_CPU) == [first]
 
 
 def test_what_ranks_cannot_share_yet_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""`vllm serve --async-scheduling` on model runner V2: streams that come, go and are broken off, over HTTP."""
+"""`vllm serve` where vLLM runs model runner V2 by itself: streams that come, go and are broken off, over HTTP."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
-    arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7", "--async-scheduling"]
+    arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7"]
     with serving(*arguments, "--max-num-seqs", "8", environment=TRITON_ON_CPU) as running:
         yield running
 

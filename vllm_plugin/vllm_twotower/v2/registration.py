@@ -10,7 +10,7 @@ from functools import wraps
 from typing import Any
 
 from vllm_twotower import compat, hook_table
-from vllm_twotower.runner import VARIABLE, drafts_on_v2
+from vllm_twotower.runner import DRAFTS_ON_V2, drafts_on_v2
 
 
 def install() -> None:
@@ -28,11 +28,11 @@ def install() -> None:
 
 
 def install_scheduler() -> None:
-    """Lets the scheduler of this process plan as many drafts as the drafter wants; nothing where V2 is not certain.
+    """Lets the scheduler of this process plan as many drafts as the drafter wants, where one drafts on V2.
 
-    Importing the scheduler takes time, which processes without V2 are spared.
+    Importing the scheduler takes time, which other processes are spared.
     """
-    if os.environ.get(VARIABLE) != "1":
+    if os.environ.get(DRAFTS_ON_V2) != "1":
         return
     with contextlib.suppress(ImportError, AttributeError):
         scheduler = importlib.import_module(hook_table.SCHEDULER).Scheduler
