@@ -37,7 +37,9 @@ def test_first_and_second_tokens_are_those_of_v1(on_v2: dict[str, Any]) -> None:
         assert len(found) == NUM_SAMPLES and len(set(map(tuple, found))) > 1, kind
         assert found == [row[:2] for row in on_v1[kind]], kind
     facts = on_v2["facts"]
-    assert 0.2 < facts["accepted"] / facts["drafted"] < 0.9 and facts["sampler_fallbacks"] == 0
+    # Both ways to a second token are compared; what is drafted beyond the third one, the last, is rejected or cut.
+    num_requests = NUM_SAMPLES * len(SAMPLED_KINDS)
+    assert 0.2 < facts["accepted"] / num_requests < 0.9 and facts["sampler_fallbacks"] == 0
 
 
 @pytest.mark.skipif(NUM_SAMPLES < 640, reason="needs NUM_SAMPLES=640 in the environment, minutes of a core")
