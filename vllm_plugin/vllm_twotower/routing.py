@@ -288,9 +288,9 @@ def _naming_itself(knobs: Mapping[str, Any], method: object, model_config: Any) 
 
 def _drop_settings_without_meaning(given: dict[str, Any], on_v2: bool) -> None:
     """Removes settings of vLLM that our drafter does not have, and names them in one line of the log."""
-    counting = COUNTING_SETTINGS | (COUNTING_ON_V2 if on_v2 else set())
     from vllm.config.speculative import SpeculativeConfig
 
+    counting = COUNTING_SETTINGS | (COUNTING_ON_V2 if on_v2 else set())
     defaults = {field.name: field.default for field in fields(SpeculativeConfig)}
     if given.get("model") in PROPOSER_PATHS:  # they have been here before
         for name in V2_SETTINGS.keys() - V1_SETTINGS.keys():
