@@ -16,8 +16,8 @@ from typing import Any, Literal
 
 from vllm_twotower.hook_table import Hook, Kind
 
-# The wheels in which `python -m vllm_twotower.check_wheel` has found every hook, oldest first.
-CHECKED_VERSIONS = ("0.25.1", "0.30.0", "0.32.0", "0.33.0")
+# The wheels in which `python -m vllm_twotower.check_wheel` has found every hook that is required, oldest first.
+CHECKED_VERSIONS = ("0.27.0", "0.28.0", "0.30.0", "0.31.0", "0.32.0", "0.33.0")
 
 # Marks our functions that stand in the place of vLLM's, so that none is wrapped twice.
 _MARK = "_twotower_hook"
@@ -56,7 +56,8 @@ def is_present(hook: Hook, module: ModuleType | None) -> bool:
         owner: Any = getattr(module, owner_name) if owner_name else module
         match hook.kind:
             case Kind.FUNCTION:
-                return accepts(inspect.signature(getattr(owner, name)), hook.parameters)
+                # One that is inherited is another function, which others have too.
+                return name in vars(owner) and accepts(inspect.signature(getattr(owner, name)), hook.parameters)
             case Kind.FIELD:
                 return _has_field(owner, name)
             case Kind.NAME:

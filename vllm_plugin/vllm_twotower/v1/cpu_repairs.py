@@ -1,6 +1,6 @@
 """Repairs of stock vLLM on a CPU, without which speculative decoding there is neither lossless nor safe.
 
-The faults are in vLLM 0.25.1 to 0.33.0 (the second from 0.32 on). The first two touch every speculative method, not
+The faults are in vLLM 0.27 to 0.33 (the second from 0.32 on). The first two touch every speculative method, not
 ours alone; the third every engine. Each repair goes when vLLM's own function passes its test in
 tests/vllm_plugin/v1/test_cpu_repairs.py.
 """
