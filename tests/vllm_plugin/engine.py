@@ -6,6 +6,7 @@ are kept for the test run, so that several tests can look at one engine.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -155,6 +156,11 @@ def end_engine(engine: Any) -> None:
     _ended.append(engine)
     if engine.vllm_config.parallel_config.world_size > 1:
         engine.engine_core.shutdown()
+
+
+def digest(texts: Any) -> str:
+    """Few letters that stand for texts, by which `python -m tests.versions` compares those of several vLLMs."""
+    return hashlib.sha256(json.dumps(texts).encode()).hexdigest()[:8]
 
 
 def is_on_v2() -> bool:

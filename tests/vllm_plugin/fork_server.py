@@ -20,8 +20,12 @@ from twotower_bench.fork_server import ForkedProcess, ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 
+# Names the vLLM that `python -m tests.versions` has put before the environment's.
+TESTED_VERSION = "TWOTOWER_TESTED_VLLM"
+
 # With these variables vLLM's model runner V2 can run on a CPU, interpreted; they count where vLLM is imported.
-TRITON_ON_CPU = {"PYTHONPATH": str(ROOT / "tests" / "support" / "v2_on_cpu"), "TRITON_INTERPRET": "1"}
+V2_PATHS = [str(ROOT / "tests" / "support" / "v2_on_cpu"), *filter(None, [os.environ.get("PYTHONPATH")])]
+TRITON_ON_CPU = {"PYTHONPATH": os.pathsep.join(V2_PATHS), "TRITON_INTERPRET": "1"}
 V2_ON_CPU = {**TRITON_ON_CPU, "VLLM_USE_V2_MODEL_RUNNER": "1"}
 
 
@@ -95,8 +99,15 @@ def results_of(
 def call(function: str, arguments: tuple[str, ...], timeout_s: float) -> None:
     """Calls a function, and shows where it is and ends the process if it takes too long."""
     faulthandler.dump_traceback_later(timeout_s, exit=True)
+    check_version(import_module("vllm").__version__)
     module, _, name = function.partition(":")
     getattr(import_module(module), name)(*arguments)
+
+
+def check_version(imported: str) -> None:
+    """Sees to it that no test runs another vLLM than the one that it is said to run."""
+    tested = os.environ.get(TESTED_VERSION)
+    assert tested is None or imported.partition("+")[0] == tested, f"vLLM {imported} was imported, not {tested}"
 
 
 def share_forks(monkeypatch: pytest.MonkeyPatch) -> None:

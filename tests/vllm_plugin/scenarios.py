@@ -105,10 +105,13 @@ def logprobs_of_named_tokens(engine: Engine) -> Any:
 
 def refusals(engine: Engine) -> dict[str, str]:
     """Messages to a client that asks for what cannot be had with drafts."""
+    from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
     said = {}
-    for name, value in {"prompt_logprob_token_ids": [[5]], "trace_decode_token_ids": [5]}.items():
+    for name in {"prompt_logprob_token_ids", "trace_decode_token_ids"} & SamplingParams.__annotations__.keys():
+        # vLLM 0.32 wants ids for each token of a prompt, 0.31 those for all.
+        value: Any = [[5]] if "list[list[int]]" in str(SamplingParams.__annotations__[name]) else [5]
         try:
             said[name] = str(engine.generate(engine.prompts(1), **{name: value}))
         except (ValueError, VLLMValidationError) as error:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tests.vllm_plugin.fork_server import server_and_variables
+from tests.vllm_plugin.fork_server import check_version, server_and_variables
 from twotower_bench.servers.server import VllmServer, free_ports
 from twotower_spec.demo.trio import trio_path
 
@@ -34,6 +35,7 @@ def serving(
         server = VllmServer("the trio", model, words, port, Path(folder), variables, fork_server)
         try:
             server.wait_until_ready()
+            check_version(json.loads(server.endpoint.get("/version"))["version"])
             yield server
         finally:
             server.kill()

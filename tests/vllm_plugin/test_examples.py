@@ -21,6 +21,7 @@ from threading import Thread
 import pytest
 
 from tests.vllm_plugin.fork_server import ROOT, run_forked
+from tests.vllm_plugin.installed import tells_acceptance_per_request
 from twotower_bench.servers.forked_server import fork_workers
 from twotower_spec.demo import held_out_prompts, trio_path
 
@@ -146,10 +147,7 @@ def test_the_llm_script_prints_the_text_the_acceptance_length_and_that_drafts_ch
 def test_the_serve_script_streams_the_same_text_shows_the_metrics_and_leaves_no_server(
     drafted: tuple[str, list[str]],
 ) -> None:
-    from vllm.engine.arg_utils import EngineArgs
-
-    per_request = hasattr(EngineArgs, "per_request_spec_decode_metrics")  # from vLLM 0.30 on
-    for_vllm = ("--", "--per-request-spec-decode-metrics", "summary") if per_request else ()
+    for_vllm = ("--", "--per-request-spec-decode-metrics", "summary") if tells_acceptance_per_request() else ()
     out = run("vllm_serve.py", "--prompt", PROMPTS[0], "--max-tokens", MAX_TOKENS, *for_vllm)
     assert PROMPTS[0] + drafted[1][0] + "\n" in out
     assert re.search(r"^64 tokens; " + (r".*'mean_acceptance_length': [\d.]+" if for_vllm else ""), out, re.MULTILINE)

@@ -103,6 +103,7 @@ def test_every_spelling_leads_to_the_proposer() -> None:
     assert [one["found"]["block_size"] for one in found[-2:]] == [16, 8]
 
 
+@pytest.mark.usefixtures("mamba_layers")
 def test_a_checkpoint_that_verifies_drafts_for_itself_where_it_is_asked_to(tmp_path: Path) -> None:
     drafter = str(trio_path("twotower"))
     copy = broken_copy(tmp_path / "copy")
@@ -303,7 +304,9 @@ def test_verifiers_that_cannot_be_served_are_refused() -> None:
     assert "model runner V2 needs Triton" in refused["error"] and afterwards["method"] == "custom_class"
 
 
-def test_a_hybrid_is_refused_on_a_cpu_by_its_kind_of_layer_or_by_ids_that_differ(tmp_path: Path) -> None:
+def test_a_hybrid_is_refused_on_a_cpu_by_its_kind_of_layer_or_by_ids_that_differ(
+    tmp_path: Path, missing_for_mamba_layers: list[str]
+) -> None:
     verifier = hybrid_verifier(tmp_path / "hybrid")
     given = {"speculative_config": {"model": str(trio_path("twotower")), "num_speculative_tokens": 4}}
     stranger = save_nemotron_h(tmp_path / "stranger", vocabulary=2048)
@@ -314,7 +317,10 @@ def test_a_hybrid_is_refused_on_a_cpu_by_its_kind_of_layer_or_by_ids_that_differ
     (stranger / "tokenizer.json").write_text(json.dumps(tokenizer))
     found, other = outcomes([{**given, "model": verifier}, {**given, "model": str(stranger)}])
     assert "is a JambaForCausalLM with layers of the kind mamba, whose recurrent states" in found["error"]
-    assert "300" in other["error"] and repr(first) in other["error"] and repr(second) in other["error"]
+    if missing_for_mamba_layers:
+        assert f"lacks or has changed {', '.join(missing_for_mamba_layers)}, without which" in other["error"]
+    else:
+        assert "300" in other["error"] and repr(first) in other["error"] and repr(second) in other["error"]
 
 
 def hybrid_verifier(folder: Path) -> str:

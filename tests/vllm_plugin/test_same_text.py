@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, TIGHT, run_engine, two_tower
+from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, run_engine, two_tower
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
@@ -49,13 +49,16 @@ def without_drafts_in_little_room() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(("num_speculative_tokens", "knobs"), DRAFTING)
-def test_with_room_for_all(num_speculative_tokens: int, knobs: dict[str, Any], without_drafts: dict[str, Any]) -> None:
+def test_with_room_for_all(
+    num_speculative_tokens: int, knobs: dict[str, Any], without_drafts: dict[str, Any], record_property: Any
+) -> None:
     found = run_engine([*PLENTY_OF_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **ROOMY)
     for name in PLENTY_OF_ROOM:
         if name == "logprobs":
             assert_same_logprobs(found[name], without_drafts[name])
         else:
             assert found[name] == without_drafts[name], name
+    record_property("greedy", digest(found["batches"]))
     facts = found["facts"]
     assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["vllm_accepted"] == facts["accepted"]

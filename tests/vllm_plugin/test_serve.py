@@ -16,6 +16,7 @@ import pytest
 
 from tests.vllm_plugin.engine import ROOMY, run_engine
 from tests.vllm_plugin.fork_server import run_forked
+from tests.vllm_plugin.installed import tells_acceptance_per_request
 from tests.vllm_plugin.server import serving
 from twotower_bench.servers.forked_server import fork_workers
 from twotower_bench.servers.server import VllmServer
@@ -62,7 +63,8 @@ def chats(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 def server(chats: list[str]) -> Iterator[VllmServer]:
     arguments = [*chats, "--speculative-model", str(trio_path("twotower")), "--spec-tokens", "15"]
     arguments += ["--additional-config", '{"twotower": {"log_interval_s": 1}}']
-    arguments += ["--per-request-spec-decode-metrics", "summary"]
+    if tells_acceptance_per_request():
+        arguments += ["--per-request-spec-decode-metrics", "summary"]
     with serving(*arguments) as running:
         yield running
 
@@ -149,6 +151,8 @@ def test_the_log_says_where_memory_went_and_how_drafting_goes(server: VllmServer
 
 
 def test_a_request_says_how_its_drafts_were_accepted(server: VllmServer, client: Any) -> None:
+    if not tells_acceptance_per_request():
+        pytest.skip("vLLM has no --per-request-spec-decode-metrics")
     found = client.completions.create(model=server.endpoint.model, prompt=prompts()[0], temperature=0, max_tokens=60)
     said = found.model_dump()["metrics"]["speculative_decoding"]
     assert said["num_spec_tokens"] == 15 and said["num_draft_tokens"] > 0

@@ -12,7 +12,11 @@ from twotower_spec import TwoTowerModel
 from twotower_spec.checkpoint import find_tokenizer
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
-pytestmark = [pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("mamba_layers"),
+]
 
 T = str(trio_path("twotower"))
 END = 2

@@ -19,7 +19,11 @@ from tests.vllm_plugin.fork_server import results_of
 from tests.vllm_plugin.hybrid import ENGINE, run_hybrid
 from twotower_spec import TwoTowerConfig, TwoTowerModel
 
-pytestmark = [pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("mamba_layers"),
+]
 
 NUM_TOKENS = 40
 ITSELF = {"num_speculative_tokens": 7, "twotower": {"self": True, "policy": "fixed"}}

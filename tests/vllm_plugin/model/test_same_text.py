@@ -10,7 +10,11 @@ from tests.vllm_plugin.test_pairs_of_features import ENGINE, GREEDY, SAMPLED, di
 from tests.vllm_plugin.test_same_text import LITTLE_ROOM, PLENTY_OF_ROOM, assert_same_logprobs
 from twotower_spec.demo.trio import trio_path
 
-pytestmark = [pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"), pytest.mark.slow]
+pytestmark = [
+    pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+    pytest.mark.slow,
+    pytest.mark.usefixtures("mamba_layers"),
+]
 
 T: dict[str, Any] = {"model": str(trio_path("twotower")), "enable_prefix_caching": True}
 

@@ -22,7 +22,7 @@ NGRAM = {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 2,
 
 
 @pytest.fixture(scope="module")
-def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def verifier(tmp_path_factory: pytest.TempPathFactory, mamba_layers: None) -> Path:
     return save_nemotron_h(tmp_path_factory.mktemp("verifier") / "model")
 
 
@@ -77,6 +77,7 @@ def test_prefix_cache_without_drafts(verifier: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_bfloat16_and_no_experts(tmp_path: Path) -> None:
     dense = save_nemotron_h(tmp_path / "dense", "MM*M-M", torch.bfloat16)
     expected = run_hybrid(dense, dtype="bfloat16")["texts"]
@@ -85,6 +86,7 @@ def test_bfloat16_and_no_experts(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_two_tower_drafts_for_a_hybrid(tmp_path: Path) -> None:
     verifier = save_nemotron_h(tmp_path / "verifier", vocabulary=TwoTowerConfig.from_pretrained(TRIO).vocab_size)
     expected = run_hybrid(verifier)["texts"]

@@ -18,7 +18,10 @@ from vllm.v1.worker import cpu_model_runner
 from vllm.v1.sample import rejection_sampler
 from vllm_twotower.v1 import cpu_repairs
 
-current_platform.register_triton_kernel_overrides()  # as a worker does before it makes its runner
+if register := current_platform.register_triton_kernel_overrides:
+    register()  # as a worker does before it makes its runner
+else:
+    cpu_model_runner.CPUModelRunner._postprocess_triton(None)  # up to vLLM 0.30 the runner does it
 given, cumulative = torch.tensor([0.3, 0.0, 0.7]), torch.tensor([2, 2, 5], dtype=torch.int32)
 wanted = torch.tensor([0.3, 0.3, 0.7, 0.7, 0.7])
 greedy_too = torch.tensor([0, 1, 4], dtype=torch.int32)

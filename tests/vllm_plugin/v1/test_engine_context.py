@@ -43,6 +43,7 @@ def check(found: dict[str, Any], *experiences: str, path: str = T) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_contexts_after_prompts_and_after_drafts_that_were_partly_accepted() -> None:
     found = run_itself(passes=2, change={"policy": "threshold", "block_size": 8, "steps_per_block": 3})
     check(found, "prompt", "none of the drafts", "some of the drafts", "all of the drafts")
@@ -51,6 +52,7 @@ def test_contexts_after_prompts_and_after_drafts_that_were_partly_accepted() -> 
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_contexts_after_prefix_hits_and_prompts_in_pieces() -> None:
     found = run_itself(enable_prefix_caching=True, passes=2, shared=200, max_tokens=32, max_num_batched_tokens=128)
     check(found, "prefix hit", "prompt in pieces", "some of the drafts")
@@ -58,11 +60,13 @@ def test_contexts_after_prefix_hits_and_prompts_in_pieces() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_contexts_of_requests_that_a_step_left_out() -> None:
     check(run_itself(**NARROW), "left out", "some of the drafts")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 @pytest.mark.parametrize("prefix_caching", [False, True])
 def test_contexts_of_requests_that_were_preempted(prefix_caching: bool) -> None:
     found = run_itself(enable_prefix_caching=prefix_caching, max_num_batched_tokens=40, **FULL)
@@ -71,6 +75,7 @@ def test_contexts_of_requests_that_were_preempted(prefix_caching: bool) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_contexts_of_layers_in_several_cache_groups_and_a_policy_that_adapts(tmp_path: Path) -> None:
     config = TwoTowerConfig.from_pretrained(T).replace(hybrid_override_pattern="M**E*", num_hidden_layers=5)
     TwoTowerModel.from_config(config, seed=3).save_pretrained(tmp_path)
@@ -82,6 +87,7 @@ def test_contexts_of_layers_in_several_cache_groups_and_a_policy_that_adapts(tmp
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_a_view_that_fails_costs_drafts_of_that_round_alone() -> None:
     found = run_itself(fault="failing views")
     assert found["texts"] == own_texts(found)
@@ -90,6 +96,7 @@ def test_a_view_that_fails_costs_drafts_of_that_round_alone() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_a_state_that_turns_out_to_be_unreadable_leaves_requests_without_drafts() -> None:
     found = run_itself(fault="unreadable cache")
     assert found["texts"] == own_texts(found)
@@ -98,6 +105,7 @@ def test_a_state_that_turns_out_to_be_unreadable_leaves_requests_without_drafts(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("mamba_layers")
 def test_a_backend_that_cannot_be_read_gives_the_drafter_a_context_tower_of_its_own() -> None:
     found = run_itself(fault="unreadable backend")
     assert found["texts"] == own_texts(found)

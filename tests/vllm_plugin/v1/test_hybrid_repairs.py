@@ -26,7 +26,7 @@ FULL: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def verifier(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def verifier(tmp_path_factory: pytest.TempPathFactory, mamba_layers: None) -> Path:
     return save_nemotron_h(tmp_path_factory.mktemp("verifier") / "model")
 
 

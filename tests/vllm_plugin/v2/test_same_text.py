@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, TIGHT, run_engine, two_tower
+from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, run_engine, two_tower
 from tests.vllm_plugin.test_same_text import LITTLE_ROOM, PLENTY_OF_ROOM, assert_same_logprobs
 from tests.vllm_plugin.v2.engine import run_v2_engine
 
@@ -29,13 +29,14 @@ def roomy() -> dict[str, Any]:
 
 
 @pytest.mark.timeout(700)
-def test_greedy_text_with_room_for_all(roomy: dict[str, Any]) -> None:
+def test_greedy_text_with_room_for_all(roomy: dict[str, Any], record_property: Any) -> None:
     expected = run_engine(PLENTY_OF_ROOM, None, **ROOMY)
     for name in PLENTY_OF_ROOM:
         if name == "logprobs":
             assert_same_logprobs(roomy[name], expected[name])
         else:
             assert roomy[name] == expected[name], name
+    record_property("greedy", digest(roomy["batches"]))
     facts = roomy["facts"]
     assert roomy["runner"] == {"module": "vllm.v1.worker.cpu.model_runner", "async_scheduling": True}
     assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
@@ -54,11 +55,12 @@ def test_accepted_drafts_are_those_that_vllm_counts_and_those_of_steps_after_the
     assert counts["ours"] == counts["vllm"] + counts["after_end"]
 
 
-def test_a_seed_gives_one_text_on_both_runners(roomy: dict[str, Any]) -> None:
+def test_a_seed_gives_one_text_on_both_runners(roomy: dict[str, Any], record_property: Any) -> None:
     off = run_engine(["seeded_samples"], two_tower(15, verification="coupled", policy="off"), **ROOMY)
     *texts, logprobs, alone = roomy["seeded_samples"]
     *texts_off, logprobs_off, alone_off = off["seeded_samples"]
     assert texts == texts_off and alone == alone_off
+    record_property("seeded", digest(texts))
     assert_same_logprobs([[rows] for rows in logprobs], [[rows] for rows in logprobs_off])
 
 
