@@ -5,11 +5,16 @@ from importlib.util import find_spec
 from pathlib import Path
 
 
-def fields_of(file: str, owner: str) -> list[str]:
-    """Annotated fields of a class in a file, `vllm/sampling_params.py`."""
+def source_of(file: str) -> str:
+    """Text of a file, `vllm/sampling_params.py`."""
     found = find_spec("vllm")
     assert found is not None and found.origin is not None
-    tree = ast.parse((Path(found.origin).parents[1] / file).read_text(encoding="utf-8"))
+    return (Path(found.origin).parents[1] / file).read_text(encoding="utf-8")
+
+
+def fields_of(file: str, owner: str) -> list[str]:
+    """Annotated fields of a class in a file."""
+    tree = ast.parse(source_of(file))
     (body,) = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == owner]
     return [one.target.id for one in body if isinstance(one, ast.AnnAssign) and isinstance(one.target, ast.Name)]
 
@@ -17,3 +22,13 @@ def fields_of(file: str, owner: str) -> list[str]:
 def tells_acceptance_per_request() -> bool:
     """Whether requests can ask how their drafts were accepted, as from vLLM 0.30 on."""
     return "per_request_spec_decode_metrics" in fields_of("vllm/engine/arg_utils.py", "EngineArgs")
+
+
+def ends_at_stop_strings() -> bool:
+    """Whether a step that commits several tokens leaves out those behind a stop string, as from vLLM 0.32 on.
+
+    Before, they stay among the token ids, and `min_tokens` counts whole steps, whatever drafts them.
+    """
+    return "Drop tokens generated after the one completing the stop string" in source_of(
+        "vllm/v1/engine/detokenizer.py"
+    )

@@ -686,7 +686,7 @@ def steps_without_drafts_as_before_0_32(engine: Engine) -> Any:
     stock = runner_class._sample
 
     def as_before(self: Any, logits: Any, spec_decode_metadata: Any) -> Any:
-        if spec_decode_metadata is not None and not any(spec_decode_metadata.num_draft_tokens):
+        if spec_decode_metadata is None or not any(spec_decode_metadata.num_draft_tokens):
             spec_decode_metadata = None
             next(seen)
         return hooks.sampling_without_drafts(stock)(self, logits, spec_decode_metadata)

@@ -100,6 +100,12 @@ def test_other_recurrent_layers_are_refused_by_name() -> None:
     jamba = SimpleNamespace(model="some/jamba", architecture="JambaForCausalLM")
     with pytest.raises(ArgumentError, match=r"^some/jamba is a JambaForCausalLM.*NemotronHForCausalLM.*, or a GPU$"):
         check_hybrid(jamba, on_cpu=True)
+
+
+@pytest.mark.usefixtures("mamba_layers")
+def test_mamba_2_layers_are_not_refused() -> None:
+    from vllm_twotower.requirements import check_hybrid
+
     check_hybrid(SimpleNamespace(model="some/nano", architecture="NemotronHForCausalLM"), on_cpu=True)
 
 

@@ -73,6 +73,7 @@ def check(layer: Any, cache: Tensor) -> None:
     assert torch.equal(values[slots // page_size, slots % page_size], value)
 
 
+@pytest.mark.usefixtures("mamba_layers")  # without them T's own state is not read
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("page_size", [32, 96])
 @pytest.mark.parametrize("layout", ["LBHNC", "BLHNC"])
