@@ -21,7 +21,7 @@ from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import signed_seed
 from twotower_spec.state.context_state import RequestEntry, RequestId, take_within_budget
 from twotower_spec.state.token_history import TokenSequence, all_below, tokens_from
-from twotower_spec.state.transfer import HostCopy
+from twotower_spec.state.transfer import HostCopy, moved
 from twotower_spec.state.window import ContextWindows, TokenTable, WindowRows
 from twotower_spec.towers.model import TwoTowers
 
@@ -281,8 +281,8 @@ class AsyncSession(DraftingSession):
             num_wanted=width if rule.remaining_steps(0, plan.block_size) <= 1 else None,
         )
         done.token_ids, confidence = blocks.token_ids[:, :width], blocks.confidence[:, :width].float()
-        is_current = (computed == table.lengths[rows.rows]).to(device, non_blocking=True)
+        is_current = moved(computed == table.lengths[rows.rows], device)
         done.usable = (is_current & confidence.isfinite().all(1))[:, None]
-        context = (x.to(device, non_blocking=True) for x in (computed, num_new))
+        context = (moved(x, device) for x in (computed, num_new))
         numbers = torch.stack([blocks.num_passes.to(device), *context, is_current.long()])
         done.copy = HostCopy(done.token_ids, confidence, numbers)

@@ -21,6 +21,7 @@ from twotower_spec.generation.denoising import (
 )
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import BlockContext
+from twotower_spec.state.transfer import moved
 from twotower_spec.towers.model import TwoTowers
 
 FirstToken = Literal["context", "denoiser"]
@@ -88,7 +89,7 @@ class BlockDrafter:
             logits: float [num_reqs, vocab].
             are_new: bool [num_reqs] on the context tower's device, whose logits count; None for all.
         """
-        slots = slots.to(self.last_logits.device, non_blocking=True)
+        slots = moved(slots, self.last_logits.device)
         if are_new is not None:
             logits = torch.where(are_new[:, None], logits, self.last_logits[slots])
         self.last_logits[slots] = logits
@@ -123,12 +124,12 @@ class BlockDrafter:
             step's picks were drawn from; None for the most probable tokens, and from `ScheduleLoop`.
         """
         device = self.towers.denoiser.device
-        starts, seeds = starts.to(device, non_blocking=True), seeds.to(device, non_blocking=True)
+        starts, seeds = moved(starts, device), moved(seeds, device)
         if self.noise == "private":  # no two rounds of a request draw the same
             starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
         first = None
         if first_tokens is not None:
-            first_tokens, commit_rule = first_tokens.to(device, non_blocking=True), behind_first(commit_rule)
+            first_tokens, commit_rule = moved(first_tokens, device), behind_first(commit_rule)
         elif self.first_token == "context":
             first = self._first_tokens(slots, seeds, starts)
             first_tokens = first[0]

@@ -16,7 +16,7 @@ from twotower_kernels.block_attention import attention, ragged_attention, reads_
 from twotower_kernels.block_scan import ScanWeights, block_scan
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.state.paged_keys import LayerPages, PagedKeys
-from twotower_spec.state.transfer import to_device
+from twotower_spec.state.transfer import moved, to_device
 
 
 class BlockWorkspace:
@@ -125,7 +125,7 @@ def paged_keys_for_block(
         for row, own in zip(numbers, lists, strict=True):
             row[: len(own)] = own
         block_table = to_device(numbers, workspace.device)
-    context_lens = context_lens.to(workspace.device, non_blocking=True)
+    context_lens = moved(context_lens, workspace.device)
     return PagedKeys.in_table(pages, block_table, context_lens, block_size, causal=False)
 
 

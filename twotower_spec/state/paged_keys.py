@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.block_attention import PagedBatch, paged_attention
+from twotower_spec.state.transfer import moved
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ class PagedKeys:
         numbers = torch.tensor([*context_lens, *starts, *chain(*rows)], dtype=torch.int32)
         num_reqs = len(counts)
         sizes = [num_reqs, num_reqs + 1, num_reqs * width]
-        lens, start_loc, table = numbers.to(pages.keys[0].device, non_blocking=True).split(sizes)
+        lens, start_loc, table = moved(numbers, pages.keys[0].device).split(sizes)
         table = table.view(num_reqs, width)
         return cls(pages, PagedBatch(table, lens, start_loc, max(query_lens), causal))
 

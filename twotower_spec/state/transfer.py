@@ -18,6 +18,14 @@ def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
     return host.to(device, non_blocking=True)
 
 
+def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Gives a tensor on another device, without waiting unless the host is going to read it there.
+
+    PyTorch copies from CUDA into pinned memory, and returns before the values are there, where it is told not to wait.
+    """
+    return x.to(device, dtype, non_blocking=device.type == "cuda")
+
+
 class HostCopy:
     """Copies of tensors, on their way to the host since they were asked for."""
 

@@ -16,7 +16,7 @@ from twotower_spec.state.context_state import ContextState
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
-from twotower_spec.state.transfer import to_device
+from twotower_spec.state.transfer import moved, to_device
 from twotower_spec.towers import ContextTower
 
 
@@ -131,8 +131,8 @@ class ContextWindows:
         return BlockContext(
             layer_slot=state.layer_slot,
             states=StackedStates(
-                state.mamba.conv[:, rows.slots].to(device, dtype, non_blocking=True),
-                state.mamba.ssm[:, rows.slots].to(device, accumulation_dtype(dtype), non_blocking=True),
+                moved(state.mamba.conv[:, rows.slots], device, dtype),
+                moved(state.mamba.ssm[:, rows.slots], device, accumulation_dtype(dtype)),
             ),
             keys=paged_keys_for_block(
                 state.kv_cache.pages,

@@ -31,6 +31,7 @@ from twotower_spec.state.block_context import (
     keys_for_block,
 )
 from twotower_spec.state.paged_keys import LayerPages
+from twotower_spec.state.transfer import moved
 from vllm_twotower.v1.page_layout import paged_views
 
 
@@ -168,7 +169,7 @@ class EngineContext:
             table = self._blocks(group)
             blocks[group] = [table[rows, columns], table[rows, columns + first]]
         places = torch.tensor([first.tolist(), *(one.tolist() for pair in blocks.values() for one in pair)])
-        first_token, *found = places.to(self._mamba[0].conv.device, non_blocking=True) if blocks else places
+        first_token, *found = moved(places, self._mamba[0].conv.device) if blocks else places
         states = EngineStates(
             self._mamba,
             self.config.conv_kernel - 1,

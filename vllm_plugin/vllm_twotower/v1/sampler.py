@@ -14,6 +14,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
+from twotower_spec.state.transfer import moved
 from vllm_twotower.seeds import request_seed
 
 logger = init_logger("vllm.twotower.sampler")
@@ -64,7 +65,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
         lengths = torch.from_numpy(self._runner.input_batch.num_tokens_no_spec[: len(counts)]).long()
         if logits.is_cuda:
             lengths = lengths.pin_memory()  # from pageable memory the copy would wait for the verifier's pass
-        sampling = batch.sampling(lengths.to(logits.device, non_blocking=True))
+        sampling = batch.sampling(moved(lengths, logits.device))
         processed = self._processed(metadata, logits, sampling_metadata, batch)
         token_ids = accept(
             processed,

@@ -12,7 +12,7 @@ from vllm.distributed import get_tp_group
 from vllm.v1.worker.gpu.spec_decode.speculator import BaseSpeculator
 
 from twotower_spec.drafting import AsyncRequest, AsyncRound, AsyncSession, DraftingRounds
-from twotower_spec.state.transfer import Moment, to_device
+from twotower_spec.state.transfer import Moment, moved, to_device
 from twotower_spec.state.window import TokenTable
 from vllm_twotower.drafter import EngineDrafter
 from vllm_twotower.loading import load_session
@@ -200,7 +200,7 @@ def _fill(drafts: Tensor, drafted: AsyncRound) -> None:
     if drafted.token_ids is None or drafted.usable is None:
         return
     rows = to_device(np.array(drafted.rows), drafts.device)
-    own = drafted.token_ids.to(drafts.device, non_blocking=True)[:, : drafts.shape[1]]
+    own = moved(drafted.token_ids, drafts.device)[:, : drafts.shape[1]]
     missing = drafts.shape[1] - own.shape[1]
     own = torch.cat([own, own[:, -1:].expand(-1, missing)], dim=1)
-    drafts[rows] = torch.where(drafted.usable.to(drafts.device, non_blocking=True), own, drafts[rows])
+    drafts[rows] = torch.where(moved(drafted.usable, drafts.device), own, drafts[rows])
