@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from tests.vllm_plugin.installed import keeps_allowed_tokens_apart
+
 if TYPE_CHECKING:
     from tests.vllm_plugin.engine import Engine
 
@@ -18,6 +20,7 @@ REASONING = {"reasoning_start_str": "Answer:", "reasoning_end_str": "The answer 
 
 # How features are asked for that have no sampling parameters, see `_prompt`.
 LONG_PROMPT, SHARED_PREFIX = "a prompt read in pieces", "a prefix of others"
+ALLOWED_TOKENS = "allowed tokens"
 
 # Parameters by feature; those with "vllm" have a class of vLLM's, its arguments beside it.
 FEATURES: dict[str, dict[str, Any]] = {
@@ -29,7 +32,7 @@ FEATURES: dict[str, dict[str, Any]] = {
     "bad words": {"bad_words": ["The answer", "return", " ="]},
     "logit_bias": {"logit_bias": {FULL_STOP: 2.0, SPACE: -3.0}},
     # Model runner V2 takes 1024 of them at most.
-    "allowed tokens": {"allowed_token_ids": [i for i in range(VOCABULARY) if i < 300 or i % 5 < 2]},
+    ALLOWED_TOKENS: {"allowed_token_ids": [i for i in range(VOCABULARY) if i < 300 or i % 5 < 2]},
     "structured output": {
         "structured_outputs": {"vllm": "StructuredOutputsParams", "regex": r"[A-Z][a-z ]{5,30}(is|has) [0-9]{1,3}\."}
     },
@@ -59,6 +62,8 @@ def crossed(engine: Engine, sampled: bool) -> dict[str, Any]:
         sampled: the pairs with a feature of sampled requests, or all others, greedy.
     """
     features = FEATURES | SAMPLED_FEATURES
+    if not keeps_allowed_tokens_apart():  # all others would be told less than they may say
+        del features[ALLOWED_TOKENS]
     pairs = [pair for pair in combinations(features, 2) if SAMPLED_FEATURES.keys().isdisjoint(pair) != sampled]
     every, named = int(os.environ.get("EVERY_NTH_PAIR", "1")), os.environ.get("PAIRS_WITH", "")
     chosen = [(i, pair) for i, pair in enumerate(pairs) if i % every == 0 and named in ("", *pair)]

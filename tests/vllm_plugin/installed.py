@@ -32,3 +32,11 @@ def ends_at_stop_strings() -> bool:
     return "Drop tokens generated after the one completing the stop string" in source_of(
         "vllm/v1/engine/detokenizer.py"
     )
+
+
+def keeps_allowed_tokens_apart() -> bool:
+    """Whether a request keeps its own `allowed_token_ids` when rows of a batch change places, as from vLLM 0.31 on.
+
+    Before, both rows have the mask of one of them afterwards: the swap reads what it has just written.
+    """
+    return "allowed_token_ids_mask_cpu_tensor[[i1, i2]]" in source_of("vllm/v1/worker/gpu_input_batch.py")
