@@ -24,9 +24,10 @@ from vllm_twotower.v2.history import KnownTokens, Step, TokenHistory
 class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
     """Drafts for vLLM's V2 model runner.
 
-    V2 verifies `num_speculative_tokens` drafts of every decoding request in every step. A request without drafts gets
-    its last token so many times, which costs verification and is worth nothing. The host goes ahead of the device: it
-    reads nothing of a step in steady state, and learns what became of drafts when that has arrived, a step late.
+    V2 verifies equally many drafts of all decoding requests of a step, as many as its scheduler has planned. A request
+    without drafts gets its last token so many times, which costs verification and is worth nothing. The host goes ahead
+    of the device: it reads nothing of a step in steady state, and learns what became of drafts when that has arrived, a
+    step late.
     """
 
     # Read by the runner: no images, and drafts are one-hot.
