@@ -12,10 +12,10 @@ from twotower_spec.drafting.draft_block import Noise
 from twotower_spec.generation.denoising import (
     CommitRule,
     DenoisedBlocks,
+    DenoisingLoop,
     DenoisingRequest,
     FirstStepProbs,
     HostLoop,
-    ScheduleLoop,
     TokenPicker,
     behind_first,
 )
@@ -52,7 +52,7 @@ class BlockDrafter:
         sampler: Sampler,
         noise: Noise,
         num_token_ids: int,
-        loop: type[HostLoop | ScheduleLoop] = HostLoop,
+        loop: type[DenoisingLoop] = HostLoop,
     ) -> None:
         """Allocates room for the last logits.
 
@@ -74,7 +74,7 @@ class BlockDrafter:
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._make_loop = loop
-        self._loops: dict[int, HostLoop | ScheduleLoop] = {}
+        self._loops: dict[int, DenoisingLoop] = {}
 
     @property
     def nbytes(self) -> int:
@@ -144,7 +144,7 @@ class BlockDrafter:
             same_noise=self.noise == "shared",
         )
         loop = self._loop(block_size)
-        if self.picker.sampler.greedy or isinstance(loop, ScheduleLoop):
+        if self.picker.sampler.greedy or not isinstance(loop, HostLoop):
             return loop.denoise(request), None
         first_step = FirstStepProbs(self.picker)
         done, probs = loop.denoise(request, [first_step]), first_step.probs
@@ -159,7 +159,7 @@ class BlockDrafter:
         logits = self.last_logits[slots.to(self.last_logits.device)].to(seeds.device)
         return *self.picker.pick(logits, seeds, starts), logits
 
-    def _loop(self, block_size: int) -> HostLoop | ScheduleLoop:
+    def _loop(self, block_size: int) -> DenoisingLoop:
         if block_size not in self._loops:
             self._loops[block_size] = self._make_loop(self.towers.denoiser, block_size, self.picker)
         return self._loops[block_size]

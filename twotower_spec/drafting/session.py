@@ -16,7 +16,7 @@ from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.drafting.round import DraftRequest
 from twotower_spec.drafting.rounds import DrafterMemory, DraftingRounds
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.denoising import HostLoop, ScheduleLoop
+from twotower_spec.generation.denoising import DenoisingLoop, HostLoop
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
@@ -57,7 +57,7 @@ class DraftingSession(DraftingRounds):
         num_tokens: int | None = None,
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         num_token_ids: int | None = None,
-        loop: type[HostLoop | ScheduleLoop] = HostLoop,
+        loop: type[DenoisingLoop] = HostLoop,
     ) -> None:
         """Allocates the state.
 

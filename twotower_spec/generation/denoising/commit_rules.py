@@ -100,7 +100,7 @@ def unmask_by(
     step: DenoisingStep,
     token_ids: Tensor,
     logits: Tensor,
-    positions: Tensor,
+    positions: Tensor | None,
     picker: TokenPicker,
     noise: PickNoise | None,
 ) -> Unmasked:

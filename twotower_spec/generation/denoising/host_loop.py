@@ -8,37 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from twotower_spec.config import check_integer
 from twotower_spec.generation.denoising.commit_rules import DenoisingStep, unmask_by
+from twotower_spec.generation.denoising.loop import DenoisingLoop
 from twotower_spec.generation.denoising.observers import ObservedStep, StepObserver
-from twotower_spec.generation.denoising.picking import TokenPicker
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest, fresh_blocks
-from twotower_spec.towers import DenoiserTower
 
 
-class HostLoop:
-    """Fills masked blocks step by step; rows have their own time and leave when they are done.
-
-    Attributes:
-        block_size: positions of a block.
-        picker: how tokens are picked.
-    """
-
-    def __init__(self, denoiser: DenoiserTower, block_size: int, picker: TokenPicker) -> None:
-        """Computes the time modulation for every number of masked positions once.
-
-        Raises:
-            ArgumentError: the block size is out of range.
-        """
-        check_integer("block_size", block_size, minimum=1)
-        self.denoiser, self.block_size, self.picker = denoiser, block_size, picker
-        with torch.inference_mode():
-            self._modulation = denoiser.time_conditioning.for_block_size(block_size)
-
-    @property
-    def nbytes(self) -> int:
-        """See `DenoisingLoop.nbytes`."""
-        return self._modulation.nbytes
+class HostLoop(DenoisingLoop):
+    """Fills masked blocks step by step; rows have their own time and leave when they are done."""
 
     @torch.inference_mode()
     def denoise(self, request: DenoisingRequest, observers: Sequence[StepObserver] = ()) -> DenoisedBlocks:
