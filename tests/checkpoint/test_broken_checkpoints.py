@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import time
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -80,10 +79,9 @@ def test_config_that_makes_more_than_is_stored_is_refused_before_memory_is_taken
     (directory / "config.json").write_text(json.dumps(content | changes))
     made, init = [], TwoTowers.__init__
     monkeypatch.setattr(TwoTowers, "__init__", lambda self, *a, **k: made.append(k) or init(self, *a, **k))
-    begun = time.process_time()
     with pytest.raises(TwoTowerError, match=re.escape(reason)):
         TwoTowerModel.from_pretrained(directory)
-    assert time.process_time() - begun < 1
+    assert len(made) <= 1
     assert all(options["context_device"] == "meta" for options in made)
     problems = inspect_checkpoint(directory).problems
     assert problems and len(problems) <= 1000

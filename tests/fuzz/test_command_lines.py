@@ -17,14 +17,12 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from tests.fuzz.inputs import HOSTILE_NUMBERS, HOSTILE_TEXT
-from tests.fuzz.refusal import check_message, fuzzed
+from tests.fuzz.refusal import LONGEST_S, check_message, fuzzed
 from twotower_spec.cli import app as command_line
 from twotower_spec.demo import trio_path
 from twotower_spec.training.pipeline import STAGES
 
 GROUPS = ("bench", "train")
-# A command imports what it needs when it first runs, transformers among it; lm-eval lists its tasks for each folder.
-LONGEST_S = 10.0
 
 
 class TakenError(Exception):

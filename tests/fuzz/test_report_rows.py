@@ -54,7 +54,7 @@ def test_whole_report(written: dict[str, list[bytes]], tmp_path: Path, name: str
     lines[place] = data.draw(changed(json.loads(lines[place])).map(as_json)) + b"\n"
     file = tmp_path / "f.jsonl"
     file.write_bytes(b"".join(lines))
-    with taken_or_refused(longest_s=30):  # tables of hundreds of comparisons, and their plots
+    with taken_or_refused():
         whole_report(file)
 
 
@@ -85,5 +85,5 @@ def test_what_was_found(
     inner[place[-1]] = value
     file = tmp_path / "f.jsonl"
     file.write_bytes(b"".join(as_json(line) + b"\n" for line in lines))
-    with taken_or_refused(longest_s=30):
+    with taken_or_refused():
         whole_report(file)
