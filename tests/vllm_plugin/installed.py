@@ -4,6 +4,8 @@ import ast
 from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
+
 
 def source_of(file: str) -> str:
     """Text of a file, `vllm/sampling_params.py`."""
@@ -40,3 +42,21 @@ def keeps_allowed_tokens_apart() -> bool:
     Before, both rows have the mask of one of them afterwards: the swap reads what it has just written.
     """
     return "allowed_token_ids_mask_cpu_tensor[[i1, i2]]" in source_of("vllm/v1/worker/gpu_input_batch.py")
+
+
+def samples_on_a_cpu() -> bool:
+    """Whether vLLM's own rejection sampler runs on a CPU; that of 0.30 ends its engine.
+
+    Its kernel's configuration holds the function that the runner then replaces by one that cannot be inspected.
+    """
+    replaced = "rejection_sampler.rejection_greedy_sample_kernel = (" in source_of("vllm/v1/worker/cpu_model_runner.py")
+    configured = "kernel=rejection_greedy_sample_kernel" in source_of("vllm/v1/sample/rejection_sampler.py")
+    return not (replaced and configured)
+
+
+def needs_the_stock_sampler() -> pytest.MarkDecorator:
+    """Skips tests that hand over to vLLM's own rejection sampler where that cannot run."""
+    here = find_spec("vllm") is not None
+    return pytest.mark.skipif(
+        here and not samples_on_a_cpu(), reason="this vLLM's own sampler ends its engine on a CPU"
+    )

@@ -7,6 +7,7 @@ from importlib.util import find_spec
 import pytest
 
 from tests.vllm_plugin.engine import TIGHT, run_engine
+from tests.vllm_plugin.installed import needs_the_stock_sampler
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
@@ -61,6 +62,7 @@ print("replaced", rejection_sampler.apply_sampling_constraints.__module__ == "vl
 """
 
 
+@needs_the_stock_sampler()
 @pytest.mark.parametrize("code", [EXPANSION, CONSTRAINTS], ids=["expand_batch_to_tokens", "apply_sampling_constraints"])
 def test_the_stock_function_is_wrong_and_ours_is_right(code: str) -> None:
     done = subprocess.run(

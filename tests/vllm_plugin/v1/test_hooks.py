@@ -5,6 +5,7 @@ from importlib.util import find_spec
 import pytest
 
 from tests.vllm_plugin.engine import ROOMY, run_engine, two_tower
+from tests.vllm_plugin.installed import needs_the_stock_sampler
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
@@ -12,6 +13,7 @@ pytestmark = [
 ]
 
 
+@needs_the_stock_sampler()
 def test_nothing_is_drafted_where_the_runner_is_not_known() -> None:
     expected = run_engine(["plain_text", "joining_and_leaving"], None, **ROOMY)
     found = run_engine(["without_hooks"], two_tower(8, policy="fixed", block_size=8), **ROOMY)["without_hooks"]
