@@ -61,9 +61,12 @@ def names(table: Mapping[Handling, str], *wanted: Handling) -> tuple[str, ...]:
     return tuple(name for handling in wanted or tuple(table) for name in table[handling].split())
 
 
+_NO_DRAFTS = names(OF_REQUESTS, Handling.NO_DRAFTS)
+
+
 def allows_drafts(params: Any) -> bool:
     """Whether a request sets none of the parameters that vLLM follows one token at a time."""
-    return all(getattr(params, name, None) is None for name in names(OF_REQUESTS, Handling.NO_DRAFTS))
+    return all(getattr(params, name, None) is None for name in _NO_DRAFTS)
 
 
 def check_logits_processors(model_config: Any) -> None:

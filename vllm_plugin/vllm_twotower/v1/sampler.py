@@ -62,11 +62,17 @@ class TwoTowerRejectionSampler(RejectionSampler):
         batch = self._batch
         if batch is None or batch.sampling_metadata is not sampling_metadata:
             batch = self._batch = _RequestBatch.of(self._runner, sampling_metadata, logits.device)
+        wants_logprobs = sampling_metadata.max_num_logprobs is not None or bool(sampling_metadata.logprob_token_ids)
+        changes_logits = bool(batch.logit_bias) or _has_processors(sampling_metadata)
+        if not (metadata.max_spec_len or wants_logprobs or changes_logits) and sampling_metadata.all_greedy:
+            # As `accept` does, in a quarter of the time: where drafting rests, every step comes here.
+            token_ids = logits.argmax(dim=-1, keepdim=True).to(torch.int32)
+            return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
         lengths = torch.from_numpy(self._runner.input_batch.num_tokens_no_spec[: len(counts)]).long()
         if logits.is_cuda:
             lengths = lengths.pin_memory()  # from pageable memory the copy would wait for the verifier's pass
         sampling = batch.sampling(moved(lengths, logits.device))
-        processed = self._processed(metadata, logits, sampling_metadata, batch)
+        processed = self._processed(metadata, logits, sampling_metadata, batch) if changes_logits else logits
         token_ids = accept(
             processed,
             metadata.draft_token_ids,
@@ -75,7 +81,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
             sampling,
             self._acceptance_rule,
         ).token_ids
-        if sampling_metadata.max_num_logprobs is None and not sampling_metadata.logprob_token_ids:
+        if not wants_logprobs:
             return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
         shown = logits
         if self.is_processed_logprobs_mode:
@@ -112,9 +118,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
         return joined(found, self.sampler.gather_specific_token_logprobs(values, of_rows, sampled), of_rows)
 
     def _processed(self, metadata: Any, logits: Tensor, sampling_metadata: Any, batch: _RequestBatch) -> Tensor:
-        """Logits after vLLM's processors, float32; the logits themselves where there are none."""
-        if not batch.logit_bias and not _has_processors(sampling_metadata):
-            return logits
+        """Logits after vLLM's processors, float32."""
         out = logits.to(torch.float32, copy=True)
         start = 0
         for request, count in enumerate(metadata.num_draft_tokens):
