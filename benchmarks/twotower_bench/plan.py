@@ -1,7 +1,7 @@
 """Speed-up of drafting with TwoTower under a load, from step times and acceptance lengths, and whether it pays.
 
-`speed_up` is the formula, `CostModel` carries the doubt of its terms to the result, and `advise` says what the result
-means.
+The formula is the adaptive policy's own, `twotower_spec.drafting.policies.costs.speed_up`; `CostModel` carries the
+doubt of its terms to the result, and `advise` says what the result means.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from twotower_bench.drafter_size import DrafterSize
 from twotower_bench.records import DraftSetting
 from twotower_bench.serving_profile import AcceptanceLength, Number, ServingProfile, value_of
+from twotower_spec.drafting.policies.costs import speed_up
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import Estimate
 
@@ -23,25 +24,6 @@ from twotower_spec.evaluation.statistics import Estimate
 BAND = 0.02
 # Where a smaller share of drafts is accepted, that is named as the reason, else what costs most.
 FEW_ACCEPTED = 0.25
-
-
-def speed_up(
-    acceptance_length: float,
-    plain_ms: float,
-    verify_ms: float,
-    extend_ms: float,
-    denoise_ms: float,
-    num_passes: float = 1.0,
-    host_ms: float = 0.0,
-) -> float:
-    """Tokens per second with drafts over those without, under the same load.
-
-        L t(1) / (t(1 + K) + extend + passes * denoise + host)
-
-    A round with K drafts per request gains L tokens of each, in the time of the denominator; a plain step gains one, in
-    t(1). All times are of the whole batch.
-    """
-    return acceptance_length * plain_ms / (verify_ms + extend_ms + num_passes * denoise_ms + host_ms)
 
 
 @dataclass(frozen=True)
@@ -181,7 +163,7 @@ class CostModel:
             extend, denoise, host = (time_at(what, values, batch_size, block_size) for what in (EXTEND, DENOISE, HOST))
         denoise *= acceptance.setting.steps_per_block if passes is None else passes
         plain, verify = (time_at(VERIFIER, values, batch_size, 1 + drafts) for drafts in (0, drafted))
-        gain, plain_rate = speed_up(length, plain, verify, extend, denoise, host_ms=host), 1e3 * batch_size / plain
+        gain, plain_rate = speed_up(length, plain, verify, extend, denoise, host_s=host), 1e3 * batch_size / plain
         return {
             "acceptance_length": length,
             "plain_ms": plain,

@@ -37,10 +37,10 @@ def cost_model(
 
 
 def test_formula_takes_numbers_and_gives_a_number() -> None:
-    assert speed_up(6.0, plain_ms=12.7, verify_ms=15.7, extend_ms=2.8, denoise_ms=3.2) == pytest.approx(
+    assert speed_up(6.0, plain_s=12.7, verify_s=15.7, extend_s=2.8, denoise_s=3.2) == pytest.approx(
         6 * 12.7 / (15.7 + 2.8 + 3.2)
     )
-    assert speed_up(6.0, 10.0, 20.0, 4.0, 2.5, num_passes=2, host_ms=1.0) == pytest.approx(2.0)
+    assert speed_up(6.0, 10.0, 20.0, 4.0, 2.5, num_passes=2, host_s=1.0) == pytest.approx(2.0)
 
 
 def test_speed_up_is_tokens_gained_over_plain_steps_that_a_round_takes() -> None:

@@ -13,15 +13,18 @@ from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids, tiny_model
 from tests.support.host_reads import HostReads
 from twotower_spec.drafting import (
+    AdaptivePolicy,
     AsyncRequest,
     AsyncRound,
     AsyncSession,
     DraftingSession,
+    DraftPlan,
     DraftPolicy,
     FixedPolicy,
     Round,
     ThresholdPolicy,
 )
+from twotower_spec.drafting.policies import FixedSteps
 from twotower_spec.state.window import TokenTable
 
 # Drafts that the target verifies, and tokens that it commits at most.
@@ -260,3 +263,20 @@ def test_a_request_that_has_ended_is_settled_without_a_trace() -> None:
     del target.rows["a"], target.known["a"]
     settled = target.session.settle(target.under_way.popleft()[0], {})
     assert settled.block.num_draft_tokens == [K] and not target.session.request_ids
+
+
+def test_a_round_that_only_reads_tells_later_what_the_context_tower_would_have_picked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    session = make(AdaptivePolicy((4,)))
+    prompt = random_ids(6)
+    text = prompt + tiny_model().generate_ar([prompt], 12, eos_token_id=None).token_ids[0]
+    text[-1] = (text[-1] + 1) % (VOCAB - 1)
+    table = TokenTable(torch.tensor([text], dtype=torch.int32), torch.tensor([len(text)], dtype=torch.int32))
+    reads = DraftPlan(4, 0, FixedSteps(1, 0.0), frozenset({0}))
+    monkeypatch.setattr(session.policy, "plan", lambda *args, **kwargs: reads)
+    done = session.draft_ahead([AsyncRequest("a", 0, text, len(text))], table)
+    assert done.token_ids is None and done.num_planned == 0
+    settled = session.settle(done, {"a": text})
+    assert settled.foreseen["a"][len(prompt) - 1 :] == [True] * 11 + [False]
+    assert settled.num_context_tokens == session.state.num_computed_tokens("a") == len(text)

@@ -146,7 +146,9 @@ def test_warming_up_leaves_no_trace_and_allocates_for_all_rounds() -> None:
     assert drafter.state.kv_cache.num_free_pages == drafter.state.num_pages
     warm = drafter.memory()
     rows = {name: random_ids(30 * i + 1, seed=i) for i, name in enumerate("abcd")}
-    fresh = make(AdaptivePolicy(block_sizes=(4, 8), may_skip=False))
+    fresh_policy = AdaptivePolicy(block_sizes=(4, 8), may_skip=False)
+    fresh_policy.costs = policy.costs  # which the warm-up has measured
+    fresh = make(fresh_policy)
     for round_index in range(6):
         assert drafts(draft_rows(drafter, rows)) == drafts(draft_rows(fresh, rows))
         rows = grown(rows, round_index)
@@ -208,7 +210,9 @@ def test_warming_up_for_kernels_makes_passes_of_every_kind_that_fits(
     drafter, seen = make(num_tokens=num_tokens), []
     extend = drafter.state.extend
     monkeypatch.setattr(
-        drafter.state, "extend", lambda tower, new: seen.append([len(t) for t in new.values()]) or extend(tower, new)
+        drafter.state,
+        "extend",
+        lambda _, new, *want: seen.append([len(t) for t in new.values()]) or extend(_, new, *want),
     )
     drafter.warm_up()
     assert [1] in seen and [17] in seen and max(map(max, seen)) == longest

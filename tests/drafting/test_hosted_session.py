@@ -116,7 +116,7 @@ def test_a_policy_learns_from_drafts_alone() -> None:
         count = done.block.num_draft_tokens[0]
         hosted.observe(done, RoundResult([count - 1], 0.01))
     # The newest token is no trial: a calibrated position is a draft's, and the last of seven is the block's last.
-    trials = policy._trials[8].sum(axis=(0, 2))
+    trials = policy.calibration.trials[8].sum(axis=(0, 2))
     assert trials[0] == 6 and trials[7] == 0
 
 

@@ -201,6 +201,9 @@ def write_results(order: str, output: str) -> None:
             speculative_config=settings,
             **{"dtype": "float32", "block_size": 32, **given["engine_args"]},
         )
+        session = _drafter(llm).session
+        if session is not None and given["knobs"]["policy"] == "adaptive":
+            session.policy.may_skip = False  # whether it pays or not
         prompts = _prompts(given)
         params = SamplingParams(temperature=0, max_tokens=given["max_tokens"], ignore_eos=True)
         for count in range(given["passes"]):

@@ -643,7 +643,7 @@ def plans_that_change(engine: Engine) -> Any:
     rounds = itertools.count()
     plans = [None, *(FixedPolicy(8, 1, num_tokens=count).plan(1) for count in (2, 7))]
 
-    def changing(num_reqs: int) -> Any:
+    def changing(*args: Any, **kwargs: Any) -> Any:
         return plans[next(rounds) // 5 % 3]
 
     with patch.object(engine.session.policy, "plan", changing):

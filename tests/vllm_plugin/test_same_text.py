@@ -73,8 +73,9 @@ def test_with_little_room(
     for name in LITTLE_ROOM:
         assert found[name] == without_drafts_in_little_room[name], name
     facts = found["facts"]
-    assert facts["accepted"] > 300 and facts["errors"] == facts["sampler_fallbacks"] == 0
-    assert facts["prefilling"] > 0  # contexts were read while the verifier still read prompts
+    adapts = knobs.get("policy", "adaptive") == "adaptive"  # drafts only where that pays, on a machine that does more
+    assert facts["accepted"] > (30 if adapts else 300) and facts["errors"] == facts["sampler_fallbacks"] == 0
+    assert adapts or facts["prefilling"] > 0  # contexts were read while the verifier still read prompts
 
 
 def assert_same_logprobs(found: Any, expected: Any) -> None:
@@ -89,6 +90,6 @@ def assert_same_logprobs(found: Any, expected: Any) -> None:
 def test_rows_of_one_width_as_cuda_graphs_want_them() -> None:
     names = ["joining_and_leaving", "lengths", "min_tokens", "stops"]
     expected = run_engine(PLENTY_OF_ROOM, None, **ROOMY)
-    found = run_engine([*names, "facts"], two_tower(15, pad_drafts=True), **ROOMY)
+    found = run_engine([*names, "facts"], two_tower(15, policy="fixed", pad_drafts=True), **ROOMY)
     assert [found[name] for name in names] == [expected[name] for name in names]
     assert found["facts"]["errors"] == 0 and found["facts"]["accepted"] > 400

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twotower_spec.drafting.round import DraftRequest
 from twotower_spec.state import ContextState
@@ -21,12 +21,14 @@ class Admitted:
         completed: requests of `increments` whose context is up to date after it: its logits are those to go on from.
         ready: requests whose context is up to date after the round, in the order given.
         without_drafts: the others, by reason.
+        foreseen: of requests that were read late, whether the context tower would have picked each token but the first.
     """
 
     increments: dict[RequestId, list[int]]
     completed: list[RequestId]
     ready: list[DraftRequest]
     without_drafts: Counter[str]
+    foreseen: dict[RequestId, list[bool]] = field(default_factory=dict)
 
 
 class Admission:
@@ -48,13 +50,19 @@ class Admission:
         # Requests whose last token's logits are kept.
         self._with_logits: set[RequestId] = set()
 
-    def admit(self, requests: Sequence[DraftRequest]) -> Admitted:
-        """Claims room for the requests that fit together, and chooses what is read of them within the budget."""
+    def admit(self, requests: Sequence[DraftRequest], most_tokens: int | None = None) -> Admitted:
+        """Claims room for the requests that fit together, and chooses what is read of them.
+
+        Args:
+            requests: of the round.
+            most_tokens: that are read, within the budget; None for the budget.
+        """
         without_drafts: Counter[str] = Counter()
         new = self._fitting(requests, without_drafts)
         for request_id, tokens in new.items():  # all before the pass, so that none gives way to another one
             self.state.claim(request_id, self.state.num_computed_tokens(request_id) + len(tokens), keep=list(new))
-        increments = take_within_budget({rid: tokens for rid, tokens in new.items() if len(tokens)}, self.token_budget)
+        budget = self.token_budget if most_tokens is None else min(self.token_budget, most_tokens)
+        increments = take_within_budget({rid: tokens for rid, tokens in new.items() if len(tokens)}, budget)
         completed = [request_id for request_id, tokens in increments.items() if len(tokens) == len(new[request_id])]
         kept = {request_id for request_id in self._with_logits if request_id in self.state}
         self._with_logits = (kept - increments.keys()).union(completed)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from twotower_spec.drafting.draft_block import DraftBlock
-from twotower_spec.drafting.policies import DraftPlan
+from twotower_spec.drafting.policies import Candidate, DraftPlan
 from twotower_spec.drafting.policies.fixed import FixedSteps
 from twotower_spec.drafting.round import DraftRequest, Round
-from twotower_spec.drafting.session import DraftingSession
+from twotower_spec.drafting.session import DraftingSession, foreseen_tokens
 from twotower_spec.generation.denoising import DenoisedBlocks, Schedule, ScheduleLoop
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import signed_seed
@@ -59,7 +59,8 @@ class AsyncRound:
         usable: bool [num_drafted, 1] there: the context is up to date, and the drafts are finite.
         entries: the pool's bookkeeping of the requests that were drafted for.
         copy: of the drafts, their confidence, passes, and how far contexts came.
-        num_read: tokens that the host knew and the context tower read, by request.
+        read: tokens that the host knew and the context tower read, by request.
+        picks: those that it would have picked behind them, on their way, where the round was planned to read alone.
         times, host_s, without_drafts: as of `Round`.
     """
 
@@ -71,7 +72,8 @@ class AsyncRound:
     usable: Tensor | None = None
     entries: list[RequestEntry] = field(default_factory=list)
     copy: HostCopy | None = None
-    num_read: Mapping[RequestId, int] = field(default_factory=dict)
+    read: Mapping[RequestId, TokenSequence] = field(default_factory=dict)
+    picks: HostCopy | None = None
     times: PhaseTimes = field(default_factory=PhaseTimes)
     host_s: float = 0.0
     without_drafts: Counter[str] = field(default_factory=Counter)
@@ -79,7 +81,7 @@ class AsyncRound:
     @property
     def landed(self) -> bool:
         """Whether `AsyncSession.settle` waits for nothing."""
-        return (self.copy is None or self.copy.landed) and self.times.known
+        return all(copy is None or copy.landed for copy in (self.copy, self.picks)) and self.times.known
 
 
 class AsyncSession(DraftingSession):
@@ -137,13 +139,18 @@ class AsyncSession(DraftingSession):
             requests: of the step, each named once.
             table: all of their tokens, on the context tower's device.
             most_tokens: drafts of a request that the target is going to verify; with 0 contexts stay where they are
-                too. None for all that the policy makes.
+                too, unless the plan is to read. None for all that the policy makes.
 
         Returns:
             The round; `settle` takes it when it has landed.
         """
         start = time.perf_counter()
-        plan = self.policy.plan(len(requests)) if requests else None
+        candidates = [
+            Candidate(one.request_id, self._num_unread(one.request_id, one.most_tokens), None if drafts else 0)
+            for one in requests
+            for drafts in [one.wants_drafts and not one.read_only]
+        ]
+        plan = self.policy.plan(len(requests), candidates, whole_batch=True) if requests else None
         num_planned = plan.num_tokens if plan else 0
         if plan is not None and most_tokens is not None and most_tokens < plan.num_tokens:
             plan = replace(plan, num_tokens=most_tokens) if most_tokens else None
@@ -151,8 +158,12 @@ class AsyncSession(DraftingSession):
         if plan is None:
             done.without_drafts["policy"] = len(requests)
             return done
+        chosen = [one for row, one in enumerate(requests) if plan.chooses(row)]
+        done.without_drafts["policy"] = len(requests) - len(chosen)
         with done.times.measure("extend", self.towers.context.device):
-            following = self._read_known(self._fitting(requests, done.without_drafts), done)
+            following = self._read_known(self._fitting(chosen, done.without_drafts), done)
+            if not plan.num_tokens:
+                following = []
             if following:
                 rows = self._windows.rows([one.request_id for one in following], [one.row for one in following])
                 logits, num_new = self._windows.extend(self.towers.context, rows, table)
@@ -177,11 +188,14 @@ class AsyncSession(DraftingSession):
         Returns:
             The round on the host, for `observe`; all drafts of a request count, for none was kept back.
         """
-        num_read = sum(done.num_read.values())
+        num_read = sum(map(len, done.read.values()))
         if done.copy is None or done.plan is None:
-            block = DraftBlock.empty(done.request_ids)
+            block, foreseen = DraftBlock.empty(done.request_ids), {}
+            if done.picks is not None:
+                foreseen = foreseen_tokens(done.read, done.picks.read()[0].tolist(), done.read)
+            sizes = 0, 0
             return self._counted(
-                Round(block, done.plan, num_read, done.times, done.host_s, without_drafts=done.without_drafts)
+                Round(block, done.plan, num_read, done.times, done.host_s, done.without_drafts, *sizes, foreseen)
             )
         self._unsettled = [one for one in self._unsettled if one is not done]
         tokens, confidence, numbers = done.copy.read()
@@ -203,7 +217,7 @@ class AsyncSession(DraftingSession):
             done.plan,
             done.request_ids,
             drafted,
-            {*done.num_read, *followed},
+            {*done.read, *followed},
             DenoisedBlocks(tokens, confidence, num_passes),
             selects=False,
         )
@@ -252,14 +266,16 @@ class AsyncSession(DraftingSession):
             entry = state.entry(one.request_id)
             if id(entry) not in under_way and len(entry.history) < len(one.token_ids):
                 new[one.request_id] = one.token_ids[len(entry.history) :]
-        increments = take_within_budget(new, self._admission.token_budget)
+        most = done.plan.most_context_tokens if done.plan else None
+        budget = self._admission.token_budget
+        increments = take_within_budget(new, budget if most is None else min(budget, most))
         if increments:
-            logits = state.extend(self.towers.context, increments).logits
-            assert logits is not None
+            logits, picks = self._extend(increments, compares=done.plan is not None and not done.plan.num_tokens)
             self.drafter.keep_logits(state.slots(increments), logits)
             self._windows.take_over(list(increments))
-        done.num_read = {request_id: len(tokens) for request_id, tokens in increments.items()}
-        behind = {request_id for request_id, tokens in new.items() if len(tokens) > done.num_read.get(request_id, 0)}
+            done.picks = None if picks is None else HostCopy(picks)
+        done.read = increments
+        behind = {request_id for request_id, tokens in new.items() if len(tokens) > len(increments.get(request_id, ()))}
         following = [one for one in fitting if not one.read_only and one.request_id not in behind]
         done.without_drafts["prefilling"] += len(fitting) - len(following)
         return following

@@ -10,9 +10,9 @@ import torch
 from twotower_spec.drafting.admission import Admitted
 from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.draft_block import Noise
-from twotower_spec.drafting.policies import DraftPolicy
+from twotower_spec.drafting.policies import DraftPlan, DraftPolicy
 from twotower_spec.drafting.round import DraftRequest
-from twotower_spec.drafting.rounds import DrafterMemory, DraftingRounds
+from twotower_spec.drafting.rounds import TRIAL_ROWS, DrafterMemory, DraftingRounds
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
@@ -80,11 +80,14 @@ class HostedSession(DraftingRounds):
     def warm_up(self) -> None:
         """Runs the denoiser on an empty context; see `DraftingRounds.warm_up`."""
         denoiser = self.towers.denoiser
-        trial = ContextState(self.towers.config, 1, 1, denoiser.dtype, denoiser.device)
-        trial.claim("trial")
+        trial = ContextState(self.towers.config, TRIAL_ROWS, TRIAL_ROWS, denoiser.dtype, denoiser.device)
+        for name in range(TRIAL_ROWS):
+            trial.claim(name)
         own, self.source = self.source, trial
         try:
-            self._warm_up_blocks(trial.slots(["trial"]))
+            for num_rows in (1, TRIAL_ROWS):
+                for extend_s in (None, 0.0):  # the first pass of a kind makes what is made once
+                    self._warm_up_blocks(trial.slots(range(num_rows)), extend_s=extend_s)
         finally:
             self.source = own
 
@@ -97,7 +100,10 @@ class HostedSession(DraftingRounds):
             denoiser_device=denoiser.device,
         )
 
-    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes) -> Admitted:
+    def _num_unread(self, request_id: RequestId, num_tokens: int) -> int:
+        return 0
+
+    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes, plan: DraftPlan) -> Admitted:
         """Finds all contexts up to date."""
         vocab_size = self.towers.config.vocab_size
         ready = [one for one in wanting if len(one.token_ids) and 0 <= int(one.token_ids[-1]) < vocab_size]

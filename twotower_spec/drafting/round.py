@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,12 +41,14 @@ class RoundResult:
         verify_s: seconds from the drafts to the target's answer for the whole batch.
         num_verified: drafts that the target looked at, where that may be fewer than were given; None for all.
         with_prompts: whether the target read prompts in the same pass, which take time of their own.
+        num_rested: rounds since the drafts that were left out, see `DraftPolicy.num_rests`.
     """
 
     num_accepted: Sequence[int | None]
     verify_s: float
     num_verified: Sequence[int] | None = None
     with_prompts: bool = False
+    num_rested: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class Round:
         host_s: seconds until the drafts were given, by the host's clock.
         without_drafts: requests that got none, by reason (see `DraftingSession.without_drafts`).
         num_denoised, num_damaged: requests that the denoiser worked for, and those of them for which it gave NaN.
+        foreseen: as of `RoundOutcome`.
     """
 
     block: DraftBlock
@@ -71,6 +74,7 @@ class Round:
     without_drafts: Counter[str] = field(default_factory=Counter)
     num_denoised: int = 0
     num_damaged: int = 0
+    foreseen: Mapping[RequestId, Sequence[bool]] = field(default_factory=dict)
 
     @property
     def late_s(self) -> float:
@@ -89,7 +93,7 @@ class Round:
             plan=self.plan,
             num_draft_tokens=[verified[row] for row in ran],
             num_accepted=[count for count in result.num_accepted if count is not None],
-            confidence=block.confidence[ran],
+            confidence=block.confidence if len(ran) == len(block.request_ids) else block.confidence[ran],
             num_denoiser_passes=[block.num_denoiser_passes[row] for row in ran],
             num_context_tokens=self.num_context_tokens,
             extend_s=self.times.extend_s,
@@ -97,4 +101,9 @@ class Round:
             verify_s=max(0.0, result.verify_s - self.late_s),
             with_prompts=result.with_prompts,
             num_planned=len(block.request_ids),
+            request_ids=[block.request_ids[row] for row in ran],
+            num_denoised=self.num_denoised,
+            host_s=max(0.0, self.host_s - self.times.extend_s - self.times.denoise_s),
+            foreseen=self.foreseen,
+            num_rested=result.num_rested,
         )

@@ -6,7 +6,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from twotower_spec.drafting.admission import Admitted
 from twotower_spec.drafting.backoff import Backoff
 from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.draft_block import DraftBlock, Noise, Provenance
-from twotower_spec.drafting.policies import DraftPlan, DraftPolicy, FixedPolicy
+from twotower_spec.drafting.policies import Candidate, DraftPlan, DraftPolicy, FixedPolicy
 from twotower_spec.drafting.round import DraftRequest, Round, RoundResult
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import DenoisedBlocks, PublishedSchedule
@@ -25,6 +25,9 @@ from twotower_spec.generation.sampling import signed_seed
 from twotower_spec.state import ContextSource
 from twotower_spec.state.context_state import RequestId
 from twotower_spec.towers.model import TwoTowers
+
+# Requests of the largest trial of a warm-up; what more of them take follows from that.
+TRIAL_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -127,8 +130,12 @@ class DraftingRounds(ABC):
         """
 
     @abstractmethod
-    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes) -> Admitted:
-        """Brings contexts up to date."""
+    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes, plan: DraftPlan) -> Admitted:
+        """Brings contexts up to date, as far as the plan's number of tokens goes."""
+
+    @abstractmethod
+    def _num_unread(self, request_id: RequestId, num_tokens: int) -> int:
+        """Tokens of a request of this length that its context lacks."""
 
     @abstractmethod
     def _restart(self, request_id: RequestId) -> None:
@@ -147,6 +154,7 @@ class DraftingRounds(ABC):
     def release(self, request_id: RequestId) -> None:
         """Forgets a request; unknown ids are ignored."""
         self._damaged.pop(request_id, None)
+        self.policy.forget(request_id)
 
     def reset(self) -> None:
         """Forgets all requests; also after an exception in the middle of a round, which leaves contexts half read."""
@@ -163,17 +171,21 @@ class DraftingRounds(ABC):
             The round, which has a row per request in the order given. `observe` takes it back.
         """
         start = time.perf_counter()
-        plan = self.policy.plan(len(requests)) if requests else None
+        plan = self._plan(requests) if requests else None
         block = DraftBlock.empty(tuple(one.request_id for one in requests))
         if plan is None:
             return self._counted(Round(block, None, without_drafts=Counter(policy=len(requests))))
-        wanting = [one for one in requests if one.read_only or one.max_draft_tokens is None or one.max_draft_tokens > 0]
+        chosen = [one for row, one in enumerate(requests) if plan.chooses(row)]
+        wanting = [one for one in chosen if one.read_only or one.max_draft_tokens is None or one.max_draft_tokens > 0]
         trusted = [one for one in wanting if not self._rests(one.request_id)]
         times = PhaseTimes()
-        admitted = self._read(trusted, times)
-        drafted = [one for one in admitted.ready if not one.read_only]
+        admitted = self._read(trusted, times, plan)
+        ready = admitted.ready if plan.num_tokens else []
+        drafted = [one for one in ready if not one.read_only]
         without_drafts = admitted.without_drafts + Counter(
-            limit=len(requests) - len(wanting), prefilling=len(admitted.ready) - len(drafted)
+            policy=len(requests) - len(chosen) + len(admitted.ready) - len(ready),
+            limit=len(chosen) - len(wanting),
+            prefilling=len(ready) - len(drafted),
         )
         without_drafts["not finite"] += len(wanting) - len(trusted)
         damaged: list[RequestId] = []
@@ -186,7 +198,24 @@ class DraftingRounds(ABC):
         num_context_tokens = sum(map(len, admitted.increments.values()))
         host_s = time.perf_counter() - start
         sizes = len(drafted), len(damaged)
-        return self._counted(Round(block, plan, num_context_tokens, times, host_s, without_drafts, *sizes))
+        return self._counted(
+            Round(block, plan, num_context_tokens, times, host_s, without_drafts, *sizes, admitted.foreseen)
+        )
+
+    def _plan(self, requests: Sequence[DraftRequest]) -> DraftPlan | None:
+        """Has the policy decide, before anything is read."""
+        candidates = [
+            Candidate(
+                one.request_id,
+                self._num_unread(one.request_id, len(one.token_ids)),
+                0 if one.read_only else one.max_draft_tokens,
+            )
+            for one in requests
+        ]
+        plan = self.policy.plan(len(requests), candidates)
+        if plan is not None and plan.num_tokens > plan.block_size - self.num_known:
+            plan = replace(plan, num_tokens=plan.block_size - self.num_known)
+        return plan
 
     def observe(self, finished: Round, result: RoundResult) -> None:
         """Tells the policy what became of a round; also of one without drafts, where 0 were accepted."""
@@ -232,16 +261,27 @@ class DraftingRounds(ABC):
 
     def _block_sizes(self) -> set[int]:
         """Sizes of block that the policy may choose; policies that choose among several say so."""
+        if (sizes := getattr(self.policy, "block_sizes", None)) is not None:
+            return set(sizes)
         plan = self.policy.plan(1)
-        return {*getattr(self.policy, "block_sizes", ()), *([plan.block_size] if plan else ())}
+        return {plan.block_size} if plan else set()
 
-    def _warm_up_blocks(self, slots: Tensor) -> None:
-        """Denoises blocks of all sizes that the policy may choose, from contexts of no use."""
-        zeros = torch.zeros_like(slots)
+    def _warm_up_blocks(self, slots: Tensor, num_tokens: int = 0, extend_s: float | None = None) -> None:
+        """Denoises blocks of all sizes that the policy may choose, from contexts of no use.
+
+        Args:
+            slots: of the contexts.
+            num_tokens, extend_s: the pass that read them, which the policy is told with what blocks take; None to tell
+                it nothing.
+        """
+        zeros, device = torch.zeros_like(slots), self.towers.denoiser.device
         first = zeros if self.num_known else None
         for size in sorted(self._block_sizes(), reverse=True):
-            context = self.source.view(slots, size)
-            self.drafter.draft(context, slots, zeros, zeros, size, PublishedSchedule(0.0, 1), first_tokens=first)
+            context, times = self.source.view(slots, size), PhaseTimes()
+            with times.measure("denoise", device):
+                self.drafter.draft(context, slots, zeros, zeros, size, PublishedSchedule(0.0, 1), first_tokens=first)
+            if extend_s is not None:
+                self.policy.learn_costs(num_tokens, len(slots), size, extend_s, times.denoise_s)
 
     def _as_block(
         self,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate
 
 import torch
+from torch import Tensor
 
 from twotower_kernels.backend import use_triton
 from twotower_kernels.block_scan import warm_up
@@ -12,15 +14,17 @@ from twotower_spec.config import check_integer
 from twotower_spec.drafting.admission import Admission, Admitted
 from twotower_spec.drafting.block_drafter import BlockDrafter, FirstToken
 from twotower_spec.drafting.draft_block import Noise
-from twotower_spec.drafting.policies import DraftPolicy
+from twotower_spec.drafting.policies import DraftPlan, DraftPolicy
+from twotower_spec.drafting.policies.policy import MOST_COMPARED
 from twotower_spec.drafting.round import DraftRequest
-from twotower_spec.drafting.rounds import DrafterMemory, DraftingRounds
+from twotower_spec.drafting.rounds import TRIAL_ROWS, DrafterMemory, DraftingRounds
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import DenoisingLoop, HostLoop
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
+from twotower_spec.state.token_history import TokenSequence
 from twotower_spec.towers.model import TwoTowers
 
 DEFAULT_NUM_SLOTS = 8
@@ -125,22 +129,27 @@ class DraftingSession(DraftingRounds):
         context, config = self.towers.context, self.towers.config
         warm_up(context.device, context.dtype, config.mamba_head_dim, config.ssm_state_size)
         for lengths in self._trial_passes():
-            trial = {object(): [0] * length for length in lengths}
-            try:
-                logits = self.state.extend(context, trial).logits
-                assert logits is not None
-                slots = self.state.slots(trial)
-                self.drafter.keep_logits(slots, logits)
-                self._warm_up_blocks(slots)
-            finally:
-                for request in trial:
-                    self.state.release(request)
+            for is_first in (True, False):  # the first pass of a kind makes what is made once
+                trial, times = {object(): [0] * length for length in lengths}, PhaseTimes()
+                try:
+                    with times.measure("extend", context.device):
+                        logits = self.state.extend(context, trial).logits
+                        assert logits is not None
+                        slots = self.state.slots(trial)
+                        self.drafter.keep_logits(slots, logits)
+                    if is_first:
+                        self._warm_up_blocks(slots)
+                    else:
+                        self._warm_up_blocks(slots, sum(lengths), times.extend_s)
+                finally:
+                    for request in trial:
+                        self.state.release(request)
 
     def _trial_passes(self) -> list[list[int]]:
         """New tokens of the requests of each pass that `warm_up` makes, if the pool has room for it."""
-        passes = [[1]]
+        passes = [[1], [8] * 4, [8] * min(TRIAL_ROWS, self.state.num_slots), [64]]
         if use_triton(self.towers.context.embeddings):
-            passes += [[17], [17, 1], [64], [300, 17], [1100]]
+            passes += [[17], [17, 1], [300, 17], [1100]]
         state = self.state
         return [
             lengths
@@ -162,17 +171,62 @@ class DraftingSession(DraftingRounds):
             denoiser_device=denoiser.device,
         )
 
-    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes) -> Admitted:
+    def _num_unread(self, request_id: RequestId, num_tokens: int) -> int:
+        return max(0, num_tokens - self.state.num_computed_tokens(request_id))
+
+    def _read(self, wanting: Sequence[DraftRequest], times: PhaseTimes, plan: DraftPlan) -> Admitted:
         """Brings contexts up to date within the budget, in one pass."""
         with times.measure("extend", self.towers.context.device):
-            admitted = self._admission.admit(wanting)
-            if admitted.increments:
-                logits = self.state.extend(self.towers.context, admitted.increments).logits
-                assert logits is not None
-                place = {request_id: row for row, request_id in enumerate(admitted.increments)}
+            admitted = self._admission.admit(wanting, plan.most_context_tokens)
+            increments, in_time = admitted.increments, self.num_speculative_tokens + 1 if plan.num_tokens else 1
+            if increments:
+                late = [request_id for request_id in admitted.completed if len(increments[request_id]) > in_time]
+                logits, picks = self._extend(increments, compares=bool(late))
+                if picks is not None:
+                    admitted.foreseen.update(foreseen_tokens(increments, picks.tolist(), late))
+                place = {request_id: row for row, request_id in enumerate(increments)}
                 rows = torch.tensor([place[request_id] for request_id in admitted.completed], dtype=torch.int64)
                 self.drafter.keep_logits(self.state.slots(admitted.completed), logits[rows.to(logits.device)])
         return admitted
 
+    def _extend(self, increments: Mapping[RequestId, Sequence[int]], compares: bool) -> tuple[Tensor, Tensor | None]:
+        """Has the context tower read on.
+
+        Args:
+            increments: new tokens by request.
+            compares: whether to say what it would have picked.
+
+        Returns:
+            Logits [num_reqs, vocab] behind the last tokens, and int64 [num_tokens], the most probable tokens behind
+            all; None where nobody learns from them, or the pass is too long for that.
+        """
+        compares = compares and self.policy.learns_from_reading and sum(map(len, increments.values())) <= MOST_COMPARED
+        logits = self.state.extend(self.towers.context, increments, "all" if compares else "last").logits
+        assert logits is not None
+        if not compares:
+            return logits, None
+        logits = logits.flatten(0, -2)
+        ends = torch.tensor(list(accumulate(map(len, increments.values()))), device=logits.device)
+        return logits[ends - 1], logits.argmax(-1)
+
     def _restart(self, request_id: RequestId) -> None:
         self._admission.restart(request_id)
+
+
+def foreseen_tokens(
+    increments: Mapping[RequestId, TokenSequence], picks: Sequence[int], late: Collection[RequestId]
+) -> dict[RequestId, list[bool]]:
+    """Whether the context tower, which read increments one behind the other, would have picked their tokens.
+
+    Args:
+        increments: in the order of the pass.
+        picks: after every token of it.
+        late: requests that are asked for.
+    """
+    foreseen, start = {}, 0
+    for request_id, tokens in increments.items():
+        if request_id in late:
+            own = picks[start : start + len(tokens) - 1]
+            foreseen[request_id] = [pick == token for pick, token in zip(own, tokens[1:], strict=True)]
+        start += len(tokens)
+    return foreseen

@@ -35,7 +35,7 @@ class DrafterKnobs:
     Attributes:
         model: TwoTower checkpoint, a directory or a hub id.
         revision: branch, tag or commit of a hub id.
-        policy: "adaptive" measures while it serves, and drafts as much as pays, or nothing; "fixed" takes
+        policy: "adaptive" drafts for the requests for which it pays, as much as pays; "fixed" takes
             `steps_per_block` steps; "threshold" is the published schedule; "off" drafts nothing.
         block_size: positions that are denoised, at least `num_speculative_tokens`; the most of them for "adaptive".
             None for the checkpoint's.

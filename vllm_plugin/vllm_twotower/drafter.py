@@ -81,6 +81,8 @@ class EngineDrafter:
         self._engine = int(getattr(parallel, "data_parallel_index", parallel.data_parallel_rank))
         self._round_end = time.perf_counter()
         self._round: Round | None = None
+        # Rounds that are still to be left out, and those that were since the last one.
+        self._num_to_rest = self._num_rested = 0
         # Seconds of the towers that are not counted yet, and of the whole round.
         self._untimed: tuple[PhaseTimes, float] | None = None
         # By what makes them different; None where nothing is to be drafted.
@@ -159,7 +161,7 @@ class EngineDrafter:
                 self.num_speculative_tokens, self._found.block_size, self.session.num_known
             )
         policy = self._policies[key]
-        self._round = None  # its policy is not the one to be told
+        self._round, self._num_to_rest = None, 0  # its policy is not the one to be told
         self._is_off = policy is None
         self.session.reset()
         if policy is not None:
@@ -189,6 +191,12 @@ class EngineDrafter:
             Per row, up to `num_speculative_tokens` drafts; and the rows, as far as there are any drafts.
         """
         nothing: tuple[list[list[int]], Sequence[StepRow]] = ([[] for _ in range(num_reqs)], ())
+        if self._num_to_rest and self._reason_to_rest() is None:
+            self._num_to_rest, self._num_rested = self._num_to_rest - 1, self._num_rested + 1
+            self.stats.add("rounds", 1)
+            self.stats.add("fallbacks", num_reqs, "policy")
+            self._round_end = time.perf_counter()
+            return nothing
         return self._guarded(num_reqs, lambda session: self._draft(session, read_rows, gone), nothing)
 
     def _guarded(self, num_reqs: int, work: Callable[[DraftingRounds], Result], otherwise: Result) -> Result:
@@ -237,7 +245,8 @@ class EngineDrafter:
         if self._faults.skips_round():
             self.stats.add("fallbacks", len(rows), "recovering")
             return [[] for _ in rows], rows
-        self._round = session.draft([row.request for row in rows])
+        self._round, self._num_rested = session.draft([row.request for row in rows]), 0
+        self._num_to_rest = session.policy.num_rests
         self._faults.judge(self._round)
         self._count(session, self._round, time.perf_counter() - start)
         return self._round.block.rows(), rows
@@ -267,8 +276,10 @@ class EngineDrafter:
             return
         ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
         with_prompts = not ran.issuperset(outcomes)
-        session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts))
+        session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts, self._num_rested))
         self.stats.add("verify_seconds", verify_s)
+        if not any(verified):
+            return
         self._calibrate(block.confidence.double().numpy(), accepted, verified)
         for count, asked in zip(accepted, verified, strict=True):
             if count is not None and asked:

@@ -196,3 +196,16 @@ def test_nothing_is_kept_of_requests_that_have_ended(monkeypatch: pytest.MonkeyP
     grown = objects_after(50) - before
     assert grown.total() < 25, grown
     assert len(proposer.session.request_ids) <= 1 and proposer.stats.get("denoiser_passes") > 50
+
+
+def test_rounds_are_left_out_while_the_policy_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    proposer = make(monkeypatch)
+    policy, observed = proposer.session.policy, []
+    monkeypatch.setattr(policy, "plan", lambda *args, **kwargs: None)
+    monkeypatch.setattr(policy, "num_rests", 3, raising=False)
+    monkeypatch.setattr(policy, "observe", observed.append)
+    rounds = proposer.stats.get("rounds")
+    for length in range(10, 19):
+        assert step(proposer, length, [5]) == []
+    assert [outcome.num_rested for outcome in observed] == [3, 3]
+    assert proposer.stats.get("rounds") == rounds + 9

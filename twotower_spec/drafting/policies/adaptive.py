@@ -1,168 +1,55 @@
-"""The policy that measures while it serves: what a step costs, what a confidence is worth, which block pays."""
+"""The policy that knows before a round what it costs and what it is expected to bring."""
 
 from __future__ import annotations
 
 import math
-import statistics
-from collections import defaultdict, deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from random import Random
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping, Sequence
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from torch import Tensor
 
-from twotower_kernels.unmasking import choose_commits
 from twotower_spec.config import check_integer, check_schedule
-from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
+from twotower_spec.drafting.policies.acceptance import Acceptance, Calibration
+from twotower_spec.drafting.policies.choice import Choice, Chooser, Load
+from twotower_spec.drafting.policies.costs import RoundCosts
+from twotower_spec.drafting.policies.looks import Look, LookBudget, most_telling
+from twotower_spec.drafting.policies.policy import MOST_COMPARED, Candidate, DraftPlan, RoundOutcome
+from twotower_spec.drafting.policies.steps import AdaptiveSteps, Prices, StepGains
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.denoising import DenoisingStep
 
-Array = npt.NDArray[np.float64]
-
-# Upper ends of the bins that confidences are calibrated in.
-CALIBRATION_EDGES = np.array([0.1, 0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97])
-# Calibration counts its own confidence as this many observations.
-PRIOR_WEIGHT = 4.0
-# Numbers of steps that are told apart in calibration.
-MOST_STEPS_APART = 4
-# Rounds are forgotten at this rate: what a few hundred rounds ago was measured hardly counts.
-MEMORY = 0.998
-# What block sizes bring is forgotten sooner: one that was slow for a while, or while vLLM started, is tried again.
-ARM_MEMORY = 0.99
-COST_MEMORY = 0.9
-# Rounds that every block size gets before any is preferred, and how many standard errors doubt is worth after that.
-FIRST_ROUNDS = 4
-OPTIMISM = 1.5
-SHORTEST_ROUND = 1e-9
-# Times are means over so many rounds; one that took this many times the median is left out: something else went on.
-RECENT_ROUNDS = 64
-LONGEST_ROUND = 3.0
-# The same for verifications, whose numbers of tokens differ widely.
-LONGEST_VERIFICATION = 30.0
-# Another step is tried this often before its gain is believed, and then in this share of rounds.
-FIRST_CONTINUATIONS = 5
-CONTINUE_ANYWAY = 1 / 100
-# Values before a step are told apart in classes of this width, in tokens.
-VALUE_CLASS = 0.75
-
-
-@dataclass
-class _Arm:
-    """Tokens and seconds that one block size has brought; older rounds count less."""
-
-    rounds: float = 0.0
-    tokens: float = 0.0
-    squares: float = 0.0
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
-
-    def fade(self) -> None:
-        """A round has gone by: what was measured before counts less, and doubt about it grows."""
-        self.rounds, self.tokens, self.squares = (x * ARM_MEMORY for x in (self.rounds, self.tokens, self.squares))
-
-    def add(self, tokens: float, seconds: float) -> None:
-        """Counts a round."""
-        if self.rounds < 1:  # what is known is old, and less than this round
-            self.recent.clear()
-        self.rounds, self.tokens, self.squares = self.rounds + 1, self.tokens + tokens, self.squares + tokens * tokens
-        self.recent.append(seconds)
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second."""
-        usual = statistics.median(self.recent)
-        seconds = statistics.fmean(s for s in self.recent if s <= LONGEST_ROUND * usual)
-        return self.tokens / self.rounds / max(seconds, SHORTEST_ROUND)
-
-    @property
-    def optimistic_rate(self) -> float:
-        """The rate if luck was against it: too few rounds, or rounds too unlike, to know it better."""
-        mean = self.tokens / self.rounds
-        # However alike the rounds were, the text may have changed since: at least a token of doubt.
-        deviation = max(1.0, math.sqrt(max(0.0, self.squares / self.rounds - mean * mean)))
-        return self.rate * (1 + OPTIMISM * deviation / math.sqrt(self.rounds) / max(mean, 1.0))
-
-
-@dataclass
-class _Reading:
-    """Seconds of the context tower that are shared out over all rounds, and the tokens that these gained."""
-
-    tokens: float = 0.0
-    seconds: float = 0.0
-
-    def add(self, tokens: float, seconds: float) -> None:
-        self.tokens, self.seconds = MEMORY * self.tokens + tokens, MEMORY * self.seconds + seconds
-
-    @property
-    def price(self) -> float:
-        """Seconds per token."""
-        return self.seconds / max(self.tokens, 1.0)
-
-
-@dataclass
-class _Line:
-    """Seconds of a verification as a line over its tokens, with older ones counting less."""
-
-    sums: Array = field(default_factory=lambda: np.zeros(5))
-    recent: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_ROUNDS))
-
-    def add(self, tokens: float, seconds: float) -> None:
-        """Counts a verification, unless something else held it up."""
-        self.recent.append(seconds)
-        if seconds <= LONGEST_VERIFICATION * statistics.median(self.recent):
-            self.sums = self.sums * MEMORY + np.array([1.0, tokens, seconds, tokens * tokens, tokens * seconds])
-
-    @property
-    def slope(self) -> float:
-        """Seconds per token, 0 where not known."""
-        count, x, y, xx, xy = self.sums.tolist()
-        spread = count * xx - x * x
-        return max(0.0, (count * xy - x * y) / spread) if spread > 1e-6 * max(1.0, count * xx) else 0.0
-
-
-@dataclass
-class _Gain:
-    """Mean value that another step has added to blocks."""
-
-    count: int = 0
-    mean: float = 0.0
-
-    def add(self, gain: float) -> None:
-        self.count += 1
-        self.mean += (gain - self.mean) / min(self.count, 200)
-
-
-@dataclass
-class _Load:
-    """Measurements of batches of about one size."""
-
-    arms: dict[int, _Arm] = field(default_factory=lambda: defaultdict(_Arm))
-    num_rounds: dict[int, int] = field(default_factory=lambda: defaultdict(int))
-    step_seconds: dict[int, float] = field(default_factory=dict)
-    verification: _Line = field(default_factory=_Line)
-
-    @property
-    def rate(self) -> float:
-        """Tokens per second of the best block size known; 0 before the first round."""
-        return max((arm.rate for arm in self.arms.values() if arm.recent), default=0.0)
+# What one round may take longer for a look, and for contexts that lag behind when drafting begins to pay, in plain
+# steps; and fewest tokens that are read on.
+LONGEST_LOOK, LONGEST_CATCH_UP, LEAST_CHUNK = 0.75, 2.0, 16
+# Begins to draft, goes on, and takes another block size, for rates of so many times the other one: runs of one engine
+# differ by 2 to 5 % (A/A noise, docs/benchmarks.md), contexts that were read for nothing are lost, and what is given up
+# by mistake comes back with a look only.
+BEGIN, STAY, SWITCH = 1.05, 0.97, 1.02
+# Rounds of one kind after which another one refreshes its times: no drafts, or the other block sizes in turn; and
+# rounds without drafts after which a look drafts too, for those of the denoiser.
+REFRESH, STALE = 200, 1000
+# Rounds for which the outcome of a look is waited for, where rounds are planned before the last one is known.
+MOST_AWAITED = 3
+# Mean passes of a block, and the share of planned requests that got drafts, remember so much.
+MEMORY, SHARE_MEMORY = 0.9, 0.95
+# Rounds that are left out where nothing pays: a round without drafts takes the host 0.3 ms in vLLM.
+RESTS = 3
+# Choices are weighed anew once in so many rounds of the same requests: it takes a third of a millisecond.
+REWEIGH = 8
 
 
 class AdaptivePolicy:
-    """Stops when another step is worth less than verifying now, and drafts no more than is worth verifying.
+    """Drafts as much as pays by known costs and chances, for every request apart; nothing where nothing pays.
 
-    Three decisions, all from what was measured while serving, per size of batch: the block size (none at all where
-    drafting does not pay, tried again at times), by tokens per second; after every denoiser pass, whether one more is
-    worth its time; and how many drafts are worth their share of the verification. Confidences are calibrated online,
-    per block size, number of steps, and position. Use it when load, text or verifier vary, or nobody wants to tune.
+    Costs are measured by the warm-up and by the rounds that happen anyway; chances are each request's own record, and
+    that of all others. After the decision a block is denoised while another step is worth its time, and as many drafts
+    are verified as are worth it. Use it when load, text or verifier vary, or nobody wants to tune.
 
     Args:
         block_sizes: that may be denoised.
         most_steps: of a block.
         confidence_threshold: what is above it is committed before the last step.
         may_skip: whether a round may draft nothing.
-        seed: of the private generator that decides what is tried.
 
     Raises:
         ArgumentError: a value is out of range.
@@ -174,7 +61,6 @@ class AdaptivePolicy:
         most_steps: int = 16,
         confidence_threshold: float = 0.8,
         may_skip: bool = True,
-        seed: int = 0,
     ) -> None:
         if not block_sizes:
             raise ArgumentError("block_sizes is empty; give at least one, [8] for instance")
@@ -183,146 +69,228 @@ class AdaptivePolicy:
         check_integer("most_steps", most_steps, minimum=1)
         self.block_sizes, self.most_steps, self.threshold = tuple(block_sizes), most_steps, confidence_threshold
         self.num_speculative_tokens = max(block_sizes)
-        self.selects_drafts = True
-        self.random = Random(seed)
-        # Without drafts first: two lengths of verification tell what a token of it costs.
-        self._choices = (0, *self.block_sizes) if may_skip else self.block_sizes
-        self._loads: dict[int, _Load] = defaultdict(_Load)
-        self._reading = _Reading()
-        self._gains: dict[tuple[int, int, int], _Gain] = defaultdict(_Gain)
-        bins = len(CALIBRATION_EDGES) + 1
-        shape = (MOST_STEPS_APART, self.num_speculative_tokens, bins)
-        self._trials = {size: np.zeros(shape) for size in self.block_sizes}
-        self._accepted = {size: np.zeros(shape) for size in self.block_sizes}
+        self.selects_drafts = self.learns_from_reading = True
+        self.may_skip, self.num_rests = may_skip, 0
+        self.costs, self.acceptance = RoundCosts(), Acceptance(block_sizes)
+        self.calibration, self._gains = Calibration(block_sizes), StepGains()
+        self._chooser, self._budget = Chooser(self.costs, self.acceptance), LookBudget()
+        self._loads: dict[int, Load] = defaultdict(Load)
+        self._weighed: tuple[object, tuple[float, Mapping[int, Choice]]] = None, (0.0, {})
+        self._look: Look | None = None
+        # Rounds since blocks were denoised.
+        self._num_undrafted = 0
 
-    def plan(self, num_reqs: int) -> DraftPlan | None:
+    def plan(
+        self, num_reqs: int, candidates: Sequence[Candidate] = (), *, whole_batch: bool = False
+    ) -> DraftPlan | None:
         """See `DraftPolicy.plan`."""
-        load = self._loads[load_class(num_reqs)]
-        new = [size for size in self._choices if load.num_rounds[size] < (FIRST_ROUNDS if size else 2)]
-        size = new[0] if new else max(self._choices, key=lambda size: load.arms[size].optimistic_rate)
-        return DraftPlan(size, size, _AdaptiveSteps(self, load, size)) if size else None
+        candidates, self.num_rests = candidates or [Candidate(row) for row in range(num_reqs)], 0
+        self.acceptance.begin(one.request_id for one in candidates)
+        rows = [row for row, one in enumerate(candidates) if one.max_draft_tokens != 0]
+        if not rows or (self.may_skip and not self.costs.plain.knows(num_reqs)):
+            return None
+        load, plain_s = self._load(num_reqs), self.costs.plain.at(num_reqs)
+        plain_rate, choices = self._choices(num_reqs, candidates, rows, load, whole_batch)
+        best = max(choices.values(), key=lambda one: one.rate * (SWITCH if one.block_size == load.block_size else 1.0))
+        pays = best.rate > plain_rate * (STAY if load.block_size else BEGIN)
+        if not pays and self.may_skip:
+            look = self._look_at_one(num_reqs, candidates, rows, plain_s, whole_batch)
+            self.num_rests = 0 if look else RESTS
+            return look
+        self._look = None
+        if load.num_same >= REFRESH:
+            others = [size for size in (0, *self.block_sizes) if size != load.block_size and (size or self.may_skip)]
+            size = others[load.num_refreshed % len(others)] if others else best.block_size
+            load.num_same, load.num_refreshed, load.is_refreshing = 0, load.num_refreshed + 1, True
+            if not size:
+                return None
+            best = choices[size]
+        elif new := [size for size in self.block_sizes if self.acceptance.is_new(size)]:
+            best = choices[new[0]]
+        may_try = self._budget.affords(self.costs.denoise(best.block_size).at(len(best.rows)), plain_s)
+        if not self.may_skip:
+            return self._plan(best, candidates, rows, None, whole_batch, may_try)
+        chunk = self._chunk(LONGEST_CATCH_UP * max(plain_s, best.steady_s))
+        return self._plan(best, candidates, best.rows, chunk, whole_batch, may_try)
+
+    def learn_costs(self, num_tokens: int, num_rows: int, block_size: int, extend_s: float, denoise_s: float) -> None:
+        """See `DraftPolicy.learn_costs`."""
+        if num_tokens:
+            self.costs.extend.add(num_tokens, extend_s)
+        self.costs.denoise(block_size).add(num_rows, denoise_s)
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
         """See `DraftPolicy.usable`."""
         rule = plan.commit_rule
-        assert isinstance(rule, _AdaptiveSteps)
-        survival = self.survival(plan.block_size, num_denoiser_passes, confidence)
-        worth = survival > rule.token_price
+        assert isinstance(rule, AdaptiveSteps)
+        survival = self.calibration.survival(plan.block_size, num_denoiser_passes, confidence)
+        worth = survival > rule.prices.token
         worth[:, 0] = True  # a round that was denoised drafts something, or it could never learn
         counts: list[int] = np.where(worth.all(axis=1), worth.shape[1], worth.argmin(axis=1)).tolist()
         return counts
 
     def observe(self, outcome: RoundOutcome) -> None:
         """See `DraftPolicy.observe`."""
-        num_reqs = len(outcome.num_accepted)
-        if not num_reqs:
+        num_ran = len(outcome.num_accepted)
+        if not num_ran:
             return
-        load = self._loads[load_class(outcome.num_planned or num_reqs)]
-        size = outcome.plan.block_size if outcome.plan else 0
-        gained = sum(outcome.num_accepted) + num_reqs
-        seconds = self._seconds(outcome, gained)
-        load.num_rounds[size] += 1
-        for arm in load.arms.values():
-            arm.fade()
-        if load.num_rounds[size] > 1:  # the first one pays for whatever is made once
-            load.arms[size].add(gained, seconds)
+        # After rounds that were left out there may be fewer than it was planned for.
+        num_reqs, plan = num_ran if outcome.num_rested else outcome.num_planned or num_ran, outcome.plan
+        load, rule = self._load(num_reqs), plan.commit_rule if plan else None
+        tried, look = (rule.num_tried, rule.look) if isinstance(rule, AdaptiveSteps) else (0, None)
+        self._learn_costs_of(outcome, num_reqs, load, tried)
+        self._learn_chances_of(outcome, outcome.request_ids or range(num_ran))
+        drafting_s = outcome.extend_s + outcome.denoise_s + outcome.host_s
+        if look:
+            spent_s = drafting_s + max(0.0, outcome.verify_s - self.costs.plain.at(num_reqs))
+            has_read = outcome.num_context_tokens > 1
+            if look.is_over(spent_s, bool(outcome.foreseen), has_read, any(outcome.num_draft_tokens)):
+                self._look = None if self._look is look else self._look
+        else:  # a step that was taken to learn is a look too
+            spent_s = outcome.denoise_s * tried / max(1, *outcome.num_denoiser_passes)
+        num_rounds = 1 + outcome.num_rested
+        self._budget.add(spent_s, outcome.verify_s * num_rounds + drafting_s, num_rounds)
+        if load.is_refreshing:
+            load.is_refreshing = False
+            return
+        size = plan.block_size if plan and not look else 0
+        load.num_same = load.num_same + 1 if size == load.block_size else 0
+        load.block_size = size
+
+    def forget(self, request_id: Hashable) -> None:
+        """See `DraftPolicy.forget`."""
+        self.acceptance.forget(request_id)
+
+    def _learn_costs_of(self, outcome: RoundOutcome, num_reqs: int, load: Load, tried: int) -> None:
+        """Corrects what is known of times by a round that happened."""
+        costs, plan = self.costs, outcome.plan
+        num_drafts = sum(outcome.num_draft_tokens)
+        if num_drafts and plan and plan.whole_batch:
+            num_drafts = num_reqs * plan.num_tokens
         if not outcome.with_prompts:
-            load.verification.add(sum(outcome.num_draft_tokens) + num_reqs, outcome.verify_s)
+            costs.add_verification(num_reqs, num_drafts, outcome.verify_s)
+        if outcome.num_context_tokens:
+            costs.extend.add(outcome.num_context_tokens, outcome.extend_s)
         passes = max(outcome.num_denoiser_passes, default=0)
+        num_drafted = sum(count > 0 for count in outcome.num_denoiser_passes)
+        self._num_undrafted = 0 if passes else self._num_undrafted + 1 + outcome.num_rested
+        if plan is None:
+            return
         if passes:
-            measured = outcome.denoise_s / passes
-            known = load.step_seconds.get(size, measured)
-            load.step_seconds[size] = COST_MEMORY * known + (1 - COST_MEMORY) * measured
-        if any(outcome.num_draft_tokens):
-            self._calibrate(size, outcome)
+            num_rows = outcome.num_denoised or num_drafted
+            costs.denoise(plan.block_size).add(num_rows, outcome.denoise_s / passes)
+            costs.host.add(num_rows, outcome.host_s)
+            load.passes[plan.block_size] += (1 - MEMORY) * (passes - tried - load.passes[plan.block_size])
+        if plan.rows and plan.num_tokens:
+            share = min(1.0, num_drafted / len(plan.rows))
+            if share and not load.block_size:  # drafting begins
+                load.share_drafted = 1.0
+            load.share_drafted += (1 - SHARE_MEMORY) * (share - load.share_drafted)
 
-    def _seconds(self, outcome: RoundOutcome, gained: int) -> float:
-        """Seconds of a round, with its share of the reading that all rounds pay for."""
-        # A context that lags behind, after rounds without drafts or with a new prompt, costs this round more than its
-        # own drafts do: the surplus is shared out over all rounds that draft.
-        own_share = min(1.0, gained / max(outcome.num_context_tokens, 1))
-        self._reading.add(gained, outcome.extend_s * (1 - own_share))
-        if outcome.plan is None:
-            return outcome.verify_s
-        rule = outcome.plan.commit_rule
-        tried = rule.num_tried if isinstance(rule, _AdaptiveSteps) else 0
-        # A step that was taken to learn is not charged to the block size either.
-        denoise_s = outcome.denoise_s * (1 - tried / max(1, *outcome.num_denoiser_passes))
-        return outcome.extend_s * own_share + self._reading.price * gained + denoise_s + outcome.verify_s
+    def _learn_chances_of(self, outcome: RoundOutcome, request_ids: Sequence[Hashable]) -> None:
+        """Learns from drafts that were verified, and from tokens that were read late."""
+        for request_id, foreseen in outcome.foreseen.items():
+            self.acceptance.observe_reading(request_id, foreseen)
+        if outcome.plan is not None and any(outcome.num_draft_tokens):
+            size, confidence = outcome.plan.block_size, outcome.confidence.double().numpy()
+            counts = zip(request_ids, outcome.num_draft_tokens, outcome.num_accepted, strict=True)
+            for row, (request_id, drafted, accepted) in enumerate(counts):
+                if drafted:
+                    most = outcome.plan.limits.get(request_id, outcome.plan.num_tokens)
+                    self.acceptance.observe_block(request_id, size, accepted, is_limited=accepted >= most)
+                    self.calibration.observe(size, outcome.num_denoiser_passes[row], confidence[row], drafted, accepted)
+        num_new = [count + 1 + outcome.num_rested for count in outcome.num_accepted]
+        self.acceptance.end_rounds(request_ids, num_new, 1 + outcome.num_rested)
 
-    def _calibrate(self, size: int, outcome: RoundOutcome) -> None:
-        """Counts what became of drafts of every confidence."""
-        bins = np.searchsorted(CALIBRATION_EDGES, outcome.confidence.double().numpy())
-        for row, (drafted, accepted) in enumerate(zip(outcome.num_draft_tokens, outcome.num_accepted, strict=True)):
-            steps = steps_class(outcome.num_denoiser_passes[row])
-            for position in range(min(drafted, accepted + 1)):
-                at = (steps, position, bins[row, position])
-                self._trials[size][at] += 1
-                self._accepted[size][at] += position < accepted
+    def _load(self, num_reqs: int) -> Load:
+        """Batches of about one size, by powers of two."""
+        return self._loads[max(num_reqs, 1).bit_length()]
 
-    def survival(self, size: int, num_steps: Sequence[int], confidence: Tensor) -> Array:
-        """Calibrated probability [num_reqs, num_tokens] that all drafts up to each position are accepted."""
-        raw = confidence.double().cpu().numpy()
-        bins = np.searchsorted(CALIBRATION_EDGES, raw)
-        steps = np.array([steps_class(n) for n in num_steps])[:, None]
-        positions = np.arange(raw.shape[1])
-        trials, accepted = self._trials[size][steps, positions, bins], self._accepted[size][steps, positions, bins]
-        survival: Array = np.cumprod((accepted + PRIOR_WEIGHT * raw) / (trials + PRIOR_WEIGHT), axis=1)
-        return survival
+    def _choices(
+        self, num_reqs: int, candidates: Sequence[Candidate], rows: Sequence[int], load: Load, whole_batch: bool
+    ) -> tuple[float, Mapping[int, Choice]]:
+        """Weighs all block sizes; where the requests stay the same they are weighed anew every few rounds only.
 
-    def gain(self, size: int, step: int, value: float) -> _Gain:
-        """Looks up what a step after `step` brought blocks of about this value."""
-        return self._gains[size, step, int(value / VALUE_CLASS)]
+        That is when something was learnt of them, or drafting has begun a moment ago.
 
-    def tries(self, gains: Sequence[_Gain]) -> bool:
-        """Whether to take another step to see what it brings: where that is not known yet, and once in a while."""
-        return any(gain.count < FIRST_CONTINUATIONS for gain in gains) or self.random.random() < CONTINUE_ANYWAY
+        Returns:
+            Tokens per second without drafts, by the same costs; and the choices.
+        """
+        learnt = self.acceptance.num_observed, load.num_same // REWEIGH
+        if load.block_size and load.num_same >= REWEIGH:
+            learnt = 0, load.num_same // REWEIGH
+        key = num_reqs, load.block_size, learnt, whole_batch, tuple((candidates[row].request_id, row) for row in rows)
+        if self._weighed[0] != key:
+            choose = self._chooser.choose_for_all if whole_batch else self._chooser.choose
+            choices = {size: choose(size, num_reqs, candidates, rows, load) for size in self.block_sizes}
+            self._weighed = key, (self._chooser.plain_rate(num_reqs), choices)
+        return self._weighed[1]
 
+    def _look_at_one(
+        self, num_reqs: int, candidates: Sequence[Candidate], rows: Sequence[int], plain_s: float, whole_batch: bool
+    ) -> DraftPlan | None:
+        """Has one request read, or drafts for one that is, if looks have not taken their share of the time."""
+        look, size = self._look, min(self.block_sizes)
+        row = None if look is None else next((r for r in rows if candidates[r].request_id == look.request_id), None)
+        if row is not None and look is not None and look.num_awaited:
+            look.num_awaited -= 1
+            return None
+        if row is None or look is None:
+            least_s = self.costs.extend.at(1)
+            if not self._budget.affords(least_s, plain_s):
+                self._budget.wants(least_s)
+                return None
+            row = most_telling(self.acceptance, candidates, rows)
+            drafts = row is None or self._num_undrafted >= STALE
+            if row is None:  # nobody lags behind far enough to be read
+                row = min(rows, key=self._by_what_is_known(candidates))
+                if candidates[row].num_unread > self.num_speculative_tokens:
+                    return None
+            look_s = self.costs.extend.at(candidates[row].num_unread)
+            if drafts:
+                extra_s = self.costs.extra.at(size * (num_reqs if whole_batch else 1))
+                drafting_s = self.costs.denoise(size).at(1) + self.costs.host.at(1) + extra_s
+                look_s += min(drafting_s, 2 * plain_s)  # what was measured last may have been an accident
+            self._budget.wants(look_s)
+            if not self._budget.affords(look_s, plain_s):
+                return None
+            look = self._look = Look(candidates[row].request_id, size if drafts else 0, look_s)
+        unread = candidates[row].num_unread
+        chunk = min(self._chunk(LONGEST_LOOK * plain_s, unread) or MOST_COMPARED, MOST_COMPARED)
+        if unread > chunk:  # in pieces of one length: the last one tells most
+            chunk = -(-unread // -(-unread // chunk))
+        look.num_awaited = MOST_AWAITED
+        choice = Choice(size, [row], look.num_tokens)
+        return self._plan(choice, candidates, [row], chunk, whole_batch, look=look)
 
-class _AdaptiveSteps:
-    """The commit rule of one round: goes on with the rows for which another step is worth its time."""
+    def _by_what_is_known(self, candidates: Sequence[Candidate]) -> Callable[[int], tuple[int, bool]]:
+        """Orders rows: the shortest to read first, and those of which nothing was seen."""
+        return lambda row: (candidates[row].num_unread, self.acceptance.is_known(candidates[row].request_id))
 
-    def __init__(self, policy: AdaptivePolicy, load: _Load, size: int) -> None:
-        self.policy, self.load, self.size = policy, load, size
-        self.rate = load.rate
-        # In tokens: what verifying one draft more must bring.
-        self.token_price = self.rate * load.verification.slope
-        # Steps that were taken to learn what they bring: one at most.
-        self.num_tried = 0
-        self._before: dict[int, float] = {}
+    def _chunk(self, seconds: float, num_unread: float = math.inf) -> int | None:
+        """Most tokens that the context tower reads in some time; None where that is no limit."""
+        first_s = self.costs.extend.at(1)
+        token_s = (self.costs.extend.at(256) - first_s) / 255
+        chunk = (seconds - first_s) / token_s if token_s > 0 else math.inf
+        return None if chunk >= min(num_unread, 1 << 20) else max(LEAST_CHUNK, int(chunk))
 
-    def commits(self, step: DenoisingStep) -> Tensor:
-        """See `CommitRule.commits`."""
-        policy, rows = self.policy, step.rows
-        survival = policy.survival(self.size, [step.index + 1] * len(rows), step.confidence)
-        values = np.clip(survival - self.token_price, 0.0, None).sum(axis=1).tolist()
-        for row, value in zip(rows, values, strict=True):
-            if row in self._before:
-                policy.gain(self.size, step.index - 1, self._before[row]).add(value - self._before[row])
-        if step.index + 1 >= policy.most_steps:
-            return step.masked
-        # In tokens: what another step must bring, all rows together, and every row at least its share.
-        price = self.rate * self.load.step_seconds.get(self.size, math.inf)
-        gains = [policy.gain(self.size, step.index, value) for value in values]
-        going_on = [math.isfinite(price) and gain.mean > price / len(rows) for gain in gains]
-        if sum(gain.mean for gain, goes in zip(gains, going_on, strict=True) if goes) <= price:
-            going_on = [False] * len(rows)
-        if math.isfinite(price) and not any(going_on) and not self.num_tried and policy.tries(gains):
-            going_on, self.num_tried = [True] * len(rows), 1
-        self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}
-        keep = torch.tensor(going_on, device=step.masked.device)
-        return torch.where(keep[:, None], self._confident(step), step.masked)
-
-    def _confident(self, step: DenoisingStep) -> Tensor:
-        """Commits the picks above the threshold, or the most confident one where there is none."""
-        return choose_commits(step.confidence, step.masked, self.policy.threshold, step.masked.shape[1])
-
-
-def load_class(num_reqs: int) -> int:
-    """Groups batches of about one size, by powers of two."""
-    return max(num_reqs, 1).bit_length()
-
-
-def steps_class(num_steps: int) -> int:
-    """Index of a number of steps in the calibration."""
-    return min(max(num_steps, 1), MOST_STEPS_APART) - 1
+    def _plan(
+        self,
+        choice: Choice,
+        candidates: Sequence[Candidate],
+        rows: Sequence[int],
+        most_context_tokens: int | None,
+        whole_batch: bool,
+        may_try: bool = False,
+        look: Look | None = None,
+    ) -> DraftPlan:
+        size = choice.block_size
+        step_s = self.costs.denoise(size).at(len(rows))
+        prices = Prices(choice.token_price, choice.rate * step_s if step_s else math.inf, may_try)
+        rule = AdaptiveSteps(self.calibration, self._gains, size, self.most_steps, self.threshold, prices, look)
+        limits = {
+            one.request_id: one.max_draft_tokens
+            for one in (candidates[row] for row in rows)
+            if one.max_draft_tokens is not None and one.max_draft_tokens < choice.num_tokens
+        }
+        return DraftPlan(size, choice.num_tokens, rule, frozenset(rows), most_context_tokens, limits, whole_batch)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from twotower_spec.config import check_integer, check_schedule
-from twotower_spec.drafting.policies.policy import DraftPlan, RoundOutcome
+from twotower_spec.drafting.policies.policy import Candidate, DraftPlan, RoundOutcome
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import CommitRule, Schedule
 
@@ -16,7 +16,8 @@ from twotower_spec.generation.denoising import CommitRule, Schedule
 class SteadyPolicy:
     """Decides the same in every round, and uses all drafts."""
 
-    selects_drafts = False
+    selects_drafts = learns_from_reading = False
+    num_rests = 0
 
     def __init__(self, block_size: int, most_steps: int, num_tokens: int | None, commit_rule: CommitRule) -> None:
         num_tokens = block_size if num_tokens is None else num_tokens
@@ -28,9 +29,14 @@ class SteadyPolicy:
         self.num_speculative_tokens, self.most_steps = num_tokens, most_steps
         self._plan = DraftPlan(block_size, num_tokens, commit_rule)
 
-    def plan(self, num_reqs: int) -> DraftPlan | None:
+    def plan(
+        self, num_reqs: int, candidates: Sequence[Candidate] = (), *, whole_batch: bool = False
+    ) -> DraftPlan | None:
         """See `DraftPolicy.plan`."""
         return self._plan
+
+    def learn_costs(self, num_tokens: int, num_rows: int, block_size: int, extend_s: float, denoise_s: float) -> None:
+        """Learns nothing; see `DraftPolicy.learn_costs`."""
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
         """See `DraftPolicy.usable`."""
@@ -38,6 +44,9 @@ class SteadyPolicy:
 
     def observe(self, outcome: RoundOutcome) -> None:
         """Learns nothing; see `DraftPolicy.observe`."""
+
+    def forget(self, request_id: Hashable) -> None:
+        """Has nothing to forget; see `DraftPolicy.forget`."""
 
 
 class FixedPolicy(SteadyPolicy):

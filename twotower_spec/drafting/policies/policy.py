@@ -2,13 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from twotower_spec.generation.denoising import CommitRule
+
+# Tokens of a pass that are compared with what the context tower would have picked, at most: logits are made for all of
+# them, [tokens, vocabulary].
+MOST_COMPARED = 256
+
+
+class Candidate(NamedTuple):
+    """One request that may be drafted for.
+
+    Attributes:
+        request_id: names the request over all rounds.
+        num_unread: tokens of it that the context tower has not read.
+        max_draft_tokens: most drafts that it can use; None for any number.
+    """
+
+    request_id: Hashable
+    num_unread: int = 0
+    max_draft_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -17,13 +35,26 @@ class DraftPlan:
 
     Attributes:
         block_size: positions that are denoised.
-        num_tokens: most drafts of it that are used, from the left.
+        num_tokens: most drafts of it that are used, from the left; 0 to have contexts read and nothing drafted.
         commit_rule: what each denoising step commits.
+        rows: places of the candidates that are drafted for; the context tower reads nothing of the others. None for
+            all.
+        most_context_tokens: that the context tower reads; None for no other limit than the session's.
+        limits: most drafts of requests that can use fewer than `num_tokens`.
+        whole_batch: the target verifies `num_tokens` of every request.
     """
 
     block_size: int
     num_tokens: int
     commit_rule: CommitRule
+    rows: frozenset[int] | None = None
+    most_context_tokens: int | None = None
+    limits: Mapping[Hashable, int] = field(default_factory=dict)
+    whole_batch: bool = False
+
+    def chooses(self, row: int) -> bool:
+        """Whether a candidate is drafted for."""
+        return self.rows is None or row in self.rows
 
 
 @dataclass(frozen=True)
@@ -40,6 +71,11 @@ class RoundOutcome:
         with_prompts: whether the target read prompts in the same pass, so that `verify_s` is not the price of drafts
             alone.
         num_planned: requests that the plan was made for, where the target did not run all of them; None for those here.
+        request_ids: of the rows; empty to name them by their places.
+        num_denoised: rows that the denoiser worked for; None for those that have drafts.
+        host_s: seconds of drafting that are none of the towers'.
+        foreseen: by request that was read late, whether the context tower would have picked each token; oldest first.
+        num_rested: rounds without drafts, like this one, that nobody was told of.
     """
 
     plan: DraftPlan | None
@@ -53,6 +89,11 @@ class RoundOutcome:
     verify_s: float
     with_prompts: bool = False
     num_planned: int | None = None
+    request_ids: Sequence[Hashable] = ()
+    num_denoised: int | None = None
+    host_s: float = 0.0
+    foreseen: Mapping[Hashable, Sequence[bool]] = field(default_factory=dict)
+    num_rested: int = 0
 
 
 class DraftPolicy(Protocol):
@@ -64,11 +105,38 @@ class DraftPolicy(Protocol):
     most_steps: int
     """Most denoising steps of any round."""
 
+    num_rests: int
+    """Rounds that may be left out after the one that was planned last: they would have no drafts either."""
+
+    learns_from_reading: bool
+    """Whether it wants to know which of the tokens that are read late the context tower would have picked."""
+
     selects_drafts: bool
     """Whether `usable` looks at the drafts' confidence; what is verified is then no plain sample any more."""
 
-    def plan(self, num_reqs: int) -> DraftPlan | None:
-        """Decides how to draft for `num_reqs` requests; None to draft nothing this round."""
+    def plan(
+        self, num_reqs: int, candidates: Sequence[Candidate] = (), *, whole_batch: bool = False
+    ) -> DraftPlan | None:
+        """Decides how to draft, and for which requests; nothing of the round was done yet.
+
+        Args:
+            num_reqs: requests of the round.
+            candidates: all of them, in their order; empty where nothing is known of them.
+            whole_batch: the target verifies as many drafts of every request, whether it has them or not.
+
+        Returns:
+            None to draft nothing this round.
+        """
+        ...
+
+    def learn_costs(self, num_tokens: int, num_rows: int, block_size: int, extend_s: float, denoise_s: float) -> None:
+        """Learns what a trial took, of the warm-up.
+
+        Args:
+            num_tokens: that the context tower read; 0 for no such pass.
+            num_rows, block_size: of one denoiser pass.
+            extend_s, denoise_s: seconds of both.
+        """
         ...
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
@@ -82,5 +150,9 @@ class DraftPolicy(Protocol):
         ...
 
     def observe(self, outcome: RoundOutcome) -> None:
-        """Learns from a verified round; rounds without drafts are told too."""
+        """Learns from a verified round; rounds without drafts are told too, but for those that were left out."""
+        ...
+
+    def forget(self, request_id: Hashable) -> None:
+        """Forgets a request that has ended; unknown ids are ignored."""
         ...
