@@ -41,6 +41,8 @@ pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 NONE, TWO_TOWER = System("none", "no speculation"), System("twotower", "TwoTower", {"model": "T"})
 WORKLOAD = Workload(("one", "two", "three"), False, 16, 0.0, LatencyBound(ttft=500))
 SMALL = ["--concurrency", "2", "--request-rate", "8", "--prompts", "4", "--max-new-tokens", "24", "--repeat", "1"]
+# The adaptive policy draws on the clock, and may find that nothing pays.
+FIXED = ["--speculative-config", '{"num_speculative_tokens": 7, "twotower": {"policy": "fixed"}}']
 # Nobody listens there.
 CLOSED_PROXY = "http://127.0.0.1:9"
 Capture = pytest.CaptureFixture[str]
@@ -75,7 +77,7 @@ class Run:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     file = tmp_path_factory.mktemp("serve") / "points.jsonl"
     code = "from tests.benchmarks.test_bench_serve import bench; import sys; bench(*sys.argv[1:])"
-    arguments = ["--only", "twotower", *SMALL, "--json", str(file)]
+    arguments = ["--only", "twotower", *SMALL, *FIXED, "--json", str(file)]
     # A proxy that would answer nothing is not asked.
     environment = {**os.environ, "http_proxy": CLOSED_PROXY, "no_proxy": "", "NO_PROXY": ""}
     done = subprocess.run(
@@ -119,7 +121,7 @@ def test_table_names_every_system_and_the_highest_loads(run: Run) -> None:
 @pytest.mark.usefixtures("nothing_starts")
 def test_finished_run_starts_nothing_when_it_is_given_again(run: Run, capsys: Capture) -> None:
     before = run.file.read_bytes()
-    bench("--only", "twotower", *SMALL, "--json", run.file)
+    bench("--only", "twotower", *SMALL, *FIXED, "--json", run.file)
     assert run.file.read_bytes() == before
     assert "no speculation" in capsys.readouterr().out
 

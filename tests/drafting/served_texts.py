@@ -95,6 +95,9 @@ class SimulatedServer:
         plan = policy.plan(len(texts), candidates, whole_batch=self.whole_batch)
         counts, passes, num_read, denoise_s = [0] * len(texts), [0] * len(texts), 0, 0.0
         confidence = torch.zeros(len(texts), plan.block_size if plan else 0)
+        # First drafts are more probable or less than others of their text, and known to be so.
+        spread = [min(0.2, text.chance, 1 - text.chance) for _, text in texts]
+        sure = [text.chance + by * self.random.choice((-1, 1)) for (_, text), by in zip(texts, spread, strict=True)]
         chosen = [row for row in range(len(texts)) if plan is not None and plan.chooses(row)]
         budget = plan.most_context_tokens if plan and plan.most_context_tokens is not None else 10**6
         ready, foreseen = [], {}
@@ -105,11 +108,16 @@ class SimulatedServer:
                 ready.append(row)
                 if read > (policy.num_speculative_tokens + 1 if plan and plan.num_tokens else 1):
                     foreseen[texts[row][0]] = (self.random.random(read - 1) < texts[row][1].chance).tolist()
+        if plan is not None and plan.num_tokens and ready and not self.whole_batch:
+            named = [texts[row][0] for row in ready]
+            worth = policy.worth_denoising(plan, named, torch.tensor([sure[row] for row in ready]))
+            ready = [row for row, is_worth in zip(ready, worth, strict=True) if is_worth]
         drafted = ready
         if plan is not None and not plan.num_tokens:
             drafted, ready = chosen, []
         if plan is not None and ready:
             confidence[ready] = torch.tensor([[texts[row][1].chance] for row in ready])
+            confidence[ready, 0] = torch.tensor([sure[row] for row in ready]).float()
             masked, index = torch.ones(len(ready), plan.block_size, dtype=torch.bool), 0
             while masked.any():
                 step = DenoisingStep(index, list(range(len(ready))), masked, confidence[ready])
@@ -120,7 +128,7 @@ class SimulatedServer:
                 usable = [plan.num_tokens] * len(ready)
             for row, count in zip(ready, usable, strict=True):
                 counts[row], passes[row] = count, index
-        accepted = [self._accepted(text.chance, count) for (_, text), count in zip(texts, counts, strict=True)]
+        accepted = [self._accepted(sure[row], text.chance, counts[row]) for row, (_, text) in enumerate(texts)]
         num_verified = len(texts) * plan.num_tokens if plan and ready and self.whole_batch else sum(counts)
         extend_s, verify_s = costs.extend(num_read), costs.verify(len(texts) + num_verified)
         policy.observe(
@@ -143,8 +151,8 @@ class SimulatedServer:
             drafted, chances, num_tokens, seconds, costs.verify(len(texts)), plan.block_size if plan else 0
         )
 
-    def _accepted(self, chance: float, count: int) -> int:
-        right = self.random.random(count) < chance
+    def _accepted(self, first: float, chance: float, count: int) -> int:
+        right = self.random.random(count) < np.array([first, *[chance] * count])[:count]
         return int(np.cumprod(right).sum())
 
     def best_fixed_rate(self, chances: list[float], block_sizes: tuple[int, ...]) -> float:

@@ -117,7 +117,7 @@ def test_a_policy_learns_from_drafts_alone() -> None:
         hosted.observe(done, RoundResult([count - 1], 0.01))
     # The newest token is no trial: a calibrated position is a draft's, and the last of seven is the block's last.
     trials = policy.calibration.trials[8].sum(axis=(0, 2))
-    assert trials[0] == 6 and trials[7] == 0
+    assert trials[0] == pytest.approx(6, abs=0.1) and trials[7] == 0
 
 
 def test_a_newest_token_that_is_the_mask_token_stands_and_costs_no_pass() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from statistics import mean
+
 import pytest
 
 from tests.drafting.served_texts import ServerCosts, SimulatedServer, rate, serve
@@ -10,10 +12,28 @@ from twotower_spec.drafting import AdaptivePolicy
 BAD, GOOD = 0.2, 0.9
 
 
-def started(costs: ServerCosts | None = None, whole_batch: bool = False) -> tuple[AdaptivePolicy, SimulatedServer]:
-    policy, server = AdaptivePolicy(), SimulatedServer(costs, whole_batch=whole_batch)
+# What a policy does hangs on what the first texts happen to show it: bounds are of the mean of several runs.
+SEEDS = 3
+
+
+def started(
+    costs: ServerCosts | None = None, whole_batch: bool = False, seed: int = 0
+) -> tuple[AdaptivePolicy, SimulatedServer]:
+    policy, server = AdaptivePolicy(), SimulatedServer(costs, seed, whole_batch)
     server.warm_up(policy)
     return policy, server
+
+
+def shares_of_the_best(kinds: list[float], num_rounds: int, whole_batch: bool = False) -> list[float]:
+    """Rates after 200 rounds, in those of the best fixed choice."""
+    shares = []
+    for seed in range(SEEDS):
+        policy, server = started(whole_batch=whole_batch, seed=seed)
+        serve(policy, server, kinds, 200)
+        shares.append(
+            rate(serve(policy, server, kinds, num_rounds)) / server.best_fixed_rate(kinds, policy.block_sizes)
+        )
+    return shares
 
 
 @pytest.mark.parametrize(
@@ -22,12 +42,9 @@ def started(costs: ServerCosts | None = None, whole_batch: bool = False) -> tupl
     ids=lambda kinds: f"{kinds[0]}x{len(kinds)}",
 )
 def test_after_200_rounds_of_one_kind_the_regret_is_small(kinds: list[float]) -> None:
-    policy, server = started()
-    serve(policy, server, kinds, 200)
-    later = rate(serve(policy, server, kinds, 600))
     # Simulated texts are random: the mean of 600 rounds is known to about a hundredth where drafts are long.
     noise = 0.01 if max(kinds) >= GOOD else 0.0
-    assert later > (0.98 - noise) * server.best_fixed_rate(kinds, policy.block_sizes)
+    assert mean(shares_of_the_best(kinds, 600)) > 0.98 - noise
 
 
 @pytest.mark.parametrize("kinds", [[BAD], [BAD] * 8, [0.8] * 16], ids=lambda kinds: f"{kinds[0]}x{len(kinds)}")
@@ -56,11 +73,10 @@ def test_no_hundred_rounds_have_more_looks_than_a_hundredth_of_their_time() -> N
 
 def test_a_whole_batch_is_drafted_for_alike_as_far_as_that_pays() -> None:
     policy, server = started(whole_batch=True)
-    kinds = [GOOD] * 4
-    serve(policy, server, kinds, 200)
-    rounds = serve(policy, server, kinds, 600)
-    assert {len(one.drafted) for one in rounds[-100:] if one.block_size} <= {3, 4}  # one may be read yet
-    assert rate(rounds) > 0.95 * server.best_fixed_rate(kinds, policy.block_sizes)
+    serve(policy, server, [GOOD] * 4, 800)
+    rounds = serve(policy, server, [GOOD] * 4, 100)
+    assert mean(len(one.drafted) for one in rounds if one.block_size) > 3.5  # some may be read yet
+    assert mean(shares_of_the_best([GOOD] * 4, 600, whole_batch=True)) > 0.95
     for kinds in ([BAD] * 8, [0.8] * 16):
         serve(policy, server, kinds, 300)
         # A beginning by mistake costs more than where requests join one by one.
@@ -68,12 +84,14 @@ def test_a_whole_batch_is_drafted_for_alike_as_far_as_that_pays() -> None:
 
 
 def test_a_request_that_drafts_badly_is_not_drafted_for_while_its_neighbour_is() -> None:
-    policy, server = started()
-    kinds = [GOOD, GOOD, GOOD, 0.05]
-    serve(policy, server, kinds, 100)
-    rounds = serve(policy, server, kinds, 400)
-    drafted = [one.chances[row] for one in rounds for row in one.drafted]
-    assert drafted.count(GOOD) > 0.9 * 3 * len(rounds) and drafted.count(0.05) < 0.35 * len(rounds)
+    kinds, drafted, num_rounds = [GOOD, GOOD, GOOD, 0.05], [], 400
+    for seed in range(SEEDS):
+        policy, server = started(seed=seed)
+        serve(policy, server, kinds, 500)
+        rounds = serve(policy, server, kinds, num_rounds)
+        drafted += [one.chances[row] for one in rounds for row in one.drafted]
+    num_rounds *= SEEDS
+    assert drafted.count(GOOD) > 0.9 * 3 * num_rounds and drafted.count(0.05) < 0.35 * num_rounds
 
 
 @pytest.mark.parametrize("kind", [GOOD, BAD])
@@ -89,15 +107,19 @@ def test_load_that_comes_and_goes_costs_nothing_that_lasts(kind: float) -> None:
 
 @pytest.mark.parametrize("num_reqs", [1, 4])
 def test_prompts_of_another_kind_are_noticed_both_ways(num_reqs: int) -> None:
-    policy, server = started()
-    rates = {}
-    for turn, kind in enumerate((GOOD, BAD, GOOD, BAD)):
-        server.fill([])
-        serve(policy, server, [kind] * num_reqs, 300)  # a look of two rounds comes every two hundred
-        rates[turn] = rate(serve(policy, server, [kind] * num_reqs, 600))
+    kinds, rates = (GOOD, BAD, GOOD, BAD), []
+    for seed in range(SEEDS):
+        policy, server = started(seed=seed)
+        rates.append([])
+        for kind in kinds:
+            server.fill([])
+            # A look, as many tokens as the text has, takes 1 % of two hundred rounds and more; the second one tells.
+            serve(policy, server, [kind] * num_reqs, 500)
+            rates[-1].append(rate(serve(policy, server, [kind] * num_reqs, 600)))
     plain = num_reqs / server.costs.verify(num_reqs)
-    assert rates[1] > 0.98 * plain and rates[3] > 0.98 * plain
-    assert rates[2] > 0.96 * server.best_fixed_rate([GOOD] * num_reqs, policy.block_sizes)
+    _, bad, good, bad_again = (mean(turn) for turn in zip(*rates, strict=True))
+    assert min(bad, bad_again) > 0.98 * plain
+    assert good > 0.96 * server.best_fixed_rate([GOOD] * num_reqs, policy.block_sizes)
 
 
 def test_bursts_are_no_slower_than_without_drafts() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from tests.drafting.rounds import draft_rows
+from tests.drafting.served_texts import SimulatedServer, rate, serve
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import (
@@ -367,3 +369,111 @@ def test_a_request_without_anything_unread_can_be_looked_at_where_reading_is_slo
     policy = AdaptivePolicy([4])
     policy.learn_costs(1, 1, 4, 0.03, 0.03)
     plain_rounds(policy, ["a"], 0, 2000)
+
+
+def drafting(policy: AdaptivePolicy, request_ids: list[str], block_size: int = 4) -> DraftPlan:
+    """A plan of a policy that knows what rounds take and finds that drafting pays."""
+    for num_tokens, num_rows in (1, 1), (64, 2):
+        policy.learn_costs(num_tokens, num_rows, block_size, 0.001, 0.001 + 0.001 * num_rows)
+    plain_rounds(policy, request_ids, 0)
+    plan = policy.plan(len(request_ids), [Candidate(one) for one in request_ids])
+    assert plan is not None
+    return plan
+
+
+def drafted(plan: DraftPlan, request_ids: list[str], counts: list[int], accepted: list[int]) -> RoundOutcome:
+    num_reqs = len(request_ids)
+    confidence, passes = torch.full((num_reqs, max(4, *counts)), 0.5), [int(count > 0) for count in counts]
+    return RoundOutcome(plan, counts, accepted, confidence, passes, 4, 0.001, 0.002, 0.011, request_ids=request_ids)
+
+
+def test_a_request_whose_next_token_is_improbable_is_not_denoised_and_counts_as_rejected() -> None:
+    policy = AdaptivePolicy([4])
+    plan = drafting(policy, ["a", "b"])
+    first = torch.tensor([0.95, 0.05])
+    for confidence, num_accepted in (0.95, 4), (0.05, 0):
+        for _ in range(8):
+            policy.calibration.observe(4, 1, np.full(4, confidence), 4, num_accepted)
+    assert policy.worth_denoising(plan, ["a", "b"], first) == [True, False]
+    policy.observe(drafted(plan, ["a", "b"], [4, 0], [4, 0]))
+    assert policy.acceptance.factor("b") > 1.5 * policy.acceptance.factor("a")
+    assert policy.worth_denoising(plan, ["a", "b"], torch.tensor([0.05, 0.05])) == [False, False]
+
+
+def test_drafts_that_the_target_did_not_look_at_are_no_rejections() -> None:
+    factors = {}
+    for num_given in ([], [4]):
+        policy = AdaptivePolicy([4])
+        plan = drafting(policy, ["a"])
+        policy.observe(replace(drafted(plan, ["a"], [2], [2]), num_given=num_given))
+        factors[len(num_given)] = policy.acceptance.factor("a")
+    assert factors[1] < factors[0]
+
+
+def test_a_request_that_cannot_be_read_keeps_nobody_else_from_drafts() -> None:
+    policy = AdaptivePolicy([4])
+    plan, rows = drafting(policy, ["a", "b"]), []
+    for _ in range(420):
+        refused = [one for row, one in enumerate("ab") if plan.chooses(row) and one == "a"]
+        counts = [0, 4 * plan.chooses(1)]
+        policy.observe(replace(drafted(plan, ["a", "b"], counts, counts), refused=refused))
+        next_plan = policy.plan(2, [Candidate("a"), Candidate("b")])
+        plan = next_plan or replace(plan, rows=frozenset())
+        rows.append(plan.rows)
+    assert rows[5] == {1}  # without a it is b's turn
+    assert 1 <= sum(0 in (chosen or ()) for chosen in rows) <= 4  # and a is tried again now and then
+
+
+def test_one_in_twenty_improbable_blocks_is_denoised_all_the_same() -> None:
+    policy = AdaptivePolicy([4])
+    plan = drafting(policy, ["a"])
+    worth = [policy.worth_denoising(plan, ["a"], torch.tensor([0.02]))[0] for _ in range(60)]
+    assert worth.count(True) == 3
+
+
+def test_an_unlucky_beginning_keeps_no_confidence_from_being_denoised() -> None:
+    """A first draft that is right as often as its confidence says, whose like were wrong four times."""
+    policy, generator = AdaptivePolicy([4]), np.random.default_rng(0)
+    plan = drafting(policy, ["a"])
+    for _ in range(4):
+        policy.calibration.observe(4, 1, np.full(4, 0.6), 4, 0)
+    kept = []
+    for _ in range(600):
+        kept.append(policy.worth_denoising(plan, ["a"], torch.tensor([0.6]))[0])
+        if kept[-1]:
+            policy.calibration.observe(4, 1, np.full(4, 0.6), 4, 4 * int(generator.random() < 0.6))
+    assert sum(kept[-200:]) > 150
+
+
+def test_text_that_is_always_guessed_is_not_left_with_the_smallest_block() -> None:
+    policy, server = AdaptivePolicy(), SimulatedServer()
+    server.warm_up(policy)
+    serve(policy, server, [1.0], 300)
+    assert rate(serve(policy, server, [1.0], 300)) > 0.9 * server.best_fixed_rate([1.0], policy.block_sizes)
+
+
+def test_a_block_ends_where_the_request_does_also_before_it_is_denoised() -> None:
+    policy = AdaptivePolicy([16])
+    plan, first = drafting(policy, ["a"], 16), torch.tensor([0.2])
+    assert policy.worth_denoising(plan, ["a"], first) == [True]
+    assert policy.worth_denoising(replace(plan, limits={"a": 1}), ["a"], first) == [False]
+
+
+def test_looks_have_no_drafts_where_those_would_be_of_the_whole_batch() -> None:
+    """Which an asynchronous scheduler plans a step or two before it is known that a look is over."""
+    policy = AdaptivePolicy([4])
+    for num_tokens in (1, 64):
+        policy.learn_costs(num_tokens, 4, 4, 0.001, 0.03)
+    plain_rounds(policy, list("abcd"), 0)
+    planned = []
+    for num_rounds in range(3000):
+        names = [(name, num_rounds // 40) for name in "abcd"]
+        if not num_rounds % 40:
+            for name in "abcd":
+                policy.forget((name, num_rounds // 40 - 1))
+        plan = policy.plan(4, [Candidate(name, num_rounds % 40) for name in names], whole_batch=True)
+        planned.append(plan.num_tokens if plan else 0)
+        zeros = [0] * 4
+        nothing = RoundOutcome(None, zeros, zeros, torch.zeros(4, 0), zeros, 0, 0.0, 0.0, 0.01, request_ids=names)
+        policy.observe(nothing)
+    assert not any(planned)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids, tiny_model
 from twotower_spec import ArgumentError
 from twotower_spec.drafting import (
+    AdaptivePolicy,
     DraftBlock,
     DraftingSession,
     DraftRequest,
@@ -20,7 +23,7 @@ from twotower_spec.drafting import (
     ThresholdPolicy,
 )
 from twotower_spec.drafting.draft_block import Provenance
-from twotower_spec.drafting.policies import DraftPolicy
+from twotower_spec.drafting.policies import DraftPlan, DraftPolicy
 from twotower_spec.generation import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 
@@ -165,6 +168,19 @@ def test_a_row_that_the_drafter_cannot_read_goes_on_without_drafts(row: list[int
     block = draft_rows(drafter, {"odd": row, "fine": other})
     assert drafts(block) == {"odd": [], "fine": alone(other)}
     assert drafter.without_drafts["foreign token"] == 1
+
+
+def test_a_policy_that_finds_a_first_draft_improbable_keeps_its_request_from_the_denoiser() -> None:
+    class Doubtful(AdaptivePolicy):
+        def worth_denoising(self, plan: DraftPlan, request_ids: Sequence[Hashable], confidence: Tensor) -> list[bool]:
+            assert (confidence > 0).all() and (confidence < 1).all()
+            return [one != "a" for one in request_ids]
+
+    rows = {"a": random_ids(4), "b": random_ids(5)}
+    drafter, likely = make(Doubtful([8], may_skip=False)), AdaptivePolicy([8], may_skip=False)
+    done = drafter.draft([DraftRequest(*row) for row in rows.items()])
+    assert drafts(done.block)["a"] == [] and drafts(done.block)["b"] == alone(rows["b"], likely)
+    assert done.num_denoised == 1 and done.without_drafts["policy"] == 1
 
 
 def test_a_request_gets_no_more_drafts_than_it_can_use() -> None:

@@ -20,15 +20,22 @@ class Admitted:
         increments: token ids that the context tower reads, per request, in the order of one pass.
         completed: requests of `increments` whose context is up to date after it: its logits are those to go on from.
         ready: requests whose context is up to date after the round, in the order given.
-        without_drafts: the others, by reason.
+        refused: reasons of those that are not read at all, "foreign token" or "no room".
+        num_waiting: requests that are not read to their end yet.
         foreseen: of requests that were read late, whether the context tower would have picked each token but the first.
     """
 
     increments: dict[RequestId, list[int]]
     completed: list[RequestId]
     ready: list[DraftRequest]
-    without_drafts: Counter[str]
+    refused: dict[RequestId, str] = field(default_factory=dict)
+    num_waiting: int = 0
     foreseen: dict[RequestId, list[bool]] = field(default_factory=dict)
+
+    @property
+    def without_drafts(self) -> Counter[str]:
+        """Number of requests that cannot be drafted for, by reason."""
+        return Counter(self.refused.values()) + Counter(prefilling=self.num_waiting)
 
 
 class Admission:
@@ -57,8 +64,7 @@ class Admission:
             requests: of the round.
             most_tokens: that are read, within the budget; None for the budget.
         """
-        without_drafts: Counter[str] = Counter()
-        new = self._fitting(requests, without_drafts)
+        new, refused = self._fitting(requests)
         for request_id, tokens in new.items():  # all before the pass, so that none gives way to another one
             self.state.claim(request_id, self.state.num_computed_tokens(request_id) + len(tokens), keep=list(new))
         budget = self.token_budget if most_tokens is None else min(self.token_budget, most_tokens)
@@ -67,9 +73,8 @@ class Admission:
         kept = {request_id for request_id in self._with_logits if request_id in self.state}
         self._with_logits = (kept - increments.keys()).union(completed)
         waiting = {request_id for request_id, tokens in new.items() if len(tokens)}.difference(completed)
-        without_drafts["prefilling"] += len(waiting)
         ready = [one for one in requests if one.request_id in new and one.request_id not in waiting]
-        return Admitted(increments, completed, ready, without_drafts)
+        return Admitted(increments, completed, ready, refused, len(waiting))
 
     def restart(self, request_id: RequestId) -> None:
         """Forgets what was read of a request, which is read again when it comes back."""
@@ -86,24 +91,23 @@ class Admission:
         self.state.reset()
         self._with_logits.clear()
 
-    def _fitting(
-        self, requests: Sequence[DraftRequest], without_drafts: Counter[str]
-    ) -> dict[RequestId, TokenSequence]:
-        """New tokens of the requests whose states fit into the pool together, the fewest first."""
+    def _fitting(self, requests: Sequence[DraftRequest]) -> tuple[dict[RequestId, TokenSequence], dict[RequestId, str]]:
+        """New tokens of the requests whose states fit into the pool together, the fewest first; why others do not."""
         state = self.state
         new = {one.request_id: one.token_ids[self._known(one.request_id, one.token_ids) :] for one in requests}
         fitting: dict[RequestId, TokenSequence] = {}
+        refused: dict[RequestId, str] = {}
         num_pages = 0
         for one in sorted(requests, key=lambda one: len(new[one.request_id])):
             needed = state.pages_for(len(one.token_ids))
             if len(fitting) >= state.num_slots or num_pages + needed > state.num_pages:
-                without_drafts["no room"] += 1
+                refused[one.request_id] = "no room"
             elif not len(one.token_ids) or not all_below(new[one.request_id], self.vocab_size):
-                without_drafts["foreign token"] += 1
+                refused[one.request_id] = "foreign token"
             else:
                 fitting[one.request_id] = new[one.request_id]
                 num_pages += needed
-        return fitting
+        return fitting, refused
 
     def _known(self, request_id: RequestId, token_ids: TokenSequence) -> int:
         """Counts the tokens whose state is held and will do; a request whose state will not do starts over.

@@ -61,7 +61,7 @@ class AsyncRound:
         copy: of the drafts, their confidence, passes, and how far contexts came.
         read: tokens that the host knew and the context tower read, by request.
         picks: those that it would have picked behind them, on their way, where the round was planned to read alone.
-        times, host_s, without_drafts: as of `Round`.
+        times, host_s, without_drafts, refused: as of `Round`.
     """
 
     request_ids: tuple[RequestId, ...]
@@ -77,6 +77,7 @@ class AsyncRound:
     times: PhaseTimes = field(default_factory=PhaseTimes)
     host_s: float = 0.0
     without_drafts: Counter[str] = field(default_factory=Counter)
+    refused: dict[RequestId, str] = field(default_factory=dict)
 
     @property
     def landed(self) -> bool:
@@ -161,7 +162,7 @@ class AsyncSession(DraftingSession):
         chosen = [one for row, one in enumerate(requests) if plan.chooses(row)]
         done.without_drafts["policy"] = len(requests) - len(chosen)
         with done.times.measure("extend", self.towers.context.device):
-            following = self._read_known(self._fitting(chosen, done.without_drafts), done)
+            following = self._read_known(self._fitting(chosen, done), done)
             if not plan.num_tokens:
                 following = []
             if following:
@@ -195,7 +196,17 @@ class AsyncSession(DraftingSession):
                 foreseen = foreseen_tokens(done.read, done.picks.read()[0].tolist(), done.read)
             sizes = 0, 0
             return self._counted(
-                Round(block, done.plan, num_read, done.times, done.host_s, done.without_drafts, *sizes, foreseen)
+                Round(
+                    block,
+                    done.plan,
+                    num_read,
+                    done.times,
+                    done.host_s,
+                    done.without_drafts,
+                    *sizes,
+                    foreseen=foreseen,
+                    refused=done.refused,
+                )
             )
         self._unsettled = [one for one in self._unsettled if one is not done]
         tokens, confidence, numbers = done.copy.read()
@@ -226,15 +237,26 @@ class AsyncSession(DraftingSession):
         done.without_drafts["prefilling"] += sum(not one.max_draft_tokens for one in drafted)
         num_read += sum(followed.values())
         sizes = len(drafted), len(damaged)
-        return self._counted(Round(block, done.plan, num_read, done.times, done.host_s, done.without_drafts, *sizes))
+        return self._counted(
+            Round(
+                block,
+                done.plan,
+                num_read,
+                done.times,
+                done.host_s,
+                done.without_drafts,
+                *sizes,
+                refused=done.refused,
+            )
+        )
 
     def _holds(self, request_id: RequestId, entry: RequestEntry) -> bool:
         """Whether a request has the state that it had, not another one since."""
         return request_id in self.state and self.state.entry(request_id) is entry
 
-    def _fitting(self, requests: Sequence[AsyncRequest], without_drafts: Counter[str]) -> list[AsyncRequest]:
+    def _fitting(self, requests: Sequence[AsyncRequest], done: AsyncRound) -> list[AsyncRequest]:
         """Claims room for the requests that fit into the pool together, those with the fewest new tokens first."""
-        state = self.state
+        state, without_drafts = self.state, done.without_drafts
         wanting = [one for one in requests if one.read_only or one.wants_drafts]
         trusted = [one for one in wanting if not self._rests(one.request_id)]
         without_drafts["limit"] += len(requests) - len(wanting)
@@ -247,12 +269,13 @@ class AsyncSession(DraftingSession):
                 needed = max(needed, state.num_pages_of(one.request_id))
             new = one.token_ids[state.num_computed_tokens(one.request_id) :]
             if len(fitting) >= state.num_slots or num_pages + needed > state.num_pages:
-                without_drafts["no room"] += 1
+                done.refused[one.request_id] = "no room"
             elif not all_below(new, self.towers.config.vocab_size):
-                without_drafts["foreign token"] += 1
+                done.refused[one.request_id] = "foreign token"
             else:
                 fitting[one.request_id] = one
                 num_pages += needed
+        without_drafts.update(done.refused.values())
         for one in fitting.values():
             state.claim(one.request_id, one.most_tokens, keep=list(fitting))
         return list(fitting.values())

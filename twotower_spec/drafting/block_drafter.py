@@ -95,6 +95,15 @@ class BlockDrafter:
         self.last_logits[slots] = logits
 
     @torch.inference_mode()
+    def first_confidence(self, slots: Tensor, starts: Tensor, seeds: Tensor) -> Tensor:
+        """How probable the context tower finds the first drafts [num_reqs] that it makes.
+
+        Args:
+            slots, starts, seeds: as of `draft`.
+        """
+        return self._first_tokens(slots, *self._noise_of(seeds, starts))[1]
+
+    @torch.inference_mode()
     def draft(
         self,
         context: BlockContext,
@@ -123,11 +132,8 @@ class BlockDrafter:
             Blocks on the denoiser's device, and float [num_reqs, block_size, vocab], the distributions that the first
             step's picks were drawn from; None for the most probable tokens, and from `ScheduleLoop`.
         """
-        device = self.towers.denoiser.device
-        starts, seeds = moved(starts, device), moved(seeds, device)
-        if self.noise == "private":  # no two rounds of a request draw the same
-            starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
-        first = None
+        seeds, starts = self._noise_of(seeds, starts)
+        first, device = None, self.towers.denoiser.device
         if first_tokens is not None:
             first_tokens, commit_rule = moved(first_tokens, device), behind_first(commit_rule)
         elif self.first_token == "context":
@@ -153,6 +159,14 @@ class BlockDrafter:
                 return done, self.picker.probs(first[2])[:, None]
             probs[:, 0] = self.picker.probs(first[2])
         return done, probs
+
+    def _noise_of(self, seeds: Tensor, starts: Tensor) -> tuple[Tensor, Tensor]:
+        """Seeds and positions of noise, on the denoiser's device."""
+        device = self.towers.denoiser.device
+        starts, seeds = moved(starts, device), moved(seeds, device)
+        if self.noise == "private":  # no two rounds of a request draw the same
+            starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
+        return seeds, starts
 
     def _first_tokens(self, slots: Tensor, seeds: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The context tower's next tokens, how probable they are, and the logits [num_reqs, vocab] behind them."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -107,7 +106,8 @@ class HostedSession(DraftingRounds):
         """Finds all contexts up to date."""
         vocab_size = self.towers.config.vocab_size
         ready = [one for one in wanting if len(one.token_ids) and 0 <= int(one.token_ids[-1]) < vocab_size]
-        return Admitted({}, [], ready, Counter({"foreign token": len(wanting) - len(ready)}))
+        refused = {one.request_id: "foreign token" for one in wanting if one not in ready}
+        return Admitted({}, [], ready, refused)
 
     def _restart(self, request_id: RequestId) -> None:
         """Does nothing: the host has the context."""

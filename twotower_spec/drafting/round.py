@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -63,7 +63,7 @@ class Round:
         host_s: seconds until the drafts were given, by the host's clock.
         without_drafts: requests that got none, by reason (see `DraftingSession.without_drafts`).
         num_denoised, num_damaged: requests that the denoiser worked for, and those of them for which it gave NaN.
-        foreseen: as of `RoundOutcome`.
+        foreseen, refused: as of `RoundOutcome`.
     """
 
     block: DraftBlock
@@ -75,6 +75,7 @@ class Round:
     num_denoised: int = 0
     num_damaged: int = 0
     foreseen: Mapping[RequestId, Sequence[bool]] = field(default_factory=dict)
+    refused: Collection[RequestId] = ()
 
     @property
     def late_s(self) -> float:
@@ -92,6 +93,7 @@ class Round:
         return RoundOutcome(
             plan=self.plan,
             num_draft_tokens=[verified[row] for row in ran],
+            num_given=[block.num_draft_tokens[row] for row in ran],
             num_accepted=[count for count in result.num_accepted if count is not None],
             confidence=block.confidence if len(ran) == len(block.request_ids) else block.confidence[ran],
             num_denoiser_passes=[block.num_denoiser_passes[row] for row in ran],
@@ -105,5 +107,6 @@ class Round:
             num_denoised=self.num_denoised,
             host_s=max(0.0, self.host_s - self.times.extend_s - self.times.denoise_s),
             foreseen=self.foreseen,
+            refused=self.refused,
             num_rested=result.num_rested,
         )

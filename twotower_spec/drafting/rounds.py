@@ -181,11 +181,12 @@ class DraftingRounds(ABC):
         times = PhaseTimes()
         admitted = self._read(trusted, times, plan)
         ready = admitted.ready if plan.num_tokens else []
-        drafted = [one for one in ready if not one.read_only]
+        readable = [one for one in ready if not one.read_only]
+        drafted = self._worth_denoising(plan, readable)
         without_drafts = admitted.without_drafts + Counter(
-            policy=len(requests) - len(chosen) + len(admitted.ready) - len(ready),
+            policy=len(requests) - len(chosen) + len(admitted.ready) - len(ready) + len(readable) - len(drafted),
             limit=len(chosen) - len(wanting),
-            prefilling=len(ready) - len(drafted),
+            prefilling=len(ready) - len(readable),
         )
         without_drafts["not finite"] += len(wanting) - len(trusted)
         damaged: list[RequestId] = []
@@ -199,7 +200,17 @@ class DraftingRounds(ABC):
         host_s = time.perf_counter() - start
         sizes = len(drafted), len(damaged)
         return self._counted(
-            Round(block, plan, num_context_tokens, times, host_s, without_drafts, *sizes, admitted.foreseen)
+            Round(
+                block,
+                plan,
+                num_context_tokens,
+                times,
+                host_s,
+                without_drafts,
+                *sizes,
+                foreseen=admitted.foreseen,
+                refused=admitted.refused,
+            )
         )
 
     def _plan(self, requests: Sequence[DraftRequest]) -> DraftPlan | None:
@@ -216,6 +227,24 @@ class DraftingRounds(ABC):
         if plan is not None and plan.num_tokens > plan.block_size - self.num_known:
             plan = replace(plan, num_tokens=plan.block_size - self.num_known)
         return plan
+
+    def _worth_denoising(self, plan: DraftPlan, readable: Sequence[DraftRequest]) -> list[DraftRequest]:
+        """Those of a plan's requests that are drafted for, by how sure the context tower is of their next tokens."""
+        if not readable or not self.policy.selects_drafts or self.drafter.first_token != "context":
+            return list(readable)
+        confidence = self.drafter.first_confidence(*self._places(readable)).float().cpu()
+        finite = [one.request_id for one, fine in zip(readable, confidence.isfinite().tolist(), strict=True) if fine]
+        worth = self.policy.worth_denoising(plan, finite, confidence[confidence.isfinite()]) if finite else []
+        unlikely = {request_id for request_id, is_worth in zip(finite, worth, strict=True) if not is_worth}
+        return [one for one in readable if one.request_id not in unlikely]
+
+    def _places(self, drafted: Sequence[DraftRequest]) -> tuple[Tensor, Tensor, Tensor]:
+        """Slots, starts of the blocks, and seeds, int64 [num_reqs] each."""
+        return (
+            self.source.slots(one.request_id for one in drafted),
+            torch.tensor([len(one.token_ids) - self.num_known for one in drafted]),
+            torch.tensor([signed_seed(self.seed if one.seed is None else one.seed) for one in drafted]),
+        )
 
     def observe(self, finished: Round, result: RoundResult) -> None:
         """Tells the policy what became of a round; also of one without drafts, where 0 were accepted."""
@@ -247,12 +276,12 @@ class DraftingRounds(ABC):
     def _denoise(self, plan: DraftPlan, drafted: Sequence[DraftRequest]) -> tuple[DenoisedBlocks, Tensor | None]:
         most, known = plan.num_tokens, self.num_known
         longest = max(most if one.max_draft_tokens is None else one.max_draft_tokens for one in drafted)
-        slots = self.source.slots(one.request_id for one in drafted)
+        slots, starts, seeds = self._places(drafted)
         return self.drafter.draft(
             self.source.view(slots, plan.block_size),
             slots,
-            torch.tensor([len(one.token_ids) - known for one in drafted]),
-            torch.tensor([signed_seed(self.seed if one.seed is None else one.seed) for one in drafted]),
+            starts,
+            seeds,
             plan.block_size,
             plan.commit_rule,
             num_wanted=known + min(most, longest) if self.policy.most_steps == 1 else None,

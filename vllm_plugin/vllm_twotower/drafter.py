@@ -277,7 +277,7 @@ class EngineDrafter:
         ran = {request_id for request_id, count in zip(block.request_ids, accepted, strict=True) if count is not None}
         with_prompts = not ran.issuperset(outcomes)
         session.observe(finished, RoundResult(accepted, verify_s, verified, with_prompts, self._num_rested))
-        self.stats.add("verify_seconds", verify_s)
+        self.stats.add("verify_seconds", verify_s * (1 + self._num_rested))
         if not any(verified):
             return
         self._calibrate(block.confidence.double().numpy(), accepted, verified)
@@ -297,6 +297,9 @@ class EngineDrafter:
         try:
             for request_id in request_ids:
                 self.session.release(request_id)
+                for policy in self._policies.values():  # those that were changed for another one, too
+                    if policy is not None:
+                        policy.forget(request_id)
             self._show_pool(self.session)
         except Exception as error:
             self._faults.log(error, "the state of a request that has ended could not be released")

@@ -44,15 +44,15 @@ FIRST_HAZARD = 0.22
 # Shapes of the distributions of factors, of requests that are like those that are served at about the same time and of
 # others, and the share of these. On the trio the factors of texts of one kind differ by half, of kinds by six times.
 ALIKE, UNLIKE, SHARE_UNLIKE = 4.0, 0.5, 0.1
-# What is remembered per block of a request, per round without drafts of all, and of what positions are worth.
-OWN_MEMORY, RECENT_MEMORY, LONG_MEMORY = 0.95, 0.97, 0.998
+# What is remembered from one block or round to the next: about twenty of them count.
+MEMORY = 0.95
+# What holds for long is the mean of so many.
+MOST_COUNTED = 200
 # Bounds of what is remembered of all, in hazards: the rejections that usual text meets over it.
 LEAST_EVIDENCE, MOST_EVIDENCE = 0.5, 12.0
 # Stands for a block size: tokens that were read late.
 READING = 0
 MOST_EXPONENT = 700.0
-# Requests whose lengths make the mean.
-MEAN_OVER = 50
 # A text of ten thousand tokens without a rejection has no factor of its own any more.
 LEAST_FACTOR = 1e-3
 
@@ -90,12 +90,16 @@ class Acceptance:
         # Tokens of the requests that are here, and the mean of those that have ended, over so many.
         self._num_tokens, self._ended_tokens, self._num_ended = 0, 0.0, 0
         self.num_observed, self._has_seen = 0, False
+        self._num_blocks: dict[int, int] = defaultdict(int)
 
     @property
     def mean_tokens(self) -> float:
         """Mean number of tokens of a request; of those that go on as far as they have come."""
         total = self._num_tokens + self._num_ended * self._ended_tokens
         return total / max(1, len(self._own) + self._num_ended)
+
+    def __contains__(self, request_id: Hashable) -> bool:
+        return request_id in self._own
 
     def num_tokens(self, request_id: Hashable) -> int:
         """Tokens that a request has brought."""
@@ -109,7 +113,7 @@ class Acceptance:
 
     def is_new(self, block_size: int) -> bool:
         """Whether no more blocks of a size were verified than what is expected of it counts for."""
-        return bool(self._exposure[block_size][0] < PRIOR_WEIGHT)
+        return self._num_blocks[block_size] < PRIOR_WEIGHT
 
     def factor(self, request_id: Hashable) -> float:
         """How hard a request is to draft for, 1 being usual in the long run."""
@@ -162,7 +166,7 @@ class Acceptance:
                 own.num_tokens += count
                 self._num_tokens += count
         if not self._has_seen:
-            fading = max(RECENT_MEMORY**num_rounds, min(1.0, LEAST_EVIDENCE / self._recent.hazard))
+            fading = max(MEMORY**num_rounds, min(1.0, LEAST_EVIDENCE / self._recent.hazard))
             self._recent.add(0.0, 0.0, fading)
         self._has_seen = False
 
@@ -171,7 +175,8 @@ class Acceptance:
         own = self._own.pop(request_id, None)
         if own is not None:
             self._num_tokens -= own.num_tokens
-            self._num_ended = min(self._num_ended + 1, MEAN_OVER)
+        if own is not None and own.num_tokens:
+            self._num_ended = min(self._num_ended + 1, MOST_COUNTED)
             self._ended_tokens += (own.num_tokens - self._ended_tokens) / self._num_ended
 
     def observe_block(self, request_id: Hashable, block_size: int, num_accepted: int, is_limited: bool) -> None:
@@ -183,6 +188,7 @@ class Acceptance:
             num_accepted: drafts that were kept.
             is_limited: all that the request could use was; otherwise the next one was rejected, or not worth verifying.
         """
+        self._num_blocks[block_size] += 1
         ended = not is_limited
         decided = num_accepted + ended
         exposure, rejections = np.ones(decided), np.zeros(decided)
@@ -210,14 +216,14 @@ class Acceptance:
         num, hazard = float(rejections.sum()), float(exposure @ self.hazards(block_size)[: len(exposure)])
         own, recent = self._own.get(request_id, _Record()), self._recent
         share = ALIKE / (ALIKE + own.rejections)
-        own.add(num, hazard, OWN_MEMORY)
+        own.add(num, hazard, MEMORY)
         recent.add(share * num, share * hazard)
         recent.add(0.0, 0.0, min(1.0, MOST_EVIDENCE / recent.hazard))
         self._has_seen = True
         if block_size == READING:  # after a change the factor before it is of another text
             factor = self.factor(request_id)
         for counts, seen in (self._exposure, factor * exposure), (self._rejections, rejections):
-            counts[block_size] *= LONG_MEMORY
+            counts[block_size] *= 1 - 1 / MOST_COUNTED
             counts[block_size][: len(seen)] += seen
         self._hazards.clear()
         self.num_observed += 1
@@ -246,13 +252,21 @@ class Calibration:
         survival: Array = np.cumprod((accepted + PRIOR_WEIGHT * raw) / (trials + PRIOR_WEIGHT), axis=1)
         return survival
 
+    def first(self, block_size: int, confidence: Array) -> Array:
+        """Calibrated chance [num_reqs] of first drafts, by the context tower's confidence in them."""
+        bins = np.searchsorted(CALIBRATION_EDGES, confidence)
+        trials = self.trials[block_size][:, 0, bins].sum(axis=0)
+        accepted = self.accepted[block_size][:, 0, bins].sum(axis=0)
+        chance: Array = (accepted + PRIOR_WEIGHT * confidence) / (trials + PRIOR_WEIGHT)
+        return chance
+
     def observe(self, block_size: int, num_steps: int, confidence: Array, num_drafts: int, num_accepted: int) -> None:
         """Counts the drafts of a block up to the first that was rejected."""
         bins = np.searchsorted(CALIBRATION_EDGES, confidence)
         for position in range(min(num_drafts, num_accepted + 1)):
             at = (_steps_class(num_steps), position, bins[position])
-            self.trials[block_size][at] += 1
-            self.accepted[block_size][at] += position < num_accepted
+            for counts, seen in (self.trials, 1), (self.accepted, position < num_accepted):
+                counts[block_size][at] = (1 - 1 / MOST_COUNTED) * counts[block_size][at] + seen
 
 
 def _steps_class(num_steps: int) -> int:

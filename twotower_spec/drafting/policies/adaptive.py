@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from twotower_spec.config import check_integer, check_schedule
-from twotower_spec.drafting.policies.acceptance import Acceptance, Calibration
+from twotower_spec.drafting.policies.acceptance import MEMORY, Acceptance, Calibration
 from twotower_spec.drafting.policies.choice import Choice, Chooser, Load
 from twotower_spec.drafting.policies.costs import RoundCosts
 from twotower_spec.drafting.policies.looks import Look, LookBudget, most_telling
@@ -21,17 +21,17 @@ from twotower_spec.errors import ArgumentError
 # What one round may take longer for a look, and for contexts that lag behind when drafting begins to pay, in plain
 # steps; and fewest tokens that are read on.
 LONGEST_LOOK, LONGEST_CATCH_UP, LEAST_CHUNK = 0.75, 2.0, 16
-# Begins to draft, goes on, and takes another block size, for rates of so many times the other one: runs of one engine
-# differ by 2 to 5 % (A/A noise, docs/benchmarks.md), contexts that were read for nothing are lost, and what is given up
-# by mistake comes back with a look only.
-BEGIN, STAY, SWITCH = 1.05, 0.97, 1.02
-# Rounds of one kind after which another one refreshes its times: no drafts, or the other block sizes in turn; and
-# rounds without drafts after which a look drafts too, for those of the denoiser.
+# Begins to draft for a rate of so many times that of no drafts, and goes on with what it does for one of so many times
+# that of anything else: runs of one engine differ by 2 to 5 % (A/A noise, docs/benchmarks.md), contexts that were read
+# for nothing are lost, and what is given up by mistake comes back with a look only.
+BEGIN, STAY = 1.05, 0.97
+# Rounds of one kind after which another one refreshes its times, no drafts or the other block sizes in turn, and for
+# which a request is left alone whose context could not be read; and rounds without drafts after which a look drafts.
 REFRESH, STALE = 200, 1000
 # Rounds for which the outcome of a look is waited for, where rounds are planned before the last one is known.
 MOST_AWAITED = 3
-# Mean passes of a block, and the share of planned requests that got drafts, remember so much.
-MEMORY, SHARE_MEMORY = 0.9, 0.95
+# One of so many blocks that are not denoised, because their first draft is improbable, is denoised all the same.
+TRIED_OF_UNLIKELY = 20
 # Rounds that are left out where nothing pays: a round without drafts takes the host 0.3 ms in vLLM.
 RESTS = 3
 # Choices are weighed anew once in so many rounds of the same requests: it takes a third of a millisecond.
@@ -77,8 +77,9 @@ class AdaptivePolicy:
         self._loads: dict[int, Load] = defaultdict(Load)
         self._weighed: tuple[object, tuple[float, Mapping[int, Choice]]] = None, (0.0, {})
         self._look: Look | None = None
-        # Rounds since blocks were denoised.
-        self._num_undrafted = 0
+        # Rounds since blocks were denoised, and all; and which of these ends the rest of requests that were refused.
+        self._num_undrafted = self._num_rounds = self._num_unlikely = 0
+        self._refused: dict[Hashable, int] = {}
 
     def plan(
         self, num_reqs: int, candidates: Sequence[Candidate] = (), *, whole_batch: bool = False
@@ -86,22 +87,27 @@ class AdaptivePolicy:
         """See `DraftPolicy.plan`."""
         candidates, self.num_rests = candidates or [Candidate(row) for row in range(num_reqs)], 0
         self.acceptance.begin(one.request_id for one in candidates)
-        rows = [row for row, one in enumerate(candidates) if one.max_draft_tokens != 0]
+        rows = [
+            row
+            for row, one in enumerate(candidates)
+            if one.max_draft_tokens != 0 and self._refused.get(one.request_id, 0) <= self._num_rounds
+        ]
         if not rows or (self.may_skip and not self.costs.plain.knows(num_reqs)):
             return None
         load, plain_s = self._load(num_reqs), self.costs.plain.at(num_reqs)
         plain_rate, choices = self._choices(num_reqs, candidates, rows, load, whole_batch)
-        best = max(choices.values(), key=lambda one: one.rate * (SWITCH if one.block_size == load.block_size else 1.0))
+        best = max(choices.values(), key=lambda one: one.rate / (STAY if one.block_size == load.block_size else 1.0))
         pays = best.rate > plain_rate * (STAY if load.block_size else BEGIN)
         if not pays and self.may_skip:
-            look = self._look_at_one(num_reqs, candidates, rows, plain_s, whole_batch)
+            price = choices[min(self.block_sizes)].token_price
+            look = self._look_at_one(num_reqs, candidates, rows, plain_s, price, whole_batch)
             self.num_rests = 0 if look else RESTS
             return look
         self._look = None
-        if load.num_same >= REFRESH:
+        if load.num_same >= REFRESH and (load.block_size or not self.may_skip):
             others = [size for size in (0, *self.block_sizes) if size != load.block_size and (size or self.may_skip)]
             size = others[load.num_refreshed % len(others)] if others else best.block_size
-            load.num_same, load.num_refreshed, load.is_refreshing = 0, load.num_refreshed + 1, True
+            load.num_same, load.num_refreshed, load.refreshing = 0, load.num_refreshed + 1, size
             if not size:
                 return None
             best = choices[size]
@@ -118,6 +124,22 @@ class AdaptivePolicy:
         if num_tokens:
             self.costs.extend.add(num_tokens, extend_s)
         self.costs.denoise(block_size).add(num_rows, denoise_s)
+
+    def worth_denoising(self, plan: DraftPlan, request_ids: Sequence[Hashable], confidence: Tensor) -> list[bool]:
+        """See `DraftPolicy.worth_denoising`."""
+        rule, size = plan.commit_rule, plan.block_size
+        assert isinstance(rule, AdaptiveSteps)
+        if not self.may_skip or rule.look or math.isinf(rule.prices.second):
+            return [True] * len(request_ids)
+        first = self.calibration.first(size, confidence.double().cpu().numpy())
+        limits = [plan.limits.get(one, plan.num_tokens) for one in request_ids]
+        worth = self._chooser.worth_denoising(size, request_ids, first, limits, rule.prices.second)
+        self._num_unlikely += worth.count(False)
+        if self._num_unlikely >= TRIED_OF_UNLIKELY:  # or it would never be known whether they still are
+            self._num_unlikely = 0
+            return [True] * len(worth)
+        rule.unlikely = frozenset(one for one, is_worth in zip(request_ids, worth, strict=True) if not is_worth)
+        return worth
 
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
         """See `DraftPolicy.usable`."""
@@ -138,8 +160,9 @@ class AdaptivePolicy:
         num_reqs, plan = num_ran if outcome.num_rested else outcome.num_planned or num_ran, outcome.plan
         load, rule = self._load(num_reqs), plan.commit_rule if plan else None
         tried, look = (rule.num_tried, rule.look) if isinstance(rule, AdaptiveSteps) else (0, None)
-        self._learn_costs_of(outcome, num_reqs, load, tried)
-        self._learn_chances_of(outcome, outcome.request_ids or range(num_ran))
+        unlikely = rule.unlikely if isinstance(rule, AdaptiveSteps) else frozenset()
+        self._learn_costs_of(outcome, num_reqs, load, tried, len(unlikely))
+        self._learn_chances_of(outcome, outcome.request_ids or range(num_ran), unlikely)
         drafting_s = outcome.extend_s + outcome.denoise_s + outcome.host_s
         if look:
             spent_s = drafting_s + max(0.0, outcome.verify_s - self.costs.plain.at(num_reqs))
@@ -149,19 +172,25 @@ class AdaptivePolicy:
         else:  # a step that was taken to learn is a look too
             spent_s = outcome.denoise_s * tried / max(1, *outcome.num_denoiser_passes)
         num_rounds = 1 + outcome.num_rested
+        self._num_rounds += num_rounds
+        here = (one for one in outcome.refused if one in self.acceptance)
+        self._refused.update(dict.fromkeys(here, self._num_rounds + REFRESH))
         self._budget.add(spent_s, outcome.verify_s * num_rounds + drafting_s, num_rounds)
-        if load.is_refreshing:
-            load.is_refreshing = False
-            return
         size = plan.block_size if plan and not look else 0
-        load.num_same = load.num_same + 1 if size == load.block_size else 0
+        if load.refreshing == size != load.block_size:
+            load.refreshing = None
+            return
+        load.num_same = load.num_same + num_rounds if size == load.block_size else 0
         load.block_size = size
 
     def forget(self, request_id: Hashable) -> None:
         """See `DraftPolicy.forget`."""
         self.acceptance.forget(request_id)
+        self._refused.pop(request_id, None)
 
-    def _learn_costs_of(self, outcome: RoundOutcome, num_reqs: int, load: Load, tried: int) -> None:
+    def _learn_costs_of(
+        self, outcome: RoundOutcome, num_reqs: int, load: Load, num_tried: int, num_unlikely: int
+    ) -> None:
         """Corrects what is known of times by a round that happened."""
         costs, plan = self.costs, outcome.plan
         num_drafts = sum(outcome.num_draft_tokens)
@@ -180,24 +209,33 @@ class AdaptivePolicy:
             num_rows = outcome.num_denoised or num_drafted
             costs.denoise(plan.block_size).add(num_rows, outcome.denoise_s / passes)
             costs.host.add(num_rows, outcome.host_s)
-            load.passes[plan.block_size] += (1 - MEMORY) * (passes - tried - load.passes[plan.block_size])
+            load.passes[plan.block_size] += (1 - MEMORY) * (passes - num_tried - load.passes[plan.block_size])
+        if passes or num_unlikely:
+            load.share_denoised += (1 - MEMORY) * (bool(passes) - load.share_denoised)
         if plan.rows and plan.num_tokens:
-            share = min(1.0, num_drafted / len(plan.rows))
+            share = min(1.0, (num_drafted + num_unlikely) / len(plan.rows))
             if share and not load.block_size:  # drafting begins
                 load.share_drafted = 1.0
-            load.share_drafted += (1 - SHARE_MEMORY) * (share - load.share_drafted)
+            load.share_drafted += (1 - MEMORY) * (share - load.share_drafted)
 
-    def _learn_chances_of(self, outcome: RoundOutcome, request_ids: Sequence[Hashable]) -> None:
-        """Learns from drafts that were verified, and from tokens that were read late."""
+    def _learn_chances_of(
+        self, outcome: RoundOutcome, request_ids: Sequence[Hashable], unlikely: Collection[Hashable]
+    ) -> None:
+        """Learns from drafts that were verified or not worth it, and from tokens that were read late."""
         for request_id, foreseen in outcome.foreseen.items():
             self.acceptance.observe_reading(request_id, foreseen)
+        for request_id in unlikely:
+            assert outcome.plan is not None
+            self.acceptance.observe_block(request_id, outcome.plan.block_size, 0, is_limited=False)
         if outcome.plan is not None and any(outcome.num_draft_tokens):
             size, confidence = outcome.plan.block_size, outcome.confidence.double().numpy()
-            counts = zip(request_ids, outcome.num_draft_tokens, outcome.num_accepted, strict=True)
-            for row, (request_id, drafted, accepted) in enumerate(counts):
+            given = outcome.num_given or outcome.num_draft_tokens
+            counts = zip(request_ids, given, outcome.num_draft_tokens, outcome.num_accepted, strict=True)
+            for row, (request_id, most_drafted, drafted, accepted) in enumerate(counts):
                 if drafted:
                     most = outcome.plan.limits.get(request_id, outcome.plan.num_tokens)
-                    self.acceptance.observe_block(request_id, size, accepted, is_limited=accepted >= most)
+                    is_limited = accepted >= most or accepted == drafted < most_drafted
+                    self.acceptance.observe_block(request_id, size, accepted, is_limited)
                     self.calibration.observe(size, outcome.num_denoiser_passes[row], confidence[row], drafted, accepted)
         num_new = [count + 1 + outcome.num_rested for count in outcome.num_accepted]
         self.acceptance.end_rounds(request_ids, num_new, 1 + outcome.num_rested)
@@ -227,7 +265,13 @@ class AdaptivePolicy:
         return self._weighed[1]
 
     def _look_at_one(
-        self, num_reqs: int, candidates: Sequence[Candidate], rows: Sequence[int], plain_s: float, whole_batch: bool
+        self,
+        num_reqs: int,
+        candidates: Sequence[Candidate],
+        rows: Sequence[int],
+        plain_s: float,
+        token_price: float,
+        whole_batch: bool,
     ) -> DraftPlan | None:
         """Has one request read, or drafts for one that is, if looks have not taken their share of the time."""
         look, size = self._look, min(self.block_sizes)
@@ -241,15 +285,15 @@ class AdaptivePolicy:
                 self._budget.wants(least_s)
                 return None
             row = most_telling(self.acceptance, candidates, rows)
-            drafts = row is None or self._num_undrafted >= STALE
+            # Drafts of a whole batch are planned before it is known whether it is to have any: too many for a look.
+            drafts = not whole_batch and (row is None or self._num_undrafted >= STALE)
             if row is None:  # nobody lags behind far enough to be read
                 row = min(rows, key=self._by_what_is_known(candidates))
-                if candidates[row].num_unread > self.num_speculative_tokens:
+                if whole_batch or candidates[row].num_unread > self.num_speculative_tokens:
                     return None
             look_s = self.costs.extend.at(candidates[row].num_unread)
             if drafts:
-                extra_s = self.costs.extra.at(size * (num_reqs if whole_batch else 1))
-                drafting_s = self.costs.denoise(size).at(1) + self.costs.host.at(1) + extra_s
+                drafting_s = self.costs.denoise(size).at(1) + self.costs.host.at(1) + self.costs.extra.at(size)
                 look_s += min(drafting_s, 2 * plain_s)  # what was measured last may have been an accident
             self._budget.wants(look_s)
             if not self._budget.affords(look_s, plain_s):
@@ -260,7 +304,7 @@ class AdaptivePolicy:
         if unread > chunk:  # in pieces of one length: the last one tells most
             chunk = -(-unread // -(-unread // chunk))
         look.num_awaited = MOST_AWAITED
-        choice = Choice(size, [row], look.num_tokens)
+        choice = Choice(size, [row], look.num_tokens, token_price=token_price)
         return self._plan(choice, candidates, [row], chunk, whole_batch, look=look)
 
     def _by_what_is_known(self, candidates: Sequence[Candidate]) -> Callable[[int], tuple[int, bool]]:
@@ -286,7 +330,7 @@ class AdaptivePolicy:
     ) -> DraftPlan:
         size = choice.block_size
         step_s = self.costs.denoise(size).at(len(rows))
-        prices = Prices(choice.token_price, choice.rate * step_s if step_s else math.inf, may_try)
+        prices = Prices(choice.token_price, choice.rate, choice.rate * step_s if step_s else math.inf, may_try)
         rule = AdaptiveSteps(self.calibration, self._gains, size, self.most_steps, self.threshold, prices, look)
         limits = {
             one.request_id: one.max_draft_tokens

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -36,18 +36,20 @@ class Load:
 
     Attributes:
         block_size: of the last round; 0 without drafts.
-        num_same: rounds since it has been so.
+        num_same: rounds since it has been so, with those that were left out.
         num_refreshed: rounds that refreshed the times of something else.
-        is_refreshing: whether the last one does.
+        refreshing: what the last such round drafts, until it is over: a block size, or 0.
         share_drafted: of the requests that were planned for; some have no room, or are not read yet.
+        share_denoised: of the rounds in which contexts were read; in others no first draft was probable enough.
         passes: mean of the denoiser, by block size.
     """
 
     block_size: int = 0
     num_same: int = 0
     num_refreshed: int = 0
-    is_refreshing: bool = False
+    refreshing: int | None = None
     share_drafted: float = 1.0
+    share_denoised: float = 1.0
     passes: dict[int, float] = field(default_factory=lambda: defaultdict(lambda: 1.0))
 
 
@@ -110,7 +112,7 @@ class Chooser:
             order = np.argsort(-value, kind="stable")
             verify_s = plain_s + costs.extra.over(num_drafts[order].cumsum())
             extend_s = costs.extend.over((steady + overdue)[order].cumsum())
-            seconds = round_seconds(verify_s, extend_s, denoise_s, load.passes[size], host_s)
+            seconds = round_seconds(verify_s, extend_s, denoise_s, load.share_denoised * load.passes[size], host_s)
             rates = (num_reqs + load.share_drafted * gains[order].cumsum()) / np.maximum(seconds, SHORTEST_ROUND)
             most = int(rates.argmax()) + 1
             rate = float(rates[most - 1])
@@ -133,6 +135,36 @@ class Chooser:
         steady_s = costs.extend.at(float(steady[best]))
         return Choice(size, list(rows), best + 1, float(rates[best]), steady_s=steady_s)
 
+    def worth_denoising(
+        self, size: int, request_ids: Sequence[Hashable], first: Array, limits: Sequence[int], rate: float
+    ) -> list[bool]:
+        """Requests that are worth their denoising and verification, by the chances of their first drafts.
+
+        Those in the order of what they bring are taken as far as
+
+            expected accepted drafts - rate * (denoise(rows) + extra(drafts))
+
+        grows, if it comes to more than nothing.
+
+        Args:
+            size: of the blocks.
+            request_ids: of the rows.
+            first: chance [num_reqs] that the first draft is accepted.
+            limits: most drafts of each request.
+            rate: tokens per second.
+        """
+        survival = self._limited(self.acceptance.survival(request_ids, size), limits)
+        survival *= (first / survival[:, 0])[:, None]
+        worth = survival > rate * self.costs.extra.at(survival.size) / survival.size
+        worth[:, 0] = True
+        gains, num_drafts = (survival * worth).sum(axis=1), worth.sum(axis=1).astype(np.float64)
+        order, places = np.argsort(-gains, kind="stable"), np.arange(1, len(gains) + 1, dtype=np.float64)
+        seconds = self.costs.denoise(size).over(places) + self.costs.extra.over(num_drafts[order].cumsum())
+        net = gains[order].cumsum() - rate * seconds
+        most = int(net.argmax()) + 1 if net.max() > 0 else 0
+        chosen = set(order[:most].tolist())
+        return [row in chosen for row in range(len(gains))]
+
     def _joining(self, candidates: Sequence[Candidate], rows: Sequence[int]) -> list[int]:
         """Those of some rows that are drafted for by now: not many at once of which nothing was seen yet."""
         known = {row for row in rows if self.acceptance.is_known(candidates[row].request_id)}
@@ -142,9 +174,13 @@ class Chooser:
     def _survival(self, candidates: Sequence[Candidate], rows: Sequence[int], size: int) -> Array:
         """Chance [num_rows, size] that all drafts up to each position are accepted, of those that a request can use."""
         survival = self.acceptance.survival([candidates[row].request_id for row in rows], size)
-        for place, row in enumerate(rows):
-            if (most := candidates[row].max_draft_tokens) is not None:
-                survival[place, most:] = 0.0
+        return self._limited(survival, [candidates[row].max_draft_tokens for row in rows])
+
+    @staticmethod
+    def _limited(survival: Array, limits: Sequence[int | None]) -> Array:
+        for row, most in enumerate(limits):
+            if most is not None:
+                survival[row, most:] = 0.0
         return survival
 
     def _overdue(self, candidates: Sequence[Candidate], rows: Sequence[int], gains: Array) -> Array:

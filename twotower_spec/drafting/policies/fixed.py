@@ -38,6 +38,10 @@ class SteadyPolicy:
     def learn_costs(self, num_tokens: int, num_rows: int, block_size: int, extend_s: float, denoise_s: float) -> None:
         """Learns nothing; see `DraftPolicy.learn_costs`."""
 
+    def worth_denoising(self, plan: DraftPlan, request_ids: Sequence[Hashable], confidence: Tensor) -> list[bool]:
+        """See `DraftPolicy.worth_denoising`."""
+        return [True] * len(request_ids)
+
     def usable(self, plan: DraftPlan, confidence: Tensor, num_denoiser_passes: Sequence[int]) -> list[int]:
         """See `DraftPolicy.usable`."""
         return [plan.num_tokens] * len(confidence)

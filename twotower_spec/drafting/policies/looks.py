@@ -16,9 +16,9 @@ from twotower_spec.drafting.policies.policy import Candidate
 LOOK_SHARE, LOOK_ROUNDS = 0.01, 100
 # A look that has taken so many times what was expected is given up.
 LONGEST_OVERRUN = 2.0
-# Tokens that a look tells of at least; and of a request of which something was seen already. With 16 the decision after
-# a change of texts was wrong so often that simulated servers lost 3 % more (tests/drafting/served_texts.py).
-LEAST_TOLD, LEAST_TOLD_AGAIN = 32, 64
+# Tokens that a look tells of at least. With 16 the decision after a change of texts was wrong so often that simulated
+# servers lost 3 % more (tests/drafting/served_texts.py).
+LEAST_TOLD = 32
 
 
 class LookBudget:
@@ -84,6 +84,6 @@ def most_telling(acceptance: Acceptance, candidates: Sequence[Candidate], rows: 
     for row in rows:
         request_id, unread = candidates[row].request_id, candidates[row].num_unread
         told = min(unread, acceptance.num_tokens(request_id))
-        if told >= (LEAST_TOLD_AGAIN if acceptance.is_known(request_id) else least) and told > most * unread:
+        if told >= (LEAST_TOLD if acceptance.is_known(request_id) else least) and told > most * unread:
             best, most = row, told / unread
     return best

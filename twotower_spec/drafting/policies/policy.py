@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
@@ -75,6 +75,8 @@ class RoundOutcome:
         num_denoised: rows that the denoiser worked for; None for those that have drafts.
         host_s: seconds of drafting that are none of the towers'.
         foreseen: by request that was read late, whether the context tower would have picked each token; oldest first.
+        refused: requests of the plan whose context cannot be read.
+        num_given: per request, drafts that the target was given, of which it may have verified fewer; empty for all.
         num_rested: rounds without drafts, like this one, that nobody was told of.
     """
 
@@ -93,6 +95,8 @@ class RoundOutcome:
     num_denoised: int | None = None
     host_s: float = 0.0
     foreseen: Mapping[Hashable, Sequence[bool]] = field(default_factory=dict)
+    refused: Collection[Hashable] = ()
+    num_given: Sequence[int] = ()
     num_rested: int = 0
 
 
@@ -112,7 +116,7 @@ class DraftPolicy(Protocol):
     """Whether it wants to know which of the tokens that are read late the context tower would have picked."""
 
     selects_drafts: bool
-    """Whether `usable` looks at the drafts' confidence; what is verified is then no plain sample any more."""
+    """Whether drafts are chosen by their confidence; what is verified is then no plain sample any more."""
 
     def plan(
         self, num_reqs: int, candidates: Sequence[Candidate] = (), *, whole_batch: bool = False
@@ -136,6 +140,16 @@ class DraftPolicy(Protocol):
             num_tokens: that the context tower read; 0 for no such pass.
             num_rows, block_size: of one denoiser pass.
             extend_s, denoise_s: seconds of both.
+        """
+        ...
+
+    def worth_denoising(self, plan: DraftPlan, request_ids: Sequence[Hashable], confidence: Tensor) -> list[bool]:
+        """Which of the plan's requests are drafted for, now that their contexts are read; asked if `selects_drafts`.
+
+        Args:
+            plan: this round's.
+            request_ids: of the rows.
+            confidence: float32 [num_reqs], the context tower's in their first drafts.
         """
         ...
 

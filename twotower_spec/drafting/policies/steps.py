@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.unmasking import choose_commits
-from twotower_spec.drafting.policies.acceptance import Calibration
+from twotower_spec.drafting.policies.acceptance import MOST_COUNTED, Calibration
 from twotower_spec.drafting.policies.looks import Look
 from twotower_spec.generation.denoising import DenoisingStep
 
-# The mean of so many steps is a gain; values before a step are told apart in classes of this width, in tokens.
-MOST_COUNTED = 200
+# Values before a step are told apart in classes of this width, in tokens.
 VALUE_CLASS = 0.75
 
 
@@ -51,11 +50,13 @@ class Prices:
 
     Attributes:
         token: for verifying one draft more.
+        second: tokens that the round's time brings, per second.
         step: for one more pass of the denoiser, all rows together; infinite where its time is not known.
         may_try: whether a step may be taken to see whether what it brings has changed.
     """
 
     token: float
+    second: float
     step: float
     may_try: bool
 
@@ -68,6 +69,7 @@ class AdaptiveSteps:
 
     Attributes:
         num_tried: steps that were taken to learn what they bring, one at most.
+        unlikely: requests for which nothing was denoised, after all, because their first draft is improbable.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class AdaptiveSteps:
         self.calibration, self.gains, self.prices = calibration, gains, prices
         self.block_size, self.most_steps, self.threshold = block_size, most_steps, threshold
         self.num_tried, self.look = 0, look
+        self.unlikely: frozenset[Hashable] = frozenset()
         self._before: dict[int, float] = {}
 
     def commits(self, step: DenoisingStep) -> Tensor:
