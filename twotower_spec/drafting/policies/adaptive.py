@@ -18,6 +18,8 @@ from twotower_spec.drafting.policies.policy import MOST_COMPARED, Candidate, Dra
 from twotower_spec.drafting.policies.steps import AdaptiveSteps, Prices, StepGains
 from twotower_spec.errors import ArgumentError
 
+# What halving or doubling constants of the policy does is in docs/drafting.md.
+
 # What one round may take longer for a look, and for contexts that lag behind when drafting begins to pay, in plain
 # steps; and fewest tokens that are read on.
 LONGEST_LOOK, LONGEST_CATCH_UP, LEAST_CHUNK = 0.75, 2.0, 16
