@@ -143,7 +143,7 @@ def test_server_that_fails_is_one_sentence_with_its_last_lines_and_keeps_what_wa
     file = Path(shutil.copy(run.file, tmp_path))
     systems = ["--only", "twotower,broken", "--rival", 'broken={"method": "no_such_method"}']
     with pytest.raises(ChildError, match=r"(?s)^the server with broken ended with exit code .* while loading.*no_such"):
-        bench(*systems, *SMALL, "--json", file)
+        bench(*systems, *SMALL, *FIXED, "--json", file)
     assert rows_of(file) == rows_of(run.file)
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, digest, run_engine, two_tower
+from tests.vllm_plugin.engine import ROOMY, digest, least_accepted, run_engine, two_tower
 from tests.vllm_plugin.test_same_text import assert_same_logprobs
 
 pytestmark = [
@@ -32,4 +32,4 @@ def test_a_seed_gives_one_text(num_speculative_tokens: int, knobs: dict[str, Any
     record_property("seeded", digest(texts))
     assert_same_logprobs([[rows] for rows in logprobs], [[rows] for rows in logprobs_off])
     facts = found["facts"]
-    assert facts["accepted"] > 300 and facts["errors"] == facts["sampler_fallbacks"] == 0
+    assert facts["accepted"] > least_accepted(knobs, 300) and facts["errors"] == facts["sampler_fallbacks"] == 0

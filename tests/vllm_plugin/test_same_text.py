@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, run_engine, two_tower
+from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, least_accepted, run_engine, two_tower
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
@@ -60,7 +60,7 @@ def test_with_room_for_all(
             assert found[name] == without_drafts[name], name
     record_property("greedy", digest(found["batches"]))
     facts = found["facts"]
-    assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
+    assert facts["accepted"] > least_accepted(knobs, 400) and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["vllm_accepted"] == facts["accepted"]
     assert facts["held"] <= 1  # what ended before the last request is forgotten
 
@@ -73,8 +73,8 @@ def test_with_little_room(
     for name in LITTLE_ROOM:
         assert found[name] == without_drafts_in_little_room[name], name
     facts = found["facts"]
-    adapts = knobs.get("policy", "adaptive") == "adaptive"  # drafts only where that pays, on a machine that does more
-    assert facts["accepted"] > (30 if adapts else 300) and facts["errors"] == facts["sampler_fallbacks"] == 0
+    adapts = knobs.get("policy", "adaptive") == "adaptive"
+    assert facts["accepted"] > least_accepted(knobs, 300) and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert adapts or facts["prefilling"] > 0  # contexts were read while the verifier still read prompts
 
 
