@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,20 @@ def test_seconds_lie_between_moments() -> None:
 def test_tensors_keep_their_values_on_the_way() -> None:
     assert moved(torch.arange(3), CPU, torch.float64).tolist() == [0.0, 1.0, 2.0]
     assert to_device(np.array([[1, 2]], dtype=np.int32), CPU).dtype == torch.int32
+    assert to_device([[1, 2], [3, 4]], CPU).tolist() == [[1, 2], [3, 4]]
+    assert to_device([0, 1], CPU, torch.float32).dtype == torch.float32
+
+
+def test_no_numbers_are_put_on_a_device_by_a_copy_that_waits_for_it() -> None:
+    """`torch.tensor(numbers, device=...)` is one on CUDA; training and trials of kernels may."""
+    waiting = []
+    for place in (ROOT / "twotower_spec", ROOT / "vllm_plugin"):
+        for file in place.rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                makes = isinstance(node, ast.Call) and ast.unparse(node.func) in ("torch.tensor", "torch.as_tensor")
+                if makes and "training" not in file.parts and any(one.arg == "device" for one in node.keywords):
+                    waiting.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert waiting == []
 
 
 def test_copies_that_nobody_waits_for_are_made_in_one_place() -> None:

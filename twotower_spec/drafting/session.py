@@ -25,6 +25,7 @@ from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
 from twotower_spec.state.token_history import TokenSequence
+from twotower_spec.state.transfer import to_device
 from twotower_spec.towers.model import TwoTowers
 
 DEFAULT_NUM_SLOTS = 8
@@ -206,7 +207,7 @@ class DraftingSession(DraftingRounds):
         if not compares:
             return logits, None
         logits = logits.flatten(0, -2)
-        ends = torch.tensor(list(accumulate(map(len, increments.values()))), device=logits.device)
+        ends = to_device(list(accumulate(map(len, increments.values()))), logits.device)
         return logits[ends - 1], logits.argmax(-1)
 
     def _restart(self, request_id: RequestId) -> None:

@@ -8,7 +8,6 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.config import check_integer
@@ -24,6 +23,7 @@ from twotower_spec.generation.batch import Prompts, parse_eos, parse_prompts, pa
 from twotower_spec.generation.options import EosTokenIds, Seeds
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state.context_state import RequestId
+from twotower_spec.state.transfer import to_device
 
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import PreTrainedModel
@@ -247,8 +247,8 @@ class SpeculativeRun:
             logits,
             block,
             self.sampler,
-            torch.tensor([self.seeds[row] for row in active], device=logits.device),
-            torch.tensor(positions, device=logits.device),
+            to_device([self.seeds[row] for row in active], logits.device),
+            to_device(positions, logits.device),
         )
 
     def _count(

@@ -20,6 +20,7 @@ from twotower_kernels.noise import gumbel_argmax, uniform_noise
 from twotower_spec.drafting.draft_block import DraftBlock, Provenance
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state.transfer import to_device
 
 
 @dataclass(frozen=True)
@@ -251,7 +252,7 @@ class BlockRule(_RatioRule):
         """See `RejectingRule.length_probs`."""
         weights = self._prefix_weights(target, draft)
         num_reqs, width = weights.shape
-        last = torch.tensor(draft.num_draft_tokens, device=target.device)
+        last = to_device(draft.num_draft_tokens, target.device)
         stop = torch.zeros_like(weights)  # probability of stopping at a length if no longer one was taken
         for length in range(width):
             weight = weights[:, length]
@@ -323,7 +324,7 @@ def _lengths_from_acceptance(accept: Tensor) -> Tensor:
 def _after(target: Tensor, draft: DraftBlock, num_accepted: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Target [num_reqs, vocab] after the accepted drafts, whether a draft was rejected there, and which."""
     rows = torch.arange(len(target), device=target.device)
-    rejected = num_accepted < torch.tensor(draft.num_draft_tokens, device=target.device)
+    rejected = num_accepted < to_device(draft.num_draft_tokens, target.device)
     padded = torch.nn.functional.pad(draft.token_ids.to(target.device), (0, 1), value=-1)
     return target[rows, num_accepted], rejected, padded[rows, num_accepted].clamp(min=0)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from twotower_spec.state.transfer import to_device
+
 if TYPE_CHECKING:  # transformers' models take seconds to import
     from transformers import PreTrainedModel
 
@@ -73,19 +75,19 @@ class Verifier:
             [0] * (width - len(head)) + [1] * (len(head) + len(new)) + [0] * (longest - len(new))
             for head, new in zip(before, tokens, strict=True)
         ]
-        new_mask = torch.tensor(valid, device=self.device)
+        new_mask = to_device(valid, self.device)
         positions = (self._lengths[:, None] + new_mask.cumsum(1) - 1).clamp(min=0)
         self._start = self._mask.shape[1] + width
         self._mask = torch.cat([self._mask, new_mask], dim=1)
         out = self.model(
-            input_ids=torch.tensor(ids, device=self.device),
+            input_ids=to_device(ids, self.device),
             attention_mask=None if bool(self._mask.all()) else self._mask,
             position_ids=positions,
             past_key_values=self.cache,
             use_cache=True,
             logits_to_keep=longest,
         )
-        self._lengths += torch.tensor([len(head) for head in before], device=self.device)
+        self._lengths += to_device([len(head) for head in before], self.device)
         if first and not all(isinstance(layer, DynamicLayer) and layer.keys is not None for layer in self.cache.layers):
             self._without_cache()  # the model has put nothing into it
         logits: Tensor = out.logits[:, -longest:].float()
@@ -102,7 +104,7 @@ class Verifier:
             row.extend(new[:kept])
         if self.cache is None:
             return
-        counts = torch.tensor(list(num_kept), device=self.device)
+        counts = to_device(list(num_kept), self.device)
         end = self._start + max(num_kept)
         self._lengths += counts
         self._cut(end)
@@ -120,7 +122,7 @@ class Verifier:
     def select(self, rows: Sequence[int]) -> None:
         """Keeps some of the rows, in the given order."""
         self._rows = [self._rows[row] for row in rows]
-        index = torch.tensor(list(rows), device=self.device)
+        index = to_device(list(rows), self.device)
         self._mask, self._lengths = self._mask[index], self._lengths[index]
         if not self._fresh:
             self._keep_of_cache(lambda kept: kept[index.to(kept.device)])
@@ -146,10 +148,10 @@ class Verifier:
     def _read_anew(self, tokens: Sequence[Sequence[int]], longest: int) -> Tensor:
         whole = [[*row, *new] for row, new in zip(self._rows, tokens, strict=True)]
         width = max(map(len, whole))
-        ids = torch.tensor([row + [0] * (width - len(row)) for row in whole], device=self.device)
-        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in whole], device=self.device)
+        ids = to_device([row + [0] * (width - len(row)) for row in whole], self.device)
+        mask = to_device([[1] * len(row) + [0] * (width - len(row)) for row in whole], self.device)
         logits = self.model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        starts = torch.tensor([len(row) for row in self._rows], device=self.device)
+        starts = to_device([len(row) for row in self._rows], self.device)
         at = (starts[:, None] + torch.arange(longest, device=self.device)).clamp(max=width - 1)
         picked: Tensor = logits.gather(1, at[:, :, None].expand(-1, -1, logits.shape[-1])).float()
         return picked

@@ -10,6 +10,7 @@ import torch
 from twotower_spec.errors import ArgumentError
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
+from twotower_spec.state.transfer import to_device
 from twotower_spec.towers.model import TwoTowers
 
 # Logits of a whole vocabulary that exist at once: 128 MiB in float32 with the 131072 ids of the published model.
@@ -123,9 +124,7 @@ def _score_passes(towers: TwoTowers, state: ContextState, passes: dict[int, _Pas
         best = logits.argmax(-1)
         at = 0
         for row, chunk in chunks.items():
-            following = torch.tensor(
-                passes[row].tokens[start + 1 : start + len(chunk) + 1], device=logits.device
-            ).long()
+            following = to_device(passes[row].tokens[start + 1 : start + len(chunk) + 1], logits.device).long()
             index = torch.arange(at, at + len(following), device=logits.device)
             log_probability[row] += float((logits[index, following] - normaliser[index]).double().sum())
             greedy[row] &= bool((best[index] == following).all())

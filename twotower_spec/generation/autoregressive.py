@@ -11,6 +11,7 @@ from twotower_spec.generation.batch import Batch
 from twotower_spec.generation.options import GenerationOptions
 from twotower_spec.generation.result import CommittedBlock
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state.transfer import to_device
 
 
 def stream_ar(batch: Batch, options: GenerationOptions) -> Iterator[CommittedBlock]:
@@ -36,7 +37,7 @@ def stream_mock_ar(batch: Batch, options: GenerationOptions) -> Iterator[Committ
     last = {row: prompt[-1] for row, prompt in enumerate(batch.prompts)}
     while batch.active:
         with batch.times.measure("denoise", denoiser.device):
-            block = torch.tensor([[last[row]] for row in batch.active], device=denoiser.device)
+            block = to_device([[last[row]] for row in batch.active], denoiser.device)
             with torch.inference_mode():
                 logits = denoiser.step(block, batch.block_context(1), t=None)[:, 0]
             picked = _pick(batch, sampler, logits)

@@ -17,6 +17,7 @@ from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
 from twotower_spec.state import BlockContext, ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET
+from twotower_spec.state.transfer import to_device
 from twotower_spec.towers.model import TwoTowers
 
 Prompts = Tensor | Sequence[int] | Sequence[Sequence[int]] | Sequence[Tensor]
@@ -106,7 +107,7 @@ class Batch:
 
     def next_positions(self, device: torch.device) -> Tensor:
         """Index of the next token in the sequence of every active row, int64 [num_active]."""
-        return torch.tensor([len(self.prompts[r]) + len(self.generated[r]) for r in self.active], device=device)
+        return to_device([len(self.prompts[r]) + len(self.generated[r]) for r in self.active], device)
 
     def num_left(self, row: int) -> int:
         """Tokens that a row may still gain."""

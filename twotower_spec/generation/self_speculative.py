@@ -17,6 +17,7 @@ from twotower_spec.generation.denoising import DenoisingRequest, HostLoop
 from twotower_spec.generation.options import GenerationOptions
 from twotower_spec.generation.result import CommittedBlock
 from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state.transfer import to_device
 
 # Token ids per row of the batch.
 TokensByRow = dict[int, list[int]]
@@ -49,7 +50,7 @@ def _draft(
             seeds=batch.active_seeds(device),
             first_positions=batch.next_positions(device) - 1,
             commit_rule=options.schedule,
-            first_tokens=torch.tensor(list(first.values()), device=device),
+            first_tokens=to_device(list(first.values()), device),
             same_noise=True,
         )
         done = loop.denoise(request)

@@ -160,7 +160,7 @@ class CopiedKeys:
         self._workspace, self._starts, self._context_lens = workspace, starts, context_lens
         self._block_size = block_size
         device = workspace.device
-        first = torch.tensor(starts, device=device)[:, None]
+        first = to_device(starts, device)[:, None]
         self._block_index = (first + torch.arange(block_size, device=device)).flatten()
         num_keys = context_lens[0] + block_size
         self._alike = all(length == context_lens[0] for length in context_lens) and all(
@@ -250,7 +250,7 @@ class BlockContext:
 
     def select(self, rows: list[int]) -> BlockContext:
         """The same for some of the rows, in the given order."""
-        index = torch.tensor(rows, device=self.states.device)
+        index = to_device(rows, self.states.device)
         return BlockContext(self.layer_slot, self.states.select(index), self.keys.select(index))
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:

@@ -17,6 +17,7 @@ from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.token_history import TokenHistory, TokenSequence, tokens_from
+from twotower_spec.state.transfer import to_device
 from twotower_spec.towers import ContextTower
 from twotower_spec.towers.model import TwoTowers
 
@@ -334,7 +335,7 @@ class ContextState:
             layout=layout,
             provisional=provisional,
         )
-        flat = torch.tensor([t for request_id in ids for t in tokens[request_id]], device=device)
+        flat = to_device([t for request_id in ids for t in tokens[request_id]], device)
         shape = (len(ids), -1) if layout.uniform else (1, -1)
         positions = None
         if logits == "last":

@@ -14,6 +14,7 @@ from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
 from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
+from twotower_spec.state.transfer import to_device
 
 # Up to so many new tokens requests are scanned together; above, with those that bring up to twice as many.
 ALIKE = 32
@@ -67,9 +68,9 @@ class RaggedLayout:
             for row, length in zip(rows, lens, strict=True):
                 packed[row[0] : row[0] + length] = range(base, base + length)
                 base += longest
-            lens_tensor = torch.tensor(lens, device=device) if min(lens) < longest else None
-            self.groups.append(SimilarLengths(requests, lens_tensor, torch.tensor(rows, device=device)))
-        self._packed = torch.tensor(packed, device=device)
+            lens_tensor = to_device(lens, device) if min(lens) < longest else None
+            self.groups.append(SimilarLengths(requests, lens_tensor, to_device(rows, device)))
+        self._packed = to_device(packed, device)
 
     def pack(self, parts: Sequence[Tensor]) -> Tensor:
         """[num_reqs, max_len, ...] of every group to [1, num_tokens, ...]."""
@@ -81,7 +82,7 @@ class RaggedLayout:
 
     def last_positions(self, device: torch.device) -> Tensor:
         """Flat index of the last token of every request."""
-        return torch.tensor(list(accumulate(self.query_lens)), device=device) - 1
+        return to_device(list(accumulate(self.query_lens)), device) - 1
 
 
 class ViewedKeys:
@@ -108,7 +109,7 @@ class ViewedKeys:
     def _causal_masks(self, prefix_lens: Sequence[int]) -> list[Tensor]:
         """Masks that are added to the scores of each request, [num_queries, num_keys]: parts of one tensor."""
         cache, queries, longest = self._cache.keys, max(self._query_lens), max(prefix_lens)
-        allowed = causal_mask(torch.tensor([longest], device=cache.device), queries, longest + queries)[0]
+        allowed = causal_mask(to_device([longest], cache.device), queries, longest + queries)[0]
         whole = cache.new_zeros(allowed.shape).masked_fill_(~allowed, -torch.inf)
         # Query i sees the first longest + i + 1 keys; of a shorter prefix there are as many fewer.
         lens = zip(prefix_lens, self._query_lens, strict=True)
@@ -156,7 +157,7 @@ class ExtensionPass:
         index: list[int] = []
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
-        self._written = torch.tensor(index, device=device)
+        self._written = to_device(index, device)
         self._keys: PagedKeys | ViewedKeys
         cache = self.kv_cache
         if cache.pages.keys and reads_pages(cache.keys):
@@ -192,9 +193,7 @@ class ExtensionPass:
     def replay(self, num_accepted: Sequence[int]) -> None:
         """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""
         device = self.mamba.conv.device
-        accepted = [
-            torch.tensor([num_accepted[r] for r in group.requests], device=device) for group in self.layout.groups
-        ]
+        accepted = [to_device([num_accepted[r] for r in group.requests], device) for group in self.layout.groups]
         for layer, inputs in self.kept.items():
             conv, ssm = self.mamba.conv[self.layer_slot[layer]], self.mamba.ssm[self.layer_slot[layer]]
             for (u, delta, weights), slots, counts in zip(inputs, self._slots, accepted, strict=True):

@@ -111,7 +111,7 @@ class PagedKVCache:
             return TokenSpan(len(page_lists), num_tokens, first * self.page_size, stride * self.page_size)
         # Padding repeats a page of the request itself: what it holds is masked, but must not be another one's NaN.
         padded = [pages[:num_pages] + (pages[:1] or [0]) * (num_pages - len(pages)) for pages in page_lists]
-        starts = torch.tensor(padded, device=self.keys.device) * self.page_size
+        starts = to_device(padded, self.keys.device) * self.page_size
         index = (starts[:, :, None] + torch.arange(self.page_size, device=starts.device)).flatten(1)[:, :num_tokens]
         return TokenSpan(len(page_lists), num_tokens, index=index)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.state.transfer import to_device
 
 Slots = Tensor | slice
 
@@ -27,7 +28,7 @@ class MambaState:
         """Index for a list of slots: a slice (reads become views) where they are consecutive."""
         if slots == list(range(slots[0], slots[0] + len(slots))):
             return slice(slots[0], slots[0] + len(slots))
-        return torch.tensor(slots, device=self.conv.device)
+        return to_device(slots, self.conv.device)
 
     def reset(self, slot: int) -> None:
         """The state at the start of a sequence."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.block_attention import PagedBatch, paged_attention
-from twotower_spec.state.transfer import moved
+from twotower_spec.state.transfer import moved, to_device
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ class LayerPages:
         """Copies pages, all layers, to the front of others: `keys` and `values` are those of `LayerPages`."""
         for sources, targets in ((self.keys, keys), (self.values, values)):
             for source, target in zip(sources, targets, strict=True):
-                target[: len(pages)] = source[torch.tensor(pages, dtype=torch.long, device=source.device)]
+                target[: len(pages)] = source[to_device(pages, source.device, torch.long)]
 
 
 def _as_index(pages: list[int]) -> slice | list[int]:

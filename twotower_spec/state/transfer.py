@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import numpy.typing as npt
@@ -10,9 +11,17 @@ import torch
 from torch import Tensor
 
 
-def to_device(values: npt.NDArray[Any], device: torch.device) -> Tensor:
-    """Copies an array to a device; on CUDA by way of pinned memory, without waiting for the stream."""
-    host = torch.from_numpy(values)
+def to_device(
+    values: npt.NDArray[Any] | Sequence[Any], device: torch.device, dtype: torch.dtype | None = None
+) -> Tensor:
+    """Copies numbers to a device; on CUDA by way of pinned memory, without waiting for the stream.
+
+    Args:
+        values: an array, or a list, nested for more dimensions.
+        device: where the tensor is wanted.
+        dtype: of the tensor; None for that of the values.
+    """
+    host = torch.as_tensor(values, dtype=dtype)
     if device.type == "cuda":
         host = host.pin_memory()
     return host.to(device, non_blocking=True)

@@ -14,6 +14,7 @@ from twotower_kernels.unmasking import choose_commits
 from twotower_spec.drafting.policies.acceptance import MOST_COUNTED, Calibration
 from twotower_spec.drafting.policies.looks import Look
 from twotower_spec.generation.denoising import DenoisingStep
+from twotower_spec.state.transfer import to_device
 
 # Values before a step are told apart in classes of this width, in tokens.
 VALUE_CLASS = 0.75
@@ -110,7 +111,7 @@ class AdaptiveSteps:
             return step.masked
         going_on = self._going_on([self.gains.of(self.block_size, step.index, value) for value in values])
         self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}
-        keep = torch.tensor(going_on, device=step.masked.device)
+        keep = to_device(going_on, step.masked.device)
         # The picks above the threshold, or the most confident one where there is none.
         confident = choose_commits(step.confidence, step.masked, self.threshold, step.masked.shape[1])
         return torch.where(keep[:, None], confident, step.masked)

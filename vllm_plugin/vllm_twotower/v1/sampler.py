@@ -14,7 +14,7 @@ from vllm.v1.outputs import LogprobsTensors, SamplerOutput
 from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
-from twotower_spec.state.transfer import moved
+from twotower_spec.state.transfer import moved, to_device
 from vllm_twotower.seeds import request_seed
 
 logger = init_logger("vllm.twotower.sampler")
@@ -85,7 +85,7 @@ class TwoTowerRejectionSampler(RejectionSampler):
             return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
         shown = logits
         if self.is_processed_logprobs_mode:
-            widths = torch.tensor(counts, device=logits.device) + 1
+            widths = to_device(counts, logits.device) + 1
             request = torch.arange(len(counts), device=logits.device).repeat_interleave(widths)
             shown = filtered_logits(processed, request, sampling)
         logprobs = self._logprobs(metadata, shown, token_ids, sampling_metadata)
@@ -162,7 +162,7 @@ class _RequestBatch:
         min_p = [one.min_p for one in params]
         biases = {
             i: (
-                torch.tensor(list(one.logit_bias), device=device),
+                to_device(list(one.logit_bias), device),
                 torch.tensor(list(one.logit_bias.values())).to(device),
             )
             for i, one in enumerate(params)
@@ -170,8 +170,8 @@ class _RequestBatch:
         }
         return cls(
             sampling_metadata,
-            torch.tensor(seeds, dtype=torch.int64, device=device),
-            torch.tensor(min_p, dtype=torch.float32, device=device) if any(min_p) else None,
+            to_device(seeds, device, torch.int64),
+            to_device(min_p, device, torch.float32) if any(min_p) else None,
             biases,
         )
 
