@@ -96,13 +96,17 @@ def test_a_request_that_drafts_badly_is_not_drafted_for_while_its_neighbour_is()
 
 @pytest.mark.parametrize("kind", [GOOD, BAD])
 def test_load_that_comes_and_goes_costs_nothing_that_lasts(kind: float) -> None:
-    policy, server = started()
-    for num_reqs in (1, 8, 16, 1, 16, 1):
-        kinds = [kind] * num_reqs
-        serve(policy, server, kinds, 200)
-        later = rate(serve(policy, server, kinds, 600))
-        assert later > 0.98 * num_reqs / server.costs.verify(num_reqs)
-    assert later > (2.2 if kind == GOOD else 0.98) / server.costs.verify(1)
+    loads, gains = (1, 8, 16, 1, 16, 1), []
+    for seed in range(SEEDS):
+        policy, server = started(seed=seed)
+        gains.append([])
+        for num_reqs in loads:
+            serve(policy, server, [kind] * num_reqs, 200)
+            plain = num_reqs / server.costs.verify(num_reqs)
+            gains[-1].append(rate(serve(policy, server, [kind] * num_reqs, 600)) / plain)
+    means = [mean(one) for one in zip(*gains, strict=True)]
+    assert min(means) > 0.98
+    assert means[-1] > (2.2 if kind == GOOD else 0.98)
 
 
 @pytest.mark.parametrize("num_reqs", [1, 4])
