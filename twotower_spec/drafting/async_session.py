@@ -194,20 +194,7 @@ class AsyncSession(DraftingSession):
             block, foreseen = DraftBlock.empty(done.request_ids), {}
             if done.picks is not None:
                 foreseen = foreseen_tokens(done.read, done.picks.read()[0].tolist(), done.read)
-            sizes = 0, 0
-            return self._counted(
-                Round(
-                    block,
-                    done.plan,
-                    num_read,
-                    done.times,
-                    done.host_s,
-                    done.without_drafts,
-                    *sizes,
-                    foreseen=foreseen,
-                    refused=done.refused,
-                )
-            )
+            return self._settled(done, block, num_read, foreseen=foreseen)
         self._unsettled = [one for one in self._unsettled if one is not done]
         tokens, confidence, numbers = done.copy.read()
         num_passes, computed, num_new, is_current = numbers.unbind()
@@ -236,19 +223,12 @@ class AsyncSession(DraftingSession):
         done.without_drafts["not finite"] += len(damaged)
         done.without_drafts["prefilling"] += sum(not one.max_draft_tokens for one in drafted)
         num_read += sum(followed.values())
-        sizes = len(drafted), len(damaged)
-        return self._counted(
-            Round(
-                block,
-                done.plan,
-                num_read,
-                done.times,
-                done.host_s,
-                done.without_drafts,
-                *sizes,
-                refused=done.refused,
-            )
-        )
+        return self._settled(done, block, num_read, num_denoised=len(drafted), num_damaged=len(damaged))
+
+    def _settled(self, done: AsyncRound, block: DraftBlock, num_read: int, **facts: Any) -> Round:
+        """The round on the host, counted; `facts` are further attributes of `Round`."""
+        known = done.plan, num_read, done.times, done.host_s, done.without_drafts
+        return self._counted(Round(block, *known, refused=done.refused, **facts))
 
     def _holds(self, request_id: RequestId, entry: RequestEntry) -> bool:
         """Whether a request has the state that it had, not another one since."""

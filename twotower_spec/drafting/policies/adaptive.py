@@ -80,8 +80,9 @@ class AdaptivePolicy:
         self._loads: dict[int, Load] = defaultdict(Load)
         self._weighed: tuple[object, tuple[float, Mapping[int, Choice]]] = None, (0.0, {})
         self._look: Look | None = None
-        # Rounds since blocks were denoised, and all; and which of these ends the rest of requests that were refused.
+        # Rounds since blocks were denoised, all rounds, and blocks that were found unlikely since one was tried.
         self._num_undrafted = self._num_rounds = self._num_unlikely = 0
+        # The round from which a request that was refused is planned for again.
         self._refused: dict[Hashable, int] = {}
 
     def plan(
