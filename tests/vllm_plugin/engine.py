@@ -37,11 +37,6 @@ def two_tower(num_speculative_tokens: int | None, **knobs: Any) -> dict[str, Any
     return settings
 
 
-def least_accepted(knobs: Mapping[str, Any], count: int) -> int:
-    """Drafts that are accepted at least; of the adaptive policy, which draws on the clock, a tenth."""
-    return count // 10 if knobs.get("policy", "adaptive") == "adaptive" else count
-
-
 def run_engine(
     scenarios: Sequence[str],
     speculative_config: Mapping[str, Any] | None = None,

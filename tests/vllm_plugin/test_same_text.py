@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, least_accepted, run_engine, two_tower
+from tests.vllm_plugin.engine import ROOMY, TIGHT, digest, run_engine, two_tower
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
@@ -29,13 +29,14 @@ PLENTY_OF_ROOM = [
 ]
 LITTLE_ROOM = ["chunked_prefill", "preemption", "near_max_model_len"]
 
-# Drafts per step, and how they are made: every policy takes part.
+# Drafts per step, and how they are made: every policy takes part, in a way that does not hang on the clock.
 DRAFTING = [
     (1, {"policy": "fixed"}),
     (8, {"policy": "fixed", "block_size": 8}),
     (15, {}),
     (16, {"policy": "threshold", "steps_per_block": 3, "verification": "coupled", "first_token": "denoiser"}),
 ]
+SURELY = {"prepare": "draft_most_rounds"}
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def without_drafts_in_little_room() -> dict[str, Any]:
 def test_with_room_for_all(
     num_speculative_tokens: int, knobs: dict[str, Any], without_drafts: dict[str, Any], record_property: Any
 ) -> None:
-    found = run_engine([*PLENTY_OF_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **ROOMY)
+    found = run_engine([*PLENTY_OF_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **ROOMY, **SURELY)
     for name in PLENTY_OF_ROOM:
         if name == "logprobs":
             assert_same_logprobs(found[name], without_drafts[name])
@@ -60,7 +61,7 @@ def test_with_room_for_all(
             assert found[name] == without_drafts[name], name
     record_property("greedy", digest(found["batches"]))
     facts = found["facts"]
-    assert facts["accepted"] > least_accepted(knobs, 400) and facts["errors"] == facts["sampler_fallbacks"] == 0
+    assert facts["accepted"] > 400 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert facts["vllm_accepted"] == facts["accepted"]
     assert facts["held"] <= 1  # what ended before the last request is forgotten
 
@@ -69,12 +70,12 @@ def test_with_room_for_all(
 def test_with_little_room(
     num_speculative_tokens: int, knobs: dict[str, Any], without_drafts_in_little_room: dict[str, Any]
 ) -> None:
-    found = run_engine([*LITTLE_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **TIGHT)
+    found = run_engine([*LITTLE_ROOM, "facts"], two_tower(num_speculative_tokens, **knobs), **TIGHT, **SURELY)
     for name in LITTLE_ROOM:
         assert found[name] == without_drafts_in_little_room[name], name
     facts = found["facts"]
     adapts = knobs.get("policy", "adaptive") == "adaptive"
-    assert facts["accepted"] > least_accepted(knobs, 300) and facts["errors"] == facts["sampler_fallbacks"] == 0
+    assert facts["accepted"] > 300 and facts["errors"] == facts["sampler_fallbacks"] == 0
     assert adapts or facts["prefilling"] > 0  # contexts were read while the verifier still read prompts
 
 

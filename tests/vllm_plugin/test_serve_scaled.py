@@ -36,6 +36,7 @@ ENGINES = ("0", "1")
 def server() -> Iterator[VllmServer]:
     words = ["--dtype", "float32", "--enforce-eager", "--max-model-len", "512", "--max-num-seqs", "4"]
     words += ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7"]
+    words += ["--additional-config", '{"twotower": {"policy": "fixed"}}']  # drafts whatever the clock says
     words += ["--data-parallel-size", "2"]  # vLLM takes as many API servers as engines
     verifier, (port,) = str(trio_path("verifier")), free_ports(1)
     # With the processes of a user, not with forked ones: which inherits what is the question here.
