@@ -13,8 +13,8 @@ from torch import Tensor
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import REAL_SIZE
 from twotower_kernels.time_modulation import (
+    add_then_norm,
     gated_group_norm,
-    gated_residual,
     modulate_then_norm,
     norm_then_modulate,
     rms_norm,
@@ -33,7 +33,7 @@ def cases(device: torch.device) -> list[Case]:
         ("norm", rms_norm, torch_rms_norm, norm_inputs),
         ("norm", modulate_then_norm, torch_modulate_then_norm, modulation_inputs),
         ("norm", norm_then_modulate, torch_norm_then_modulate, modulation_inputs),
-        ("gated_residual", gated_residual, torch_gated_residual, residual_inputs),
+        ("norm", add_gated_then_norm, torch_add_gated_then_norm, branch_inputs),
         ("gated_group_norm", gated_group_norm, torch_gated_group_norm, group_inputs),
     ]
     batches = (1, 8, 64) if device.type == "cuda" else (1,)
@@ -62,10 +62,10 @@ def _case(
         return {name: lambda function=function: function(*arguments) for name, function in functions.items()}
 
     # Bytes of the narrow arguments: a row of weights, and the modulation's rows of every request.
-    rows = {rms_norm: 1, gated_residual: num_reqs, gated_group_norm: 1}.get(op, 1 + 2 * num_reqs)
+    rows = {rms_norm: 1, add_gated_then_norm: 1 + 3 * num_reqs, gated_group_norm: 1}.get(op, 1 + 2 * num_reqs)
     tokens = num_reqs * BLOCK_SIZE
-    # Bytes per channel: a float32 scan, a gate and the result; residual, branch and result; or x and the result.
-    per_channel = {gated_group_norm: 4 + 2 * DTYPE.itemsize, gated_residual: 3 * DTYPE.itemsize}.get(
+    # Bytes per channel: a float32 scan, a gate and the result; stream and branch, sum and norm; or x and the result.
+    per_channel = {gated_group_norm: 4 + 2 * DTYPE.itemsize, add_gated_then_norm: 4 * DTYPE.itemsize}.get(
         op, 2 * DTYPE.itemsize
     )
     shape = f"{op.__name__} [{num_reqs}, {BLOCK_SIZE}, {width}] bf16"
@@ -74,20 +74,21 @@ def _case(
 
 def norm_inputs(num_reqs: int, generator: torch.Generator, device: torch.device) -> Inputs:
     x = torch.randn(num_reqs, BLOCK_SIZE, HIDDEN, generator=generator, device=device, dtype=DTYPE)
-    return x, torch.randn(HIDDEN, generator=generator, device=device, dtype=DTYPE), EPS
+    return x, torch.randn(HIDDEN, generator=generator, device=device, dtype=DTYPE), EPS, DTYPE
 
 
 def modulation_inputs(num_reqs: int, generator: torch.Generator, device: torch.device) -> Inputs:
-    x, weight, eps = norm_inputs(num_reqs, generator, device)
+    x, weight, eps, dtype = norm_inputs(num_reqs, generator, device)
     # As the denoiser slices it: one of several layers, three rows.
     modulation = torch.randn(num_reqs, 2, 3, HIDDEN, generator=generator, device=device, dtype=DTYPE)
     shift, scale_plus_one, _ = modulation[:, 1].unbind(1)
-    return x, shift, scale_plus_one, weight, eps, DTYPE
+    return x, shift, scale_plus_one, weight, eps, dtype
 
 
-def residual_inputs(num_reqs: int, generator: torch.Generator, device: torch.device) -> Inputs:
-    residual, gate, *_ = modulation_inputs(num_reqs, generator, device)
-    return residual, torch.randn(residual.shape, generator=generator, device=device, dtype=DTYPE), gate
+def branch_inputs(num_reqs: int, generator: torch.Generator, device: torch.device) -> Inputs:
+    residual, gate, *norm = modulation_inputs(num_reqs, generator, device)
+    branch = torch.randn(residual.shape, generator=generator, device=device, dtype=DTYPE)
+    return residual, branch, gate, gate, *norm
 
 
 def group_inputs(num_reqs: int, generator: torch.Generator, device: torch.device) -> Inputs:
@@ -98,7 +99,7 @@ def group_inputs(num_reqs: int, generator: torch.Generator, device: torch.device
     return scanned, gate, torch.randn(CHANNELS, generator=generator, device=device, dtype=DTYPE), GROUPS, EPS
 
 
-def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def torch_rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps) * weight.to(wide.dtype)).to(x.dtype)
 
@@ -106,17 +107,22 @@ def torch_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def torch_modulate_then_norm(
     x: Tensor, shift: Tensor, scale_plus_one: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    return torch_rms_norm(x * scale_plus_one[:, None] + shift[:, None], weight, eps)
+    return torch_rms_norm(x * scale_plus_one[:, None] + shift[:, None], weight, eps, dtype)
 
 
 def torch_norm_then_modulate(
     x: Tensor, shift: Tensor, scale_plus_one: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
-    return torch_rms_norm(x, weight, eps) * scale_plus_one[:, None] + shift[:, None]
+    return torch_rms_norm(x, weight, eps, dtype) * scale_plus_one[:, None] + shift[:, None]
 
 
-def torch_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    return residual + gate[:, None] * x
+def add_gated_then_norm(residual: Tensor, branch: Tensor, gate: Tensor, *norm: Any) -> Tensor:
+    """The norm of the sum; the sum is written beside it."""
+    return add_then_norm(modulate_then_norm, residual, branch, gate, *norm)[1]
+
+
+def torch_add_gated_then_norm(residual: Tensor, branch: Tensor, gate: Tensor, *norm: Any) -> Tensor:
+    return torch_modulate_then_norm(residual + gate[:, None] * branch, *norm)
 
 
 def torch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
@@ -129,7 +135,7 @@ def torch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_gr
 def _libraries(op: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
     """Rivals from other projects, where these are installed."""
     if op is rms_norm:
-        return {"torch.nn.functional.rms_norm": lambda x, weight, eps: F.rms_norm(x, weight.shape, weight, eps)}
+        return {"torch.nn.functional.rms_norm": lambda x, weight, eps, _dtype: F.rms_norm(x, weight.shape, weight, eps)}
     if op is not gated_group_norm:
         return {}
     try:

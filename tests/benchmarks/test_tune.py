@@ -87,7 +87,7 @@ def test_occupancy_follows_the_scarcest_resource() -> None:
 def test_without_a_gpu_the_choice_is_one_of_the_candidates() -> None:
     # In a process of its own: in this one @triton.jit makes functions of the interpreter.
     code = "from benchmarks.tune import *; print(ranked(*sys.argv[1:]) in candidates_of(sys.argv[1])[sys.argv[2]])"
-    op, kernel = "time_modulation", "gated_residual"
+    op, kernel = "time_modulation", "gated_group_norm"
     done = subprocess.run(
         [sys.executable, "-c", code, op, kernel], cwd=ROOT, capture_output=True, text=True, check=False
     )

@@ -11,7 +11,7 @@ from twotower_kernels.block_attention.reference import attention_reference
 from twotower_kernels.experts import ExpertChoice, grouped_experts, route
 from twotower_kernels.experts.reference import grouped_experts_reference, route_reference
 from twotower_kernels.linear import linear
-from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
+from twotower_kernels.time_modulation import add_then_norm, modulate_then_norm, norm_then_modulate, rms_norm
 from twotower_kernels.time_modulation.reference import modulate_reference, rms_norm_reference
 from twotower_kernels.unmasking import choose_commits, pick_tokens
 from twotower_kernels.unmasking.reference import pick_tokens_reference
@@ -109,20 +109,21 @@ def test_norm_and_modulation_in_float32_stay_near_float64() -> None:
 def test_norm_of_bfloat16_is_computed_wide_and_rounded_once() -> None:
     x, weight = randn(3, 300).bfloat16(), randn(300, seed=1).bfloat16()
     expected = rms_norm_reference(x.double(), weight.double(), 1e-5)
-    actual = rms_norm(x, weight, 1e-5)
+    actual = rms_norm(x, weight, 1e-5, torch.bfloat16)
     assert actual.dtype == torch.bfloat16
     # Half a unit in the last of 8 bits, and a little for float32 inside.
     torch.testing.assert_close(actual.double(), expected, atol=1e-6, rtol=2.0**-8)
 
 
 def test_norm_of_zeros_is_zero() -> None:
-    assert torch.equal(rms_norm(torch.zeros(2, 5), torch.ones(5), 1e-5), torch.zeros(2, 5))
+    assert torch.equal(rms_norm(torch.zeros(2, 5), torch.ones(5), 1e-5, torch.float32), torch.zeros(2, 5))
 
 
 def test_gate_multiplies_the_branch_and_not_the_residual() -> None:
     residual, x, gate = randn(2, 3, 5), randn(2, 3, 5, seed=1), randn(2, 5, seed=2)
     expected = torch.stack([residual[i] + gate[i] * x[i] for i in range(2)])
-    torch.testing.assert_close(gated_residual(residual, x, gate), expected, atol=FLOAT64, rtol=FLOAT64)
+    total, _ = add_then_norm(rms_norm, residual, x, gate, torch.ones(5).double(), 1e-5, torch.float64)
+    torch.testing.assert_close(total, expected, atol=FLOAT64, rtol=FLOAT64)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17])

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
 from twotower_kernels.time_modulation import (
+    add_then_norm,
     gated_group_norm,
-    gated_residual,
     modulate_then_norm,
     norm_then_modulate,
     op,
@@ -21,7 +21,7 @@ from twotower_kernels.time_modulation.reference import (
     modulate_reference,
     rms_norm_reference,
 )
-from twotower_kernels.tuning import read_table, trying
+from twotower_kernels.tuning import read_table
 
 EPS = 1e-5
 BFLOAT16, FLOAT32 = torch.bfloat16, torch.float32
@@ -30,8 +30,9 @@ MODELS = [(BFLOAT16, BFLOAT16), (BFLOAT16, FLOAT32), (FLOAT32, FLOAT32)]
 # Requests and tokens of each.
 BATCHES = [(1, 1), (3, 1), (1, 3), (2, 17)]
 ORDERS = [modulate_then_norm, norm_then_modulate]
+NORMS = [rms_norm, *ORDERS]
 
-Op = Callable[..., Tensor]
+Op = Callable[..., Any]
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -52,12 +53,14 @@ def norm_case(
     return randn(num_reqs, num_tokens, hidden).to(stream), shift, scale, randn(hidden, seed=2).to(model), EPS, model
 
 
-def gated_case(
-    num_reqs: int, num_tokens: int, hidden: int, model: torch.dtype, stream: torch.dtype
-) -> tuple[Tensor, ...]:
-    """Arguments of the gated residual."""
-    residual, x = randn(num_reqs, num_tokens, hidden), randn(num_reqs, num_tokens, hidden, seed=3)
-    return residual.to(stream), x.to(model), modulation_of(num_reqs, hidden, model)[2]
+def branch_case(
+    num_reqs: int, num_tokens: int, hidden: int, model: torch.dtype, stream: torch.dtype, order: Op, gated: bool = True
+) -> tuple[Any, ...]:
+    """Arguments of `add_then_norm`."""
+    residual, *rest = norm_case(num_reqs, num_tokens, hidden, model, stream)
+    branch = randn(num_reqs, num_tokens, hidden, seed=3).to(model)
+    gate = modulation_of(num_reqs, hidden, model)[2] if gated else None
+    return order, residual, branch, gate, *(rest[2:] if order is rms_norm else rest)
 
 
 def group_case(num_reqs: int, num_tokens: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -72,11 +75,12 @@ def group_case(num_reqs: int, num_tokens: int, width: int, dtype: torch.dtype) -
 def in_triton(device: torch.device) -> Op:
     """Calls an op and makes it take its kernels, on any device."""
 
-    def run(function: Op, *arguments: Any) -> Tensor:
+    def run(function: Op, *arguments: Any) -> Any:
         moved = [on_device(a, device) if isinstance(a, Tensor) else a for a in arguments]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(op, "use_triton", lambda *tensors: True)
-            return function(*moved).cpu()
+            out = function(*moved)
+        return tuple(one.cpu() for one in out) if isinstance(out, tuple) else out.cpu()
 
     return run
 
@@ -101,7 +105,7 @@ def assert_same(actual: Tensor, expected: Tensor) -> None:
 def test_rms_norm_equals_its_definition() -> None:
     x, weight = randn(3, 11), randn(11, seed=1)
     torch.testing.assert_close(
-        rms_norm(x, weight, 1e-5), rms_norm_reference(x, weight, 1e-5), atol=FLOAT64, rtol=FLOAT64
+        rms_norm(x, weight, 1e-5, torch.float64), rms_norm_reference(x, weight, 1e-5), atol=FLOAT64, rtol=FLOAT64
     )
 
 
@@ -135,12 +139,13 @@ def test_norm_kernel_equals_the_pytorch_path(
     hidden: int, shape: tuple[int, ...], dtype: torch.dtype, in_triton: Op
 ) -> None:
     x, weight = randn(*shape, hidden).to(dtype), randn(hidden, seed=1).to(dtype)
-    assert_same(in_triton(rms_norm, x, weight, EPS), rms_norm(x, weight, EPS))
+    assert_same(in_triton(rms_norm, x, weight, EPS, x.dtype), rms_norm(x, weight, EPS, x.dtype))
 
 
-def test_norm_kernel_takes_weights_narrower_than_the_stream(in_triton: Op) -> None:
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
+def test_norm_kernel_takes_a_stream_wider_than_the_weights(dtype: torch.dtype, in_triton: Op) -> None:
     x, weight = randn(17, 37).float(), randn(37, seed=1).bfloat16()
-    assert_same(in_triton(rms_norm, x, weight, EPS), rms_norm(x, weight, EPS))
+    assert_same(in_triton(rms_norm, x, weight, EPS, dtype), rms_norm(x, weight, EPS, dtype))
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -160,15 +165,28 @@ def test_modulation_kernel_equals_the_pytorch_path(
     assert_same(in_triton(order, *case), order(*case))
 
 
+@pytest.mark.parametrize("order", NORMS)
+@pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("model", "stream"), MODELS)
 @pytest.mark.parametrize(("num_reqs", "num_tokens"), BATCHES)
-@pytest.mark.parametrize("block", [16, 64])
-def test_gated_residual_kernel_is_the_pytorch_path_bit_for_bit(
-    block: int, num_reqs: int, num_tokens: int, model: torch.dtype, stream: torch.dtype, in_triton: Op
+def test_sum_before_a_norm_is_the_pytorch_path_bit_for_bit(
+    num_reqs: int, num_tokens: int, model: torch.dtype, stream: torch.dtype, gated: bool, order: Op, in_triton: Op
 ) -> None:
-    case = gated_case(num_reqs, num_tokens, 37, model, stream)
-    with trying("time_modulation", "gated_residual", {"BLOCK": block, "num_warps": 4, "num_stages": 1}):
-        assert torch.equal(in_triton(gated_residual, *case), gated_residual(*case))
+    case = branch_case(num_reqs, num_tokens, 37, model, stream, order, gated)
+    (total, normed), (expected, expected_norm) = in_triton(add_then_norm, *case), add_then_norm(*case)
+    assert torch.equal(total, expected) and total.dtype == expected.dtype
+    assert_same(normed, expected_norm)
+
+
+@pytest.mark.parametrize("order", NORMS)
+@pytest.mark.parametrize(("model", "stream"), MODELS)
+@pytest.mark.parametrize("hidden", [1, 37, 2688])
+def test_norm_of_a_sum_is_that_of_the_sum_written_and_read_again(
+    hidden: int, model: torch.dtype, stream: torch.dtype, order: Op, in_triton: Op
+) -> None:
+    case = branch_case(2, 3, hidden, model, stream, order)
+    total, normed = in_triton(add_then_norm, *case)
+    assert torch.equal(normed, in_triton(order, total, *case[4:]))
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -189,13 +207,22 @@ def test_one_modulation_row_serves_every_request(order: Op, in_triton: Op) -> No
 
 
 def test_one_gate_row_serves_every_request(in_triton: Op) -> None:
-    residual, x, gates = gated_case(3, 5, 37, BFLOAT16, BFLOAT16)
-    repeated = in_triton(gated_residual, residual, x, gates[:1].repeat(3, 1))
-    assert torch.equal(in_triton(gated_residual, residual, x, gates[:1]), repeated)
+    order, residual, branch, gates, *rest = branch_case(3, 5, 37, BFLOAT16, BFLOAT16, rms_norm)
+    shared = in_triton(add_then_norm, order, residual, branch, gates[:1], *rest)
+    repeated = in_triton(add_then_norm, order, residual, branch, gates[:1].repeat(3, 1), *rest)
+    assert all(torch.equal(*pair) for pair in zip(shared, repeated, strict=True))
 
 
 def rows_of_a_wider_tensor(x: Tensor) -> Tensor:
     return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.shape[-1]]
+
+
+def total_of(*case: Any) -> Tensor:
+    return add_then_norm(*case)[0]
+
+
+def normed_of(*case: Any) -> Tensor:
+    return add_then_norm(*case)[1]
 
 
 def tokens_before_requests(x: Tensor) -> Tensor:
@@ -209,15 +236,22 @@ def channels_apart(x: Tensor) -> Tensor:
 @pytest.mark.parametrize("view", [rows_of_a_wider_tensor, tokens_before_requests, channels_apart])
 def test_kernels_take_views_of_any_strides(view: Callable[[Tensor], Tensor], in_triton: Op) -> None:
     x, shift, scale, weight, *rest = norm_case(3, 5, 37, BFLOAT16, BFLOAT16)
-    residual, branch, gate = gated_case(3, 5, 37, BFLOAT16, BFLOAT16)
+    _, residual, branch, gate, *_ = branch_case(3, 5, 37, BFLOAT16, BFLOAT16, rms_norm)
     scanned, z, group_weight, *group_rest = group_case(3, 5, 11, BFLOAT16)
     for function, plain, viewed in (
-        (rms_norm, (x, weight, EPS), (view(x), weight, EPS)),
+        (rms_norm, (x, weight, *rest), (view(x), weight, *rest)),
         *(
             (order, (x, shift, scale, weight, *rest), (view(x), channels_apart(shift), scale, weight, *rest))
             for order in ORDERS
         ),
-        (gated_residual, (residual, branch, gate), (view(residual), view(branch), channels_apart(gate))),
+        *(
+            (
+                part,
+                (rms_norm, residual, branch, gate, weight, *rest),
+                (rms_norm, view(residual), view(branch), channels_apart(gate), weight, *rest),
+            )
+            for part in (total_of, normed_of)
+        ),
         (
             gated_group_norm,
             (scanned, z, group_weight, *group_rest),
@@ -230,12 +264,13 @@ def test_kernels_take_views_of_any_strides(view: Callable[[Tensor], Tensor], in_
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf, 3e38])
 def test_extreme_values_stay_in_their_row_and_do_there_as_in_pytorch(value: float, in_triton: Op) -> None:
     x, shift, scale, weight, *rest = norm_case(3, 2, 37, BFLOAT16, BFLOAT16)
-    residual, branch, gate = gated_case(3, 2, 37, BFLOAT16, BFLOAT16)
+    order, residual, branch, gate, *norm_rest = branch_case(3, 2, 37, BFLOAT16, BFLOAT16, modulate_then_norm)
     scanned, z, group_weight, *group_rest = group_case(3, 2, 11, BFLOAT16)
     for poisoned, function, case in (
-        (x, rms_norm, (x, weight, EPS)),
+        (x, rms_norm, (x, weight, *rest)),
         *((x, order, (x, shift, scale, weight, *rest)) for order in ORDERS),
-        (branch, gated_residual, (residual, branch, gate)),
+        (branch, total_of, (order, residual, branch, gate, *norm_rest)),
+        (branch, normed_of, (order, residual, branch, gate, *norm_rest)),
         (scanned, gated_group_norm, (scanned, z, group_weight, *group_rest)),
         (z, gated_group_norm, (scanned, z, group_weight, *group_rest)),
     ):
@@ -250,60 +285,63 @@ def test_extreme_values_stay_in_their_row_and_do_there_as_in_pytorch(value: floa
 
 
 def test_norm_kernel_of_zeros_is_zero(in_triton: Op) -> None:
-    assert torch.equal(in_triton(rms_norm, torch.zeros(2, 5), torch.ones(5), EPS), torch.zeros(2, 5))
+    assert torch.equal(in_triton(rms_norm, torch.zeros(2, 5), torch.ones(5), EPS, FLOAT32), torch.zeros(2, 5))
 
 
 def test_kernels_write_their_output_and_nothing_around_it(in_triton: Op, monkeypatch: pytest.MonkeyPatch) -> None:
     margin, buffers = 4096, []
 
-    def poisoned(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-        buffers.append(torch.full((shape.numel() + 2 * margin,), torch.nan, dtype=dtype, device=device))
-        return buffers[-1][margin:-margin].view(shape)
+    def poisoned(x: Tensor, dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+        assert memory_format == torch.contiguous_format
+        buffers.append(torch.full((x.numel() + 2 * margin,), torch.nan, dtype=dtype, device=x.device))
+        return buffers[-1][margin:-margin].view(x.shape)
 
     calls = [
-        (rms_norm, (randn(3, 37).float(), randn(37, seed=1).float(), EPS)),
+        (rms_norm, (randn(3, 37).float(), randn(37, seed=1).float(), EPS, FLOAT32)),
         *((order, norm_case(3, 5, 37, BFLOAT16, BFLOAT16)) for order in ORDERS),
-        (gated_residual, gated_case(3, 5, 37, BFLOAT16, BFLOAT16)),
+        *((add_then_norm, branch_case(3, 5, 37, BFLOAT16, BFLOAT16, order)) for order in NORMS),
         (gated_group_norm, group_case(3, 5, 11, BFLOAT16)),
     ]
     for function, case in calls:
         with monkeypatch.context() as patch:
-            patch.setattr(torch, "empty", poisoned)
+            patch.setattr(torch, "empty_like", poisoned)
             out = in_triton(function, *case)
-        assert torch.isfinite(out).all()
-        assert buffers[-1][:margin].isnan().all() and buffers[-1][-margin:].isnan().all()
-    assert len(buffers) == len(calls)
+        for one in out if isinstance(out, tuple) else (out,):
+            assert torch.isfinite(one).all()
+    for buffer in buffers:
+        assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
+    assert len(buffers) == len(calls) + len(NORMS)
 
 
 def test_no_rows_give_no_rows(in_triton: Op) -> None:
-    assert in_triton(rms_norm, torch.empty(0, 37), torch.ones(37), EPS).shape == (0, 37)
+    assert in_triton(rms_norm, torch.empty(0, 37), torch.ones(37), EPS, FLOAT32).shape == (0, 37)
     for order in ORDERS:
         case = norm_case(0, 1, 37, BFLOAT16, FLOAT32, rows=1)
         assert in_triton(order, *case).shape == (0, 1, 37)
-    residual = torch.empty(0, 1, 37)
-    assert in_triton(gated_residual, residual, residual, torch.ones(1, 37)).shape == (0, 1, 37)
+    for one in in_triton(add_then_norm, *branch_case(0, 1, 37, BFLOAT16, BFLOAT16, rms_norm, gated=False)):
+        assert one.shape == (0, 1, 37)
     assert in_triton(gated_group_norm, *group_case(0, 1, 11, BFLOAT16)).shape == (0, 1, 33)
 
 
 def test_float64_stays_with_pytorch(in_triton: Op) -> None:
     x, weight = randn(3, 11), randn(11, seed=1)
     expected = rms_norm_reference(x, weight, EPS)
-    torch.testing.assert_close(in_triton(rms_norm, x, weight, EPS), expected, atol=FLOAT64, rtol=FLOAT64)
+    torch.testing.assert_close(in_triton(rms_norm, x, weight, EPS, torch.float64), expected, atol=FLOAT64, rtol=FLOAT64)
 
 
 def test_inputs_that_do_not_fit_are_refused() -> None:
     x, rows, weight = torch.zeros(2, 3, 6), torch.zeros(2, 6), torch.ones(6)
     with pytest.raises(ValueError, match=r"weight is \(5,\)"):
-        rms_norm(x, weight[:5], EPS)
+        rms_norm(x, weight[:5], EPS, FLOAT32)
     for order in ORDERS:
         with pytest.raises(ValueError, match=r"shift is \(3, 6\)"):
             order(x, torch.zeros(3, 6), torch.zeros(3, 6), weight, EPS, FLOAT32)
         with pytest.raises(ValueError, match="scale_plus_one"):
             order(x, rows, rows.bfloat16(), weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match=r"residual is \(1, 3, 6\)"):
-        gated_residual(x[:1], x, rows)
+        add_then_norm(rms_norm, x[:1], x, rows, weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match=r"gate is \(2, 5\)"):
-        gated_residual(x, x, rows[:, :5])
+        add_then_norm(rms_norm, x, x, rows[:, :5], weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match="scanned"):
         gated_group_norm(x[:1], x, weight, 2, EPS)
     with pytest.raises(ValueError, match="num_groups 4"):

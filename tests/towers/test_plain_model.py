@@ -85,10 +85,10 @@ def test_residual_stream_has_the_configured_dtype_and_mixers_the_models(
     streams, inputs = [], []
     forward, mix = Layer.forward, Layer.mix
 
-    def watch_stream(layer: Layer, x: torch.Tensor, *args: Any) -> torch.Tensor:
-        out = forward(layer, x, *args)
-        streams.extend([x.dtype, out.dtype])
-        return out
+    def watch_stream(layer: Layer, x: torch.Tensor, *args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        stream, branch = forward(layer, x, *args)
+        streams.extend([x.dtype, stream.dtype])
+        return stream, branch
 
     def watch_mixer(layer: Layer, h: torch.Tensor, *args: Any) -> torch.Tensor:
         inputs.append(h.dtype)

@@ -1,21 +1,26 @@
 """The hybrid layer stack that both towers share, built from the layer pattern."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from twotower_kernels.linear import linear
-from twotower_kernels.time_modulation import gated_residual, modulate_then_norm, norm_then_modulate, rms_norm
+from twotower_kernels.time_modulation import add_then_norm, modulate_then_norm, norm_then_modulate, rms_norm
 from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers import Attention, DenseMLP, Mamba2, MixtureOfExperts
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
 from twotower_spec.towers.prefix import Prefix
 
+# Rows [num_reqs or 1, hidden] that a layer reads: the gate of the layer before, its own shift and 1 + scale. None where
+# no layer is before it, or nothing is modulated.
+ModulationRows = Sequence[Tensor | None]
+
 
 class Layer(nn.Module):
-    """Norm, mixer and residual of one layer; with time modulation in the denoiser."""
+    """Residual, norm and mixer of one layer; with time modulation in the denoiser."""
 
     def __init__(self, config: TwoTowerConfig, index: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -33,25 +38,30 @@ class Layer(nn.Module):
         else:
             self.mixer = DenseMLP(config.hidden_size, config.intermediate_size, dtype, device)
 
-    def forward(self, x: Tensor, prefix: Prefix, modulation: Tensor | None) -> Tensor:
-        """Runs the layer.
+    def forward(
+        self, x: Tensor, branch: Tensor | None, prefix: Prefix, modulation: ModulationRows
+    ) -> tuple[Tensor, Tensor]:
+        """Runs the layer; its output is left to be added where the residual stream is read next.
 
         Args:
-            x: residual stream, [num_reqs, num_tokens, hidden].
+            x: residual stream, [num_reqs, num_tokens, hidden], before the output of the layer before is added.
+            branch: that output, of the same shape; None in the first layer.
             prefix: the context.
-            modulation: [num_reqs or 1, 3, hidden], rows shift, 1 + scale, gate; None leaves the layer plain.
+            modulation: see `ModulationRows`.
 
         Returns:
-            The residual stream after the layer.
+            The residual stream that the layer read.
+            The layer's output.
         """
-        if modulation is None:
-            return x + self.mix(rms_norm(x.to(self.dtype), self.norm, self.eps), prefix)
-        shift, scale_plus_one, gate = modulation.unbind(1)
-        # The order follows where the published training code fuses its norms: before expert layers, after modulation
-        # everywhere else.
-        order = norm_then_modulate if self.stateless else modulate_then_norm
-        mixed = self.mix(order(x, shift, scale_plus_one, self.norm, self.eps, self.dtype), prefix)
-        return gated_residual(x, mixed, gate)
+        gate, shift, scale_plus_one = modulation
+        if shift is None:
+            x, h = read_stream(rms_norm, x, branch, gate, self.norm, self.eps, self.dtype)
+        else:
+            # The order follows where the published training code fuses its norms: before expert layers, after
+            # modulation everywhere else.
+            norm = norm_then_modulate if self.stateless else modulate_then_norm
+            x, h = read_stream(norm, x, branch, gate, shift, scale_plus_one, self.norm, self.eps, self.dtype)
+        return x, self.mix(h, prefix)
 
     def mix(self, h: Tensor, prefix: Prefix) -> Tensor:
         """Runs the mixer alone, [..., hidden] to [..., hidden]."""
@@ -68,6 +78,13 @@ class Layer(nn.Module):
         """Views under the published names."""
         yield "norm.weight", self.norm
         yield from prefixed("mixer", self.mixer.checkpoint_tensors())
+
+
+def read_stream(
+    norm: Callable[..., Tensor], x: Tensor, branch: Tensor | None, gate: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The residual stream with a layer's output, if there is one, and the norm of it; see `add_then_norm`."""
+    return (x, norm(x, *arguments)) if branch is None else add_then_norm(norm, x, branch, gate, *arguments)
 
 
 class Backbone(nn.Module):
@@ -105,8 +122,8 @@ class Backbone(nn.Module):
         Args:
             token_ids: int64 [num_reqs, num_tokens].
             prefix: the context.
-            modulation: [num_reqs, num_layers, 3, hidden], or 1 in place of num_reqs for all alike, or None; see
-                `Layer.forward`.
+            modulation: [num_reqs, num_layers, 3, hidden], rows shift, 1 + scale, gate, or 1 in place of num_reqs for
+                all alike; None leaves the layers plain.
             positions: int64 [num_positions], flat indices into [num_reqs * num_tokens] whose logits are wanted;
                 None for all.
             wide_logits: False leaves the logits in the tower's dtype, for ops that read them as they are.
@@ -114,22 +131,25 @@ class Backbone(nn.Module):
         Returns:
             Logits [num_positions, vocab], float32 (float64 in a float64 model) if wide.
         """
-        x = F.embedding(token_ids, self.embeddings).to(self.residual_dtype)
-        layers = list(self.layers)
-        for i, layer in enumerate(layers[: self.num_mixing_layers]):
-            x = layer(x, prefix, None if modulation is None else modulation[:, i])
-        # After the last layer that mixes tokens, only those whose logits are wanted are computed.
-        x = x.flatten(0, 1)
+        layers, mixing = list(self.layers), self.num_mixing_layers
+        rows: list[Tensor | None] = [None] * (3 * len(layers) + 1)
+        if modulation is not None:
+            modulation = modulation.flatten(1, 2)
+            rows[1:] = modulation.unbind(1)
+        x, branch = F.embedding(token_ids, self.embeddings).to(self.residual_dtype), None
+        for i, layer in enumerate(layers[:mixing]):
+            x, branch = layer(x, branch, prefix, rows[3 * i : 3 * i + 3])
         if positions is not None:
-            x = x[positions]
-        x = x[:, None]
-        if modulation is not None and len(modulation) > 1:
-            everything = torch.arange(token_ids.numel(), device=x.device)
-            rows = (everything if positions is None else positions) // token_ids.shape[1]
-            modulation = modulation[rows]
-        for i, layer in enumerate(layers[self.num_mixing_layers :], self.num_mixing_layers):
-            x = layer(x, prefix, None if modulation is None else modulation[:, i])
-        logits = linear(rms_norm(x[:, 0], self.norm_f, self.eps).to(self.dtype), self.head)
+            # After the last layer that mixes tokens, only those whose logits are wanted are computed.
+            x = x.flatten(0, 1)[positions, None]
+            branch = None if branch is None else branch.flatten(0, 1)[positions, None]
+            if modulation is not None and len(modulation) > 1:
+                first = max(3 * mixing - 1, 0)
+                rows[first + 1 :] = modulation[:, first:][positions // token_ids.shape[1]].unbind(1)
+        for i, layer in enumerate(layers[mixing:], mixing):
+            x, branch = layer(x, branch, prefix, rows[3 * i : 3 * i + 3])
+        _, h = read_stream(rms_norm, x, branch, rows[-1], self.norm_f, self.eps, x.dtype)
+        logits = linear(h.flatten(0, 1).to(self.dtype), self.head)
         return logits.to(accumulation_dtype(self.dtype)) if wide_logits else logits
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:

@@ -8,14 +8,14 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import next_power_of_2, settings
 
 OP = "time_modulation"
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
-# Values of `norm_kernel`'s argument ORDER.
-NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE = "norm", "modulate, norm", "norm, modulate"
+# Values of `norm_kernel`'s argument ORDER: names of the ops.
+NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE = "rms_norm", "modulate_then_norm", "norm_then_modulate"
 
 # PyTorch rounds a product and a sum each; fused, they would be rounded once.
 LAUNCH = {"enable_fp_fusion": False}
@@ -42,59 +42,49 @@ def unit_rms(x, eps, WIDTH: tl.constexpr):
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x,  # [num_rows, HIDDEN], num_rows = num_reqs * num_tokens
-    shift,  # [num_reqs, HIDDEN]; None without modulation, as are all that belong to it
+    branch,  # [num_rows, HIDDEN], added to x before the norm; None adds nothing
+    gate,  # [num_reqs, HIDDEN], factor of the branch; None for 1
+    total,  # [num_rows, HIDDEN], contiguous: x + gate * branch; None without a branch
+    shift,  # [num_reqs, HIDDEN]; None without modulation, as is the next
     scale_plus_one,  # [num_reqs, HIDDEN]
     weight,  # [HIDDEN]
     out,  # [num_rows, HIDDEN], contiguous
     num_tokens,
     x_stride,
-    shift_stride,  # 0 where one row serves all requests
+    branch_stride,
+    gate_stride,  # 0 where one row serves all requests, as the next two
+    shift_stride,
     scale_stride,
     eps,
     ORDER: tl.constexpr,
+    PRODUCT_DTYPE: tl.constexpr,  # of gate * branch
     NORM_DTYPE: tl.constexpr,  # of what enters the norm and leaves it
     MODULATED_DTYPE: tl.constexpr,  # of the modulation's product and sum
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
+    # Divided as int32: a division of int64 numbers is a long subroutine.
+    request = (tl.program_id(0) // num_tokens).to(tl.int64)
     channel = tl.arange(0, BLOCK)
     # All loads come before the sum over the row, at which all threads wait.
     y = load_wide(x + row * x_stride, channel, HIDDEN)
+    if branch is not None:
+        added = load_wide(branch + row * branch_stride, channel, HIDDEN)
+        if gate is not None:
+            added = rounded(load_wide(gate + request * gate_stride, channel, HIDDEN) * added, PRODUCT_DTYPE)
+        y = rounded(y + added, total.dtype.element_ty)
+        tl.store(total + row * HIDDEN + channel, y, mask=channel < HIDDEN)
     w = load_wide(weight, channel, HIDDEN)
-    if ORDER != "norm":
-        # Divided as int32: a division of int64 numbers is a long subroutine.
-        request = (tl.program_id(0) // num_tokens).to(tl.int64)
-        added = load_wide(shift + request * shift_stride, channel, HIDDEN)
+    if ORDER != "rms_norm":
+        moved = load_wide(shift + request * shift_stride, channel, HIDDEN)
         factor = load_wide(scale_plus_one + request * scale_stride, channel, HIDDEN)
-    if ORDER == "modulate, norm":
-        y = rounded(rounded(y * factor, MODULATED_DTYPE) + added, MODULATED_DTYPE)
+    if ORDER == "modulate_then_norm":
+        y = rounded(rounded(y * factor, MODULATED_DTYPE) + moved, MODULATED_DTYPE)
     y = unit_rms(rounded(y, NORM_DTYPE), eps, HIDDEN) * w
-    if ORDER == "norm, modulate":
-        y = rounded(rounded(y, NORM_DTYPE) * factor, MODULATED_DTYPE) + added
+    if ORDER == "norm_then_modulate":
+        y = rounded(rounded(y, NORM_DTYPE) * factor, MODULATED_DTYPE) + moved
     tl.store(out + row * HIDDEN + channel, y, mask=channel < HIDDEN)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def gated_residual_kernel(
-    residual,  # [num_rows, HIDDEN], num_rows = num_reqs * num_tokens
-    x,  # [num_rows, HIDDEN]
-    gate,  # [num_reqs, HIDDEN]
-    out,  # [num_rows, HIDDEN], contiguous
-    num_tokens,
-    residual_stride,
-    x_stride,
-    gate_stride,  # 0 where one row serves all requests
-    PRODUCT_DTYPE: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64)
-    request = (tl.program_id(0) // num_tokens).to(tl.int64)
-    channel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    product = load_wide(gate + request * gate_stride, channel, HIDDEN) * load_wide(x + row * x_stride, channel, HIDDEN)
-    total = load_wide(residual + row * residual_stride, channel, HIDDEN) + rounded(product, PRODUCT_DTYPE)
-    tl.store(out + row * HIDDEN + channel, total, mask=channel < HIDDEN)
 
 
 @triton.jit
@@ -120,98 +110,107 @@ def gated_group_norm_kernel(
     tl.store(out + (row * tl.num_programs(1) + group) * WIDTH + channel, y, mask=channel < WIDTH)
 
 
-def as_rows(x: Tensor) -> Tensor:
-    """Views [..., width] as [num_rows, width], channels contiguous; copies only where strides allow no such view."""
+def as_rows(x: Tensor) -> tuple[Tensor, int]:
+    """Rows of [..., width], channels contiguous, and the stride from one to the next.
+
+    Copies only where strides allow no such view.
+    """
+    if x.is_contiguous():
+        return x, x.shape[-1]
     rows = x.reshape(-1, x.shape[-1])
-    return rows if rows.stride(-1) == 1 else rows.contiguous()
+    rows = rows if rows.stride(-1) == 1 else rows.contiguous()
+    return rows, rows.stride(0)
 
 
-def request_rows(modulation: Tensor) -> tuple[Tensor, int]:
+def request_rows(modulation: Tensor | None) -> tuple[Tensor | None, int]:
     """Rows [num_reqs or 1, hidden], channels contiguous, and the stride from one request's row to the next."""
-    rows = as_rows(modulation)
-    return rows, rows.stride(0) if len(rows) > 1 else 0
+    if modulation is None:
+        return None, 0
+    rows, stride = as_rows(modulation)
+    return rows, stride if rows.shape[0] > 1 else 0
+
+
+def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of the shape of `x`."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 @on_its_device
 def launch_norm(
     x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
     shift: Tensor | None,
     scale_plus_one: Tensor | None,
     weight: Tensor,
     eps: float,
     dtype: torch.dtype,
     order: str,
-) -> Tensor:
-    """Launches the norm of op.py that `order` names; the plain norm takes the dtype of `x` and no modulation."""
-    rows, modulated_dtype, shift_stride, scale_stride = as_rows(x), dtype, 0, 0
-    if shift is not None and scale_plus_one is not None:
-        modulated_dtype = torch.promote_types(x.dtype if order == MODULATE_THEN_NORM else dtype, shift.dtype)
-        (shift, shift_stride), (scale_plus_one, scale_stride) = request_rows(shift), request_rows(scale_plus_one)
-    out = torch.empty(x.shape, dtype=modulated_dtype if order == NORM_THEN_MODULATE else dtype, device=x.device)
-    norm_kernel[(len(rows),)](
+) -> tuple[Tensor, Tensor]:
+    """Launches the norm of op.py that `order` names, of `x + gate * branch` where there is a branch.
+
+    Returns:
+        The sum, or `x` itself without a branch, and its norm.
+    """
+    rows, x_stride = as_rows(x)
+    total, branch_rows, branch_stride, product_dtype = None, None, 0, dtype
+    if branch is not None:
+        branch_rows, branch_stride = as_rows(branch)
+        product_dtype = branch.dtype if gate is None else torch.promote_types(gate.dtype, branch.dtype)
+        total = empty_rows(x, torch.promote_types(x.dtype, product_dtype))
+    modulated_dtype, stream_dtype = dtype, x.dtype if total is None else total.dtype
+    if shift is not None:
+        modulated_dtype = torch.promote_types(stream_dtype if order == MODULATE_THEN_NORM else dtype, shift.dtype)
+    out = empty_rows(x, modulated_dtype if order == NORM_THEN_MODULATE else dtype)
+    (gate, gate_stride), (shift, shift_stride) = request_rows(gate), request_rows(shift)
+    scale_plus_one, scale_stride = request_rows(scale_plus_one)
+    hidden = x.shape[-1]
+    norm_kernel[(x.numel() // hidden,)](
         rows,
+        branch_rows,
+        gate,
+        total,
         shift,
         scale_plus_one,
         weight.contiguous(),
         out,
-        1 if order == NORM else x.shape[1],
-        rows.stride(0),
+        x.shape[1] if x.dim() == 3 else 1,
+        x_stride,
+        branch_stride,
+        gate_stride,
         shift_stride,
         scale_stride,
         eps,
         ORDER=order,
+        PRODUCT_DTYPE=TRITON_DTYPES[product_dtype],
         NORM_DTYPE=TRITON_DTYPES[dtype],
         MODULATED_DTYPE=TRITON_DTYPES[modulated_dtype],
-        HIDDEN=rows.shape[1],
-        BLOCK=triton.next_power_of_2(rows.shape[1]),
+        HIDDEN=hidden,
+        BLOCK=next_power_of_2(hidden),
         **settings(OP, "norm"),
         **LAUNCH,
     )
-    return out
-
-
-@on_its_device
-def launch_gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """Launches `gated_residual` of op.py."""
-    residual_rows, x_rows, (gate_rows, gate_stride) = as_rows(residual), as_rows(x), request_rows(gate)
-    product_dtype = torch.promote_types(gate.dtype, x.dtype)
-    out = torch.empty(x.shape, dtype=torch.promote_types(residual.dtype, product_dtype), device=x.device)
-    num_rows, hidden = x_rows.shape
-    chosen = settings(OP, "gated_residual")
-    gated_residual_kernel[(num_rows, triton.cdiv(hidden, chosen["BLOCK"]))](
-        residual_rows,
-        x_rows,
-        gate_rows,
-        out,
-        x.shape[1],
-        residual_rows.stride(0),
-        x_rows.stride(0),
-        gate_stride,
-        PRODUCT_DTYPE=TRITON_DTYPES[product_dtype],
-        HIDDEN=hidden,
-        **chosen,
-        **LAUNCH,
-    )
-    return out
+    return x if total is None else total, out
 
 
 @on_its_device
 def launch_gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
     """Launches `gated_group_norm` of op.py."""
-    scanned_rows, gate_rows = as_rows(scanned), as_rows(gate)
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    width = gate.shape[-1] // num_groups
-    gated_group_norm_kernel[(len(gate_rows), num_groups)](
+    (scanned_rows, scanned_stride), (gate_rows, gate_stride) = as_rows(scanned), as_rows(gate)
+    out = empty_rows(gate, gate.dtype)
+    channels = gate.shape[-1]
+    width = channels // num_groups
+    gated_group_norm_kernel[(gate.numel() // channels, num_groups)](
         scanned_rows,
         gate_rows,
         weight.contiguous(),
         out,
-        scanned_rows.stride(0),
-        gate_rows.stride(0),
+        scanned_stride,
+        gate_stride,
         eps,
         DTYPE=TRITON_DTYPES[gate.dtype],
         WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         **settings(OP, "gated_group_norm"),
         **LAUNCH,
     )

@@ -1,5 +1,8 @@
 """Norm, modulation and gates. Inside a norm everything is float32 (float64 for float64 inputs), as published."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,17 +10,18 @@ from torch import Tensor
 from twotower_kernels.backend import use_triton
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide, in the dtype of `x`.
+def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """`x / sqrt(mean(x^2) + eps) * weight` over the last axis, computed wide.
 
     Args:
         x: [..., hidden], any strides; the kernel copies it where its rows have no common stride or its channels are not
             contiguous. This holds for every activation below.
         weight: [hidden].
         eps: added to the mean square.
+        dtype: of what enters the norm and leaves it.
 
     Returns:
-        [..., hidden].
+        [..., hidden] in `dtype`.
 
     Raises:
         ValueError: shapes do not fit.
@@ -26,8 +30,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     if _in_triton(x, weight):
         from twotower_kernels.time_modulation.kernel import NORM, launch_norm
 
-        return launch_norm(x, None, None, weight, eps, x.dtype, NORM)
-    return _rms_norm(x, weight, eps)
+        return launch_norm(x, None, None, None, None, weight, eps, dtype, NORM)[1]
+    return _rms_norm(x.to(dtype), weight, eps)
 
 
 def modulate_then_norm(
@@ -53,7 +57,7 @@ def modulate_then_norm(
     if _in_triton(x, shift, scale_plus_one, weight):
         from twotower_kernels.time_modulation.kernel import MODULATE_THEN_NORM, launch_norm
 
-        return launch_norm(x, shift, scale_plus_one, weight, eps, dtype, MODULATE_THEN_NORM)
+        return launch_norm(x, None, None, shift, scale_plus_one, weight, eps, dtype, MODULATE_THEN_NORM)[1]
     return _rms_norm(_modulate(x, shift, scale_plus_one).to(dtype), weight, eps)
 
 
@@ -70,31 +74,44 @@ def norm_then_modulate(
     if _in_triton(x, shift, scale_plus_one, weight):
         from twotower_kernels.time_modulation.kernel import NORM_THEN_MODULATE, launch_norm
 
-        return launch_norm(x, shift, scale_plus_one, weight, eps, dtype, NORM_THEN_MODULATE)
+        return launch_norm(x, None, None, shift, scale_plus_one, weight, eps, dtype, NORM_THEN_MODULATE)[1]
     return _modulate(_rms_norm(x.to(dtype), weight, eps), shift, scale_plus_one)
 
 
-def gated_residual(residual: Tensor, x: Tensor, gate: Tensor) -> Tensor:
-    """`residual + gate * x` with one gate row per request; the gate has no `1 +`.
+def add_then_norm(
+    norm: Callable[..., Tensor], residual: Tensor, branch: Tensor, gate: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    """The residual stream after a layer, and the next layer's input, in one launch.
 
     Args:
-        residual, x: [num_reqs, num_tokens, hidden].
-        gate: [num_reqs, hidden], or [1, hidden] for all alike.
+        norm: `rms_norm`, `modulate_then_norm` or `norm_then_modulate`.
+        residual: [num_reqs, num_tokens, hidden], the stream before the layer.
+        branch: [num_reqs, num_tokens, hidden], the layer's output.
+        gate: [num_reqs, hidden], or [1, hidden] for all alike, a factor of the branch without `1 +`; None for 1.
+        arguments: of `norm`, after the first.
 
     Returns:
-        [num_reqs, num_tokens, hidden] in the widest dtype of the three.
+        `residual + gate * branch`, [num_reqs, num_tokens, hidden] in the widest dtype of the three.
+        `norm` of it.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes or dtypes do not fit.
     """
-    if residual.shape != x.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)} and x {tuple(x.shape)}; give them one shape")
-    _check_request_rows(x, gate, "gate")
-    if _in_triton(x, residual, gate):
-        from twotower_kernels.time_modulation.kernel import launch_gated_residual
+    if residual.shape != branch.shape:
+        raise ValueError(f"residual is {tuple(residual.shape)} and branch {tuple(branch.shape)}; give them one shape")
+    if gate is not None:
+        _check_request_rows(branch, gate, "gate")
+    *modulation, weight, eps, dtype = arguments
+    if _in_triton(residual, branch, gate, *modulation, weight):
+        from twotower_kernels.time_modulation.kernel import launch_norm
 
-        return launch_gated_residual(residual, x, gate)
-    return residual + gate[:, None] * x
+        _check_weight(residual, weight)
+        if modulation:
+            _check_modulation(residual, *modulation)
+        shift, scale_plus_one = modulation or (None, None)
+        return launch_norm(residual, branch, gate, shift, scale_plus_one, weight, eps, dtype, norm.__name__)
+    total = residual + (branch if gate is None else gate[:, None] * branch)
+    return total, norm(total, *arguments)
 
 
 def gated_group_norm(scanned: Tensor, gate: Tensor, weight: Tensor, num_groups: int, eps: float) -> Tensor:
@@ -148,7 +165,7 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _in_triton(x: Tensor, *others: Tensor) -> bool:
+def _in_triton(x: Tensor, *others: Tensor | None) -> bool:
     # The kernels sum in float32.
     return use_triton(x, *others) and x.dtype != torch.float64
 

@@ -15,16 +15,12 @@ from twotower_kernels.time_modulation.kernel import (
     NORM_THEN_MODULATE,
     OP,
     gated_group_norm_kernel,
-    gated_residual_kernel,
     norm_kernel,
 )
 from twotower_kernels.tuning import Settings, settings
 
 CANDIDATES: dict[str, list[Settings]] = {
     "norm": [{"num_warps": warps, "num_stages": 1} for warps in (4, 8, 16)],
-    "gated_residual": [
-        {"BLOCK": block, "num_warps": warps, "num_stages": 1} for block in (512, 1024, 2048) for warps in (2, 4, 8)
-    ],
     "gated_group_norm": [{"num_warps": warps, "num_stages": 1} for warps in (1, 2, 4)],
 }
 
@@ -35,41 +31,38 @@ HIDDEN_SIZE, GROUP_WIDTH = 2688, 512
 MODELS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
 
 
+# What the residual stream gets before its norm: nothing in a tower's first layer, a layer's output in the others, which
+# the denoiser gates.
+UNGATED, GATED = "add, ", "gate, add, "
+
+
 def variants() -> list[Variant]:
     """Each kernel for the models that are served."""
     orders = (NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE)
+    kinds = [("", order) for order in orders] + [(UNGATED, NORM)] + [(GATED, order) for order in orders]
     return [
-        *(_norm_variant(order, model, stream) for order in orders for model, stream in MODELS),
-        *(_gated_residual_variant(model, stream) for model, stream in MODELS),
+        *(_norm_variant(added, order, model, stream) for added, order in kinds for model, stream in MODELS),
         *(_gated_group_norm_variant(model) for model in ("bf16", "fp32")),
     ]
 
 
-def _norm_variant(order: str, model: str, stream: str) -> Variant:
+def _norm_variant(added: str, order: str, model: str, stream: str) -> Variant:
     normed = stream if order == NORM else model
     modulated = stream if order == MODULATE_THEN_NORM else normed
-    shift_and_scale = ("shift", "scale_plus_one")
+    modulation = {} if order == NORM else dict.fromkeys(("shift", "scale_plus_one"), f"*{model}")
+    branch = {"branch": f"*{model}", "total": f"*{stream}"} if added else {}
+    gate = {"gate": f"*{model}"} if added == GATED else {}
+    absent = {"branch", "gate", "total", "shift", "scale_plus_one"} - {*modulation, *branch, *gate}
     return _variant(
-        f"{order}: {model}, stream {stream}",
+        f"{added}{order}: {model}, stream {stream}",
         norm_kernel,
-        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"}
-        | ({} if order == NORM else dict.fromkeys(shift_and_scale, f"*{model}")),
-        ("x_stride", "shift_stride", "scale_stride"),
-        (dict.fromkeys(shift_and_scale) if order == NORM else {})
-        | {"ORDER": order, "NORM_DTYPE": tl.dtype(normed), "MODULATED_DTYPE": tl.dtype(modulated)}
-        | {"HIDDEN": HIDDEN_SIZE, "BLOCK": triton.next_power_of_2(HIDDEN_SIZE)},
+        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"} | modulation | branch | gate,
+        ("x_stride", "branch_stride", "gate_stride", "shift_stride", "scale_stride"),
+        dict.fromkeys(absent)
+        | {"ORDER": order, "PRODUCT_DTYPE": tl.dtype(model), "NORM_DTYPE": tl.dtype(normed)}
+        | {"MODULATED_DTYPE": tl.dtype(modulated), "HIDDEN": HIDDEN_SIZE}
+        | {"BLOCK": triton.next_power_of_2(HIDDEN_SIZE)},
         settings(OP, "norm"),
-    )
-
-
-def _gated_residual_variant(model: str, stream: str) -> Variant:
-    return _variant(
-        f"gated residual: {model}, stream {stream}",
-        gated_residual_kernel,
-        {"residual": f"*{stream}", "x": f"*{model}", "gate": f"*{model}", "out": f"*{stream}"},
-        ("residual_stride", "x_stride", "gate_stride"),
-        {"PRODUCT_DTYPE": tl.dtype(model), "HIDDEN": HIDDEN_SIZE},
-        settings(OP, "gated_residual"),
     )
 
 
