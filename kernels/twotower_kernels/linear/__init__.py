@@ -1,5 +1,5 @@
-"""Products of a few tokens with a weight matrix."""
+"""Products of a few tokens with a weight matrix, and the activation between two of them."""
 
-from twotower_kernels.linear.op import linear
+from twotower_kernels.linear.op import linear, squared_relu
 
-__all__ = ["linear"]
+__all__ = ["linear", "squared_relu"]

@@ -1,10 +1,12 @@
-"""`x @ weight.T`, in the order of operands that is fastest where it runs."""
+"""`x @ weight.T`, in the order of operands that is fastest where it runs, and squared ReLU."""
 
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from twotower_kernels.backend import use_triton
 
 # With more tokens than this the usual order of operands is faster again.
 MOST_TOKENS_ON_THE_RIGHT = 512
@@ -33,6 +35,22 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if tokens.shape[0] == 1:
         return torch.mv(weight, tokens[0]).view(*x.shape[:-1], weight.shape[0])
     return torch.mm(weight, tokens.t()).t().reshape(*x.shape[:-1], weight.shape[0])
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """`relu(x)^2`, number by number.
+
+    Args:
+        x: [..., features], any strides; the kernel copies what is not contiguous.
+
+    Returns:
+        [..., features] in the dtype of `x`.
+    """
+    if use_triton(x) and x.dtype != torch.float64:
+        from twotower_kernels.linear.kernel import launch_squared_relu
+
+        return launch_squared_relu(x)
+    return x.relu().square()
 
 
 @cache

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from twotower_kernels.experts import ExpertChoice, grouped_experts, route_tokens
-from twotower_kernels.linear import linear
+from twotower_kernels.linear import linear, squared_relu
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
 
@@ -21,7 +21,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        return linear(linear(x, self.up).relu().square(), self.down)
+        return linear(squared_relu(linear(x, self.up)), self.down)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""
