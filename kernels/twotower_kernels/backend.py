@@ -43,6 +43,8 @@ def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Conca
 
     @wraps(launch)
     def guarded(x: Tensor, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return launch(x, *args, **kwargs)
         with torch.cuda.device_of(x):
             return launch(x, *args, **kwargs)
 

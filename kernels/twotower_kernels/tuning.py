@@ -29,22 +29,25 @@ class Table(TypedDict):
     kernels: dict[str, Settings]
 
 
-_tried: dict[tuple[str, str], Settings] = {}
+_in_use: dict[tuple[str, str], Settings] = {}
 
 
 def settings(op: str, kernel: str) -> Settings:
     """Settings for a launch of `kernel` of the op in folder `op`."""
-    return _tried.get((op, kernel)) or read_table(op)["kernels"][kernel]
+    found = _in_use.get((op, kernel))
+    if found is None:
+        found = _in_use[op, kernel] = read_table(op)["kernels"][kernel]
+    return found
 
 
 @contextmanager
 def trying(op: str, kernel: str, candidate: Settings) -> Iterator[None]:
     """Lets launches take the candidate's settings inside the context: for the tuner and for tests."""
-    _tried[op, kernel] = candidate
+    _in_use[op, kernel] = candidate
     try:
         yield
     finally:
-        del _tried[op, kernel]
+        del _in_use[op, kernel]
 
 
 def table_path(op: str) -> Path:
@@ -59,6 +62,12 @@ def read_table(op: str) -> Table:
     return table
 
 
+# As Triton's own, which are part of its language and take 2 to 3 us a call.
+def cdiv(size: int, part: int) -> int:
+    """Number of parts that hold `size`, the last one perhaps not full."""
+    return -(-size // part)
+
+
 def next_power_of_2(size: int) -> int:
-    """Smallest power of 2 that is at least `size`; Triton's own takes 3 us a call, as part of a kernel's language."""
+    """Smallest power of 2 that is at least `size`."""
     return 1 << (size - 1).bit_length()

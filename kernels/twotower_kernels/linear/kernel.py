@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import cdiv, settings
 
 OP = "linear"
 
@@ -34,5 +34,5 @@ def launch_squared_relu(x: Tensor) -> Tensor:
     """Launches `squared_relu` of op.py."""
     x = x.contiguous()
     out, width, chosen = torch.empty_like(x), x.shape[-1], settings(OP, "squared_relu")
-    squared_relu_kernel[(x.numel() // width, -(-width // chosen["BLOCK"]))](x, out, WIDTH=width, **chosen)
+    squared_relu_kernel[(x.numel() // width, cdiv(width, chosen["BLOCK"]))](x, out, WIDTH=width, **chosen)
     return out

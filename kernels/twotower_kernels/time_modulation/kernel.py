@@ -126,8 +126,8 @@ def request_rows(modulation: Tensor | None) -> tuple[Tensor | None, int]:
     """Rows [num_reqs or 1, hidden], channels contiguous, and the stride from one request's row to the next."""
     if modulation is None:
         return None, 0
-    rows, stride = as_rows(modulation)
-    return rows, stride if rows.shape[0] > 1 else 0
+    rows = modulation if modulation.stride(1) == 1 else modulation.contiguous()
+    return rows, rows.stride(0) if rows.shape[0] > 1 else 0
 
 
 def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

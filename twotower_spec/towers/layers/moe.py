@@ -58,7 +58,7 @@ class MixtureOfExperts(nn.Module):
         if tokens.shape[0] == 0:
             return x
         expert_ids, expert_weights = self.route(tokens)
-        shared = self.shared(x).flatten(0, -2)
+        shared = self.shared(tokens)
         return grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared).view_as(x)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
