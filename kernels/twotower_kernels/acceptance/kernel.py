@@ -20,7 +20,7 @@ from twotower_kernels.noise.kernel import (
     token_offsets,
     uniform,
 )
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import next_power_of_2, settings
 
 _SAMPLE_DRAW = tl.constexpr(types.SAMPLE_DRAW)
 _ACCEPT_DRAW = tl.constexpr(types.ACCEPT_DRAW)
@@ -361,8 +361,8 @@ def launch_accept(
         width,
         num_splits,
         ONE_HOT=one_hot,
-        ROWS=max(LEAST_ROWS, triton.next_power_of_2(width)),
-        SPLITS=triton.next_power_of_2(-(-vocab_size // chunk)),
+        ROWS=max(LEAST_ROWS, next_power_of_2(width)),
+        SPLITS=next_power_of_2(-(-vocab_size // chunk)),
         **settings("acceptance", "settle_requests"),
         **LAUNCH,
     )

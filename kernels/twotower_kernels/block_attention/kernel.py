@@ -13,7 +13,7 @@ from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.block_attention.types import PagedBatch
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import cdiv, next_power_of_2, settings
 
 # Programs that fill a GPU twice over. A constant, so that results do not depend on the device.
 PROGRAMS_WANTED = 256
@@ -220,7 +220,7 @@ def launch_paged_attention(
         return out
     chosen = dict(settings("block_attention", attend_settings(query.dtype, max_query_len * group)))
     keys_per_part = chosen.pop("KEYS_PER_PART")
-    tiles = triton.cdiv(max_query_len * group, chosen["BLOCK_ROWS"])
+    tiles = cdiv(max_query_len * group, chosen["BLOCK_ROWS"])
     parts = parts_of_context(
         tiles * kv_heads * num_reqs, batch.block_table.shape[1] * key_cache.shape[1], keys_per_part
     )
@@ -228,7 +228,7 @@ def launch_paged_attention(
     if parts > 1:
         averages = query.new_empty((parts, *query.shape), dtype=torch.float32)
         log_totals = query.new_empty((parts, num_tokens, heads), dtype=torch.float32)
-    shape = {"HEAD_DIM": head_dim, "BLOCK_DIM": max(16, triton.next_power_of_2(head_dim))}
+    shape = {"HEAD_DIM": head_dim, "BLOCK_DIM": max(16, next_power_of_2(head_dim))}
     attend_kernel[(tiles, kv_heads, num_reqs * parts)](
         query,
         key,
@@ -260,7 +260,7 @@ def launch_paged_attention(
     )
     if parts > 1:
         num_rows, combining = num_tokens * heads, settings("block_attention", "combine")
-        combine_kernel[(triton.cdiv(num_rows, combining["BLOCK_ROWS"]),)](
+        combine_kernel[(cdiv(num_rows, combining["BLOCK_ROWS"]),)](
             averages, log_totals, out, num_rows, parts, **shape, **combining, **LAUNCH
         )
     return out

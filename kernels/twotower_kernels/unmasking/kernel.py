@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.noise.kernel import GROUP, LAUNCH, race, row_keys, token_offsets
-from twotower_kernels.tuning import Settings, settings
+from twotower_kernels.tuning import Settings, cdiv, next_power_of_2, settings
 from twotower_kernels.unmasking.types import PickNoise, Unmasked
 
 _INT_MAX = tl.constexpr(2**31 - 1)
@@ -324,10 +324,10 @@ def _launch(
     num_token_ids = vocab_size if num_token_ids is None else min(num_token_ids, vocab_size)
     chosen = settings("unmasking", "pick_tokens" if masked is None else "unmask")
     width = width_of(chosen, logits.element_size())
-    num_chunks = triton.cdiv(num_token_ids, width * GROUP.value)
-    wanted = min(num_chunks, triton.cdiv(chosen["TARGET_PROGRAMS"], max(num_rows, 1)))
-    chunks_per_split = triton.cdiv(num_chunks, wanted)
-    num_splits = triton.cdiv(num_chunks, chunks_per_split)
+    num_chunks = cdiv(num_token_ids, width * GROUP.value)
+    wanted = min(num_chunks, cdiv(chosen["TARGET_PROGRAMS"], max(num_rows, 1)))
+    chunks_per_split = cdiv(num_chunks, wanted)
+    num_splits = cdiv(num_chunks, chunks_per_split)
     given_picks = None
     if noise is not None and noise.scores is not None:
         at = torch.arange(num_rows, device=device) if positions is None else positions
@@ -362,9 +362,9 @@ def _launch(
         block_size,
         num_splits,
         chunks_per_split,
-        POSITIONS=triton.next_power_of_2(block_size),
+        POSITIONS=next_power_of_2(block_size),
         # Room for the most splits there can be, so that one kernel serves any number of rows.
-        SPLITS=triton.next_power_of_2(num_chunks),
+        SPLITS=next_power_of_2(num_chunks),
         WIDTH=width,
         num_warps=chosen["num_warps"],
         maxnreg=chosen["maxnreg"],
@@ -394,7 +394,7 @@ class _Counters:
         """Counters of a stream's eager launches."""
         if stream not in self._of_stream or len(self._of_stream[stream]) < num_reqs:
             # Cleared on the stream itself, before its first launch.
-            self._of_stream[stream] = self._free.new_zeros(triton.next_power_of_2(num_reqs))
+            self._of_stream[stream] = self._free.new_zeros(next_power_of_2(num_reqs))
         return self._of_stream[stream]
 
     def of_graph(self, num_reqs: int) -> Tensor:
