@@ -7,6 +7,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from twotower_bench.towers.capture import captured
+
 COPIED_BYTES = 1 << 30
 
 
@@ -53,16 +55,7 @@ class CudaClock(NamedTuple):
         return Timing(*do_bench(call, warmup=self.warmup_ms, rep=self.measured_ms, quantiles=[0.5, 0.2, 0.8]))
 
     def capture(self, call: Callable[[], object]) -> Callable[[], object]:
-        # The first call on a stream sets up workspaces, which must not happen inside the graph.
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            call()
-        return graph.replay
+        return captured(call)
 
     def extra_bytes(self, call: Callable[[], object]) -> int:
         torch.cuda.synchronize()

@@ -45,6 +45,7 @@ WORK = (
     "twotower_bench.cli.serve.Endpoint.of_running_server",
     "twotower_bench.cli.standalone.complete",
     "twotower_bench.cli.sweep.complete",
+    "twotower_bench.cli.towers.measure_all",
 )
 
 
