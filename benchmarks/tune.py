@@ -25,7 +25,7 @@ import torch
 import typer
 
 from benchmarks.clock import Clock, CudaClock
-from benchmarks.harness import OURS, Systems, benchmark_modules, cases_of
+from benchmarks.harness import OURS, Systems, benchmark_modules, cases_of, in_order
 from benchmarks.isolation import CallFailed, Isolated
 from benchmarks.kernel_times import gpu_machine_info
 from twotower_kernels.compilation import OPS, Variant, compile_variant
@@ -261,22 +261,20 @@ def rank(op: str, replace: bool) -> None:
 
 
 def tune(op: str, module: str, tuner: Tuner) -> None:
-    """Writes an op's table from measurements; kernels that cannot be measured keep their settings."""
-    before, kernels, shapes = present_table(op)["kernels"], {}, {}
-    for kernel, candidates in candidates_of(op).items():
-        present = before.get(kernel)
-        found = tuner.best(op, kernel, module, present)
-        if found:
-            kernels[kernel], shapes[kernel] = found
-        else:
-            kernels[kernel] = present if present in candidates else ranked(op, kernel)
-    info = gpu_machine_info()
+    """Writes an op's table anew with every kernel that was measured; others keep their settings."""
+    before, shapes, info = present_table(op)["kernels"], dict[str, int](), gpu_machine_info()
+    kernels = {
+        kernel: before[kernel] if before.get(kernel) in candidates else ranked(op, kernel)
+        for kernel, candidates in candidates_of(op).items()
+    }
     named = ("driver", "torch", "triton", "commit")
     hardware = ", ".join([str(info["gpu"]), *(f"{name} {info[name]}" for name in named if info[name])])
-    covered = ", ".join(f"{kernel} ({count} shapes)" for kernel, count in shapes.items())
-    if shapes:
-        write_table(op, f"{MEASURED} on {hardware}: {covered}", kernels)
-    print(f"{op}: {kernels}, measured: {covered or 'nothing'}", flush=True)
+    for kernel in kernels:
+        if found := tuner.best(op, kernel, module, before.get(kernel)):
+            kernels[kernel], shapes[kernel] = found
+            covered = ", ".join(f"{kernel} ({count} shapes)" for kernel, count in shapes.items())
+            write_table(op, f"{MEASURED} on {hardware}: {covered}", kernels)
+    print(f"{op}: {kernels}, measured: {', '.join(shapes) or 'nothing'}", flush=True)
 
 
 def main(
@@ -298,7 +296,7 @@ def main(
         cuda, timing = torch.cuda.is_available(), processes.enter_context(Isolated())
         checking = [processes.enter_context(Isolated()) for _ in range(min(CHECKERS, os.cpu_count() or 1))]
         tuner = Tuner("cuda", CudaClock(5, 30), timing, checking, end)
-        for name in op or OPS:
+        for name in op or in_order(OPS):
             if cuda and name in modules:
                 tune(name, modules[name], tuner)
             else:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import tune
+from benchmarks.harness import benchmark_modules, in_order
 from benchmarks.isolation import Isolated
 from tests.benchmarks.toy import FakeClock
 from twotower_kernels.compilation import OPS, Resources
@@ -44,6 +45,11 @@ def test_fastest_candidate_that_agrees_is_chosen(table: Path, isolated: Isolated
     # A block of 4 is faster still, but its results are wrong.
     assert written["kernels"] == {"toy_kernel": BLOCKS[1], "uncovered": BLOCKS[1]}
     assert written["chosen_by"].startswith("measured on ") and written["chosen_by"].endswith(": toy_kernel (1 shapes)")
+
+
+def test_experts_come_first_and_no_op_is_left_out() -> None:
+    assert in_order(OPS)[0] == next(iter(benchmark_modules())) == "experts"
+    assert in_order([*OPS, "an_op_to_come"])[-1] == "an_op_to_come" and set(in_order(OPS)) == set(OPS)
 
 
 def test_table_stays_when_the_time_is_up(table: Path, isolated: Isolated) -> None:
