@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +27,7 @@ from benchmarks.clock import Clock, CudaClock, Timing, copy_gb_per_s
 from benchmarks.harness import OURS, benchmark_modules, cases_of
 from benchmarks.isolation import CallFailed, Isolated, in_one_line
 from benchmarks.readme import README, markdown_table, write_section
+from twotower_bench.gpu.machine import driver_version
 from twotower_spec.machine import machine_info
 
 SECTION = "measured"
@@ -125,13 +124,8 @@ def measure_all(
 @cache
 def gpu_machine_info() -> dict[str, str | int | None]:
     """Extends `machine_info` by the driver and the versions of Triton and of the rivals."""
-    driver = None
-    if shutil.which("nvidia-smi"):
-        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
-        driver = done.stdout.strip().partition("\n")[0] or None
     versions = {name: _version(name) for name in ("triton", "vllm", "flashinfer-python", "mamba-ssm")}
-    info = machine_info() | {"driver": driver, "cuda": torch.version.cuda, **versions}
+    info = machine_info() | {"driver": driver_version(), "cuda": torch.version.cuda, **versions}
     # A copy of the tree without git, as on a lent machine, is told its commit.
     return info | {"commit": info["commit"] or os.environ.get("COMMIT")}
 

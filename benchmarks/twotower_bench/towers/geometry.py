@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import accumulate
 
 import torch
 
@@ -28,6 +29,8 @@ SMALL_SIZE = PUBLISHED_SIZE.replace(
     intermediate_size=192,
     torch_dtype=None,
 )
+# For the states of some dozens of requests, what passes need in between, and a tensor in float32 while it is drawn.
+SPARE_BYTES = 10 * 10**9
 GEOMETRIES = {"published": PUBLISHED_SIZE, "small": SMALL_SIZE}
 
 
@@ -40,6 +43,22 @@ def first_layers(config: TwoTowerConfig, num_layers: int) -> TwoTowerConfig:
     check_integer("--layers", num_layers, minimum=1, maximum=config.num_hidden_layers)
     pattern = config.hybrid_override_pattern[:num_layers]
     return config.replace(num_hidden_layers=num_layers, hybrid_override_pattern=pattern)
+
+
+def layers_that_fit(config: TwoTowerConfig, dtype: torch.dtype, free_bytes: int) -> int:
+    """Counts the layers of a geometry with which both towers leave `SPARE_BYTES` of some free memory; one at least."""
+    towers = towers_without_memory(config, dtype)
+    of_layers = [
+        sum(
+            parameter.nbytes
+            for tower in (towers.context, towers.denoiser)
+            for parameter in tower.layers[i].parameters()
+        )
+        for i in range(config.num_hidden_layers)
+    ]
+    everything = sum(parameter.nbytes for parameter in towers.parameters())
+    room = free_bytes - SPARE_BYTES - (everything - sum(of_layers))
+    return max(1, sum(used <= room for used in accumulate(of_layers)))
 
 
 def made_in_place(config: TwoTowerConfig, dtype: torch.dtype, device: torch.device, seed: int = 0) -> TwoTowerModel:
