@@ -21,10 +21,7 @@ def to_device(
         device: where the tensor is wanted.
         dtype: of the tensor; None for that of the values.
     """
-    host = torch.as_tensor(values, dtype=dtype)
-    if device.type == "cuda":
-        host = host.pin_memory()
-    return host.to(device, non_blocking=True)
+    return moved(torch.as_tensor(values, dtype=dtype), device)
 
 
 def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
@@ -32,6 +29,8 @@ def moved(x: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> 
 
     PyTorch copies from CUDA into pinned memory, and returns before the values are there, where it is told not to wait.
     """
+    if device.type == "cuda" and not x.is_cuda:
+        x = x.pin_memory()
     return x.to(device, dtype, non_blocking=device.type == "cuda")
 
 

@@ -1,0 +1,111 @@
+"""Everything that runs on devices, called by name on a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from tests.drafting.rounds import draft_rows
+from tests.support.builders import tiny_config
+from twotower_spec import TwoTowerModel
+from twotower_spec.drafting import (
+    AdaptivePolicy,
+    AsyncRequest,
+    AsyncSession,
+    DraftingSession,
+    DraftPolicy,
+    FixedPolicy,
+    ThresholdPolicy,
+)
+from twotower_spec.generation.sampling import Sampler
+from twotower_spec.state.window import TokenTable
+
+PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7], [11] * 20]
+
+
+def placed(context_device: str = "cpu", denoiser_device: str = "cpu", pattern: str = "M*EM") -> TwoTowerModel:
+    """The same small model on any devices."""
+    config = tiny_config(hybrid_override_pattern=pattern)
+    return TwoTowerModel.from_config(
+        config, dtype="float32", context_device=context_device, denoiser_device=denoiser_device
+    )
+
+
+def drafts(model: TwoTowerModel, policy: DraftPolicy, **options: Any) -> list[list[int]]:
+    """Drafts of a session that goes on after a first round."""
+    session = DraftingSession(model, policy, num_slots=3, num_tokens=256, **options)
+    first = draft_rows(session, {"a": PROMPTS[0], "b": PROMPTS[1]})
+    rows = {"a": PROMPTS[0] + first.row(0)[:2], "b": PROMPTS[1] + first.row(1)[:1] + [4], "c": PROMPTS[2]}
+    block = draft_rows(session, rows)
+    return [block.row(row) for row in range(3)]
+
+
+class AheadOfHost:
+    """An `AsyncSession`, its token table, and what it drafts round by round."""
+
+    def __init__(self, model: TwoTowerModel, policy: DraftPolicy, prompts: Sequence[list[int]] = PROMPTS[:2]) -> None:
+        self.session = AsyncSession(model, policy, num_slots=3, num_tokens=256, most_per_step=6)
+        self.device = model.context.device
+        self.tokens = [list(prompt) for prompt in prompts]
+        self.known = [list(prompt) for prompt in prompts]
+        self.table = TokenTable(
+            torch.zeros(len(prompts), 128, dtype=torch.int32, device=self.device),
+            torch.zeros(len(prompts), dtype=torch.int32, device=self.device),
+        )
+        self.commit([[4]] * len(prompts))
+
+    def commit(self, new: Sequence[list[int]]) -> None:
+        """Gives the requests tokens of which the host does not know."""
+        for row, tokens in enumerate(new):
+            self.tokens[row] += tokens
+            self.table.token_ids[row, : len(self.tokens[row])] = torch.tensor(self.tokens[row], dtype=torch.int32)
+            self.table.lengths[row] = len(self.tokens[row])
+
+    def requests(self) -> list[AsyncRequest]:
+        return [
+            AsyncRequest(row, row, known, len(all_tokens) + 6)
+            for row, (known, all_tokens) in enumerate(zip(self.known, self.tokens, strict=True))
+        ]
+
+    def round(self, requests: Sequence[AsyncRequest]) -> list[list[int]]:
+        """One round, settled."""
+        done = self.session.draft_ahead(requests, self.table)
+        lengths = [len(tokens) for tokens in self.tokens]
+        self.known = [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+        block = self.session.settle(done, dict(enumerate(self.known))).block
+        return [block.row(row) for row in range(len(self.tokens))]
+
+
+def ahead(model: TwoTowerModel, policy: DraftPolicy) -> list[list[list[int]]]:
+    """Three rounds ahead of the host."""
+    serving, found = AheadOfHost(model, policy), []
+    for _ in range(3):
+        found.append(serving.round(serving.requests()))
+        serving.commit([[7, 8, 9], [9]])
+    return found
+
+
+PATHS: dict[str, Callable[[TwoTowerModel], Any]] = {
+    "ar": lambda model: model.generate_ar(PROMPTS, max_new_tokens=3).token_ids,
+    "ar, sampled": lambda model: model.generate_ar(
+        PROMPTS, max_new_tokens=3, temperature=0.8, top_p=0.9, seed=1
+    ).token_ids,
+    "mock_ar": lambda model: model.generate_mock_ar(PROMPTS[:1], max_new_tokens=2).token_ids,
+    "mask_diffusion": lambda model: model.generate_mask_diffusion(
+        PROMPTS, max_new_tokens=8, block_size=4, steps_per_block=3
+    ).token_ids,
+    "mask_diffusion, sampled": lambda model: model.generate_mask_diffusion(
+        PROMPTS[:2], max_new_tokens=4, block_size=4, steps_per_block=4, temperature=0.7, top_k=5, seed=3
+    ).token_ids,
+    "self_speculative": lambda model: model.generate_self_speculative(
+        PROMPTS[:2], max_new_tokens=6, block_size=4, seed=1
+    ).token_ids,
+    "drafts": lambda model: drafts(model, FixedPolicy(8, 1)),
+    "drafts, sampled": lambda model: drafts(model, FixedPolicy(8, 1), sampler=Sampler(0.8)),
+    "drafts, several steps": lambda model: drafts(model, ThresholdPolicy(8, 3, 0.05)),
+    "drafts, adaptive": lambda model: drafts(model, AdaptivePolicy([8], most_steps=1, may_skip=False)),
+    "drafts ahead": lambda model: ahead(model, FixedPolicy(8, 1, num_tokens=5)),
+    "drafts ahead, several steps": lambda model: ahead(model, ThresholdPolicy(4, 3, 0.05)),
+}
