@@ -89,19 +89,21 @@ def ahead(model: TwoTowerModel, policy: DraftPolicy) -> list[list[list[int]]]:
 
 PATHS: dict[str, Callable[[TwoTowerModel], Any]] = {
     "ar": lambda model: model.generate_ar(PROMPTS, max_new_tokens=3).token_ids,
-    "ar, sampled": lambda model: model.generate_ar(
-        PROMPTS, max_new_tokens=3, temperature=0.8, top_p=0.9, seed=1
-    ).token_ids,
+    "ar, sampled": lambda model: (
+        model.generate_ar(PROMPTS, max_new_tokens=3, temperature=0.8, top_p=0.9, seed=1).token_ids
+    ),
     "mock_ar": lambda model: model.generate_mock_ar(PROMPTS[:1], max_new_tokens=2).token_ids,
-    "mask_diffusion": lambda model: model.generate_mask_diffusion(
-        PROMPTS, max_new_tokens=8, block_size=4, steps_per_block=3
-    ).token_ids,
-    "mask_diffusion, sampled": lambda model: model.generate_mask_diffusion(
-        PROMPTS[:2], max_new_tokens=4, block_size=4, steps_per_block=4, temperature=0.7, top_k=5, seed=3
-    ).token_ids,
-    "self_speculative": lambda model: model.generate_self_speculative(
-        PROMPTS[:2], max_new_tokens=6, block_size=4, seed=1
-    ).token_ids,
+    "mask_diffusion": lambda model: (
+        model.generate_mask_diffusion(PROMPTS, max_new_tokens=8, block_size=4, steps_per_block=3).token_ids
+    ),
+    "mask_diffusion, sampled": lambda model: (
+        model.generate_mask_diffusion(
+            PROMPTS[:2], max_new_tokens=4, block_size=4, steps_per_block=4, temperature=0.7, top_k=5, seed=3
+        ).token_ids
+    ),
+    "self_speculative": lambda model: (
+        model.generate_self_speculative(PROMPTS[:2], max_new_tokens=6, block_size=4, seed=1).token_ids
+    ),
     "drafts": lambda model: drafts(model, FixedPolicy(8, 1)),
     "drafts, sampled": lambda model: drafts(model, FixedPolicy(8, 1), sampler=Sampler(0.8)),
     "drafts, several steps": lambda model: drafts(model, ThresholdPolicy(8, 3, 0.05)),

@@ -37,6 +37,9 @@ class UnseenRule:
     def commits(self, step: DenoisingStep) -> Tensor:
         return step.masked
 
+    def finishes(self, index: int, block_size: int) -> bool:
+        return False
+
 
 def request_for(
     model: TwoTowerModel, block_size: int, rule: Schedule, first_tokens: list[int] | None = None

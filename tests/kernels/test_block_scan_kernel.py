@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP
-from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
+from twotower_kernels.block_scan import ScanWeights, block_scan, pool_scan, replay_scan
 from twotower_kernels.block_scan import kernel as scan_room
 from twotower_kernels.block_scan.reference import block_scan_reference
 from twotower_kernels.block_scan.variants import CANDIDATES
@@ -118,6 +118,29 @@ def test_kernel_leaves_its_inputs_alone_and_gives_the_same_output_without_states
     assert all(torch.equal(a, b) for a, b in zip(before, case[:4], strict=True))
 
 
+@pytest.mark.parametrize("lens", [None, [5, 0, 17], [33, 40, 1]])
+@pytest.mark.parametrize("slots", [[4, 0, 3], slice(1, 4)])
+def test_states_of_a_pool_are_read_and_written_where_they_lie(
+    slots: list[int] | slice, lens: list[int] | None, device: torch.device
+) -> None:
+    u, delta, conv, ssm, weights = inputs(device, 3, 17 if lens is None else max(lens))
+    generator = torch.Generator().manual_seed(1)
+    conv_pool = torch.randn(6, *conv.shape[1:], generator=generator).to(device)
+    ssm_pool = torch.randn(6, *ssm.shape[1:], generator=generator).to(device)
+    before = conv_pool.clone(), ssm_pool.clone()
+    query_lens = None if lens is None else torch.tensor(lens, device=device)
+    rows = slots if isinstance(slots, slice) else torch.tensor(slots, device=device)
+    expected = block_scan_reference(u, delta, conv_pool[rows], ssm_pool[rows], weights, query_lens)
+    for advance in (False, True):
+        assert torch.equal(conv_pool, before[0]) and torch.equal(ssm_pool, before[1])
+        y = pool_scan(u, delta, conv_pool, ssm_pool, rows, weights, query_lens, advance=advance)
+        assert_same_scan((y, *expected[1:]), expected, [u.shape[1]] * 3 if lens is None else lens)
+    assert torch.equal(conv_pool[rows], expected[1])
+    assert_close(ssm_pool[rows], expected[2])
+    others = [slot for slot in range(6) if slot not in ([1, 2, 3] if isinstance(slots, slice) else slots)]
+    assert torch.equal(conv_pool[others], before[0][others]) and torch.equal(ssm_pool[others], before[1][others])
+
+
 @pytest.mark.parametrize("num_tokens", [1, 17])
 def test_kernel_rounds_bfloat16_where_the_recurrence_does(num_tokens: int, device: torch.device) -> None:
     case = inputs(device, 2, num_tokens, dtype=torch.bfloat16)
@@ -173,7 +196,7 @@ def test_every_element_of_the_buffers_is_written(device: torch.device) -> None:
     y = torch.full((2, 5, ssm.shape[1] * ssm.shape[2]), torch.nan, device=device)
     new_conv, new_ssm = torch.full_like(conv, torch.nan).contiguous(), torch.full_like(ssm, torch.nan).contiguous()
     lens = torch.tensor([5, 2], device=device)
-    scan_room._launch(u, delta, conv, ssm, weights, lens, y, new_conv, new_ssm, first_token=0)
+    scan_room._launch(u, delta, conv, ssm, weights, lens, None, y, new_conv, new_ssm, first_token=0)
     assert all(torch.isfinite(t).all() for t in (y, new_conv, new_ssm))
 
 

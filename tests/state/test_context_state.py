@@ -11,7 +11,7 @@ from tests.state.steps import assert_same, logits_after
 from tests.support.builders import random_ids, tiny_config, tiny_model
 from tests.support.tolerances import FLOAT64
 from twotower_spec import ArgumentError, StateFullError, TwoTowerModel
-from twotower_spec.state import ContextState, extension
+from twotower_spec.state import ContextState, mamba_state
 
 
 @pytest.fixture
@@ -188,13 +188,13 @@ def test_rolling_back_a_released_request_is_refused(model: TwoTowerModel) -> Non
 
 def test_a_long_prompt_does_not_pad_the_short_increments_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
     model, sizes = tiny_model(), []
-    scan = extension.block_scan
+    scan = mamba_state.pool_scan
 
     def counted(u: Tensor, *others: Any, **options: Any) -> Any:
         sizes.append(u.shape[0] * u.shape[1])
         return scan(u, *others, **options)
 
-    monkeypatch.setattr(extension, "block_scan", counted)
+    monkeypatch.setattr(mamba_state, "pool_scan", counted)
     lengths = [3, 200, 1, 40, 32, 130, 5]
     together, alone = new_state(model, len(lengths), 150), new_state(model, 1, 60)
     rows = {i: random_ids(length, seed=i) for i, length in enumerate(lengths)}

@@ -16,6 +16,8 @@ from twotower_spec.generation.denoising import (
     DenoisingRequest,
     FirstStepProbs,
     HostLoop,
+    Schedule,
+    ScheduleLoop,
     TokenPicker,
     behind_first,
 )
@@ -74,12 +76,12 @@ class BlockDrafter:
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._make_loop = loop
-        self._loops: dict[int, DenoisingLoop] = {}
+        self._loops: dict[tuple[int, type[DenoisingLoop]], DenoisingLoop] = {}
 
     @property
     def nbytes(self) -> int:
         """Bytes of time modulation, on the denoiser's device."""
-        return sum(loop.nbytes for loop in self._loops.values())
+        return sum(modulation.nbytes for modulation in self._modulation().values())
 
     def keep_logits(self, slots: Tensor, logits: Tensor, are_new: Tensor | None = None) -> None:
         """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots.
@@ -149,7 +151,7 @@ class BlockDrafter:
             num_wanted=num_wanted,
             same_noise=self.noise == "shared",
         )
-        loop = self._loop(block_size)
+        loop = self._loop(block_size, commit_rule)
         if self.picker.sampler.greedy or not isinstance(loop, HostLoop):
             return loop.denoise(request), None
         first_step = FirstStepProbs(self.picker)
@@ -170,10 +172,20 @@ class BlockDrafter:
 
     def _first_tokens(self, slots: Tensor, seeds: Tensor, starts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The context tower's next tokens, how probable they are, and the logits [num_reqs, vocab] behind them."""
-        logits = self.last_logits[slots.to(self.last_logits.device)].to(seeds.device)
+        logits = self.last_logits[moved(slots, self.last_logits.device)]
+        logits = moved(logits, seeds.device)
         return *self.picker.pick(logits, seeds, starts), logits
 
-    def _loop(self, block_size: int) -> DenoisingLoop:
-        if block_size not in self._loops:
-            self._loops[block_size] = self._make_loop(self.towers.denoiser, block_size, self.picker)
-        return self._loops[block_size]
+    def _loop(self, block_size: int, commit_rule: CommitRule) -> DenoisingLoop:
+        """The loop that fills blocks by a rule: on CUDA nothing waits between steps that are known before."""
+        make, denoiser = self._make_loop, self.towers.denoiser
+        if isinstance(commit_rule, Schedule) and denoiser.device.type == "cuda" and self.picker.sampler.greedy:
+            make = ScheduleLoop
+        key = block_size, make
+        if key not in self._loops:
+            self._loops[key] = make(denoiser, block_size, self.picker, self._modulation().get(block_size))
+        return self._loops[key]
+
+    def _modulation(self) -> dict[int, Tensor]:
+        """Time modulation by block size, which loops share."""
+        return {size: loop.modulation for (size, _), loop in self._loops.items()}

@@ -24,6 +24,7 @@ from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import signed_seed
 from twotower_spec.state import ContextSource
 from twotower_spec.state.context_state import RequestId
+from twotower_spec.state.transfer import HostCopy
 from twotower_spec.towers.model import TwoTowers
 
 # Requests of the largest trial of a warm-up; what more of them take follows from that.
@@ -332,10 +333,11 @@ class DraftingRounds(ABC):
             selects: whether the policy may keep drafts back.
         """
         drafts = slice(self.num_known, self.num_known + plan.num_tokens)
-        confidence, token_ids = done.confidence[:, drafts].float().cpu(), done.token_ids[:, drafts].cpu()
+        values = done.confidence[:, drafts].float(), done.token_ids[:, drafts], done.num_passes
+        confidence, token_ids, passes = HostCopy(*values).read()
         finite: list[bool] = confidence.isfinite().all(1).tolist()
         confidence = confidence.nan_to_num(nan=0.0)
-        num_passes: list[int] = done.num_passes.tolist()
+        num_passes: list[int] = passes.tolist()
         width = confidence.shape[1]
         usable = self.policy.usable(plan, confidence, num_passes) if selects else [width] * len(drafted)
         counts = [

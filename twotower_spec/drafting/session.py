@@ -186,8 +186,8 @@ class DraftingSession(DraftingRounds):
                 if picks is not None:
                     admitted.foreseen.update(foreseen_tokens(increments, picks.tolist(), late))
                 place = {request_id: row for row, request_id in enumerate(increments)}
-                rows = torch.tensor([place[request_id] for request_id in admitted.completed], dtype=torch.int64)
-                self.drafter.keep_logits(self.state.slots(admitted.completed), logits[rows.to(logits.device)])
+                rows = to_device([place[request_id] for request_id in admitted.completed], logits.device, torch.int64)
+                self.drafter.keep_logits(self.state.slots(admitted.completed), logits[rows])
         return admitted
 
     def _extend(self, increments: Mapping[RequestId, Sequence[int]], compares: bool) -> tuple[Tensor, Tensor | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from twotower_kernels.block_attention import attention, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, block_scan
-from twotower_spec.config import TwoTowerConfig
+from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.state.mamba_state import MambaState, Slots
 from twotower_spec.state.paged_keys import LayerPages, PagedKeys
 from twotower_spec.state.transfer import moved, to_device
 
@@ -196,26 +198,30 @@ class CopiedKeys:
         return out.view_as(query)
 
 
-class BlockStates(Protocol):
+class BlockStates(ABC):
     """Mamba states at the end of the contexts of some requests, never written."""
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """The denoiser's."""
-        ...
 
+    @abstractmethod
     def read(self, slot: int) -> tuple[Tensor, Tensor]:
         """Convolution history [num_reqs, taps - 1, channels] and SSM state; `slot` counts Mamba layers."""
-        ...
 
+    @abstractmethod
     def select(self, rows: Tensor) -> BlockStates:
         """The same for some of the requests, in the given order."""
-        ...
+
+    def scan(self, slot: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
+        """Runs a Mamba layer over blocks; `slot` counts Mamba layers. See `Prefix.scan`."""
+        return block_scan(u, delta, *self.read(slot), weights, return_state=False)[0]
 
 
 @dataclass(frozen=True)
-class StackedStates:
-    """`BlockStates` of all layers in one tensor: `conv` and `ssm` are [num_mamba_layers, num_reqs, ...]."""
+class StackedStates(BlockStates):
+    """States of all layers in one tensor: `conv` and `ssm` are [num_mamba_layers, num_reqs, ...]."""
 
     conv: Tensor
     ssm: Tensor
@@ -232,6 +238,45 @@ class StackedStates:
     def select(self, rows: Tensor) -> StackedStates:
         """See `BlockStates.select`."""
         return StackedStates(self.conv[:, rows], self.ssm[:, rows])
+
+
+@dataclass(frozen=True)
+class PooledStates(BlockStates):
+    """States that are read where the pool has them, so that no copy of all layers is made.
+
+    Attributes:
+        mamba: the pool.
+        slots: int64 [num_reqs], of the requests.
+    """
+
+    mamba: MambaState
+    slots: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        """See `BlockStates`."""
+        return self.mamba.conv.device
+
+    def read(self, slot: int) -> tuple[Tensor, Tensor]:
+        """See `BlockStates.read`."""
+        return self.mamba.conv[slot, self.slots], self.mamba.ssm[slot, self.slots]
+
+    def select(self, rows: Tensor) -> PooledStates:
+        """See `BlockStates.select`."""
+        return PooledStates(self.mamba, self.slots[rows])
+
+    def scan(self, slot: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
+        """See `BlockStates.scan`."""
+        return self.mamba.scan(slot, self.slots, u, delta, weights, advance=False)
+
+
+def states_for_block(mamba: MambaState, slots: Slots, device: torch.device, dtype: torch.dtype) -> BlockStates:
+    """Chooses how blocks read states: where they are, or in a copy on the denoiser's device and in its dtype."""
+    if isinstance(slots, Tensor) and (mamba.conv.device, mamba.conv.dtype) == (device, dtype):
+        return PooledStates(mamba, slots)
+    return StackedStates(
+        moved(mamba.conv[:, slots], device, dtype), moved(mamba.ssm[:, slots], device, accumulation_dtype(dtype))
+    )
 
 
 @dataclass
@@ -255,7 +300,7 @@ class BlockContext:
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the block from the context's state; see `Prefix.scan`."""
-        return block_scan(u, delta, *self.states.read(self.layer_slot[layer]), weights, return_state=False)[0]
+        return self.states.scan(self.layer_slot[layer], u, delta, weights)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Attends to context and block without any mask inside the block; see `Prefix.attend`."""

@@ -10,9 +10,9 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError, StateFullError
-from twotower_spec.state.block_context import BlockContext, BlockWorkspace, StackedStates, keys_for_block
+from twotower_spec.state.block_context import BlockContext, BlockWorkspace, keys_for_block, states_for_block
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
@@ -412,13 +412,9 @@ class ContextState:
         for entry in entries:
             entry.last_used = next(self._clock)
         index, lens = self.mamba.index(chosen), [len(entry.history) for entry in entries]
-        device, dtype = self.denoiser_device, self.denoiser_dtype
         return BlockContext(
             layer_slot=self.layer_slot,
-            states=StackedStates(
-                self.mamba.conv[:, index].to(device, dtype),
-                self.mamba.ssm[:, index].to(device, accumulation_dtype(dtype)),
-            ),
+            states=states_for_block(self.mamba, index, self.denoiser_device, self.denoiser_dtype),
             keys=keys_for_block(
                 self.kv_cache.pages, [entry.pages for entry in entries], lens, block_size, self.workspace(block_size)
             ),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.block_attention import attention, causal_mask, ragged_attention, reads_pages
-from twotower_kernels.block_scan import ScanWeights, block_scan, replay_scan
+from twotower_kernels.block_scan import ScanWeights, replay_scan
 from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
@@ -167,21 +167,12 @@ class ExtensionPass:
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
-        slot = self.layer_slot[layer]
-        conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
-        outputs = []
+        slot, outputs = self.layer_slot[layer], []
         for group, slots in zip(self.layout.groups, self._slots, strict=True):
             inputs = group.unpack(u), group.unpack(delta)
-            y, new_conv, new_ssm = block_scan(
-                *inputs, conv[slots], ssm[slots], weights, group.lens, return_state=not self.provisional
-            )
             if self.provisional:
                 self.kept.setdefault(layer, []).append((*inputs, weights))
-            else:
-                assert new_conv is not None and new_ssm is not None
-                conv[slots] = new_conv
-                ssm[slots] = new_ssm
-            outputs.append(y)
+            outputs.append(self.mamba.scan(slot, slots, *inputs, weights, group.lens, advance=not self.provisional))
         return self.layout.pack(outputs)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from twotower_kernels.block_scan import ScanWeights, pool_scan
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.state.transfer import to_device
 
@@ -29,6 +30,19 @@ class MambaState:
         if slots == list(range(slots[0], slots[0] + len(slots))):
             return slice(slots[0], slots[0] + len(slots))
         return to_device(slots, self.conv.device)
+
+    def scan(
+        self,
+        layer: int,
+        slots: Slots,
+        u: Tensor,
+        delta: Tensor,
+        weights: ScanWeights,
+        query_lens: Tensor | None = None,
+        advance: bool = True,
+    ) -> Tensor:
+        """Runs a Mamba layer, counted among its kind, over blocks from the states of some slots; see `pool_scan`."""
+        return pool_scan(u, delta, self.conv[layer], self.ssm[layer], slots, weights, query_lens, advance)
 
     def reset(self, slot: int) -> None:
         """The state at the start of a sequence."""

@@ -9,14 +9,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from twotower_kernels.block_scan import ScanWeights, block_scan
-from twotower_spec.config import accumulation_dtype
-from twotower_spec.state.block_context import BlockContext, StackedStates, paged_keys_for_block
+from twotower_kernels.block_scan import ScanWeights
+from twotower_spec.state.block_context import BlockContext, paged_keys_for_block, states_for_block
 from twotower_spec.state.context_state import ContextState
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
-from twotower_spec.state.transfer import moved, to_device
+from twotower_spec.state.transfer import to_device
 from twotower_spec.towers import ContextTower
 
 
@@ -127,13 +126,9 @@ class ContextWindows:
     def view(self, rows: WindowRows, block_size: int) -> BlockContext:
         """Gives the state of some requests as a denoiser reads it; see `ContextSource.view`."""
         state = self.state
-        device, dtype = state.denoiser_device, state.denoiser_dtype
         return BlockContext(
             layer_slot=state.layer_slot,
-            states=StackedStates(
-                moved(state.mamba.conv[:, rows.slots], device, dtype),
-                moved(state.mamba.ssm[:, rows.slots], device, accumulation_dtype(dtype)),
-            ),
+            states=states_for_block(state.mamba, rows.slots, state.denoiser_device, state.denoiser_dtype),
             keys=paged_keys_for_block(
                 state.kv_cache.pages,
                 rows.block_table,
@@ -166,13 +161,7 @@ class WindowPass:
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
-        slot = self.layer_slot[layer]
-        conv, ssm = self.mamba.conv[slot], self.mamba.ssm[slot]
-        y, new_conv, new_ssm = block_scan(u, delta, conv[self.slots], ssm[self.slots], weights, self.num_new)
-        assert new_conv is not None and new_ssm is not None
-        conv[self.slots] = new_conv
-        ssm[self.slots] = new_ssm
-        return y
+        return self.mamba.scan(self.layer_slot[layer], self.slots, u, delta, weights, self.num_new)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends the new keys and attends causally; see `Prefix.attend`."""

@@ -8,7 +8,7 @@ from twotower_kernels.block_scan.long_scan import (
     scan_with,
     varlen_scan,
 )
-from twotower_kernels.block_scan.op import block_scan, replay_scan, sequence_scan, warm_up
+from twotower_kernels.block_scan.op import block_scan, pool_scan, replay_scan, sequence_scan, warm_up
 from twotower_kernels.block_scan.types import ScanWeights
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "block_scan",
     "choose_long_scan",
     "mamba_ssm_scan",
+    "pool_scan",
     "register_long_scan",
     "replay_scan",
     "scan_with",

@@ -81,17 +81,18 @@ def keep_last_inputs(
 def scan_kernel(
     u,  # [num_reqs, num_tokens, channels], channels = x | B | C
     delta,  # [num_reqs, num_tokens, HEADS]
-    conv_state,  # [num_reqs, TAPS - 1, channels]
-    ssm_state,  # float32 [num_reqs, HEADS, HEAD_DIM, STATE]
+    conv_state,  # [num_reqs or num_slots, TAPS - 1, channels]
+    ssm_state,  # float32 [num_reqs or num_slots, HEADS, HEAD_DIM, STATE]
     conv_weight,  # [channels, TAPS]
     conv_bias,  # [channels] or None
     a_log,  # float32 [HEADS]
     d,  # float32 [HEADS]
     dt_bias,  # float32 [HEADS]
     query_lens,  # int64 [num_reqs] or None
+    slots,  # int64 [num_reqs], rows of the states; None where requests are rows
     y,  # float32 [num_reqs, num_tokens, HEADS, HEAD_DIM], zeros beyond query_lens; None if not wanted
     new_conv,  # [num_reqs, TAPS - 1, channels], contiguous; None if not wanted, as is the next
-    new_ssm,  # float32 [num_reqs, HEADS, HEAD_DIM, STATE], contiguous
+    new_ssm,  # float32 like ssm_state, which it may be: a program reads what it writes, and nobody else does
     first_token,  # index in the block of the first token of this launch
     num_tokens,  # at most BLOCK_T
     u_request_stride,
@@ -102,6 +103,7 @@ def scan_kernel(
     conv_stride,
     y_request_stride,
     ssm_request_stride,
+    new_ssm_request_stride,
     weight_stride,
     tap_stride,
     TAPS: tl.constexpr,
@@ -123,7 +125,10 @@ def scan_kernel(
     if query_lens is not None:
         length = tl.minimum(tl.maximum(tl.load(query_lens + request).to(tl.int32) - first_token, 0), num_tokens)
     u += request * u_request_stride
-    conv_state += request * conv_request_stride
+    row = request
+    if slots is not None:
+        row = tl.load(slots + request)
+    conv_state += row * conv_request_stride
 
     t = tl.arange(0, BLOCK_T)
     token, valid = t.to(tl.int64)[:, None], (t < length)[:, None]
@@ -151,7 +156,7 @@ def scan_kernel(
         b_channel, b_wanted = (HEADS * HEAD_DIM + group * STATE + n)[None, :], (n < STATE)[None, :]
         c_channel = b_channel + GROUPS * STATE
         cell, stored = (head * HEAD_DIM + place[:, None]) * STATE + n[None, :], tl.trans(x_wanted) & b_wanted
-        state = tl.load(ssm_state + request * ssm_request_stride + cell, mask=stored, other=0.0)
+        state = tl.load(ssm_state + row * ssm_request_stride + cell, mask=stored, other=0.0)
         b = convolved(
             u, conv_state, conv_weight, conv_bias, token, b_channel, valid & b_wanted, b_wanted,
             u_stride, conv_stride, weight_stride, tap_stride, TAPS, ALIGNED,
@@ -165,7 +170,7 @@ def scan_kernel(
             from_state = tl.dot(c, tl.trans(state), from_state, input_precision=PRECISION)
         if new_ssm is not None:
             state = tl.dot(driving, b, state * tl.exp(whole.to(tl.float32)), input_precision=PRECISION)
-            tl.store(new_ssm + request * HEADS * HEAD_DIM * STATE + cell, state, mask=stored)
+            tl.store(new_ssm + row * new_ssm_request_stride + cell, state, mask=stored)
 
     if y is not None:
         # Decay from token t' to token t, capped before exp, which would overflow above the diagonal.
@@ -203,24 +208,45 @@ def launch_scan(
     want_state: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Output, convolution state and SSM state of `block_scan`, each None if not wanted; a launch per `MOST_TOKENS`."""
-    num_tokens, (heads, head_dim) = u.shape[1], ssm_state.shape[1:3]
     # The kernel reads from one or the other by one pointer, so they must have one dtype.
     conv_state = conv_state.to(u.dtype)
     u, delta, conv_state = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta, conv_state))
     ssm_state = ssm_state if ssm_state[:1].is_contiguous() else ssm_state.contiguous()
-    y = ssm_state.new_empty(len(u), num_tokens, heads * head_dim) if want_output else None
-    for first in range(0, num_tokens, MOST_TOKENS):
-        part = slice(first, min(first + MOST_TOKENS, num_tokens))
-        goes_on = want_state or part.stop < num_tokens
+    y = _room_for_output(u, ssm_state) if want_output else None
+    for first in range(0, u.shape[1], MOST_TOKENS):
+        goes_on = want_state or first + MOST_TOKENS < u.shape[1]
         new_conv = torch.empty_like(conv_state, memory_format=torch.contiguous_format) if goes_on else None
         new_ssm = torch.empty_like(ssm_state, memory_format=torch.contiguous_format) if goes_on else None
-        part_of_y = None if y is None else y[:, part]
-        _launch(
-            u[:, part], delta[:, part], conv_state, ssm_state, weights, query_lens, part_of_y, new_conv, new_ssm, first
-        )
+        _launch(u, delta, conv_state, ssm_state, weights, query_lens, None, y, new_conv, new_ssm, first)
         if new_conv is not None and new_ssm is not None:
             conv_state, ssm_state = new_conv, new_ssm
     return (y, conv_state, ssm_state) if want_state else (y, None, None)
+
+
+def launch_pool_scan(
+    u: Tensor,
+    delta: Tensor,
+    conv_pool: Tensor,
+    ssm_pool: Tensor,
+    slots: Tensor | None,
+    weights: ScanWeights,
+    query_lens: Tensor | None,
+    advance: bool,
+) -> Tensor:
+    """Output of `pool_scan`; SSM states are read, and written, where they lie. Without `slots` all rows are meant."""
+    u, delta = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta))
+    y = _room_for_output(u, ssm_pool)
+    new_conv = u.new_empty(len(u), *conv_pool.shape[1:]) if advance else None
+    for first in range(0, u.shape[1], MOST_TOKENS):
+        new_ssm = ssm_pool if advance else None
+        _launch(u, delta, conv_pool, ssm_pool, weights, query_lens, slots, y, new_conv, new_ssm, first)
+        if new_conv is not None:  # all heads of a group read inputs that one of them would overwrite
+            conv_pool[slice(None) if slots is None else slots] = new_conv
+    return y
+
+
+def _room_for_output(u: Tensor, ssm_state: Tensor) -> Tensor:
+    return ssm_state.new_empty(*u.shape[:2], ssm_state.shape[1] * ssm_state.shape[2])
 
 
 @on_its_device
@@ -231,11 +257,15 @@ def _launch(
     ssm_state: Tensor,
     weights: ScanWeights,
     query_lens: Tensor | None,
+    slots: Tensor | None,
     y: Tensor | None,
     new_conv: Tensor | None,
     new_ssm: Tensor | None,
     first_token: int,
 ) -> None:
+    """Launches the kernel for up to `MOST_TOKENS` tokens from `first_token` on."""
+    part = slice(first_token, first_token + MOST_TOKENS)
+    u, delta, y = u[:, part], delta[:, part], None if y is None else y[:, part]
     num_reqs, num_tokens, _ = u.shape
     heads, head_dim, state_size = ssm_state.shape[1:]
     block_t = tile_of(num_tokens)
@@ -243,9 +273,10 @@ def _launch(
     scan_kernel[heads * triton.cdiv(head_dim, chosen["BLOCK_P"]), num_reqs](
         u, delta, conv_state, ssm_state,
         weights.conv_weight, weights.conv_bias, weights.a_log, weights.d, weights.dt_bias,
-        query_lens, y, new_conv, new_ssm, first_token, num_tokens,
+        query_lens, slots, y, new_conv, new_ssm, first_token, num_tokens,
         *u.stride()[:2], *delta.stride()[:2], *conv_state.stride()[:2],
-        0 if y is None else y.stride(0), ssm_state.stride(0), *weights.conv_weight.stride(),
+        0 if y is None else y.stride(0), ssm_state.stride(0), 0 if new_ssm is None else new_ssm.stride(0),
+        *weights.conv_weight.stride(),
         TAPS=weights.conv_weight.shape[1], HEADS=heads, GROUPS=weights.num_groups,
         HEAD_DIM=head_dim, STATE=state_size, ALIGNED=_rows_aligned(u) and _rows_aligned(conv_state),
         PRECISION=PRECISION, BLOCK_T=block_t, **chosen,

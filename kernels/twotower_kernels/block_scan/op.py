@@ -67,6 +67,53 @@ def block_scan(
     return y, last_inputs(window, conv_state.shape[1], query_lens), new_ssm
 
 
+def pool_scan(
+    u: Tensor,
+    delta: Tensor,
+    conv_pool: Tensor,
+    ssm_pool: Tensor,
+    slots: Tensor | slice,
+    weights: ScanWeights,
+    query_lens: Tensor | None = None,
+    advance: bool = True,
+) -> Tensor:
+    """Runs a block of tokens from states of a pool, and lets these states be those after it.
+
+    On CUDA up to `LONG_SCAN` tokens are scanned where the states lie, and no copy of a state is made.
+
+    Args:
+        u, delta, weights, query_lens: as `block_scan` takes them.
+        conv_pool: [num_slots, taps - 1, channels], raw inputs of the convolution before the block.
+        ssm_pool: [num_slots, heads, head_dim, state_size], float32 (float64 for float64 models).
+        slots: int64 [num_reqs], or a slice, of the requests; each is named once, but for one that nobody reads.
+        advance: whether the states are overwritten; False leaves the pool as it is.
+
+    Returns:
+        Output as `block_scan`.
+    """
+    if _has_kernel(u, delta, conv_pool, ssm_pool, weights) and _fits_in_place(u, conv_pool, ssm_pool, advance):
+        from twotower_kernels.block_scan.kernel import launch_pool_scan
+
+        rows = None if isinstance(slots, slice) else slots
+        pools = (conv_pool[slots], ssm_pool[slots]) if isinstance(slots, slice) else (conv_pool, ssm_pool)
+        return launch_pool_scan(u, delta, *pools, rows, weights, query_lens, advance)
+    y, new_conv, new_ssm = block_scan(
+        u, delta, conv_pool[slots], ssm_pool[slots], weights, query_lens, return_state=advance
+    )
+    if new_conv is not None and new_ssm is not None:
+        conv_pool[slots], ssm_pool[slots] = new_conv, new_ssm
+    return y
+
+
+def _fits_in_place(u: Tensor, conv_pool: Tensor, ssm_pool: Tensor, advance: bool) -> bool:
+    """Whether the kernel can read a pool as it is; beyond one launch it also writes the states in between."""
+    from twotower_kernels.block_scan.kernel import MOST_TOKENS
+
+    most = LONG_SCAN - 1 if advance else MOST_TOKENS
+    in_order = conv_pool.stride(-1) == 1 and ssm_pool[:1].is_contiguous()
+    return u.shape[1] <= most and conv_pool.dtype == u.dtype and in_order
+
+
 def sequence_scan(
     u: Tensor, delta: Tensor, conv_state: Tensor, ssm_state: Tensor, weights: ScanWeights, block_size: int
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,26 +22,38 @@ CANDIDATES: dict[str, list[Settings]] = {
 def variants() -> list[Variant]:
     """Variants launched to draft with the real model and to extend it: 64 heads of 64, state 128, 8 groups, 4 taps."""
     return [
-        _variant("draft of 16, bf16", "*bf16", 16, ragged=False, output=True, state=False),
-        _variant("draft of 16, fp32", "*fp32", 16, ragged=False, output=True, state=False),
-        _variant("draft of 17, bf16", "*bf16", 32, ragged=False, output=True, state=False),
-        _variant("extension by 16, bf16", "*bf16", 16, ragged=False, output=True, state=True),
-        _variant("ragged extension by 17, bf16", "*bf16", 32, ragged=True, output=True, state=True),
-        _variant("ragged extension by 17, fp32", "*fp32", 32, ragged=True, output=True, state=True),
-        _variant("replay of 17, bf16", "*bf16", 32, ragged=True, output=False, state=True),
+        _variant("draft of 16, bf16", "*bf16", 16, pool=True, state=False),
+        _variant("draft of 16 from copies, bf16", "*bf16", 16, state=False),
+        _variant("draft of 16, fp32", "*fp32", 16, pool=True, state=False),
+        _variant("draft of 17, bf16", "*bf16", 32, pool=True, state=False),
+        _variant("extension by 16, bf16", "*bf16", 16, pool=True),
+        _variant("extension by 16 of neighbours, bf16", "*bf16", 16),
+        _variant("ragged extension by 17, bf16", "*bf16", 32, ragged=True, pool=True),
+        _variant("ragged extension by 17, fp32", "*fp32", 32, ragged=True, pool=True),
+        _variant("replay of 17, bf16", "*bf16", 32, ragged=True, output=False),
     ]
 
 
-def _variant(name: str, dtype: str, block_t: int, ragged: bool, output: bool, state: bool) -> Variant:
+def _variant(
+    name: str,
+    dtype: str,
+    block_t: int,
+    ragged: bool = False,
+    pool: bool = False,
+    output: bool = True,
+    state: bool = True,
+) -> Variant:
     chosen = settings(OP, f"scan_{block_t}")
     signature = dict.fromkeys(("u", "delta", "conv_state", "conv_weight", "conv_bias"), dtype)
     signature |= dict.fromkeys(("ssm_state", "a_log", "d", "dt_bias"), "*fp32")
-    given = {"query_lens": "*i64", "y": "*fp32", "new_conv": dtype, "new_ssm": "*fp32"}
-    absent = {"query_lens": not ragged, "y": not output, "new_conv": not state, "new_ssm": not state}
+    given = {"query_lens": "*i64", "slots": "*i64", "y": "*fp32", "new_conv": dtype, "new_ssm": "*fp32"}
+    absent = {"query_lens": not ragged, "slots": not pool}
+    absent |= {"y": not output, "new_conv": not state, "new_ssm": not state}
     signature |= {pointer: kind for pointer, kind in given.items() if not absent[pointer]}
     # Widths 10304, 6144 and 4096 and their multiples; also where the parts of a projection begin.
     strides: tuple[str, ...] = ("u_request_stride", "u_stride", "delta_request_stride", "delta_stride", "conv_stride")
-    strides += ("conv_request_stride", "y_request_stride", "ssm_request_stride", "tap_stride")
+    strides += ("conv_request_stride", "y_request_stride", "ssm_request_stride")
+    strides += ("new_ssm_request_stride", "tap_stride")
     aligned = (*signature, *strides)
     signature |= dict.fromkeys((*strides, "first_token", "num_tokens"), "i32")
     return Variant(

@@ -36,10 +36,10 @@ class EmulatedStream:
 
 
 class EmulatedEvent:
-    """A moment that has passed as soon as it was recorded; waiting for it counts as a wait all the same."""
+    """A moment that has passed when one asks for the second time; a device takes its time."""
 
     def __init__(self, enable_timing: bool = False, **kwargs: Any) -> None:
-        self._time = 0.0
+        self._time, self._asked = 0.0, False
 
     def record(self, stream: EmulatedStream | None = None) -> None:
         """Marks now."""
@@ -50,10 +50,12 @@ class EmulatedEvent:
 
     def query(self) -> bool:
         """Whether it has passed."""
-        return True
+        asked, self._asked = self._asked, True
+        return asked
 
     def synchronize(self) -> None:
         """Has the host wait."""
+        self._asked = True
         _devices().wait("synchronize an event")
 
     def elapsed_time(self, later: EmulatedEvent) -> float:

@@ -183,7 +183,7 @@ class Devices(TorchDispatchMode):
         if target is not None and target.type == "cuda":
             given[1]["device"] = torch.device("cpu")
         given[1].pop("pin_memory", None)
-        writes = any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.arguments)
+        writes = _writes(func)
         is_view = not writes and any(one.alias_info is not None for one in func._schema.returns)
         out = self._computed(func, name, *given)
         if name in MADE_EMPTY and not out.is_meta:
@@ -220,17 +220,26 @@ class Devices(TorchDispatchMode):
         goes_back = name == "_to_copy" and args[0].is_meta and kwargs.get("device") == torch.device("cpu")
         if empty and name == "_local_scalar_dense":
             raise RuntimeError(f"{name} of a tensor without values at {our_line()}")
-        to_meta = lambda x: x.to("meta") if isinstance(x, Tensor) else torch.device("meta") if isinstance(x, torch.device) else x  # noqa: E731
+        shapes_only = tree_map(_on_meta, (args, kwargs))
         if not empty:
-            shape = func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
-            sizes = [one for one in tree_flatten(shape)[0] if isinstance(one, Tensor)]
-            large = any(one.is_floating_point() and one.numel() > self.most_values for one in sizes)
-            return shape if large else func(*args, **kwargs)
+            shapes = [x for x in tree_flatten(func(*shapes_only[0], **shapes_only[1]))[0] if isinstance(x, Tensor)]
+            large = any(x.is_floating_point() and x.numel() > self.most_values for x in shapes)
+            return func(*shapes_only[0], **shapes_only[1]) if large else func(*args, **kwargs)
         if goes_back:
             return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if tensors and not tensors[0].is_meta and any(one.alias_info and one.alias_info.is_write for one in func._schema.arguments):
-            return args[0]  # values without a value are not written into those that have some
-        return func(*tree_map(to_meta, args), **tree_map(to_meta, kwargs))
+        if not tensors[0].is_meta and _writes(func):
+            return args[0]  # what has values keeps them
+        return func(*shapes_only[0], **shapes_only[1])
+
+
+def _on_meta(x: Any) -> Any:
+    if isinstance(x, torch.device):
+        return torch.device("meta")
+    return x.to("meta") if isinstance(x, Tensor) else x
+
+
+def _writes(func: Any) -> bool:
+    return any(one.alias_info is not None and one.alias_info.is_write for one in func._schema.arguments)
 
 
 def _anything(dtype: torch.dtype) -> float | int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
@@ -99,15 +100,21 @@ class AdaptiveSteps:
         self.unlikely: frozenset[Hashable] = frozenset()
         self._before: dict[int, float] = {}
 
+    def finishes(self, index: int, block_size: int) -> bool:
+        """See `CommitRule.finishes`."""
+        return index + 1 >= self.most_steps or math.isinf(self.prices.step)
+
     def commits(self, step: DenoisingStep) -> Tensor:
         """See `CommitRule.commits`."""
-        rows = step.rows
+        is_last, rows = self.finishes(step.index, self.block_size), step.rows
+        if is_last and not self._before:  # nothing is learnt of a first step
+            return step.masked
         survival = self.calibration.survival(self.block_size, [step.index + 1] * len(rows), step.confidence)
         values = np.clip(survival - self.prices.token, 0.0, None).sum(axis=1).tolist()
         for row, value in zip(rows, values, strict=True):
             if row in self._before:
                 self.gains.of(self.block_size, step.index - 1, self._before[row]).add(value - self._before[row])
-        if step.index + 1 >= self.most_steps or np.isinf(self.prices.step):
+        if is_last:
             return step.masked
         going_on = self._going_on([self.gains.of(self.block_size, step.index, value) for value in values])
         self._before = {row: value for row, value, goes in zip(rows, values, going_on, strict=True) if goes}

@@ -38,6 +38,10 @@ class CommitRule(Protocol):
         """Positions to commit, bool [num_active, block_size], at least one masked one of every block that has any."""
         ...
 
+    def finishes(self, index: int, block_size: int) -> bool:
+        """Whether the step of this index commits everything, known before it; whoever asks need not look."""
+        ...
+
 
 class Schedule:
     """A commit rule of a threshold and a number of steps left, known before the step: `unmask` follows it itself.
@@ -51,6 +55,10 @@ class Schedule:
     def remaining_steps(self, index: int, block_size: int) -> int:
         """Steps left, the step of this index included; 1 commits everything."""
         raise NotImplementedError
+
+    def finishes(self, index: int, block_size: int) -> bool:
+        """See `CommitRule.finishes`."""
+        return self.remaining_steps(index, block_size) <= 1
 
     def commits(self, step: DenoisingStep) -> Tensor:
         """See `CommitRule.commits`."""
@@ -86,8 +94,11 @@ class BehindFirst:
     def commits(self, step: DenoisingStep) -> Tensor:
         """See `CommitRule.commits`."""
         rest = replace(step, masked=step.masked[:, 1:], confidence=step.confidence[:, 1:])
-        # A first token that is the mask token itself looks as if it were open.
         return torch.cat([step.masked[:, :1], self.rule.commits(rest)], dim=1)
+
+    def finishes(self, index: int, block_size: int) -> bool:
+        """See `CommitRule.finishes`."""
+        return self.rule.finishes(index, block_size - 1)
 
 
 def behind_first(rule: CommitRule) -> CommitRule:

@@ -12,6 +12,7 @@ from twotower_spec.generation.denoising.commit_rules import DenoisingStep, unmas
 from twotower_spec.generation.denoising.loop import DenoisingLoop
 from twotower_spec.generation.denoising.observers import ObservedStep, StepObserver
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest, fresh_blocks
+from twotower_spec.state.transfer import to_device
 
 
 class HostLoop(DenoisingLoop):
@@ -31,7 +32,7 @@ class HostLoop(DenoisingLoop):
             observer.begin(rows.token_ids)
         whole = any(observer.wants_all_logits for observer in observers)
         for index in range(self.block_size):
-            masked = rows.find_masked(self.picker.mask_token_id)
+            masked = rows.find_masked(self.picker.mask_token_id, is_first=not index)
             if not any(masked.num_open):
                 break
             if not all(masked.num_open) and not whole:
@@ -40,12 +41,14 @@ class HostLoop(DenoisingLoop):
             rows.take(step)
             for observer in observers:
                 observer.observe(step)
+            if request.commit_rule.finishes(index, self.block_size):
+                break
         return rows.results()
 
     def _step(self, index: int, rows: _ActiveRows, masked: _Masked, whole: bool) -> ObservedStep:
         """One denoiser pass over the rows, and what the rule commits of it; the rows are left as they are."""
         request, all_logits = rows.request, None
-        positions = masked.open.flatten().nonzero()[:, 0]
+        positions = torch.nonzero_static(masked.open.flatten(), size=sum(masked.num_open))[:, 0]
         modulation = self._modulation_of(masked.num_masked)
         if whole:
             all_logits = self.denoiser(rows.token_ids, rows.context, modulation)
@@ -72,8 +75,9 @@ class HostLoop(DenoisingLoop):
 
     def _modulation_of(self, num_masked: list[int]) -> Tensor:
         """Time modulation of rows by their masked positions, one row where all have as many."""
-        alike = min(num_masked) == max(num_masked)
-        return self._modulation[num_masked[:1] if alike else num_masked]
+        if min(num_masked) == max(num_masked):
+            return self.modulation[num_masked[0] : num_masked[0] + 1]
+        return self.modulation[to_device(num_masked, self.modulation.device)]
 
 
 @dataclass(frozen=True)
@@ -110,24 +114,30 @@ class _ActiveRows:
         self._all_token_ids, self._all_confidence = token_ids, confidence
         self._num_passes = [0] * len(request.seeds)
 
-    def find_masked(self, mask_token_id: int) -> _Masked:
-        """Reads where blocks are masked."""
-        masked = self.token_ids == mask_token_id
-        num_masked = masked.sum(-1).tolist()
-        if self.request.num_wanted is None:
-            return _Masked(masked, num_masked, num_masked)
-        masked[:, self.request.num_wanted :] = False
-        return _Masked(masked, masked.sum(-1).tolist(), num_masked)
+    def find_masked(self, mask_token_id: int, is_first: bool) -> _Masked:
+        """Finds where blocks are masked; the host reads how often, but for the first time, when it knows."""
+        request, masked = self.request, self.token_ids == mask_token_id
+        first = 0 if request.first_tokens is None else 1
+        masked[:, :first] = False  # a first token that is the mask token itself
+        num_masked = masked.sum(-1)
+        if request.num_wanted is not None:
+            masked[:, request.num_wanted :] = False
+        if is_first:
+            num_rows, size = masked.shape
+            wanted = size if request.num_wanted is None else request.num_wanted
+            return _Masked(masked, [max(0, wanted - first)] * num_rows, [size - first] * num_rows)
+        counts: list[list[int]] = torch.stack([masked.sum(-1), num_masked]).tolist()
+        return _Masked(masked, *counts)
 
     def keep_open(self, masked: _Masked) -> _Masked:
         """Lets rows without open positions leave; gives the masked positions of those that stay."""
         kept = [i for i, count in enumerate(masked.num_open) if count]
         self.indices = [self.indices[i] for i in kept]
-        self.context = self.context.select(kept)
-        self.token_ids, self.confidence = self.token_ids[kept], self.confidence[kept]
-        self.seeds, self.first_positions = self.seeds[kept], self.first_positions[kept]
+        self.context, index = self.context.select(kept), to_device(kept, self.token_ids.device)
+        self.token_ids, self.confidence = self.token_ids[index], self.confidence[index]
+        self.seeds, self.first_positions = self.seeds[index], self.first_positions[index]
         num_open, num_masked = ([counts[i] for i in kept] for counts in (masked.num_open, masked.num_masked))
-        return _Masked(masked.open[kept], num_open, num_masked)
+        return _Masked(masked.open[index], num_open, num_masked)
 
     def take(self, step: ObservedStep) -> None:
         """Takes the blocks of a step over, and counts its pass for the rows that it could change."""
@@ -137,7 +147,8 @@ class _ActiveRows:
         if len(self.indices) == len(self._num_passes):
             self._all_token_ids, self._all_confidence = step.token_ids, step.confidence
         else:
-            self._all_token_ids[self.indices], self._all_confidence[self.indices] = step.token_ids, step.confidence
+            index = to_device(self.indices, step.token_ids.device)
+            self._all_token_ids[index], self._all_confidence[index] = step.token_ids, step.confidence
 
     def results(self) -> DenoisedBlocks:
         """Blocks of all rows."""

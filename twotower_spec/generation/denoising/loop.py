@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+from torch import Tensor
 
 from twotower_spec.config import check_integer
 from twotower_spec.generation.denoising.picking import TokenPicker
@@ -22,10 +23,14 @@ class DenoisingLoop(ABC):
     Attributes:
         block_size: positions of a block.
         picker: how tokens are picked.
+        modulation: of the denoiser's layers for every number of masked positions, [block_size + 1, num_layers, 3,
+            hidden] on its device; all that is held between calls.
     """
 
-    def __init__(self, denoiser: DenoiserTower, block_size: int, picker: TokenPicker) -> None:
-        """Computes the time modulation for every number of masked positions once.
+    def __init__(
+        self, denoiser: DenoiserTower, block_size: int, picker: TokenPicker, modulation: Tensor | None = None
+    ) -> None:
+        """Computes the time modulation once, unless another loop of this block size shares its own.
 
         Raises:
             ArgumentError: the block size is out of range.
@@ -33,12 +38,9 @@ class DenoisingLoop(ABC):
         check_integer("block_size", block_size, minimum=1)
         self.denoiser, self.block_size, self.picker = denoiser, block_size, picker
         with torch.inference_mode():
-            self._modulation = denoiser.time_conditioning.for_block_size(block_size)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held between calls, on the denoiser's device; the tower's weights are not counted."""
-        return self._modulation.nbytes
+            self.modulation = (
+                denoiser.time_conditioning.for_block_size(block_size) if modulation is None else modulation
+            )
 
     @abstractmethod
     def denoise(self, request: DenoisingRequest) -> DenoisedBlocks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,14 @@ from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising.commit_rules import DenoisingStep, Schedule, unmask_by
 from twotower_spec.generation.denoising.loop import DenoisingLoop
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest, fresh_blocks
+from twotower_spec.state.transfer import HostCopy
 
 
 class ScheduleLoop(DenoisingLoop):
     """Fills masked blocks with as many steps as the schedule has; all rows stay until the last one.
 
-    Blocks are those of `HostLoop`. A row that is done early takes part without effect, so that a schedule that mostly
-    ends early costs more here than there.
+    Blocks are those of `HostLoop`. A row that is done early takes part without effect. The loop ends when word has come
+    from the device that all rows are done, which is a step or two later than it could.
     """
 
     @torch.inference_mode()
@@ -33,24 +36,29 @@ class ScheduleLoop(DenoisingLoop):
         rows = list(range(len(token_ids)))
         first = 0 if request.first_tokens is None else 1
         wanted = self.block_size if request.num_wanted is None else request.num_wanted
+        words: list[HostCopy] = []
         for index in range(self.block_size if first < wanted else 0):
             masked = token_ids == self.picker.mask_token_id
             masked[:, :first] = False  # a first token that is the mask token itself
             num_masked = masked.sum(-1)
             masked[:, wanted:] = False
-            num_passes += masked.any(-1)
+            is_open = masked.any(-1)
             if index:
-                positions, modulation = None, self._modulation[num_masked]
+                words.append(HostCopy(is_open.any()))
+                if _all_done(words):
+                    break
+                positions, modulation = None, self.modulation[num_masked]
             else:  # every row is masked alike, which the host knows
                 positions = self._first_positions(len(token_ids), first, wanted)
-                modulation = self._modulation[self.block_size - first :][:1]
+                modulation = self.modulation[self.block_size - first :][:1]
+            num_passes += is_open
             logits = self.denoiser(token_ids, request.context, modulation, positions, wide_logits=False)
             draw = 0 if request.same_noise else index
             noise = self.picker.noise(logits, request.seeds, request.first_positions, draw)
             step = DenoisingStep(index, rows, masked, confidence)
             done = unmask_by(rule, step, token_ids, logits, positions, self.picker, noise)
             token_ids, confidence = done.token_ids, done.confidence
-            if rule.remaining_steps(index, self.block_size) <= 1:
+            if rule.finishes(index, self.block_size):
                 break
         return DenoisedBlocks(token_ids, confidence, num_passes)
 
@@ -59,3 +67,8 @@ class ScheduleLoop(DenoisingLoop):
         device = self.denoiser.device
         starts = torch.arange(0, num_reqs * self.block_size, self.block_size, device=device)
         return (starts[:, None] + torch.arange(first, wanted, device=device)).flatten()
+
+
+def _all_done(words: Sequence[HostCopy]) -> bool:
+    """Whether one of those that have come says that no row was open."""
+    return any(word.landed and not word.read()[0] for word in words)

@@ -208,8 +208,8 @@ class EngineContext:
 
 
 @dataclass(frozen=True)
-class EngineStates:
-    """`BlockStates` that are read in vLLM's blocks, layer by layer, so that no copy of all layers is made.
+class EngineStates(BlockStates):
+    """States that are read in vLLM's blocks, layer by layer, so that no copy of all layers is made.
 
     Attributes:
         layers: caches.
