@@ -25,9 +25,9 @@ from twotower_spec.state.window import TokenTable
 PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7], [11] * 20]
 
 
-def placed(context_device: str = "cpu", denoiser_device: str = "cpu", pattern: str = "M*EM") -> TwoTowerModel:
-    """The same small model on any devices."""
-    config = tiny_config(hybrid_override_pattern=pattern)
+def placed(context_device: str = "cpu", denoiser_device: str = "cpu") -> TwoTowerModel:
+    """The same model on any devices, small enough for kernels in the interpreter."""
+    config = tiny_config(hybrid_override_pattern="M*E", mamba_num_heads=2, num_attention_heads=2, num_key_value_heads=1)
     return TwoTowerModel.from_config(
         config, dtype="float32", context_device=context_device, denoiser_device=denoiser_device
     )
@@ -45,8 +45,14 @@ def drafts(model: TwoTowerModel, policy: DraftPolicy, **options: Any) -> list[li
 class AheadOfHost:
     """An `AsyncSession`, its token table, and what it drafts round by round."""
 
-    def __init__(self, model: TwoTowerModel, policy: DraftPolicy, prompts: Sequence[list[int]] = PROMPTS[:2]) -> None:
-        self.session = AsyncSession(model, policy, num_slots=3, num_tokens=256, most_per_step=6)
+    def __init__(
+        self,
+        model: TwoTowerModel,
+        policy: DraftPolicy,
+        prompts: Sequence[list[int]] = PROMPTS[:2],
+        **options: Any,
+    ) -> None:
+        self.session = AsyncSession(model, policy, most_per_step=6, **{"num_slots": 3, "num_tokens": 256, **options})
         self.device = model.context.device
         self.tokens = [list(prompt) for prompt in prompts]
         self.known = [list(prompt) for prompt in prompts]
@@ -78,12 +84,12 @@ class AheadOfHost:
         return [block.row(row) for row in range(len(self.tokens))]
 
 
-def ahead(model: TwoTowerModel, policy: DraftPolicy) -> list[list[list[int]]]:
+def ahead(serving: AheadOfHost) -> list[list[list[int]]]:
     """Three rounds ahead of the host."""
-    serving, found = AheadOfHost(model, policy), []
+    found = []
     for _ in range(3):
         found.append(serving.round(serving.requests()))
-        serving.commit([[7, 8, 9], [9]])
+        serving.commit([[7, 8, 9], *[[9]] * (len(serving.tokens) - 1)])
     return found
 
 
@@ -108,6 +114,6 @@ PATHS: dict[str, Callable[[TwoTowerModel], Any]] = {
     "drafts, sampled": lambda model: drafts(model, FixedPolicy(8, 1), sampler=Sampler(0.8)),
     "drafts, several steps": lambda model: drafts(model, ThresholdPolicy(8, 3, 0.05)),
     "drafts, adaptive": lambda model: drafts(model, AdaptivePolicy([8], most_steps=1, may_skip=False)),
-    "drafts ahead": lambda model: ahead(model, FixedPolicy(8, 1, num_tokens=5)),
-    "drafts ahead, several steps": lambda model: ahead(model, ThresholdPolicy(4, 3, 0.05)),
+    "drafts ahead": lambda model: ahead(AheadOfHost(model, FixedPolicy(8, 1, num_tokens=5))),
+    "drafts ahead, several steps": lambda model: ahead(AheadOfHost(model, ThresholdPolicy(4, 3, 0.05))),
 }

@@ -12,6 +12,7 @@ from tests.support.builders import random_ids, tiny_model
 from twotower_spec import TwoTowerModel
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising import (
+    DenoiserPasses,
     DenoisingLoop,
     DenoisingRequest,
     DenoisingStep,
@@ -63,8 +64,8 @@ def test_a_loop_of_fixed_shapes_fills_the_same_blocks(
 ) -> None:
     model, rule = tiny_model(), PublishedSchedule(threshold, steps)
     loops: list[DenoisingLoop] = [
-        HostLoop(model.denoiser, block_size, GREEDY),
-        ScheduleLoop(model.denoiser, block_size, GREEDY),
+        HostLoop(DenoiserPasses(model.denoiser, block_size), GREEDY),
+        ScheduleLoop(DenoiserPasses(model.denoiser, block_size), GREEDY),
     ]
     host, fixed = (loop.denoise(request_for(model, block_size, rule, first_tokens)) for loop in loops)
     assert torch.equal(host.token_ids, fixed.token_ids)
@@ -74,7 +75,10 @@ def test_a_loop_of_fixed_shapes_fills_the_same_blocks(
 
 def test_a_request_serves_many_calls() -> None:
     model = tiny_model()
-    loop, request = HostLoop(model.denoiser, 5, GREEDY), request_for(model, 5, PublishedSchedule(0.1, 3), [7, 8, 9])
+    loop, request = (
+        HostLoop(DenoiserPasses(model.denoiser, 5), GREEDY),
+        request_for(model, 5, PublishedSchedule(0.1, 3), [7, 8, 9]),
+    )
     first, second = loop.denoise(request), loop.denoise(request)
     assert torch.equal(first.token_ids, second.token_ids)
 
@@ -84,7 +88,7 @@ def test_unwanted_positions_stay_masked_and_the_others_are_those_of_a_whole_bloc
     kind: type[HostLoop | ScheduleLoop],
 ) -> None:
     model, rule = tiny_model(), PublishedSchedule(0.0, 1)
-    loop = kind(model.denoiser, 5, GREEDY)
+    loop = kind(DenoiserPasses(model.denoiser, 5), GREEDY)
     whole = request_for(model, 5, rule)
     narrow = DenoisingRequest(whole.context, whole.seeds, whole.first_positions, rule, num_wanted=2)
     expected, filled = loop.denoise(whole).token_ids, loop.denoise(narrow).token_ids
@@ -96,8 +100,8 @@ def test_probs_are_of_the_first_step_and_without_ids_that_are_never_picked(num_t
     model, request = tiny_model(), request_for(tiny_model(), 5, PublishedSchedule(0.1, 3), [7, 8, 9])
     picker = TokenPicker(Sampler(temperature=0.9), MASK, num_token_ids)
     probs, traces = FirstStepProbs(picker), TraceRecorder()
-    watched = HostLoop(model.denoiser, 5, picker).denoise(request, [probs, traces])
-    plain = HostLoop(model.denoiser, 5, picker).denoise(request)
+    watched = HostLoop(DenoiserPasses(model.denoiser, 5), picker).denoise(request, [probs, traces])
+    plain = HostLoop(DenoiserPasses(model.denoiser, 5), picker).denoise(request)
     assert torch.equal(watched.token_ids, plain.token_ids)
     assert [len(trace.t) for trace in traces.traces] == watched.num_passes.tolist()
     assert probs.probs is not None and probs.probs.shape == (3, 5, 61)
@@ -107,7 +111,7 @@ def test_probs_are_of_the_first_step_and_without_ids_that_are_never_picked(num_t
 
 def test_a_block_without_positions_is_refused() -> None:
     with pytest.raises(ArgumentError, match="block_size 0"):
-        HostLoop(tiny_model().denoiser, 0, GREEDY)
+        HostLoop(DenoiserPasses(tiny_model().denoiser, 0), GREEDY)
 
 
 def test_a_rule_that_looks_at_every_step_is_refused_by_the_loop_of_fixed_shapes() -> None:
@@ -115,4 +119,4 @@ def test_a_rule_that_looks_at_every_step_is_refused_by_the_loop_of_fixed_shapes(
     request = request_for(model, 5, PublishedSchedule(0.1, 3))
     seeing = behind_first(UnseenRule())
     with pytest.raises(ArgumentError, match="give a schedule"):
-        ScheduleLoop(model.denoiser, 5, GREEDY).denoise(replace(request, commit_rule=seeing))
+        ScheduleLoop(DenoiserPasses(model.denoiser, 5), GREEDY).denoise(replace(request, commit_rule=seeing))

@@ -12,6 +12,7 @@ from twotower_spec.drafting.draft_block import Noise
 from twotower_spec.generation.denoising import (
     CommitRule,
     DenoisedBlocks,
+    DenoiserPasses,
     DenoisingLoop,
     DenoisingRequest,
     FirstStepProbs,
@@ -23,6 +24,7 @@ from twotower_spec.generation.denoising import (
 )
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import BlockContext
+from twotower_spec.state.graphs import PassGraphs
 from twotower_spec.state.transfer import moved
 from twotower_spec.towers.model import TwoTowers
 
@@ -41,6 +43,7 @@ class BlockDrafter:
 
     Attributes:
         picker: how tokens are picked, and which ids never are.
+        graphs: captured passes of the denoiser.
         last_logits: float [num_slots, vocab] on the context tower's device, after the last token of every slot, from
             which the first draft is picked; whoever runs the context tower stores them with `keep_logits`.
     """
@@ -76,12 +79,13 @@ class BlockDrafter:
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._make_loop = loop
-        self._loops: dict[tuple[int, type[DenoisingLoop]], DenoisingLoop] = {}
+        self.graphs = PassGraphs(towers.denoiser.device)
+        self._passes: dict[int, DenoiserPasses] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of time modulation, on the denoiser's device."""
-        return sum(modulation.nbytes for modulation in self._modulation().values())
+        """Bytes of time modulation and of captured passes, on the denoiser's device."""
+        return sum(passes.nbytes for passes in self._passes.values()) + self.graphs.nbytes
 
     def keep_logits(self, slots: Tensor, logits: Tensor, are_new: Tensor | None = None) -> None:
         """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots.
@@ -178,14 +182,14 @@ class BlockDrafter:
 
     def _loop(self, block_size: int, commit_rule: CommitRule) -> DenoisingLoop:
         """The loop that fills blocks by a rule: on CUDA nothing waits between steps that are known before."""
-        make, denoiser = self._make_loop, self.towers.denoiser
-        if isinstance(commit_rule, Schedule) and denoiser.device.type == "cuda" and self.picker.sampler.greedy:
+        passes, make = self.passes(block_size), self._make_loop
+        on_cuda = passes.denoiser.device.type == "cuda"
+        if on_cuda and isinstance(commit_rule, Schedule) and self.picker.sampler.greedy:
             make = ScheduleLoop
-        key = block_size, make
-        if key not in self._loops:
-            self._loops[key] = make(denoiser, block_size, self.picker, self._modulation().get(block_size))
-        return self._loops[key]
+        return make(passes, self.picker)
 
-    def _modulation(self) -> dict[int, Tensor]:
-        """Time modulation by block size, which loops share."""
-        return {size: loop.modulation for (size, _), loop in self._loops.items()}
+    def passes(self, block_size: int) -> DenoiserPasses:
+        """Passes of the denoiser over blocks of this size."""
+        if block_size not in self._passes:
+            self._passes[block_size] = DenoiserPasses(self.towers.denoiser, block_size, self.graphs)
+        return self._passes[block_size]

@@ -47,7 +47,7 @@ class DraftingSession(DraftingRounds):
     """
 
     # Whether passes of fixed shape run in the pool.
-    scratch_page = False
+    scratch = False
 
     def __init__(
         self,
@@ -93,7 +93,7 @@ class DraftingSession(DraftingRounds):
         if first_token not in ("context", "denoiser"):
             raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
         self.state = ContextState.for_towers(
-            towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True, scratch_page=self.scratch_page
+            towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True, scratch=self.scratch
         )
         self.source = self.state
         self.drafter = BlockDrafter(
@@ -140,11 +140,17 @@ class DraftingSession(DraftingRounds):
                         self.drafter.keep_logits(slots, logits)
                     if is_first:
                         self._warm_up_blocks(slots)
+                        self._capture_passes(slots)
                     else:
                         self._warm_up_blocks(slots, sum(lengths), times.extend_s)
                 finally:
                     for request in trial:
                         self.state.release(request)
+
+    def _capture_passes(self, slots: Tensor) -> None:
+        """Captures passes of all numbers of requests, with contexts where those of some slots are."""
+        for size in sorted(self._block_sizes(), reverse=True):
+            self.drafter.passes(size).capture(self.state.view(slots, size), self.state.num_slots, self.state.num_pages)
 
     def _trial_passes(self) -> list[list[int]]:
         """New tokens of the requests of each pass that `warm_up` makes, if the pool has room for it."""

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.errors import ArgumentError
-from twotower_spec.generation.denoising import HostLoop, TokenPicker
+from twotower_spec.generation.denoising import DenoiserPasses, HostLoop, TokenPicker
 from twotower_spec.generation.options import EosTokenIds, GenerationOptions, Seeds
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.result import BlockTrace, CommittedBlock, GenerationResult
@@ -99,7 +99,8 @@ class Batch:
         assert options.block_size is not None
         denoiser = self.towers.denoiser
         with self.times.measure("denoise", denoiser.device):
-            return HostLoop(denoiser, options.block_size, TokenPicker(options.sampler, self.mask_token_id))
+            passes = DenoiserPasses(denoiser, options.block_size)
+            return HostLoop(passes, TokenPicker(options.sampler, self.mask_token_id))
 
     def active_seeds(self, device: torch.device) -> Tensor:
         """Seeds int64 [num_active]."""

@@ -117,7 +117,7 @@ class ContextState:
         room_to_grow: bool = False,
         denoiser_device: torch.device | None = None,
         denoiser_dtype: torch.dtype | None = None,
-        scratch_page: bool = False,
+        scratch: bool = False,
     ) -> None:
         """Allocates the pool.
 
@@ -132,14 +132,14 @@ class ContextState:
                 side by side stay consecutive; False fills the pool from the front.
             denoiser_device: where the denoiser reads; None for the pool's device.
             denoiser_dtype: what it reads in; None for the pool's dtype.
-            scratch_page: one page more, for passes of fixed shape.
+            scratch: a slot and a page more that nobody owns, for passes of fixed shape.
         """
         device = torch.device(device)
         self.config = config
         self.num_slots, self.num_pages = num_slots, num_pages
         self.denoiser_device, self.denoiser_dtype = denoiser_device or device, denoiser_dtype or dtype
-        self.mamba = MambaState(config, num_slots, dtype, device)
-        self.kv_cache = PagedKVCache(config, num_pages, page_size, dtype, device, scratch_page)
+        self.mamba = MambaState(config, num_slots + scratch, dtype, device)
+        self.kv_cache = PagedKVCache(config, num_pages, page_size, dtype, device, scratch)
         self.num_evictions = 0
         self.num_restarts = 0
         self._entries: dict[RequestId, RequestEntry] = {}
@@ -159,7 +159,7 @@ class ContextState:
         num_slots: int,
         num_pages: int,
         room_to_grow: bool = False,
-        scratch_page: bool = False,
+        scratch: bool = False,
     ) -> ContextState:
         """Allocates a pool where the context tower is, which the denoiser, if there is one, reads where it is."""
         reader = towers.denoiser if towers.has_denoiser else towers.context
@@ -172,7 +172,7 @@ class ContextState:
             room_to_grow=room_to_grow,
             denoiser_device=reader.device,
             denoiser_dtype=reader.dtype,
-            scratch_page=scratch_page,
+            scratch=scratch,
         )
 
     def __contains__(self, request_id: RequestId) -> bool:

@@ -33,11 +33,11 @@ class PagedKVCache:
         page_size: int,
         dtype: torch.dtype,
         device: torch.device,
-        scratch_page: bool = False,
+        scratch: bool = False,
     ) -> None:
         self.page_size, self._num_pages = page_size, num_pages
         self.scratch_token = num_pages * page_size
-        num_tokens = (num_pages + scratch_page) * page_size
+        num_tokens = (num_pages + scratch) * page_size
         shape = (len(config.attention_layers), num_tokens, config.num_key_value_heads, config.head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)

@@ -26,8 +26,8 @@ class MambaState:
         self.ssm = torch.zeros(ssm_shape, dtype=accumulation_dtype(dtype), device=device)
 
     def index(self, slots: list[int]) -> Slots:
-        """Index for a list of slots: a slice (reads become views) where they are consecutive."""
-        if slots == list(range(slots[0], slots[0] + len(slots))):
+        """Index for a list of slots: on a CPU a slice (reads become views) where they are consecutive."""
+        if self.conv.device.type == "cpu" and slots == list(range(slots[0], slots[0] + len(slots))):
             return slice(slots[0], slots[0] + len(slots))
         return to_device(slots, self.conv.device)
 

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from twotower_kernels.block_scan import ScanWeights
+from twotower_spec.config import accumulation_dtype
 from twotower_spec.state.block_context import BlockContext, paged_keys_for_block, states_for_block
 from twotower_spec.state.context_state import ContextState
+from twotower_spec.state.graphs import MOST_CAPTURED_TOKENS, PassGraphs, fill_rows, padded_count, padded_counts
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
@@ -49,21 +52,55 @@ class WindowRows:
     page_lists: list[list[int]]
 
 
+@dataclass(frozen=True)
+class WindowInputs:
+    """What a pass looks at, on the device.
+
+    Attributes:
+        slots: int64 [num_reqs], of the pool.
+        before: int64 [num_reqs], tokens whose state is held.
+        num_new: int64 [num_reqs], tokens that count.
+        token_ids: int64 [num_reqs, width].
+        block_table: int32 [num_reqs, max_pages], 0 beyond a request's own pages.
+    """
+
+    slots: Tensor
+    before: Tensor
+    num_new: Tensor
+    token_ids: Tensor
+    block_table: Tensor
+
+    def first(self, count: int) -> WindowInputs:
+        """Those of the first rows: views."""
+        return WindowInputs(*(x[:count] for x in vars(self).values()))
+
+    def fill(self, inputs: WindowInputs, count: int, scratch_slot: int) -> None:
+        """Takes over those of a pass; rows up to `count` without a request bring no tokens to the scratch slot."""
+        fill_rows(self.slots, inputs.slots, count, scratch_slot)
+        fill_rows(self.before, inputs.before, count, 0)
+        fill_rows(self.num_new, inputs.num_new, count, 0)
+        fill_rows(self.token_ids, inputs.token_ids, count)
+        fill_rows(self.block_table, inputs.block_table, count)
+
+
 class ContextWindows:
     """Reads requests of a pool on, each by up to `width` tokens in a pass, without a look at the device.
 
     Shapes depend on the number of requests and their pages alone. What a request lacks of a whole window is inert: time
-    step 0, keys into the pool's scratch page.
+    step 0, keys into the pool's scratch page. Where passes were captured, rows without a request use its scratch slot.
 
     Attributes:
         width: tokens of a pass per request.
         lengths: int64 [num_slots] on the device, tokens whose state is held.
     """
 
-    def __init__(self, state: ContextState, width: int) -> None:
-        """Looks after a pool that has a scratch page."""
+    def __init__(self, state: ContextState, width: int, graphs: PassGraphs) -> None:
+        """Looks after a pool that has a scratch slot and page; passes are captured in `graphs`."""
         self.state, self.width = state, width
         self.lengths = torch.zeros(state.num_slots, dtype=torch.int64, device=state.mamba.conv.device)
+        self._graphs = graphs
+        self._buffers: WindowInputs | None = None
+        self._logits: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -102,25 +139,63 @@ class ContextWindows:
             Logits [num_reqs, vocab] after the last token that is held; and int64 [num_reqs], tokens that were read, 0
             where there was none, whose logits are of no use.
         """
-        num_reqs, width, cache = len(rows.slots), self.width, self.state.kv_cache
         before, wanted = self.lengths[rows.slots], table.lengths[rows.rows].long()
-        num_new = (wanted - before).clamp(0, width)
-        offsets = torch.arange(width, device=self.device)
-        counts = offsets < num_new[:, None]
-        places = before[:, None] + offsets
+        num_new = (wanted - before).clamp(0, self.width)
         # What is beyond the window repeats its last token, so that no experts are visited for it alone.
         last = (before + num_new - 1).clamp(min=0)
-        token_ids = table.token_ids[rows.rows[:, None], torch.minimum(places, last[:, None])].long()
-        page = rows.block_table.gather(1, (places // cache.page_size).clamp(max=rows.block_table.shape[1] - 1))
-        written = torch.where(counts, page * cache.page_size + places % cache.page_size, cache.scratch_token)
-        keys = PagedKeys.in_table(cache.pages, rows.block_table, before.int(), width, causal=True)
-        step = WindowPass(self.state.layer_slot, self.state.mamba, cache, rows.slots, num_new, written.flatten(), keys)
-        first = torch.arange(0, num_reqs * width, width, device=self.device)
+        places = torch.minimum(before[:, None] + torch.arange(self.width, device=self.device), last[:, None])
         # Ids that the tower does not have: whoever draws up the table is told by its host, later.
-        token_ids = token_ids.clamp(0, tower.embeddings.shape[0] - 1)
-        logits: Tensor = tower(token_ids, step, positions=first + (num_new - 1).clamp(min=0))
+        token_ids = table.token_ids[rows.rows[:, None], places].long().clamp(0, tower.embeddings.shape[0] - 1)
+        logits = self._read(tower, WindowInputs(rows.slots, before, num_new, token_ids, rows.block_table))
         self.lengths[rows.slots] = before + num_new
         return logits, num_new
+
+    @torch.inference_mode()
+    def capture(self, tower: ContextTower) -> None:
+        """Captures passes of all numbers of requests, once, where there are graphs."""
+        most = min(padded_count(self.state.num_slots), MOST_CAPTURED_TOKENS // self.width)
+        if self._buffers is not None or not self._graphs.available or most < 1:
+            return
+        integers = torch.zeros(most, 3 + self.width, dtype=torch.int64, device=self.device)
+        table = torch.zeros(most, self.state.num_pages, dtype=torch.int32, device=self.device)
+        integers[:, 0] = self.state.num_slots  # of requests that are not there, until there are some
+        slots, before, num_new = (column.contiguous() for column in integers[:, :3].unbind(1))
+        buffers = self._buffers = WindowInputs(slots, before, num_new, integers[:, 3:].contiguous(), table)
+        dtype = accumulation_dtype(tower.dtype)
+        logits = self._logits = self._graphs.logits_room(most, tower.head.shape[0], dtype)
+
+        def run(count: int) -> None:
+            logits[:count] = self._run(tower, buffers.first(count))
+
+        for count in padded_counts(most):
+            self._graphs.capture(self._key(count), partial(run, count))
+
+    def _key(self, count: int) -> tuple[str, int, int]:
+        return "context", self.width, count
+
+    def _read(self, tower: ContextTower, inputs: WindowInputs) -> Tensor:
+        """Runs a pass, captured or not; logits [num_reqs, vocab] behind the last tokens that count."""
+        num_reqs = len(inputs.slots)
+        key, buffers = self._key(padded_count(num_reqs)), self._buffers
+        if key not in self._graphs or buffers is None or self._logits is None:
+            return self._run(tower, inputs)
+        buffers.fill(inputs, key[-1], self.state.num_slots)
+        self._graphs.replay(key)
+        return self._logits[:num_reqs]
+
+    def _run(self, tower: ContextTower, inputs: WindowInputs) -> Tensor:
+        """The pass itself, which looks at nothing but its inputs and the pool."""
+        cache, num_new, before = self.state.kv_cache, inputs.num_new, inputs.before
+        offsets = torch.arange(self.width, device=self.device)
+        places = before[:, None] + offsets
+        page = inputs.block_table.gather(1, (places // cache.page_size).clamp(max=inputs.block_table.shape[1] - 1))
+        token = page * cache.page_size + places % cache.page_size
+        written = torch.where(offsets < num_new[:, None], token, cache.scratch_token).flatten()
+        keys = PagedKeys.in_table(cache.pages, inputs.block_table, before.int(), self.width, causal=True)
+        step = WindowPass(self.state.layer_slot, self.state.mamba, cache, inputs.slots, num_new, written, keys)
+        first = torch.arange(0, len(num_new) * self.width, self.width, device=self.device)
+        logits: Tensor = tower(inputs.token_ids, step, positions=first + (num_new - 1).clamp(min=0))
+        return logits
 
     @torch.inference_mode()
     def view(self, rows: WindowRows, block_size: int) -> BlockContext:

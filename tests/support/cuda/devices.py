@@ -9,7 +9,7 @@ import subprocess
 import sysconfig
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -92,11 +92,14 @@ def emulated_devices(
         "is_current_stream_capturing": lambda: devices.recorded is not None,
         "get_device_name": lambda device=None: "an emulated device",
         "empty_cache": lambda: None,
+        "memory_reserved": lambda device=None: usage.held[torch.device(device or "cuda:0").index],
         "memory_allocated": lambda device=None: usage.held[torch.device(device or "cuda:0").index],
         "Event": EmulatedEvent,
         "Stream": EmulatedStream,
         "CUDAGraph": EmulatedGraph,
         "graph": emulated_capture,
+        "stream": nullcontext,
+        "device": _CurrentDevice,
         "graph_pool_handle": lambda: (0, 0),
     }
     grad = torch.no_grad
@@ -116,6 +119,13 @@ def emulated_devices(
         finally:
             Devices.current = None
             guard.emulate_devices(0)
+
+
+class _CurrentDevice(torch.cuda.device):
+    """Makes a device current; the real one asks PyTorch for an index in a way that only CUDA answers."""
+
+    def __init__(self, device: Any) -> None:
+        self.idx, self.prev_idx = torch.device(device).index, -1
 
 
 def _no_grad(mode: Any) -> Any:

@@ -161,6 +161,8 @@ class Devices(TorchDispatchMode):
             if source.index != (self.device if to.index is None else to.index):
                 self.usage.crossings[our_line()] += host.nbytes
         elif host.numel():
+            if self.recorded is not None:
+                raise RuntimeError(f"a captured graph would copy what the host has now, again and again: {our_line()}")
             goes_back = to.type == "cpu"
             if not asks or not (self.is_pinned(host) or (goes_back and pins)):
                 self.wait("copy to the host" if goes_back else "copy from the host")

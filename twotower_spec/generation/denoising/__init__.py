@@ -17,6 +17,7 @@ from twotower_spec.generation.denoising.observers import (
     StepObserver,
     TraceRecorder,
 )
+from twotower_spec.generation.denoising.passes import DenoiserPasses
 from twotower_spec.generation.denoising.picking import TokenPicker
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
 from twotower_spec.generation.denoising.schedule_loop import ScheduleLoop
@@ -24,6 +25,7 @@ from twotower_spec.generation.denoising.schedule_loop import ScheduleLoop
 __all__ = [
     "CommitRule",
     "DenoisedBlocks",
+    "DenoiserPasses",
     "DenoisingLoop",
     "DenoisingRequest",
     "DenoisingStep",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from twotower_spec.config import accumulation_dtype
 from twotower_spec.generation.denoising.commit_rules import DenoisingStep, unmask_by
 from twotower_spec.generation.denoising.loop import DenoisingLoop
 from twotower_spec.generation.denoising.observers import ObservedStep, StepObserver
@@ -49,12 +50,12 @@ class HostLoop(DenoisingLoop):
         """One denoiser pass over the rows, and what the rule commits of it; the rows are left as they are."""
         request, all_logits = rows.request, None
         positions = torch.nonzero_static(masked.open.flatten(), size=sum(masked.num_open))[:, 0]
-        modulation = self._modulation_of(masked.num_masked)
         if whole:
-            all_logits = self.denoiser(rows.token_ids, rows.context, modulation)
+            all_logits = self.passes(rows.token_ids, rows.context, masked.num_masked, None)
+            all_logits = all_logits.to(accumulation_dtype(self.denoiser.dtype))
             logits = all_logits[positions]
         else:
-            logits = self.denoiser(rows.token_ids, rows.context, modulation, positions, wide_logits=False)
+            logits = self.passes(rows.token_ids, rows.context, masked.num_masked, positions)
         draw = 0 if request.same_noise else index
         noise = self.picker.noise(logits, rows.seeds, rows.first_positions, draw)
         step = DenoisingStep(index, rows.indices, masked.open, rows.confidence)
@@ -72,12 +73,6 @@ class HostLoop(DenoisingLoop):
             logits=logits,
             all_logits=all_logits,
         )
-
-    def _modulation_of(self, num_masked: list[int]) -> Tensor:
-        """Time modulation of rows by their masked positions, one row where all have as many."""
-        if min(num_masked) == max(num_masked):
-            return self.modulation[num_masked[0] : num_masked[0] + 1]
-        return self.modulation[to_device(num_masked, self.modulation.device)]
 
 
 @dataclass(frozen=True)

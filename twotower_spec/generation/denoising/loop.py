@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
-import torch
-from torch import Tensor
-
-from twotower_spec.config import check_integer
+from twotower_spec.generation.denoising.passes import DenoiserPasses
 from twotower_spec.generation.denoising.picking import TokenPicker
 from twotower_spec.generation.denoising.request import DenoisedBlocks, DenoisingRequest
 from twotower_spec.towers import DenoiserTower
@@ -21,26 +18,23 @@ class DenoisingLoop(ABC):
     nor the result asks for a host read.
 
     Attributes:
-        block_size: positions of a block.
+        passes: of the denoiser, over blocks of the loop's size.
         picker: how tokens are picked.
-        modulation: of the denoiser's layers for every number of masked positions, [block_size + 1, num_layers, 3,
-            hidden] on its device; all that is held between calls.
     """
 
-    def __init__(
-        self, denoiser: DenoiserTower, block_size: int, picker: TokenPicker, modulation: Tensor | None = None
-    ) -> None:
-        """Computes the time modulation once, unless another loop of this block size shares its own.
+    def __init__(self, passes: DenoiserPasses, picker: TokenPicker) -> None:
+        """Looks after nothing of its own."""
+        self.passes, self.picker = passes, picker
 
-        Raises:
-            ArgumentError: the block size is out of range.
-        """
-        check_integer("block_size", block_size, minimum=1)
-        self.denoiser, self.block_size, self.picker = denoiser, block_size, picker
-        with torch.inference_mode():
-            self.modulation = (
-                denoiser.time_conditioning.for_block_size(block_size) if modulation is None else modulation
-            )
+    @property
+    def denoiser(self) -> DenoiserTower:
+        """The tower."""
+        return self.passes.denoiser
+
+    @property
+    def block_size(self) -> int:
+        """Positions of a block."""
+        return self.passes.block_size
 
     @abstractmethod
     def denoise(self, request: DenoisingRequest) -> DenoisedBlocks:

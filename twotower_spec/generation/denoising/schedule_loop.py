@@ -47,12 +47,11 @@ class ScheduleLoop(DenoisingLoop):
                 words.append(HostCopy(is_open.any()))
                 if _all_done(words):
                     break
-                positions, modulation = None, self.modulation[num_masked]
+                logits = self.passes(token_ids, request.context, num_masked, positions := None)
             else:  # every row is masked alike, which the host knows
                 positions = self._first_positions(len(token_ids), first, wanted)
-                modulation = self.modulation[self.block_size - first :][:1]
+                logits = self.passes(token_ids, request.context, self.block_size - first, positions)
             num_passes += is_open
-            logits = self.denoiser(token_ids, request.context, modulation, positions, wide_logits=False)
             draw = 0 if request.same_noise else index
             noise = self.picker.noise(logits, request.seeds, request.first_positions, draw)
             step = DenoisingStep(index, rows, masked, confidence)

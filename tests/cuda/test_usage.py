@@ -1,0 +1,85 @@
+"""What rounds ask of a device: when the host waits for it, and how many launches and allocations there are."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.cuda.paths import PROMPTS, AheadOfHost
+from tests.drafting.rounds import draft_rows
+from tests.support.builders import tiny_config
+from tests.support.cuda import Usage, emulated_devices
+from twotower_spec import TwoTowerModel
+from twotower_spec.drafting import AdaptivePolicy, DraftingSession, DraftPolicy, FixedPolicy, ThresholdPolicy
+
+# Layers as in the released model.
+PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
+# The only lines at which the host may wait for a device in a round, and why.
+READS_DRAFTS = "twotower_spec/state/transfer.py synchronize an event"  # a round's drafts, or what became of them
+READS_FIRST = "twotower_spec/drafting/rounds.py copy to the host"  # is a block worth it, before it is denoised
+READS_STEP = "twotower_spec/generation/denoising/host_loop.py copy to the host"  # a rule that looks at every step
+WEIGHS_STEP = "twotower_spec/drafting/policies/acceptance.py copy to the host"  # likewise
+
+
+def places(usage: Usage) -> dict[str, int]:
+    """Waits by file, without the lines."""
+    return {re.sub(r":\d+", "", place): count for place, count in usage.waits.items()}
+
+
+def model_like_the_released(pattern: str = PATTERN) -> TwoTowerModel:
+    config = tiny_config(hybrid_override_pattern=pattern)
+    return TwoTowerModel.from_config(config, dtype="bfloat16", context_device="cuda:0", denoiser_device="cuda:0")
+
+
+def round_of(policy: DraftPolicy, usage: Usage, num_reqs: int, pattern: str) -> Usage:
+    """Counts a round in which every request goes on by a different number of tokens."""
+    session = DraftingSession(model_like_the_released(pattern), policy, num_slots=8, num_tokens=512)
+    rows = {row: [*PROMPTS[0], row] for row in range(num_reqs)}
+    for step in range(3):
+        usage.reset()
+        draft_rows(session, rows)
+        rows = {row: [*tokens, *[7] * (1 + (row + step) % 3)] for row, tokens in rows.items()}
+    return usage
+
+
+@pytest.mark.parametrize(
+    ("policy", "allowed"),
+    [
+        (FixedPolicy(16, 1), {READS_DRAFTS: 1}),
+        (ThresholdPolicy(16, 4, 0.8), {READS_DRAFTS: 1}),
+        (AdaptivePolicy([8], most_steps=1, may_skip=False), {READS_DRAFTS: 1, READS_FIRST: 1}),
+        (
+            AdaptivePolicy([8], most_steps=4, may_skip=False),
+            {READS_DRAFTS: 1, READS_FIRST: 1, READS_STEP: 4, WEIGHS_STEP: 4},
+        ),
+    ],
+)
+def test_the_host_waits_where_it_must_and_nowhere_else(policy: DraftPolicy, allowed: dict[str, int]) -> None:
+    with emulated_devices(runs_kernels=False) as usage:
+        found = places(round_of(policy, usage, 3, "M*EM"))
+    assert found and all(count <= allowed.get(place, 0) for place, count in found.items()), found
+
+
+def test_a_round_ahead_of_the_host_waits_for_nothing_until_it_is_asked_for() -> None:
+    with emulated_devices(runs_kernels=False) as usage:
+        serving = AheadOfHost(model_like_the_released("M*EM"), FixedPolicy(8, 1, num_tokens=5))
+        for _ in range(3):
+            requests = serving.requests()
+            usage.reset()
+            serving.session.draft_ahead(requests, serving.table)
+            assert not usage.waits
+            serving.commit([[7, 8], [9]])
+            serving.known = [list(tokens) for tokens in serving.tokens]
+
+
+@pytest.mark.parametrize(
+    ("policy", "num_reqs", "most_launches", "most_allocations"),
+    [(FixedPolicy(16, 1), 1, 1000, 1300), (FixedPolicy(16, 1), 8, 1130, 1450)],
+)
+def test_launches_and_allocations_of_a_round(
+    policy: DraftPolicy, num_reqs: int, most_launches: int, most_allocations: int
+) -> None:
+    with emulated_devices(runs_kernels=False) as usage:
+        found = round_of(policy, usage, num_reqs, PATTERN)
+    assert found.num_launches <= most_launches and found.num_allocations <= most_allocations, found
