@@ -39,7 +39,7 @@ def test_drafts_from_graphs_are_those_of_a_cpu(policy: DraftPolicy) -> None:
         session.warm_up()
         usage.reset()
         assert rounds_of(session) == expected
-        assert usage.kernels["graph"] >= 4
+        assert usage.kernels["graph"] >= 6  # of both towers
 
 
 @pytest.mark.slow

@@ -15,16 +15,14 @@ from twotower_spec.drafting.draft_block import DraftBlock
 from twotower_spec.drafting.policies import Candidate, DraftPlan
 from twotower_spec.drafting.policies.fixed import FixedSteps
 from twotower_spec.drafting.round import DraftRequest, Round
-from twotower_spec.drafting.rounds import DrafterMemory
 from twotower_spec.drafting.session import DraftingSession, foreseen_tokens
 from twotower_spec.generation.denoising import DenoisedBlocks, Schedule, ScheduleLoop
 from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import signed_seed
 from twotower_spec.state.context_state import RequestEntry, RequestId, take_within_budget
-from twotower_spec.state.graphs import PassGraphs
 from twotower_spec.state.token_history import TokenSequence, all_below, tokens_from
 from twotower_spec.state.transfer import HostCopy, moved
-from twotower_spec.state.window import ContextWindows, TokenTable, WindowRows
+from twotower_spec.state.window import TokenTable, WindowRows
 from twotower_spec.towers.model import TwoTowers
 
 
@@ -108,11 +106,7 @@ class AsyncSession(DraftingSession):
         Raises:
             ArgumentError: see `DraftingSession`.
         """
-        super().__init__(towers, *args, **options, loop=ScheduleLoop)
-        device, graphs = self.towers.context.device, self.drafter.graphs
-        # Graphs of one device share their memory: it is one pass's at a time.
-        self._graphs = graphs if graphs.device == device else PassGraphs(device)
-        self._windows = ContextWindows(self.state, most_per_step, self._graphs)
+        super().__init__(towers, *args, **options, loop=ScheduleLoop, most_per_step=most_per_step)
         # Rounds under way: how far they bring contexts is not known to the host.
         self._unsettled: list[AsyncRound] = []
 
@@ -126,16 +120,9 @@ class AsyncSession(DraftingSession):
         trial = AsyncRequest(object(), 0, [0], num_tokens)
         try:
             self.draft_ahead([trial], TokenTable(tokens.to(device), length.to(device)))
-            self._windows.capture(self.towers.context)
         finally:
             self._unsettled.clear()
             self.release(trial.request_id)
-
-    def memory(self) -> DrafterMemory:
-        """See `DraftingRounds.memory`."""
-        found = super().memory()
-        own = 0 if self._graphs is self.drafter.graphs else self._graphs.nbytes
-        return replace(found, state_bytes=found.state_bytes + own)
 
     def reset(self) -> None:
         """Forgets all requests; see `DraftingRounds.reset`."""

@@ -24,8 +24,10 @@ from twotower_spec.generation.phase_times import PhaseTimes
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE, DEFAULT_TOKEN_BUDGET, RequestId
+from twotower_spec.state.graphs import PassGraphs
 from twotower_spec.state.token_history import TokenSequence
 from twotower_spec.state.transfer import to_device
+from twotower_spec.state.window import ContextWindows
 from twotower_spec.towers.model import TwoTowers
 
 DEFAULT_NUM_SLOTS = 8
@@ -63,6 +65,7 @@ class DraftingSession(DraftingRounds):
         token_budget: int = DEFAULT_TOKEN_BUDGET,
         num_token_ids: int | None = None,
         loop: type[DenoisingLoop] = HostLoop,
+        most_per_step: int | None = None,
     ) -> None:
         """Allocates the state.
 
@@ -81,6 +84,8 @@ class DraftingSession(DraftingRounds):
                 with few new tokens go first.
             num_token_ids: ids from this one on are not drafted (where the target's vocabulary is the smaller one).
             loop: that fills the blocks.
+            most_per_step: tokens that the target commits at most for one request in a step; None for all drafts and one
+                more.
 
         Raises:
             ArgumentError: an argument is out of range, or the model has no denoiser.
@@ -92,8 +97,9 @@ class DraftingSession(DraftingRounds):
             check_integer(name, value, minimum=1)
         if first_token not in ("context", "denoiser"):
             raise ArgumentError(f"first_token {first_token!r} is not there; give 'context' or 'denoiser'")
+        on_cuda = towers.context.device.type == "cuda"
         self.state = ContextState.for_towers(
-            towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True, scratch=self.scratch
+            towers, num_slots, -(-num_tokens // DEFAULT_PAGE_SIZE), room_to_grow=True, scratch=self.scratch or on_cuda
         )
         self.source = self.state
         self.drafter = BlockDrafter(
@@ -105,6 +111,11 @@ class DraftingSession(DraftingRounds):
             num_token_ids=self.num_token_ids,
             loop=loop,
         )
+        device, graphs = towers.context.device, self.drafter.graphs
+        # Graphs of one device share their memory: it is one pass's at a time.
+        self._graphs = graphs if graphs.device == device else PassGraphs(device)
+        width = self.num_speculative_tokens + 1 if most_per_step is None else most_per_step
+        self._windows = ContextWindows(self.state, width, self._graphs)
         self._admission = Admission(self.state, token_budget, towers.config.vocab_size)
 
     @property
@@ -134,8 +145,7 @@ class DraftingSession(DraftingRounds):
                 trial, times = {object(): [0] * length for length in lengths}, PhaseTimes()
                 try:
                     with times.measure("extend", context.device):
-                        logits = self.state.extend(context, trial).logits
-                        assert logits is not None
+                        logits, _ = self._extend(trial, compares=False)
                         slots = self.state.slots(trial)
                         self.drafter.keep_logits(slots, logits)
                     if is_first:
@@ -149,6 +159,7 @@ class DraftingSession(DraftingRounds):
 
     def _capture_passes(self, slots: Tensor) -> None:
         """Captures passes of all numbers of requests, with contexts where those of some slots are."""
+        self._windows.capture(self.towers.context)
         for size in sorted(self._block_sizes(), reverse=True):
             self.drafter.passes(size).capture(self.state.view(slots, size), self.state.num_slots, self.state.num_pages)
 
@@ -169,9 +180,10 @@ class DraftingSession(DraftingRounds):
     def memory(self) -> DrafterMemory:
         """See `DraftingRounds.memory`."""
         context, denoiser = self.towers.context, self.towers.denoiser
+        graphs_bytes = 0 if self._graphs is self.drafter.graphs else self._graphs.nbytes
         return DrafterMemory(
             context_tower_bytes=sum(parameter.nbytes for parameter in context.parameters()),
-            state_bytes=self.state.nbytes + self.drafter.last_logits.nbytes,
+            state_bytes=self.state.nbytes + self.drafter.last_logits.nbytes + graphs_bytes,
             context_device=context.device,
             denoiser_tower_bytes=sum(parameter.nbytes for parameter in denoiser.parameters()),
             workspace_bytes=self.state.workspace_nbytes + self.drafter.nbytes,
@@ -207,6 +219,8 @@ class DraftingSession(DraftingRounds):
             Logits [num_reqs, vocab] behind the last tokens, and int64 [num_tokens], the most probable tokens behind
             all; None where nobody learns from them, or the pass is too long for that.
         """
+        if not compares and self._windows.serve(increments):
+            return self._windows.extend_known(self.towers.context, increments), None
         compares = compares and self.policy.learns_from_reading and sum(map(len, increments.values())) <= MOST_COMPARED
         logits = self.state.extend(self.towers.context, increments, "all" if compares else "last").logits
         assert logits is not None

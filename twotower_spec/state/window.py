@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from twotower_kernels.block_scan import ScanWeights
 from twotower_spec.config import accumulation_dtype
 from twotower_spec.state.block_context import BlockContext, paged_keys_for_block, states_for_block
-from twotower_spec.state.context_state import ContextState
+from twotower_spec.state.context_state import ContextState, RequestId
 from twotower_spec.state.graphs import MOST_CAPTURED_TOKENS, PassGraphs, fill_rows, padded_count, padded_counts
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
@@ -107,13 +107,13 @@ class ContextWindows:
         """The context tower's."""
         return self.lengths.device
 
-    def take_over(self, request_ids: Sequence[Hashable]) -> None:
+    def take_over(self, request_ids: Sequence[RequestId]) -> None:
         """Goes on from where passes of `ContextState` have brought some requests."""
         entries = [self.state.entry(request_id) for request_id in request_ids]
         known = to_device(np.array([(entry.slot, len(entry.history)) for entry in entries]).T.copy(), self.device)
         self.lengths[known[0]] = known[1]
 
-    def rows(self, request_ids: Sequence[Hashable], table_rows: Sequence[int]) -> WindowRows:
+    def rows(self, request_ids: Sequence[RequestId], table_rows: Sequence[int]) -> WindowRows:
         """Looks at requests that are held and have pages for what they may read; `table_rows` are theirs."""
         entries = [self.state.entry(request_id) for request_id in request_ids]
         width = max(1, *(len(entry.pages) for entry in entries))
@@ -149,6 +149,41 @@ class ContextWindows:
         logits = self._read(tower, WindowInputs(rows.slots, before, num_new, token_ids, rows.block_table))
         self.lengths[rows.slots] = before + num_new
         return logits, num_new
+
+    def serve(self, increments: Mapping[RequestId, Sequence[int]]) -> bool:
+        """Whether passes over so many new tokens were captured."""
+        fits = all(len(tokens) <= self.width for tokens in increments.values())
+        return fits and self._key(padded_count(len(increments))) in self._graphs
+
+    @torch.inference_mode()
+    def extend_known(self, tower: ContextTower, increments: Mapping[RequestId, Sequence[int]]) -> Tensor:
+        """Runs the context tower over new tokens that the host knows; see `ContextState.extend`.
+
+        Args:
+            tower: on the device of the pool.
+            increments: one to `width` new tokens per request; requests that are not held are claimed.
+
+        Returns:
+            Logits [num_reqs, vocab] after the last tokens, which the next pass may overwrite.
+        """
+        state, ids = self.state, list(increments)
+        for request_id, tokens in increments.items():
+            state.claim(request_id, state.num_computed_tokens(request_id) + len(tokens), keep=ids)
+        entries = [state.entry(request_id) for request_id in ids]
+        first, most_pages = 3 + self.width, max(1, *(len(entry.pages) for entry in entries))
+        numbers = np.zeros((len(ids), first + most_pages), dtype=np.int64)
+        for row, entry, tokens in zip(numbers, entries, increments.values(), strict=True):
+            row[:3] = entry.slot, len(entry.history), len(tokens)
+            row[3:first] = tokens[-1]  # what is beyond the new tokens visits no other experts
+            row[3 : 3 + len(tokens)] = tokens
+            row[first : first + len(entry.pages)] = entry.pages
+        found = to_device(numbers, self.device)
+        slots, before, num_new = (column.contiguous() for column in found[:, :3].unbind(1))
+        inputs = WindowInputs(slots, before, num_new, found[:, 3:first].contiguous(), found[:, first:].int())
+        logits = self._read(tower, inputs)
+        for entry, tokens in zip(entries, increments.values(), strict=True):
+            entry.history.extend(tokens)
+        return logits
 
     @torch.inference_mode()
     def capture(self, tower: ContextTower) -> None:

@@ -22,6 +22,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import _disable_current_modes
 
 from tests.support.cuda.graphs import EmulatedEvent, EmulatedGraph, EmulatedStream, emulated_capture
+from tests.support.cuda.specialisation import specialisation
 from tests.support.cuda.tensors import Devices, EmulatedTensor
 from tests.support.cuda.usage import Usage, our_line
 
@@ -52,6 +53,7 @@ def emulated_devices(
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         name = self.fn.__name__
         usage.kernels[name] += 1
+        usage.specialisations.add(specialisation(self, args, kwargs))
         for x in (*args, *kwargs.values()):
             if isinstance(x, Tensor) and x.device != torch.device("cuda", devices.device):
                 raise RuntimeError(f"{name} was launched on cuda:{devices.device} with {x.device} at {our_line()}")

@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[3]
 OURS = ("twotower_spec", "kernels", "vllm_plugin")
@@ -22,6 +23,7 @@ class Usage:
         num_allocations: tensors that were made on a device.
         waits: why the host waited for a device, by line of this project.
         crossings: bytes that went from one device to another, by line.
+        specialisations: kernels as Triton would compile them, since the beginning.
         held, peak: bytes on each device, by its index; now, and at most.
     """
 
@@ -31,6 +33,7 @@ class Usage:
     num_allocations: int = 0
     waits: Counter[str] = field(default_factory=Counter)
     crossings: Counter[str] = field(default_factory=Counter)
+    specialisations: set[tuple[Any, ...]] = field(default_factory=set)
     held: Counter[int] = field(default_factory=Counter)
     peak: Counter[int] = field(default_factory=Counter)
 
