@@ -167,7 +167,7 @@ class DraftingSession(DraftingRounds):
         """New tokens of the requests of each pass that `warm_up` makes, if the pool has room for it."""
         passes = [[1], [8] * 4, [8] * min(TRIAL_ROWS, self.state.num_slots), [64]]
         if use_triton(self.towers.context.embeddings):
-            passes += [[17], [17, 1], [300, 17], [1100]]
+            passes += [[17], [17, 1], [300, 17, 1], [300, 9, 1], [1100], [1] * self.state.num_slots]
         state = self.state
         return [
             lengths

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.block_scan.types import ScanWeights
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import cdiv, settings
 
 OP = "block_scan"
 
@@ -77,7 +77,7 @@ def keep_last_inputs(
         tl.store(new_conv + k * channels + channel, kept, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["first_token", "num_tokens"])
+@triton.jit(do_not_specialize=["first_token", "num_tokens"], do_not_specialize_on_alignment=["query_lens", "slots"])
 def scan_kernel(
     u,  # [num_reqs, num_tokens, channels], channels = x | B | C
     delta,  # [num_reqs, num_tokens, HEADS]
@@ -270,7 +270,7 @@ def _launch(
     heads, head_dim, state_size = ssm_state.shape[1:]
     block_t = tile_of(num_tokens)
     chosen = settings(OP, f"scan_{block_t}")
-    scan_kernel[heads * triton.cdiv(head_dim, chosen["BLOCK_P"]), num_reqs](
+    scan_kernel[heads * cdiv(head_dim, chosen["BLOCK_P"]), num_reqs](
         u, delta, conv_state, ssm_state,
         weights.conv_weight, weights.conv_bias, weights.a_log, weights.d, weights.dt_bias,
         query_lens, slots, y, new_conv, new_ssm, first_token, num_tokens,

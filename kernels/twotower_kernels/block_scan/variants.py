@@ -54,7 +54,7 @@ def _variant(
     strides: tuple[str, ...] = ("u_request_stride", "u_stride", "delta_request_stride", "delta_stride", "conv_stride")
     strides += ("conv_request_stride", "y_request_stride", "ssm_request_stride")
     strides += ("new_ssm_request_stride", "tap_stride")
-    aligned = (*signature, *strides)
+    aligned = (*(name for name in signature if name not in ("query_lens", "slots")), *strides)
     signature |= dict.fromkeys((*strides, "first_token", "num_tokens"), "i32")
     return Variant(
         name=f"scan_kernel, {name}",

@@ -19,24 +19,18 @@ def specialisation(grid: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
         args, kwargs: of the launch.
     """
     given = {**dict(zip(grid.arg_names, args, strict=False)), **kwargs}
-    left_alone = _unspecialised(grid.fn)
+    options = getattr(sys.modules[grid.fn.__module__], grid.fn.__name__).kwargs
+    unknown = {*(options.get("do_not_specialize") or ()), *(options.get("do_not_specialize_on_alignment") or ())}
     known = (
-        (name, value if name in grid.constexprs or name not in grid.arg_names else _known_of(value, name in left_alone))
+        (name, value if name in grid.constexprs or name not in grid.arg_names else _known_of(value, name in unknown))
         for name, value in given.items()
     )
     return grid.fn.__name__, *known
 
 
-def _unspecialised(kernel: Any) -> list[str]:
-    """Arguments of which the compiler is told nothing."""
-    function = getattr(sys.modules[kernel.__module__], kernel.__name__)
-    names: list[str] = function.kwargs.get("do_not_specialize") or []
-    return names
-
-
 def _known_of(value: Any, is_left_alone: bool) -> Any:
     if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
+        return value.dtype, not is_left_alone and value.data_ptr() % 16 == 0
     if value is None or isinstance(value, (bool, float)):
         return type(value).__name__
     width = "i32" if value <= INT32_MAX else "i64"

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from twotower_kernels.unmasking import Unmasked
 from twotower_spec.errors import ArgumentError
 from twotower_spec.generation.denoising.commit_rules import DenoisingStep, Schedule, unmask_by
 from twotower_spec.generation.denoising.loop import DenoisingLoop
@@ -43,23 +44,34 @@ class ScheduleLoop(DenoisingLoop):
             num_masked = masked.sum(-1)
             masked[:, wanted:] = False
             is_open = masked.any(-1)
+            step = DenoisingStep(index, rows, masked, confidence)
             if index:
                 words.append(HostCopy(is_open.any()))
                 if _all_done(words):
                     break
-                logits = self.passes(token_ids, request.context, num_masked, positions := None)
+                done = self._step(request, step, token_ids, num_masked, None)
             else:  # every row is masked alike, which the host knows
                 positions = self._first_positions(len(token_ids), first, wanted)
-                logits = self.passes(token_ids, request.context, self.block_size - first, positions)
+                done = self._step(request, step, token_ids, self.block_size - first, positions)
             num_passes += is_open
-            draw = 0 if request.same_noise else index
-            noise = self.picker.noise(logits, request.seeds, request.first_positions, draw)
-            step = DenoisingStep(index, rows, masked, confidence)
-            done = unmask_by(rule, step, token_ids, logits, positions, self.picker, noise)
             token_ids, confidence = done.token_ids, done.confidence
             if rule.finishes(index, self.block_size):
                 break
         return DenoisedBlocks(token_ids, confidence, num_passes)
+
+    def _step(
+        self,
+        request: DenoisingRequest,
+        step: DenoisingStep,
+        token_ids: Tensor,
+        num_masked: int | Tensor,
+        positions: Tensor | None,
+    ) -> Unmasked:
+        """Blocks after one denoiser pass; its logits are gone before the next one."""
+        logits = self.passes(token_ids, request.context, num_masked, positions)
+        draw = 0 if request.same_noise else step.index
+        noise = self.picker.noise(logits, request.seeds, request.first_positions, draw)
+        return unmask_by(request.commit_rule, step, token_ids, logits, positions, self.picker, noise)
 
     def _first_positions(self, num_reqs: int, first: int, wanted: int) -> Tensor:
         """Flat indices of the masked positions of fresh blocks."""
