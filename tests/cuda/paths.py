@@ -28,9 +28,14 @@ PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7], [11] * 20]
 def placed(context_device: str = "cpu", denoiser_device: str = "cpu") -> TwoTowerModel:
     """The same model on any devices, small enough for kernels in the interpreter."""
     config = tiny_config(hybrid_override_pattern="M*E", mamba_num_heads=2, num_attention_heads=2, num_key_value_heads=1)
-    return TwoTowerModel.from_config(
-        config, dtype="float32", context_device=context_device, denoiser_device=denoiser_device
-    )
+    source = TwoTowerModel.from_config(config, dtype="float32")
+    if context_device == denoiser_device == "cpu":
+        return source
+    model = TwoTowerModel(config, torch.float32, context_device, denoiser_device)
+    for of_model, of_source in ((model.context, source.context), (model.denoiser, source.denoiser)):
+        for to, values in zip(of_model.parameters(), of_source.parameters(), strict=True):
+            to.data.copy_(values)
+    return model
 
 
 def drafts(model: TwoTowerModel, policy: DraftPolicy, **options: Any) -> list[list[int]]:

@@ -94,11 +94,17 @@ class ContextWindows:
         lengths: int64 [num_slots] on the device, tokens whose state is held.
     """
 
-    def __init__(self, state: ContextState, width: int, graphs: PassGraphs) -> None:
-        """Looks after a pool that has a scratch slot and page; passes are captured in `graphs`."""
+    def __init__(self, state: ContextState, width: int, graphs: PassGraphs | None = None) -> None:
+        """Looks after a pool that has a scratch slot and page.
+
+        Args:
+            state: the pool.
+            width: tokens of a pass per request.
+            graphs: where passes are captured; None for a place of their own.
+        """
         self.state, self.width = state, width
         self.lengths = torch.zeros(state.num_slots, dtype=torch.int64, device=state.mamba.conv.device)
-        self._graphs = graphs
+        self._graphs = graphs or PassGraphs(self.lengths.device)
         self._buffers: WindowInputs | None = None
         self._logits: Tensor | None = None
 

@@ -81,7 +81,7 @@ class FilledPool:
         self.towers, self.num_context_tokens = towers, num_context_tokens
         num_tokens = num_context_tokens + most_tokens
         pages = num_reqs * -(-num_tokens // DEFAULT_PAGE_SIZE)
-        self.state = ContextState.for_towers(towers, num_reqs, pages, scratch_page=True)
+        self.state = ContextState.for_towers(towers, num_reqs, pages, scratch=True)
         generator = torch.Generator().manual_seed(0)
         self.token_ids = torch.randint(0, towers.config.vocab_size, (num_reqs, num_tokens), generator=generator)
         for request, tokens in enumerate(self.token_ids.tolist()):

@@ -94,6 +94,7 @@ def emulated_devices(
         "is_current_stream_capturing": lambda: devices.recorded is not None,
         "get_device_name": lambda device=None: "an emulated device",
         "empty_cache": lambda: None,
+        "mem_get_info": lambda device=None: (80 << 30, 80 << 30),
         "memory_reserved": lambda device=None: usage.held[torch.device(device or "cuda:0").index],
         "memory_allocated": lambda device=None: usage.held[torch.device(device or "cuda:0").index],
         "Event": EmulatedEvent,
@@ -108,6 +109,7 @@ def emulated_devices(
     with (
         patch.multiple(torch.cuda, **emulated),
         patch.object(GridExecutor, "__call__", launch),
+        patch.object(torch, "Generator", _HostGenerator),
         # Inference tensors and wrappers do not mix.
         patch.object(torch.inference_mode, "__enter__", lambda self: grad.__enter__(_no_grad(self))),
         patch.object(torch.inference_mode, "__exit__", lambda self, *given: _no_grad(self).__exit__(*given)),
@@ -128,6 +130,13 @@ class _CurrentDevice(torch.cuda.device):
 
     def __init__(self, device: Any) -> None:
         self.idx, self.prev_idx = torch.device(device).index, -1
+
+
+class _HostGenerator(torch.Generator):
+    """A generator for any device, on the CPU: there operators draw."""
+
+    def __new__(cls, device: Any = "cpu") -> _HostGenerator:
+        return super().__new__(cls)
 
 
 def _no_grad(mode: Any) -> Any:
