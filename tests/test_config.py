@@ -9,6 +9,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 
+from tests.support.builders import tiny_config
 from tests.support.golden_files import NAMES, checkpoint
 from twotower_spec import ArgumentError, ConfigError, DiffusionConfig, TwoTowerConfig
 
@@ -241,6 +242,17 @@ def test_mamba_bytes_keep_the_ssm_state_in_float32_at_least(dtype: str, conv_siz
     config = TwoTowerConfig.from_pretrained(checkpoint("T2"))
     per_layer = 264 * 3 * conv_size + 144 * 20 * ssm_size
     assert config.mamba_bytes_per_request(getattr(torch, dtype)) == 4 * per_layer
+
+
+def test_tokens_may_visit_fewer_experts_than_the_checkpoint_says() -> None:
+    config = tiny_config(num_experts_per_tok=3)
+    assert config.with_experts_per_token(None) is config
+    assert config.with_experts_per_token(2) == config.replace(num_experts_per_tok=2)
+    for value in (0, 4, True, 1.0):
+        with pytest.raises(ArgumentError, match=f"experts_per_token {value} is not allowed; give an integer from 1 to"):
+            config.with_experts_per_token(value)  # type: ignore[arg-type]
+    with pytest.raises(ArgumentError, match="experts_per_token 1 is not allowed, the model has no experts"):
+        tiny_config(hybrid_override_pattern="M*-").with_experts_per_token(1)
 
 
 def test_diffusion_defaults_are_the_published_ones() -> None:

@@ -184,6 +184,21 @@ class TwoTowerConfig:
         """Copies the configuration with some fields changed, and validates it again."""
         return replace(self, **changes)
 
+    def with_experts_per_token(self, experts_per_token: int | None) -> TwoTowerConfig:
+        """Copies the configuration for tokens that visit fewer experts; None for as many as it says.
+
+        Raises:
+            ArgumentError: there are no experts, or a token visits fewer already.
+        """
+        if experts_per_token is None:
+            return self
+        if MOE not in self.layer_kinds:
+            raise ArgumentError(
+                f"experts_per_token {experts_per_token!r} is not allowed, the model has no experts; leave it out"
+            )
+        check_integer("experts_per_token", experts_per_token, minimum=1, maximum=self.num_experts_per_tok)
+        return self.replace(num_experts_per_tok=experts_per_token)
+
     @property
     def layer_kinds(self) -> str:
         """One letter per layer, the same as `hybrid_override_pattern`."""

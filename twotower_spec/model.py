@@ -36,6 +36,7 @@ class TwoTowerModel(GeneratingTowers):
         towers: Literal["both", "context", "denoiser"] = "both",
         dtype: torch.dtype | str | None = None,
         denoiser_dtype: torch.dtype | str | None = None,
+        denoiser_experts_per_token: int | None = None,
         context_device: torch.device | str = "cpu",
         denoiser_device: torch.device | str | None = None,
         progress: bool | None = None,
@@ -51,6 +52,8 @@ class TwoTowerModel(GeneratingTowers):
                 the denoiser alone, for contexts that somebody else computes.
             dtype: of the weights (float32, bfloat16, float16, float64); None for the one they are stored in.
             denoiser_dtype: of the denoiser's weights; None for the same as the context tower's.
+            denoiser_experts_per_token: experts that a token of a block visits, weighed as if there were no others; None
+                for as many as config.json says, of which fewer read fewer weights and draft worse.
             context_device: where the context tower goes.
             denoiser_device: where the denoiser goes; None for the same place.
             progress: show a bar; None for on a terminal.
@@ -79,6 +82,7 @@ class TwoTowerModel(GeneratingTowers):
             denoiser_dtype=as_dtype(denoiser_dtype),
             with_denoiser=with_denoiser,
             with_context=with_context,
+            denoiser_experts_per_token=denoiser_experts_per_token,
         )
         destinations = dict(model.checkpoint_tensors())
         show = sys.stderr.isatty() if progress is None else progress

@@ -9,7 +9,9 @@ import torch
 
 from tests.checkpoint.files import change_shard, copy_checkpoint, stored_tensors
 from tests.support.golden_files import NAMES, checkpoint, generation_cases, generation_options
-from twotower_spec import ArgumentError, CheckpointError, TwoTowerModel
+from twotower_spec import ArgumentError, CheckpointError, TwoTowerConfig, TwoTowerModel
+from twotower_spec.towers.backbone import Backbone
+from twotower_spec.towers.layers import MixtureOfExperts
 
 DTYPES = ["float32", "bfloat16", "float16", "float64"]
 
@@ -120,6 +122,28 @@ def test_denoiser_alone_refuses_to_generate_and_names_the_remedy(mode: str) -> N
     model = TwoTowerModel.from_pretrained(checkpoint("T1"), towers="denoiser")
     with pytest.raises(ArgumentError, match='towers="denoiser" and has no context tower; load it with towers="both"'):
         getattr(model, mode)([[7, 9, 11]], max_new_tokens=3)
+
+
+def test_a_denoiser_of_fewer_experts_per_token_takes_the_best_ones_and_the_context_tower_all(tmp_path: Path) -> None:
+    fewer = TwoTowerModel.from_pretrained(checkpoint("T2"), dtype="float64", denoiser_experts_per_token=1)
+    whole = TwoTowerModel.from_pretrained(checkpoint("T2"), dtype="float64")
+
+    def routed(tower: Backbone) -> tuple[torch.Tensor, torch.Tensor]:
+        mixer = next(layer.mixer for layer in tower.layers if isinstance(layer.mixer, MixtureOfExperts))
+        return mixer.route(torch.linspace(-1, 1, 5 * whole.config.hidden_size, dtype=torch.float64).view(5, -1))
+
+    assert routed(fewer.context)[0].shape == routed(whole.denoiser)[0].shape == (5, 3)
+    ids, weights = routed(fewer.denoiser)
+    assert ids.shape == (5, 1) and (routed(whole.denoiser)[0] == ids).any(-1).all()
+    # The weights of a token are divided by their sum, here one.
+    assert whole.config.norm_topk_prob and torch.all((weights - whole.config.routed_scaling_factor).abs() < 1e-9)
+    fewer.save_pretrained(tmp_path)
+    assert TwoTowerConfig.from_pretrained(tmp_path) == whole.config
+
+
+def test_more_experts_per_token_than_the_checkpoint_has_are_refused() -> None:
+    with pytest.raises(ArgumentError, match="experts_per_token 4 is not allowed; give an integer from 1 to 3"):
+        TwoTowerModel.from_pretrained(checkpoint("T2"), denoiser_experts_per_token=4)
 
 
 class _LeavesAMark:

@@ -247,6 +247,10 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         ({"model": drafter, "twotower": {"block_size": 10**9}}, ("block_size 1000000000", "to 1024")),
         ({"model": eight}, ("eight", "block_size '8'")),
         ({"model": drafter, "twotower": {"context_device": "cuda:7"}}, ("context_device", "cuda:7 is not there")),
+        (
+            {"model": drafter, "twotower": {"experts_per_token": 3}},
+            ("twotower knob experts_per_token 3", "from 1 to 2"),
+        ),
         ({"model": drafter, "twotower": {"denoiser_device": "meta"}}, ("denoiser_device", "meta")),
         ({"model": drafter, "twotower": {"denoiser_device": "xpu"}}, ("denoiser_device", "xpu is not supported")),
         ({"model": drafter, "twotower": {"context_device": "the gpu"}}, ("context_device", "'the gpu'")),

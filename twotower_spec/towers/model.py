@@ -30,6 +30,7 @@ class TwoTowers(nn.Module):
         denoiser_dtype: torch.dtype | None = None,
         with_denoiser: bool = True,
         with_context: bool = True,
+        denoiser_experts_per_token: int | None = None,
     ) -> None:
         """Allocates uninitialised weights.
 
@@ -40,15 +41,20 @@ class TwoTowers(nn.Module):
             denoiser_device: where the denoiser tower is; None for the same device.
             denoiser_dtype: dtype of the denoiser's weights; None for the same. State is converted once per block.
             with_denoiser, with_context: False leaves a tower out, with its memory.
+            denoiser_experts_per_token: experts that a token of a block visits; None for as many as `config` says.
+
+        Raises:
+            ArgumentError: a device is not there, or a token does not visit so many experts.
         """
         super().__init__()
+        denoiser_config = config.with_experts_per_token(denoiser_experts_per_token)
         self.config, self.dtype = config, dtype
         context_device = usable_device(context_device)
         self._context = ContextTower(config, dtype, context_device) if with_context else None
         self._denoiser: DenoiserTower | None = None
         if with_denoiser:
             device = usable_device(denoiser_device or context_device)
-            self._denoiser = DenoiserTower(config, denoiser_dtype or dtype, device)
+            self._denoiser = DenoiserTower(denoiser_config, denoiser_dtype or dtype, device)
 
     @property
     def context(self) -> ContextTower:

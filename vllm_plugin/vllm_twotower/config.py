@@ -46,6 +46,7 @@ class DrafterKnobs:
         context_device, denoiser_device: where the towers are; None for the verifier's device, and for the context
             tower's.
         dtype: of both towers; None for the verifier's.
+        experts_per_token: experts that a token of a block visits in the denoiser; None for the checkpoint's.
         pool_requests: requests whose context is held at once; None for as many as vLLM runs, 64 at most.
         pool_tokens: tokens that are held at once; None for 2048 per request, or what a request can have.
         prefill_budget: most tokens that the context tower reads in a round.
@@ -68,6 +69,7 @@ class DrafterKnobs:
     context_device: str | None = None
     denoiser_device: str | None = None
     dtype: str | None = None
+    experts_per_token: int | None = None
     pool_requests: int | None = None
     pool_tokens: int | None = None
     prefill_budget: int = DEFAULT_TOKEN_BUDGET
@@ -84,7 +86,7 @@ class DrafterKnobs:
         ):
             _check_choice(name, getattr(self, name), allowed)
         check_integer("prefill_budget", self.prefill_budget, minimum=1)
-        for name in ("steps_per_block", "pool_requests", "pool_tokens"):
+        for name in ("steps_per_block", "experts_per_token", "pool_requests", "pool_tokens"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), minimum=1)
         if self.block_size is not None:

@@ -87,6 +87,7 @@ def load_towers(
         revision=knobs.revision,
         towers=towers,
         dtype=dtype,
+        denoiser_experts_per_token=knobs.experts_per_token,
         context_device=context_device,
         denoiser_device=denoiser_device,
     )
