@@ -12,7 +12,8 @@ from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import MID_SIZE, REAL_SIZE
-from twotower_kernels.experts import ExpertChoice, grouped_experts, route, route_tokens
+from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, quantise, route, route_tokens
+from twotower_kernels.experts.quantisation import dequantise
 from twotower_spec import TwoTowerConfig
 
 # One bfloat16 rounding of hidden activations and one of outputs, in the Frobenius norm.
@@ -30,6 +31,11 @@ def cases(device: torch.device) -> list[Case]:
         *(_experts(REAL_SIZE, num_tokens, "product_few", device) for num_tokens in (4, 16, 32, 128)),
         *(_experts(REAL_SIZE, num_tokens, "product_some", device) for num_tokens in (256, 1024)),
         *(_experts(REAL_SIZE, num_tokens, "product_many", device) for num_tokens in (2048, 8192)),
+        *(
+            _quantised(REAL_SIZE, num_tokens, f"quantised_{kind}", device, dtype)
+            for kind, num_tokens in (("one", 1), ("few", 16), ("few", 128), ("some", 1024), ("many", 8192))
+            for dtype in (torch.int8, torch.float8_e4m3fn)
+        ),
     ]
 
 
@@ -138,6 +144,32 @@ def _experts(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch
     visited = experts * (1 - (1 - top_k / experts) ** num_tokens)
     moved = int(4 * visited * width * hidden + 4 * num_tokens * hidden)
     shape = f"{num_tokens} tokens, {top_k} of {experts} experts [{hidden}, {width}] bf16"
+    return Case("experts", kernel, shape, moved, make)
+
+
+def _quantised(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch.device, dtype: torch.dtype) -> Case:
+    experts, top_k = config.n_routed_experts, config.num_experts_per_tok
+    hidden, width = config.hidden_size, config.moe_intermediate_size
+
+    def make() -> Systems:
+        x, wide = _tokens(config, num_tokens, device), _weights(experts, width, hidden, device)
+        ids, weights = route_tokens(x, *_router(config, device), _expert_choice(config))
+        (up, up_scales), (down, down_scales) = (quantise(weight, dtype) for weight in wide)
+        scales = ExpertScales(up_scales, down_scales)
+        expected = _expert_by_expert(
+            x, dequantise(up, up_scales, x.dtype), dequantise(down, down_scales, x.dtype), ids, weights
+        ).double()
+        error = (grouped_experts(x, up, down, ids, weights, None, scales).double() - expected).norm() / expected.norm()
+        assert error < AGREEMENT, f"quantised experts are {error:.3g} away from the torch composition"
+        return {
+            OURS: lambda: grouped_experts(x, up, down, ids, weights, None, scales),
+            "ours, bf16": lambda: grouped_experts(x, *wide, ids, weights),
+        }
+
+    visited = experts * (1 - (1 - top_k / experts) ** num_tokens)
+    moved = int(2 * visited * width * hidden + 4 * num_tokens * hidden)
+    name = str(dtype).removeprefix("torch.")
+    shape = f"{num_tokens} tokens, {top_k} of {experts} experts [{hidden}, {width}] {name}"
     return Case("experts", kernel, shape, moved, make)
 
 

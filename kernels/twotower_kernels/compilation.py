@@ -35,6 +35,7 @@ class Variant:
         num_warps, num_stages: of the launch.
         aligned: names of pointers and integers that are multiples of 16; None for all of the signature's pointers.
         options: further options of the launch (`enable_fp_fusion`).
+        least_capability: of the GPUs that it is launched on.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Variant:
     num_stages: int = 3
     aligned: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    least_capability: int = CAPABILITIES[0]
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,7 @@ def main(arguments: list[str]) -> int:
     faults = 0
     for op, variant in all_variants(ops or OPS):
         made: dict[int, Resources] = {}
-        for capability in CAPABILITIES:
+        for capability in (one for one in CAPABILITIES if one >= variant.least_capability):
             made[capability] = needs = compile_variant(variant, capability)
             faults += needs.spill_bytes > 0
             if not markdown:
@@ -156,7 +158,9 @@ def _markdown_row(name: str, num_warps: int, made: Mapping[int, Resources]) -> s
     """Registers per thread, KiB of shared memory per program and occupancy, for each capability."""
     cells = [
         f"{needs.registers}, {round(needs.shared_bytes / 1024, 1):g}, {needs.occupancy(num_warps, capability):.0%}"
-        for capability, needs in made.items()
+        if (needs := made.get(capability))
+        else "-"
+        for capability in CAPABILITIES
     ]
     spills = sum(needs.spill_bytes for needs in made.values())
     return f"| {name} | {num_warps} | {' | '.join(cells)} | {spills or 'none'} |"

@@ -1,5 +1,6 @@
 """Routing and experts: what users call, and the kernels, against the references."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -8,7 +9,8 @@ from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
 from twotower_kernels import tuning
-from twotower_kernels.experts import ExpertChoice, grouped_experts, route, route_tokens
+from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, quantise, route, route_tokens
+from twotower_kernels.experts.quantisation import LARGEST, dequantise
 from twotower_kernels.experts.reference import (
     grouped_experts_reference,
     route_reference,
@@ -57,19 +59,60 @@ def distinct_ids(num_tokens: int, top_k: int, seed: int = 4) -> Tensor:
     return randn(num_tokens, EXPERTS, seed=seed).argsort(-1)[:, :top_k]
 
 
-def launched(x: Tensor, up: Tensor, down: Tensor, ids: Tensor, weights: Tensor, shared: Tensor | None = None) -> Tensor:
+def quantised_experts(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, ExpertScales]:
+    (up, up_scales), (down, down_scales) = (
+        quantise(t.cpu(), dtype) for t in weights_of_experts(torch.float32, torch.device("cpu"))
+    )
+    return up.to(device), down.to(device), ExpertScales(up_scales.to(device), down_scales.to(device))
+
+
+def launched(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    shared: Tensor | None = None,
+    scales: ExpertScales | None = None,
+) -> Tensor:
     """Runs the kernels with small tiles instead of those in the table."""
-    kind = kernel.kind_of_product(len(x), ids.shape[1], len(up), x.dtype)
+    kind = kernel.kind_of_product(len(x), ids.shape[1], len(up), x.dtype, is_quantised=scales is not None)
     weighing = {"BLOCK_HIDDEN": 16, "num_warps": 1}
     with (
         tuning.trying("experts", kind, TILES),
         tuning.trying("experts", "rank_pairs", {"BLOCK_ITEMS": 8, "BLOCK_PAIRS": 16, "num_warps": 1}),
         tuning.trying("experts", "weigh_outputs", weighing),
     ):
-        return kernel.launch_grouped_experts(x, up, down, ids, weights, shared)
+        return kernel.launch_grouped_experts(x, up, down, ids, weights, shared, scales)
 
 
 # What users call
+
+
+@pytest.mark.parametrize("held", LARGEST)
+def test_quantised_weights_are_within_half_a_step_of_the_weights(held: torch.dtype) -> None:
+    weight = randn(5, 7, 64).float()
+    weight[1, 3] = 0
+    rounded, scales = quantise(weight, held)
+    assert rounded.dtype == held and scales.shape == (5, 7) and scales.dtype == torch.float32
+    assert torch.equal(rounded.float().abs().amax(-1), torch.where(weight.abs().amax(-1) > 0, LARGEST[held], 0.0))
+    again = dequantise(rounded, scales, torch.float32)
+    # int8: half of the scale; float8_e4m3fn: three bits behind the leading one, and 2^-9 the smallest number.
+    step = scales[..., None] if held == torch.int8 else torch.maximum(weight.abs() / 8, scales[..., None] / 512)
+    assert ((again - weight).abs() <= step * 0.5001).all()
+    assert (again[1, 3] == 0).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 17])
+@pytest.mark.parametrize("held", LARGEST)
+def test_quantised_experts_equal_the_sum_written_out(held: torch.dtype, num_tokens: int) -> None:
+    x, (up, down, scales) = randn(num_tokens, HIDDEN), quantised_experts(held, torch.device("cpu"))
+    ids, weights = distinct_ids(num_tokens, 2), randn(num_tokens, 2, seed=3).sigmoid()
+    expected = grouped_experts_reference(x, up, down, ids, weights, x, scales)
+    actual = grouped_experts(x, up, down, ids, weights, x, scales)
+    torch.testing.assert_close(actual, expected, atol=FLOAT64, rtol=FLOAT64)
+    narrow = grouped_experts(x.bfloat16(), up, down, ids, weights, x.bfloat16(), scales)
+    assert relative_error(narrow, expected) < BFLOAT16_RELATIVE
 
 
 @pytest.mark.parametrize("normalise", [True, False])
@@ -283,6 +326,31 @@ def test_an_expert_of_all_tokens_fills_several_blocks(device: torch.device, chos
     assert relative_error(launched(x, up, down, ids.to(device), weights.to(device)), expected) < FLOAT32_OP
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("held", LARGEST)
+def test_kernels_of_quantised_experts_equal_the_sum_written_out(
+    device: torch.device, held: torch.dtype, num_tokens: int, dtype: torch.dtype
+) -> None:
+    x, (up, down, scales) = randn(num_tokens, HIDDEN).to(device, dtype) / 4, quantised_experts(held, device)
+    ids, weights = distinct_ids(num_tokens, 3).to(device), randn(num_tokens, 3, seed=3).sigmoid().to(device)
+    actual = launched(x, up, down, ids, weights, x, scales)
+    assert actual.dtype == dtype
+    expected = grouped_experts_reference(x.double(), up, down, ids, weights, x.double(), scales)
+    assert relative_error(actual, expected) < BOUND[dtype]
+
+
+@pytest.mark.parametrize("held", LARGEST)
+def test_scales_of_quantised_experts_come_before_rounding(device: torch.device, held: torch.dtype) -> None:
+    # All sums are exact in bfloat16, their products with these scales are not.
+    x, ids = torch.ones(2, 4).bfloat16().to(device), torch.tensor([[0]] * 2).to(device)
+    up, down = torch.ones(1, 1, 4).to(device, held), torch.ones(1, 4, 1).to(device, held)
+    scales = ExpertScales(torch.full((1, 1), 0.3).to(device), torch.full((1, 4), 0.7).to(device))
+    hidden = torch.tensor(1.2).bfloat16().square()
+    out = launched(x, up, down, ids, torch.ones(2, 1).double().to(device), None, scales)
+    assert torch.equal(out.cpu(), (hidden.float() * 0.7).bfloat16().expand(2, 4))
+
+
 @pytest.mark.parametrize("num_tokens", [1, 17])
 def test_expert_kernels_round_where_the_pytorch_path_rounds(device: torch.device, num_tokens: int) -> None:
     # Small integers: every product is exact, and only the places of rounding matter. Sums up to 35 have squares of
@@ -384,8 +452,10 @@ def test_no_tokens_give_no_outputs(device: torch.device) -> None:
     [(1, "one"), (2, "few"), (16, "few"), (170, "few"), (171, "some"), (1024, "some"), (8192, "many")],
 )
 def test_every_number_of_tokens_has_its_product(num_tokens: int, kind: str) -> None:
-    assert kernel.kind_of_product(num_tokens, 6, 128, torch.bfloat16) == f"product_{kind}"
-    assert kernel.kind_of_product(num_tokens, 6, 128, torch.float32) == "product_float32"
+    for is_quantised, name in ((False, "product"), (True, "quantised")):
+        kind_of = partial(kernel.kind_of_product, num_tokens, 6, 128, is_quantised=is_quantised)
+        assert kind_of(torch.bfloat16) == f"{name}_{kind}"
+        assert kind_of(torch.float32) == "product_float32"
 
 
 def test_settings_of_every_kernel_are_among_its_candidates() -> None:
@@ -418,6 +488,30 @@ def test_sizes_that_contradict_each_other_are_refused(
     x, up, down, ids, weights, shared = (torch.zeros(shape) for shape in (shapes | changes).values())
     with pytest.raises(ValueError, match=message):
         grouped_experts(x, up, down, ids.long(), weights, shared)
+
+
+@pytest.mark.parametrize(
+    ("up_dtype", "down_dtype", "scale_dtype", "num_scales", "message"),
+    [
+        (torch.int8, torch.float8_e4m3fn, torch.float32, WIDTH, "give both in torch.float8_e4m3fn or torch.int8"),
+        (torch.float32, torch.float32, torch.float32, WIDTH, "give both in torch.float8_e4m3fn or torch.int8"),
+        (torch.int8, torch.int8, torch.float64, WIDTH, "scales of up are torch.float64"),
+        (torch.int8, torch.int8, torch.float32, WIDTH + 1, "give torch.float32 .6, 21."),
+    ],
+)
+def test_scales_that_do_not_fit_are_refused(
+    up_dtype: torch.dtype,
+    down_dtype: torch.dtype,
+    scale_dtype: torch.dtype,
+    num_scales: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: True)
+    up, down = torch.zeros(EXPERTS, WIDTH, HIDDEN).to(up_dtype), torch.zeros(EXPERTS, HIDDEN, WIDTH).to(down_dtype)
+    scales = ExpertScales(torch.ones(EXPERTS, num_scales, dtype=scale_dtype), torch.ones(EXPERTS, HIDDEN))
+    with pytest.raises(ValueError, match=message):
+        grouped_experts(torch.zeros(5, HIDDEN), up, down, distinct_ids(5, 3), torch.zeros(5, 3), None, scales)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.experts.types import ExpertChoice
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 from twotower_kernels.tuning import settings
 
 # Up to this many tokens our kernel makes router logits, in parts along the hidden dimension: cuBLAS would use only a
@@ -173,7 +173,8 @@ def rank_pairs_kernel(
 @triton.jit
 def grouped_product_kernel(
     x_ptr,  # UP: [num_tokens, IN_FEATURES]; else [num_pairs, IN_FEATURES], rows ordered by expert
-    weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES]
+    weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES], of x's dtype, or narrower with scales
+    scale_ptr,  # float32 [NUM_EXPERTS, OUT_FEATURES], contiguous; or None
     out_ptr,  # [num_pairs, OUT_FEATURES]; UP: rows ordered by expert; else rows of a token together
     expert_ids_ptr,  # int64 [num_pairs], of a single token; read unless ORDERED
     order_ptr,  # int32 [num_pairs], from rank_pairs; read if ORDERED
@@ -244,9 +245,15 @@ def grouped_product_kernel(
         exists = within < IN_FEATURES - start
         x = tl.load(x_ptrs, mask=row_exists[:, None] & exists[None, :], other=0.0)
         weight = tl.load(weight_ptrs, mask=exists[:, None] & column_exists[None, :], other=0.0)
+        if scale_ptr is not None:
+            # Exact, as x has more bits; through float32, as the interpreter makes bfloat16 of nothing else.
+            weight = weight.to(tl.float32).to(x.dtype)
         product = tl.dot(x, weight, product, input_precision="ieee")
         x_ptrs += BLOCK_IN * x_in_stride
         weight_ptrs += BLOCK_IN * weight_in_stride
+    if scale_ptr is not None:
+        scales = tl.load(scale_ptr + expert * OUT_FEATURES + columns, mask=column_exists, other=0.0)
+        product *= scales[None, :]
     if UP:
         # Rounded where separate product, ReLU and square would round. A comparison, unlike a maximum, passes NaN on.
         narrow = product.to(out_ptr.dtype.element_ty).to(tl.float32)
@@ -356,17 +363,24 @@ def choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int
 
 @on_its_device
 def launch_grouped_experts(
-    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    shared: Tensor | None,
+    scales: ExpertScales | None,
 ) -> Tensor:
     """Launches `grouped_experts`, with its arguments and result, for at least one token."""
     (num_tokens, hidden), (num_experts, width), top_k = x.shape, up.shape[:2], expert_ids.shape[1]
     num_pairs = num_tokens * top_k
-    kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype)
+    kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype, is_quantised=scales is not None)
     pairs = expert_ids.contiguous().view(-1)
     ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts)
     squares, outputs = x.new_empty((num_pairs, width)), x.new_empty((num_pairs, hidden))
-    _launch_product(x, up, squares, pairs, ordering, top_k, kind, is_up=True)
-    _launch_product(squares, down, outputs, pairs, ordering, top_k, kind, is_up=False)
+    up_scales, down_scales = (None, None) if scales is None else (scales.up, scales.down)
+    _launch_product(x, up, up_scales, squares, pairs, ordering, top_k, kind, is_up=True)
+    _launch_product(squares, down, down_scales, outputs, pairs, ordering, top_k, kind, is_up=False)
     out = x.new_empty((num_tokens, hidden))
     tiles = settings("experts", "weigh_outputs")
     weigh_outputs_kernel[(num_tokens, triton.cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
@@ -384,7 +398,7 @@ def launch_grouped_experts(
     return out
 
 
-def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype) -> str:
+def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype, *, is_quantised: bool) -> str:
     """Name of the settings for the number of rows that an expert has on average.
 
     A single token takes the same kernel, though it needs no tensor cores: the time goes into reading weights, the rows
@@ -392,10 +406,9 @@ def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.
     """
     if dtype == torch.float32:
         return "product_float32"
-    if num_tokens == 1:
-        return "product_one"
     rows = num_tokens * top_k / num_experts
-    return f"product_{'few' if rows <= FEW_ROWS else 'some' if rows <= SOME_ROWS else 'many'}"
+    size = "few" if rows <= FEW_ROWS else "some" if rows <= SOME_ROWS else "many"
+    return f"{'quantised' if is_quantised else 'product'}_{'one' if num_tokens == 1 else size}"
 
 
 @on_its_device
@@ -426,6 +439,7 @@ def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
 def _launch_product(
     x: Tensor,
     weight: Tensor,
+    scales: Tensor | None,
     out: Tensor,
     pairs: Tensor,
     ordering: tuple[Tensor, Tensor] | None,
@@ -441,6 +455,7 @@ def _launch_product(
     grouped_product_kernel[(blocks * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
         x,
         weight,
+        None if scales is None else scales.contiguous(),
         out,
         pairs,
         order,

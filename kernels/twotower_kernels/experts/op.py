@@ -5,7 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
-from twotower_kernels.experts.types import ExpertChoice
+from twotower_kernels.experts.quantisation import LARGEST, dequantise
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 from twotower_kernels.linear import linear
 
 # Dtypes that the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
@@ -78,27 +79,39 @@ def _chosen(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor,
 
 
 def grouped_experts(
-    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None = None
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    shared: Tensor | None = None,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """Weighted sum of `down(relu(up(x))^2)` over the experts each token chose.
 
     Args:
         x: [num_tokens, hidden].
-        up: [num_experts, width, hidden]; any strides.
-        down: [num_experts, hidden, width]; any strides.
+        up: [num_experts, width, hidden]; any strides; float8_e4m3fn or int8 with `scales`, else of x's dtype.
+        down: [num_experts, hidden, width]; likewise.
         expert_ids: int64 [num_tokens, top_k], distinct within a token, each in [0, num_experts).
         expert_weights: [num_tokens, top_k]; the sum over experts runs in this dtype (float64 as published).
         shared: [num_tokens, hidden], output of a shared expert; added unscaled to the sum once that is rounded.
+        scales: of quantised experts; a product is multiplied by them before it is rounded.
 
     Returns:
         [num_tokens, hidden] in the dtype of `x`.
     """
-    tensors = (x, up, down, expert_weights, *(() if shared is None else (shared,)))
+    optional = (shared, *((scales.up, scales.down) if scales else ()))
+    tensors = (x, up, down, expert_weights, *(tensor for tensor in optional if tensor is not None))
     if _on_kernels(*tensors) and x.dtype in KERNEL_DTYPES:
         from twotower_kernels.experts.kernel import launch_grouped_experts
 
-        _check_experts(x, up, down, expert_ids, expert_weights, shared)
-        return launch_grouped_experts(x, up, down, expert_ids, expert_weights, shared)
+        _check_experts(x, up, down, expert_ids, expert_weights, shared, scales)
+        return launch_grouped_experts(x, up, down, expert_ids, expert_weights, shared, scales)
+    if scales is not None:
+        visited, expert_ids = expert_ids.unique(return_inverse=True)
+        up = dequantise(up[visited], scales.up[visited], x.dtype)
+        down = dequantise(down[visited], scales.down[visited], x.dtype)
     routed = _routed_sum(x, up, down, expert_ids, expert_weights)
     return routed if shared is None else routed + shared
 
@@ -124,7 +137,13 @@ def _check_choice(num_experts: int, bias: Tensor, choice: ExpertChoice) -> None:
 
 
 def _check_experts(
-    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    shared: Tensor | None,
+    scales: ExpertScales | None,
 ) -> None:
     """Refuses shapes and dtypes that contradict each other; see `_check_choice`."""
     (num_tokens, hidden), (num_experts, width, _) = x.shape, up.shape
@@ -133,13 +152,27 @@ def _check_experts(
         raise ValueError(
             f"{shapes} do not fit; give [tokens, hidden], [experts, width, hidden], [experts, hidden, width]"
         )
-    if not x.dtype == up.dtype == down.dtype:
+    if scales is None and not x.dtype == up.dtype == down.dtype:
         raise ValueError(f"x is {x.dtype}, up {up.dtype} and down {down.dtype}; give one dtype")
+    if scales is not None:
+        _check_scales(up, down, scales)
     if expert_ids.shape != expert_weights.shape or expert_ids.shape[0] != num_tokens:
         shapes = f"expert_ids {tuple(expert_ids.shape)}, expert_weights {tuple(expert_weights.shape)}"
         raise ValueError(f"{shapes} do not fit; give one row for each of {num_tokens} tokens")
     if shared is not None and (shared.shape != x.shape or shared.dtype != x.dtype):
         raise ValueError(f"shared is {shared.dtype} {tuple(shared.shape)}; give {x.dtype} {tuple(x.shape)}, as x is")
+
+
+def _check_scales(up: Tensor, down: Tensor, scales: ExpertScales) -> None:
+    """Refuses scales of other experts; see `_check_choice`."""
+    if up.dtype != down.dtype or up.dtype not in LARGEST:
+        allowed = " or ".join(str(dtype) for dtype in LARGEST)
+        raise ValueError(f"up is {up.dtype} and down {down.dtype}, with scales; give both in {allowed}")
+    for name, weight, scale in (("up", up, scales.up), ("down", down, scales.down)):
+        if scale.shape != weight.shape[:2] or scale.dtype != torch.float32:
+            raise ValueError(
+                f"scales of {name} are {scale.dtype} {tuple(scale.shape)}; give torch.float32 {tuple(weight.shape[:2])}"
+            )
 
 
 def _routed_sum(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

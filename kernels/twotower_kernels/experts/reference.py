@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from twotower_kernels.experts.types import ExpertChoice
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 
 
 def route_tokens_reference(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
@@ -35,9 +35,17 @@ def route_reference(scores: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple
 
 
 def grouped_experts_reference(
-    x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor, shared: Tensor | None = None
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    shared: Tensor | None = None,
+    scales: ExpertScales | None = None,
 ) -> Tensor:
     """Computes what `grouped_experts` does, token by token. Same arguments and result."""
+    if scales is not None:
+        up, down = up.to(x.dtype) * scales.up[..., None], down.to(x.dtype) * scales.down[..., None]
     output = expert_weights.new_zeros(x.shape)
     for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), expert_weights, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):

@@ -1,6 +1,8 @@
-"""Arguments of routing."""
+"""Arguments of routing and of quantised experts."""
 
 from dataclasses import dataclass
+
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -20,3 +22,16 @@ class ExpertChoice:
     top_groups: int
     normalise: bool
     scale: float
+
+
+@dataclass(frozen=True)
+class ExpertScales:
+    """Factors of the output channels of quantised experts.
+
+    Attributes:
+        up: float32 [num_experts, width].
+        down: float32 [num_experts, hidden].
+    """
+
+    up: Tensor
+    down: Tensor

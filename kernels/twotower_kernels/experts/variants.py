@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import triton
@@ -39,6 +40,13 @@ _PRODUCTS: dict[str, list[Settings]] = {
     + _products(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 4)),
     "product_many": _products(64, (128, 64, 4, 4), (256, 64, 8, 3))
     + _products(128, (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (256, 64, 8, 4)),
+    "quantised_one": _products(16, (16, 512, 4, 4), (32, 128, 4, 4), (32, 256, 4, 4), (64, 128, 4, 4)),
+    "quantised_few": _products(16, (32, 256, 4, 4), (32, 256, 4, 5), (64, 128, 4, 4), (64, 128, 4, 5), (128, 64, 4, 4))
+    + _products(16, (64, 256, 8, 4), (128, 128, 8, 4)),
+    "quantised_some": _products(32, (32, 128, 4, 5), (64, 128, 4, 4), (128, 64, 4, 4))
+    + _products(64, (64, 64, 4, 4), (128, 64, 4, 4), (128, 64, 8, 4), (128, 128, 8, 4)),
+    "quantised_many": _products(64, (128, 64, 4, 4), (256, 64, 8, 3))
+    + _products(128, (128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3)),
     "product_float32": _products(16, (32, 32, 4, 3), (64, 32, 4, 2), (64, 32, 4, 3), (128, 16, 8, 3)),
 }
 
@@ -69,11 +77,18 @@ def variants() -> list[Variant]:
         *(_router_variant(dtype) for dtype in ("bf16", "fp32")),
         *(_choice_variant(dtype, num_groups) for dtype in ("logits", "fp64", "fp32") for num_groups in (1, 8)),
         _ranking_variant(),
-        *(_product_variant(kind, is_up) for kind in _PRODUCTS for is_up in (True, False)),
+        *(
+            _product_variant(kind, dtype, is_up)
+            for kind in _PRODUCTS
+            for dtype in _weights(kind)
+            for is_up in (True, False)
+        ),
         *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
     ]
 
 
+# Of the dtypes of quantised weights: below sm_89 Triton does not convert float8_e4m3fn.
+_LEAST_CAPABILITY = {"fp8e4nv": 89, "i8": 80}
 _EXPERTS, _TOP_K, _HIDDEN, _WIDTH = 128, 6, 2688, 1856
 
 
@@ -133,16 +148,26 @@ def _ranking_variant() -> Variant:
     )
 
 
-def _product_variant(kind: str, is_up: bool) -> Variant:
-    dtype = "fp32" if kind == "product_float32" else "bf16"
+def _weights(kind: str) -> tuple[str, ...]:
+    """Triton's names of the dtypes that weights of a kind of product have."""
+    if kind.startswith("quantised"):
+        return tuple(_LEAST_CAPABILITY)
+    return ("fp32",) if kind == "product_float32" else ("bf16",)
+
+
+def _product_variant(kind: str, weights: str, is_up: bool) -> Variant:
+    is_quantised = weights in _LEAST_CAPABILITY
+    dtype = "bf16" if is_quantised else weights
     index = "*i64" if kind == "product_one" else "*i32"  # a single token's pairs stand in for what it does not read
     strides = {"x_row_stride": "i32", "weight_expert_stride": "i32", "weight_out_stride": "i32"}
-    return _variant(
-        f"{kind} {'up' if is_up else 'down'}",
+    made = _variant(
+        f"{kind} {'up' if is_up else 'down'}{f' {weights}' if is_quantised else ''}",
         grouped_product_kernel,
         kind,
         {
-            **dict.fromkeys(("x_ptr", "weight_ptr", "out_ptr"), f"*{dtype}"),
+            **dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}"),
+            "weight_ptr": f"*{weights}",
+            **({"scale_ptr": "*fp32"} if is_quantised else {}),
             "expert_ids_ptr": "*i64",
             "order_ptr": index,
             "expert_ends_ptr": index,
@@ -158,8 +183,10 @@ def _product_variant(kind: str, is_up: bool) -> Variant:
             "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
             "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
             "EXPERT_RANGE": triton.next_power_of_2(_EXPERTS),
+            **({} if is_quantised else {"scale_ptr": None}),
         },
     )
+    return replace(made, least_capability=_LEAST_CAPABILITY.get(weights, made.least_capability))
 
 
 def _sum_variant(dtype: str, with_shared: bool) -> Variant:
