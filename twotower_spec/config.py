@@ -32,6 +32,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
+# Dtypes that routed experts may be quantised to.
+EXPERT_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,9 @@ class TwoTowerConfig:
     """Padding; never fed to the towers."""
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
     """Stands for "not decided yet" in a block; not part of the published config.json."""
+    experts_dtype: str | None = None
+    """Dtype of 8 bits that routed experts are held in, with a scale per output channel; None for that of all weights.
+    Not part of the published config.json."""
     max_position_embeddings: int = 262144
     """Longest context the model was trained for; there is no positional encoding, so nothing depends on it."""
     torch_dtype: str | None = None
@@ -170,6 +175,8 @@ class TwoTowerConfig:
                 content[f.name] = list(value) if isinstance(value, tuple) else value
         if content["mask_token_id"] == DEFAULT_MASK_TOKEN_ID:
             del content["mask_token_id"]
+        if content["experts_dtype"] is None:
+            del content["experts_dtype"]
         if "dtype" in content:
             content["dtype"] = content.pop("torch_dtype")
         content.setdefault("architectures", [ARCHITECTURE])
@@ -198,6 +205,26 @@ class TwoTowerConfig:
             )
         check_integer("experts_per_token", experts_per_token, minimum=1, maximum=self.num_experts_per_tok)
         return self.replace(num_experts_per_tok=experts_per_token)
+
+    def with_experts_dtype(self, experts_dtype: str | None) -> TwoTowerConfig:
+        """Copies the configuration for experts that are quantised while they are read; None for as they are stored.
+
+        Raises:
+            ArgumentError: the dtype is unknown, there are no experts, or they are quantised otherwise already.
+        """
+        if experts_dtype is None:
+            return self
+        check_experts_dtype(experts_dtype)
+        if MOE not in self.layer_kinds:
+            raise ArgumentError(
+                f"experts_dtype {experts_dtype!r} is not allowed, the model has no experts; leave it out"
+            )
+        if self.experts_dtype not in (None, experts_dtype):
+            raise ArgumentError(
+                f"experts_dtype {experts_dtype!r} is not allowed, experts are stored in {self.experts_dtype}; leave it "
+                f"out, or give the checkpoint that they were made from"
+            )
+        return self.replace(experts_dtype=experts_dtype)
 
     @property
     def layer_kinds(self) -> str:
@@ -312,6 +339,16 @@ def check_integer(name: str, value: object, minimum: int, maximum: int | None = 
         raise ArgumentError(f"{name} {value!r} is not allowed; give an integer {allowed}")
 
 
+def check_experts_dtype(experts_dtype: object) -> None:
+    """Refuses a dtype that experts are not quantised to; None stands for none.
+
+    Raises:
+        ArgumentError: with the value.
+    """
+    if experts_dtype is not None and experts_dtype not in list(EXPERT_DTYPES):  # a list takes any type
+        raise ArgumentError(f"experts_dtype {experts_dtype!r} is not allowed; give one of {', '.join(EXPERT_DTYPES)}")
+
+
 def check_schedule(block_size: int, steps_per_block: int, confidence_threshold: float) -> None:
     """Refuses a denoising schedule that is out of range.
 
@@ -413,6 +450,10 @@ def _check_types(config: TwoTowerConfig) -> None:
                 raise ConfigError(f"{name} {value!r} is of the wrong type; config.json needs a token id")
     if config.torch_dtype is not None and config.torch_dtype not in list(TORCH_DTYPES):  # a list takes any type
         raise ConfigError(f"torch_dtype {config.torch_dtype!r} is not supported; allowed are {', '.join(TORCH_DTYPES)}")
+    try:
+        check_experts_dtype(config.experts_dtype)
+    except ArgumentError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _check_geometry(config: TwoTowerConfig) -> None:

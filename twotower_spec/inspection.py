@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import CheckpointIndex, compare_with_index, find_tokenizer, resolve_checkpoint
 from twotower_spec.checkpoint.index import part_of
-from twotower_spec.config import DiffusionConfig, TwoTowerConfig, read_config
+from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_experts_dtype, read_config
 from twotower_spec.drafting.vocabulary import VocabularyComparison, compare_vocabularies
 from twotower_spec.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
 from twotower_spec.model import as_dtype, stored_dtype
@@ -34,6 +34,7 @@ class MemoryEstimate:
 
     Attributes:
         dtype: of the weights in memory.
+        experts_dtype: of routed experts that are quantised; None for the same.
         num_requests: requests held at once.
         context_length: tokens per request.
         context_weights, denoiser_weights: towers with their heads; the denoiser with the time conditioning.
@@ -42,6 +43,7 @@ class MemoryEstimate:
     """
 
     dtype: str
+    experts_dtype: str | None
     num_requests: int
     context_length: int
     context_weights: int
@@ -84,6 +86,7 @@ def inspect_checkpoint(
     *,
     revision: str | None = None,
     dtype: torch.dtype | str | None = None,
+    experts_dtype: str | None = None,
     num_requests: int = 1,
     context_length: int = 4096,
 ) -> Inspection:
@@ -93,14 +96,16 @@ def inspect_checkpoint(
         name_or_path: directory or hub id.
         revision: of a hub id.
         dtype: of the weights in memory, for the estimate; None for the stored one.
+        experts_dtype: of routed experts that are quantised while they load, for the estimate; None for as stored.
         num_requests: requests held at once, for the estimate.
         context_length: tokens per request, for the estimate.
 
     Raises:
         CheckpointError: there is no such directory or hub id.
-        ArgumentError: the dtype is unknown.
+        ArgumentError: a dtype is unknown, or experts are not quantised to it.
     """
     wanted_dtype = as_dtype(dtype)
+    check_experts_dtype(experts_dtype)
     directory = resolve_checkpoint(name_or_path, revision)
     problems: list[str] = []
     config: TwoTowerConfig | None = None
@@ -119,7 +124,7 @@ def inspect_checkpoint(
             load_dtype = wanted_dtype or (
                 stored_dtype(index, config) if index is not None else config.dtype or torch.float32
             )
-            towers = towers_without_memory(config, load_dtype)
+            towers = towers_without_memory(config.with_experts_dtype(experts_dtype), load_dtype)
         except ConfigError as error:
             problems.append(str(error))
     if index is not None:
@@ -218,6 +223,7 @@ def _estimate(towers: TwoTowers, num_requests: int, context_length: int) -> Memo
     mamba, per_token = config.mamba_bytes_per_request(dtype), config.kv_bytes_per_token(dtype)
     return MemoryEstimate(
         dtype=str(dtype).removeprefix("torch."),
+        experts_dtype=config.experts_dtype,
         num_requests=num_requests,
         context_length=context_length,
         context_weights=weight_bytes(towers.context),

@@ -37,6 +37,7 @@ class TwoTowerModel(GeneratingTowers):
         dtype: torch.dtype | str | None = None,
         denoiser_dtype: torch.dtype | str | None = None,
         denoiser_experts_per_token: int | None = None,
+        experts_dtype: str | None = None,
         context_device: torch.device | str = "cpu",
         denoiser_device: torch.device | str | None = None,
         progress: bool | None = None,
@@ -54,6 +55,8 @@ class TwoTowerModel(GeneratingTowers):
             denoiser_dtype: of the denoiser's weights; None for the same as the context tower's.
             denoiser_experts_per_token: experts that a token of a block visits, weighed as if there were no others; None
                 for as many as config.json says, of which fewer read fewer weights and draft worse.
+            experts_dtype: of the routed experts of both towers: float8_e4m3fn or int8, with a scale per output channel,
+                made while they are read; None for as they are stored.
             context_device: where the context tower goes.
             denoiser_device: where the denoiser goes; None for the same place.
             progress: show a bar; None for on a terminal.
@@ -67,7 +70,7 @@ class TwoTowerModel(GeneratingTowers):
             raise ArgumentError(f"towers {towers!r} is not allowed; give 'both', 'context' or 'denoiser'")
         with_denoiser, with_context = towers != "context", towers != "denoiser"
         directory = resolve_checkpoint(name_or_path, revision)
-        config = TwoTowerConfig.from_pretrained(directory)
+        config = TwoTowerConfig.from_pretrained(directory).with_experts_dtype(experts_dtype)
         index = CheckpointIndex(directory)
         left_out = {"context": "denoiser", "denoiser": "context"}.get(towers)
         ignored = [name for name in index if left_out and part_of(name) == left_out]

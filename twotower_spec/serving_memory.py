@@ -104,6 +104,7 @@ def serving_memory(
     tensor_parallel_size: int = 1,
     context_length: int = 4096,
     dtype: torch.dtype | str | None = None,
+    experts_dtype: str | None = None,
     revision: str | None = None,
 ) -> ServingMemory:
     """Adds up what a verifier and its drafter need in vLLM.
@@ -116,6 +117,7 @@ def serving_memory(
         tensor_parallel_size: ranks that share the verifier; the first one has the drafter, too.
         context_length: tokens per request.
         dtype: of both; None for the verifier's.
+        experts_dtype: of the drafter's experts, quantised while they load; None for as they are stored.
         revision: of the drafter's hub id.
 
     Raises:
@@ -125,7 +127,7 @@ def serving_memory(
     check_integer("--max-num-seqs", max_num_seqs, minimum=1)
     check_integer("--tensor-parallel-size", tensor_parallel_size, minimum=1)
     check_integer("--context-length", context_length, minimum=0)
-    config = TwoTowerConfig.from_pretrained(drafter, revision)
+    config = TwoTowerConfig.from_pretrained(drafter, revision).with_experts_dtype(experts_dtype)
     directory = resolve_checkpoint(verifier, files=CONFIGURATION)
     raw = read_config(directory)
     verifier_dtype = as_dtype(dtype) or dtype_of(raw)

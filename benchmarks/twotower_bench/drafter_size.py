@@ -35,19 +35,22 @@ PUBLISHED_SIZE = TwoTowerConfig(
 def weight_bytes_of_pass(config: TwoTowerConfig, num_tokens: float, with_head: bool, itemsize: int) -> float:
     """Bytes of weights that one pass over `num_tokens` tokens reads, with evenly used experts.
 
-    The union of experts that n tokens visit is E (1 - (1 - k / E)^n).
+    The union of experts that n tokens visit is E (1 - (1 - k / E)^n). Quantised experts have a byte per weight, and
+    four per output channel.
     """
     hidden, experts = config.hidden_size, config.n_routed_experts
     mamba = hidden * (config.d_inner + config.d_conv_channels + config.mamba_num_heads) + config.d_inner * hidden
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     attention = 2 * hidden * (q_width + kv_width)
     visited = experts * (1 - (1 - config.num_experts_per_tok / max(experts, 1)) ** num_tokens)
-    moe = 2 * hidden * (visited * config.moe_intermediate_size + config.moe_shared_expert_intermediate_size)
+    width = config.moe_intermediate_size
+    expert = 2 * hidden * width + 4 * (hidden + width) if config.experts_dtype else itemsize * 2 * hidden * width
+    shared = itemsize * 2 * hidden * config.moe_shared_expert_intermediate_size
     mlp = 2 * hidden * config.intermediate_size
     count = config.layer_kinds.count
-    layers = count(MAMBA) * mamba + count(ATTENTION) * attention + count(MOE) * moe + count(MLP) * mlp
+    layers = count(MAMBA) * mamba + count(ATTENTION) * attention + count(MLP) * mlp
     head = config.vocab_size * hidden if with_head else 0
-    num_bytes: float = itemsize * (layers + head)
+    num_bytes: float = itemsize * (layers + head) + count(MOE) * (visited * expert + shared)
     return num_bytes
 
 
@@ -61,9 +64,10 @@ class DrafterSize:
     Attributes:
         config: shape of both towers.
         bandwidth_gb_s: gigabytes (1e9) that the device reads per second.
-        itemsize: bytes per weight.
+        itemsize: bytes per weight, of those that are not quantised.
         launch_overhead_ms: added to every pass.
         times_floor: how many times the time of its bytes a pass takes; 1 is the bound itself.
+        experts_per_token: that a token of a block visits in the denoiser; None for as many as `config` says.
 
     Raises:
         ArgumentError: a number is out of range.
@@ -74,6 +78,7 @@ class DrafterSize:
     itemsize: int = 2
     launch_overhead_ms: float = 0.0
     times_floor: float = 1.0
+    experts_per_token: int | None = None
 
     def __post_init__(self) -> None:
         given = (self.bandwidth_gb_s, self.launch_overhead_ms, self.times_floor)
@@ -82,8 +87,16 @@ class DrafterSize:
                 "bandwidth_gb_s {}, launch_overhead_ms {} and times_floor {} are not allowed; give a bandwidth above "
                 "0, an overhead of 0 or more and a factor of 1 or more".format(*given)
             )
+        self.config.with_experts_per_token(self.experts_per_token)
 
-    def pass_ms(self, num_tokens: float) -> float:
-        """One pass of either tower, with its head, over so many tokens of all requests together."""
-        num_bytes = weight_bytes_of_pass(self.config, num_tokens, with_head=True, itemsize=self.itemsize)
+    def context_pass_ms(self, num_tokens: float) -> float:
+        """One pass of the context tower, with its head, over so many tokens of all requests together."""
+        return self._pass_ms(self.config, num_tokens)
+
+    def denoiser_pass_ms(self, num_tokens: float) -> float:
+        """One pass of the denoiser, likewise."""
+        return self._pass_ms(self.config.with_experts_per_token(self.experts_per_token), num_tokens)
+
+    def _pass_ms(self, config: TwoTowerConfig, num_tokens: float) -> float:
+        num_bytes = weight_bytes_of_pass(config, num_tokens, with_head=True, itemsize=self.itemsize)
         return self.times_floor * num_bytes / self.bandwidth_gb_s / 1e6 + self.launch_overhead_ms

@@ -158,7 +158,8 @@ class CostModel:
         drafted = num_drafts if acceptance.num_draft_tokens is None else min(acceptance.num_draft_tokens, num_drafts)
         if self.size:
             factor, host = values[SIZE_FACTOR], 0.0
-            extend, denoise = (factor * self.size.pass_ms(batch_size * tokens) for tokens in (length, block_size))
+            extend = factor * self.size.context_pass_ms(batch_size * length)
+            denoise = factor * self.size.denoiser_pass_ms(batch_size * block_size)
         else:
             extend, denoise, host = (time_at(what, values, batch_size, block_size) for what in (EXTEND, DENOISE, HOST))
         denoise *= acceptance.setting.steps_per_block if passes is None else passes

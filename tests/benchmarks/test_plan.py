@@ -4,6 +4,7 @@ import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -140,10 +141,26 @@ def test_without_shares_only_the_measured_drafts_are_predicted() -> None:
 
 def test_published_floors_follow_from_the_union_of_experts() -> None:
     h200 = DrafterSize(PUBLISHED_SIZE, bandwidth_gb_s=4800)
-    assert h200.pass_ms(1) == pytest.approx(1.34, abs=0.005)
-    assert h200.pass_ms(16) == pytest.approx(7.33, abs=0.005)
+    assert h200.context_pass_ms(1) == pytest.approx(1.34, abs=0.005)
+    assert h200.denoiser_pass_ms(16) == pytest.approx(7.33, abs=0.005)
     slower = replace(h200, launch_overhead_ms=0.5, times_floor=1.3)
-    assert slower.pass_ms(16) == pytest.approx(1.3 * h200.pass_ms(16) + 0.5)
+    assert slower.denoiser_pass_ms(16) == pytest.approx(1.3 * h200.denoiser_pass_ms(16) + 0.5)
+
+
+def test_quantised_and_fewer_experts_read_fewer_bytes() -> None:
+    whole = partial(weight_bytes_of_pass, num_tokens=16, with_head=True, itemsize=2)
+    one = 2 * 2688 * 1856  # weights of an expert
+    visited = 23 * 128 * (1 - (1 - 6 / 128) ** 16)
+    saved = whole(PUBLISHED_SIZE) - whole(PUBLISHED_SIZE.with_experts_dtype("int8"))
+    assert saved == pytest.approx(visited * (one - 4 * (2688 + 1856)))
+    assert whole(PUBLISHED_SIZE.with_experts_dtype("int8")) == whole(PUBLISHED_SIZE.with_experts_dtype("float8_e4m3fn"))
+    fewer = DrafterSize(PUBLISHED_SIZE, bandwidth_gb_s=4800, experts_per_token=2)
+    assert fewer.context_pass_ms(16) == pytest.approx(7.33, abs=0.005)
+    assert fewer.denoiser_pass_ms(16) == pytest.approx(
+        (whole(PUBLISHED_SIZE) - 2 * one * (visited - 23 * 128 * (1 - (1 - 2 / 128) ** 16))) / 4800e6
+    )
+    with pytest.raises(ArgumentError, match="experts_per_token 7 is not allowed; give an integer from 1 to 6"):
+        DrafterSize(PUBLISHED_SIZE, bandwidth_gb_s=4800, experts_per_token=7)
 
 
 def test_bytes_of_a_pass_over_all_experts_are_the_weights_of_the_trio() -> None:

@@ -49,6 +49,13 @@ def test_single_numbers_are_about_the_one_load_and_the_most_drafts(command: Comm
     assert one["extend_ms"] == pytest.approx(3.38, abs=0.01) and one["denoise_ms"] == pytest.approx(7.33, abs=0.01)
 
 
+def test_a_drafter_of_fewer_bytes_takes_less_time(command: Command) -> None:
+    steps = ("--verifier-step-ms", 30, "--verify-step-ms", 30)
+    smaller = ("--experts-dtype", "int8", "--experts-per-token", 2)
+    (one,) = json.loads(command(*REAL_SIZE, *steps, *smaller, "--json")[1])["predictions"]
+    assert one["extend_ms"] == pytest.approx(2.08, abs=0.01) and one["denoise_ms"] == pytest.approx(2.14, abs=0.02)
+
+
 def test_table_says_that_it_does_not_pay_and_why(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     code, out, _ = command(*REAL_SIZE, "--verifier-step-ms", 2, "--verify-step-ms", 2)
@@ -127,6 +134,9 @@ def test_what_cannot_be_predicted_is_left_out_and_counted(command: Command, tmp_
         ((*BUDGET[1:], "--acceptance-length", 5, "--batch-size", "1,x"), "--batch-size '1,x' is not a list"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--bandwidth-gb-s", 10), "leave one out"),
         (("--bandwidth-gb-s", 0), "bandwidth_gb_s 0.0"),
+        (("--bandwidth-gb-s", 10, "--experts-dtype", "int4"), "experts_dtype 'int4'"),
+        (("--bandwidth-gb-s", 10, "--experts-per-token", 0), "experts_per_token 0"),
+        ((*BUDGET[1:], "--acceptance-length", 5, "--experts-per-token", 2), "give --bandwidth-gb-s"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--times-floor", 1.3), "give --bandwidth-gb-s"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--assumed-error", 1.5), "assumed_error 1.5 is not allowed"),
         (("--profile", "/nowhere.json"), "cannot be read"),

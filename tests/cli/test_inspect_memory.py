@@ -69,6 +69,15 @@ def test_the_published_model_takes_59_gib_a_tower_and_47_mib_a_state(
     assert (memory["num_drafts"], memory["max_num_batched_tokens"]) == ([3, 7], 128)
 
 
+def test_quantised_experts_are_counted_as_they_are_held(command: Command, published: Path, tmp_path: Path) -> None:
+    another = save_config(tmp_path / "another", PUBLISHED_SIZE)
+    memory = memory_of(command, published, another, "--max-num-seqs", 8, "--experts-dtype", "int8")
+    drafter, verifier = lines_of(memory, "drafter"), lines_of(memory, "verifier")
+    assert [round(drafter[f"{tower} tower"]["total"] / GIB, 1) for tower in ("context", "denoiser")] == [31.5, 31.6]
+    assert sum(line["total"] for name, line in drafter.items() if name != "copied keys") < 80e9
+    assert round(verifier["weights"]["total"] / GIB) == 59  # of the drafter alone
+
+
 def test_a_model_that_drafts_for_itself_has_one_context_tower(
     command: Command, published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

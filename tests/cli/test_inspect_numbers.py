@@ -10,7 +10,7 @@ import torch
 from tests.checkpoint.files import change_shard, copy_checkpoint
 from tests.support.command_line import Command
 from tests.support.golden_files import NAMES, checkpoint, golden_model
-from twotower_spec import TwoTowerConfig
+from twotower_spec import TwoTowerConfig, TwoTowerModel
 
 
 def memory(command: Command, name: str, *args: object) -> dict[str, Any]:
@@ -47,6 +47,19 @@ def test_weights_are_those_of_a_model_loaded_in_that_dtype(dtype: str, command: 
     assert found["dtype"] == dtype
     assert found["context_weights"] == sum(p.nbytes for p in model.context.parameters())
     assert found["denoiser_weights"] == sum(p.nbytes for p in model.denoiser.parameters())
+
+
+@pytest.mark.parametrize("experts_dtype", ["float8_e4m3fn", "int8"])
+def test_quantised_experts_are_those_of_a_model_loaded_with_them(
+    experts_dtype: str, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = memory(command, "T2", "--experts-dtype", experts_dtype)
+    model = TwoTowerModel.from_pretrained(checkpoint("T2"), experts_dtype=experts_dtype)
+    assert (found["dtype"], found["experts_dtype"]) == ("bfloat16", experts_dtype)
+    assert found["denoiser_weights"] == sum(p.nbytes for p in model.denoiser.parameters())
+    monkeypatch.setenv("COLUMNS", "160")
+    out = command("inspect", checkpoint("T2"), "--experts-dtype", experts_dtype)[1]
+    assert f"memory in bfloat16, experts in {experts_dtype}" in out
 
 
 def test_stored_bytes_and_dtypes_are_those_of_the_files(command: Command) -> None:

@@ -251,6 +251,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
             {"model": drafter, "twotower": {"experts_per_token": 3}},
             ("twotower knob experts_per_token 3", "from 1 to 2"),
         ),
+        ({"model": drafter, "twotower": {"experts_dtype": "fp4"}}, ("experts_dtype 'fp4'", "float8_e4m3fn, int8")),
         ({"model": drafter, "twotower": {"denoiser_device": "meta"}}, ("denoiser_device", "meta")),
         ({"model": drafter, "twotower": {"denoiser_device": "xpu"}}, ("denoiser_device", "xpu is not supported")),
         ({"model": drafter, "twotower": {"context_device": "the gpu"}}, ("context_device", "'the gpu'")),

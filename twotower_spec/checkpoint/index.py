@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
+from twotower_spec.checkpoint.quantised import QUANTISED_DTYPES, may_be_quantised
 from twotower_spec.errors import CheckpointError, FileError, first_line
 from twotower_spec.reading import is_directory, is_file, read_json
 
@@ -166,12 +167,13 @@ def _read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
                     continue
                 piece = opened.get_slice(name)
                 dtype = str(piece.get_dtype())
-                if dtype not in _DTYPES:
+                known = _DTYPES | QUANTISED_DTYPES if may_be_quantised(name) else _DTYPES
+                if dtype not in known:
                     raise CheckpointError(
                         f"{name} in {shard.name} has dtype {dtype}, {_meaning(dtype)}; allowed are "
                         f"{', '.join(_DTYPES)}, use the checkpoint as it was published"
                     )
-                yield name, StoredTensor(shard, _DTYPES[dtype], tuple(piece.get_shape()))
+                yield name, StoredTensor(shard, known[dtype], tuple(piece.get_shape()))
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error
 

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor
+from twotower_spec.checkpoint.quantised import is_quantised, store, weight_of_scale
 from twotower_spec.errors import CheckpointError
 from twotower_spec.terminal import Terminal
 
@@ -34,12 +35,18 @@ def compare_with_index(
     """
     problems, known = list(index.problems), set(ignored)
     for name, tensor in expected:
+        if _is_made_while_reading(name, index):
+            continue
         known.add(name)
         if name not in index:
             problems.append(f"missing: {name} {list(tensor.shape)}")
         elif index[name].shape != tuple(tensor.shape):
             problems.append(
                 f"misshaped: {name} is {list(index[name].shape)}, config.json makes it {list(tensor.shape)}"
+            )
+        elif is_quantised(index[name].dtype) and index[name].dtype != tensor.dtype:
+            problems.append(
+                f"quantised: {name} is {_short(index[name].dtype)}, which experts_dtype of config.json is not"
             )
         if len(problems) >= MOST_PROBLEMS:
             return problems
@@ -69,7 +76,7 @@ def check_fit(index: CheckpointIndex, expected: Iterable[tuple[str, Tensor]], ig
 def load_tensors(
     index: CheckpointIndex, destinations: Mapping[str, Tensor], ignored: Iterable[str] = (), progress: bool = False
 ) -> None:
-    """Copies every tensor into its destination, converting dtype and device on the way.
+    """Copies every tensor into its destination, converting dtype and device on the way; experts may be quantised.
 
     Args:
         index: the checkpoint.
@@ -81,7 +88,7 @@ def load_tensors(
         CheckpointError: the names or shapes do not agree, or a shard cannot be read.
     """
     check_fit(index, destinations.items(), ignored)
-    wanted = {name: index[name] for name in destinations}
+    wanted = {name: index[name] for name in destinations if name in index}
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -95,15 +102,27 @@ def load_tensors(
             try:
                 with safe_open(shard, framework="pt") as opened:
                     for name in names:
-                        destinations[name].copy_(opened.get_tensor(name))
+                        store(destinations, name, opened.get_tensor(name))
                         bar.advance(task, wanted[name].nbytes)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error
 
 
-def stored_dtypes(index: CheckpointIndex, names: Iterable[str]) -> dict[str, torch.dtype]:
-    """Dtype of each tensor on disk."""
-    return {name: index[name].dtype for name in names}
+def stored_dtypes(index: CheckpointIndex, loaded: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
+    """Dtype on disk of each tensor that can be had again from the loaded one: all but quantised ones."""
+    return {
+        name: index[name].dtype for name, tensor in loaded.items() if name in index and not is_quantised(tensor.dtype)
+    }
+
+
+def _is_made_while_reading(name: str, index: CheckpointIndex) -> bool:
+    """Whether a tensor is the scales of a weight that is stored in floats."""
+    weight = index.get(weight_of_scale(name) or "")
+    return weight is not None and not is_quantised(weight.dtype)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _windows(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:

@@ -38,6 +38,9 @@ def inspect(
     num_requests: Annotated[int, typer.Option(help="Requests held at once.")] = 1,
     context_length: Annotated[int, typer.Option(help="Tokens per request.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Dtype in memory; default: as stored.")] = None,
+    experts_dtype: Annotated[
+        str | None, typer.Option(help="Of routed experts in memory: float8_e4m3fn or int8; default: as stored.")
+    ] = None,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(help="With --verifier: memory in vLLM with so many drafts; default: 7.")
     ] = None,
@@ -65,14 +68,19 @@ def inspect(
     given = {name: value for name, value in serving.items() if value is not None}
     if verifier is not None:
         if given:
-            given |= {"context_length": context_length, "dtype": dtype}
+            given |= {"context_length": context_length, "dtype": dtype, "experts_dtype": experts_dtype}
         _inspect_pair(checkpoint, verifier, revision, given, as_json)
         return
     if given:
         option = "--" + next(iter(given)).replace("_", "-")
         raise ArgumentError(f"{option} is about a verifier in vLLM; name it with --verifier, or leave the option out")
     found = inspect_checkpoint(
-        checkpoint, revision=revision, dtype=dtype, num_requests=num_requests, context_length=context_length
+        checkpoint,
+        revision=revision,
+        dtype=dtype,
+        experts_dtype=experts_dtype,
+        num_requests=num_requests,
+        context_length=context_length,
     )
     if as_json:
         print(json.dumps(_as_dict(found)))
@@ -187,7 +195,8 @@ def _parts_table(parts: dict[str, PartSummary]) -> Table:
 
 
 def _memory_table(memory: MemoryEstimate) -> Table:
-    title = f"memory in {memory.dtype}: {memory.num_requests} requests of {memory.context_length} tokens"
+    experts = f", experts in {memory.experts_dtype}" if memory.experts_dtype else ""
+    title = f"memory in {memory.dtype}{experts}: {memory.num_requests} requests of {memory.context_length} tokens"
     table = Table("device of", "weights", "per request", "together", title=title, title_justify="left")
     table.add_row(
         "context tower",

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from twotower_spec.checkpoint.quantised import store, weight_of_scale
 from twotower_spec.towers.model import TwoTowers
 
 
@@ -20,11 +21,14 @@ def initialise_(towers: TwoTowers, seed: int = 0) -> None:
         seed: of the generator on the first device; the next one has the next seed.
     """
     generators: dict[torch.device, torch.Generator] = {}
-    for name, tensor in towers.checkpoint_tensors():
+    tensors = dict(towers.checkpoint_tensors())
+    for name, tensor in tensors.items():
+        if weight_of_scale(name) is not None:
+            continue
         device = tensor.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed + len(generators))
-        tensor.copy_(_initial(name, tuple(tensor.shape), generators[device]))
+        store(tensors, name, _initial(name, tuple(tensor.shape), generators[device]))
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

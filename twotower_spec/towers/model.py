@@ -12,6 +12,9 @@ from twotower_spec.errors import ArgumentError, ConfigError, first_line
 from twotower_spec.towers.context import ContextTower
 from twotower_spec.towers.denoiser import DenoiserTower
 
+# Of GPUs on which Triton converts these numbers.
+LEAST_CAPABILITY_OF_FLOAT8 = (8, 9)
+
 
 class TwoTowers(nn.Module):
     """The context tower and the denoiser tower, or the one of them that was asked for.
@@ -48,6 +51,8 @@ class TwoTowers(nn.Module):
         """
         super().__init__()
         denoiser_config = config.with_experts_per_token(denoiser_experts_per_token)
+        for place in (context_device, denoiser_device or context_device):
+            _check_experts_on(usable_device(place), config)
         self.config, self.dtype = config, dtype
         context_device = usable_device(context_device)
         self._context = ContextTower(config, dtype, context_device) if with_context else None
@@ -151,3 +156,20 @@ def usable_device(device: torch.device | str) -> torch.device:
     elif wanted.type not in ("cpu", "meta"):
         raise ArgumentError(f"device {device} is not supported; give cpu, cuda or cuda:N")
     return wanted
+
+
+def _check_experts_on(device: torch.device, config: TwoTowerConfig) -> None:
+    """Refuses experts that a device does not multiply by.
+
+    Raises:
+        ArgumentError: with the dtype and the device.
+    """
+    if config.experts_dtype != "float8_e4m3fn" or device.type != "cuda":
+        return
+    capability = torch.cuda.get_device_capability(device)
+    if capability < LEAST_CAPABILITY_OF_FLOAT8:
+        least, found = (".".join(map(str, one)) for one in (LEAST_CAPABILITY_OF_FLOAT8, capability))
+        raise ArgumentError(
+            f"experts_dtype 'float8_e4m3fn' needs compute capability {least}, and {device} has {found}; give 'int8', "
+            f"made from a checkpoint whose experts are not quantised"
+        )

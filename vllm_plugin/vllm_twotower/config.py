@@ -9,7 +9,7 @@ from difflib import get_close_matches
 from typing import Any, Literal, get_args
 
 from twotower_kernels.acceptance import AcceptanceRule
-from twotower_spec.config import TORCH_DTYPES, check_integer, check_schedule
+from twotower_spec.config import EXPERT_DTYPES, TORCH_DTYPES, check_integer, check_schedule
 from twotower_spec.drafting import AdaptivePolicy, DraftPolicy, FixedPolicy, ThresholdPolicy
 from twotower_spec.drafting.block_drafter import MOST_OFFSETS, FirstToken
 from twotower_spec.drafting.session import DEFAULT_NUM_TOKENS, MOST_DEFAULT_SLOTS, MOST_DRAFT_TOKENS
@@ -46,6 +46,7 @@ class DrafterKnobs:
         context_device, denoiser_device: where the towers are; None for the verifier's device, and for the context
             tower's.
         dtype: of both towers; None for the verifier's.
+        experts_dtype: of the routed experts of both towers, quantised while they load; None for the checkpoint's.
         experts_per_token: experts that a token of a block visits in the denoiser; None for the checkpoint's.
         pool_requests: requests whose context is held at once; None for as many as vLLM runs, 64 at most.
         pool_tokens: tokens that are held at once; None for 2048 per request, or what a request can have.
@@ -69,6 +70,7 @@ class DrafterKnobs:
     context_device: str | None = None
     denoiser_device: str | None = None
     dtype: str | None = None
+    experts_dtype: str | None = None
     experts_per_token: int | None = None
     pool_requests: int | None = None
     pool_tokens: int | None = None
@@ -83,6 +85,7 @@ class DrafterKnobs:
             ("verification", get_args(AcceptanceRule)),
             ("first_token", get_args(FirstToken)),
             ("dtype", (None, *TORCH_DTYPES)),
+            ("experts_dtype", (None, *EXPERT_DTYPES)),
         ):
             _check_choice(name, getattr(self, name), allowed)
         check_integer("prefill_budget", self.prefill_budget, minimum=1)

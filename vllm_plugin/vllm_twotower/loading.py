@@ -88,6 +88,7 @@ def load_towers(
         towers=towers,
         dtype=dtype,
         denoiser_experts_per_token=knobs.experts_per_token,
+        experts_dtype=knobs.experts_dtype,
         context_device=context_device,
         denoiser_device=denoiser_device,
     )

@@ -94,7 +94,7 @@ def check_requirements(
             f"{knobs.model} cannot be loaded: {inspection.problems[0]}{others}; `twotower-spec inspect` lists all"
         )
     try:
-        inspection.config.with_experts_per_token(knobs.experts_per_token)
+        inspection.config.with_experts_dtype(knobs.experts_dtype).with_experts_per_token(knobs.experts_per_token)
     except ArgumentError as error:
         raise ArgumentError(f"twotower knob {error}") from error
     return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config), drafts_for_itself)

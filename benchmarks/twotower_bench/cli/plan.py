@@ -62,6 +62,12 @@ def plan(
     launch_overhead_ms: Annotated[float, typer.Option(help="Added to every derived pass.")] = 0.0,
     times_floor: Annotated[float, typer.Option(help="How many times its bytes a derived pass takes.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights of a derived drafter.")] = "bfloat16",
+    experts_dtype: Annotated[
+        str | None, typer.Option(help="Of its routed experts: float8_e4m3fn or int8; default: of all weights.")
+    ] = None,
+    experts_per_token: Annotated[
+        int | None, typer.Option(help="That a token visits in its denoiser; default: as config.json says.")
+    ] = None,
     num_speculative_tokens: Annotated[
         str | None, typer.Option("--num-speculative-tokens", "-K", help="Drafts, 3,7,15; default: 15, or as measured.")
     ] = None,
@@ -88,7 +94,9 @@ def plan(
     """Predict what drafting with TwoTower gains for a verifier and a load, and say when not to use it."""
     batch_sizes = numbers("--batch-size", batch_size, int) if batch_size else []
     num_drafts = numbers("--num-speculative-tokens", num_speculative_tokens, int) if num_speculative_tokens else []
-    size = _drafter_size(drafter, bandwidth_gb_s, launch_overhead_ms, times_floor, dtype)
+    size = _drafter_size(
+        drafter, bandwidth_gb_s, launch_overhead_ms, times_floor, dtype, experts_dtype, experts_per_token
+    )
     typed = {
         "--verifier-step-ms": verifier_step_ms,
         "--verify-step-ms": verify_step_ms,
@@ -222,20 +230,33 @@ def _by_batch_size(option: str, text: str, sizes: Sequence[int | None]) -> dict[
 
 
 def _drafter_size(
-    drafter: str, bandwidth_gb_s: float | None, launch_overhead_ms: float, times_floor: float, dtype: str
+    drafter: str,
+    bandwidth_gb_s: float | None,
+    launch_overhead_ms: float,
+    times_floor: float,
+    dtype: str,
+    experts_dtype: str | None,
+    experts_per_token: int | None,
 ) -> DrafterSize | None:
     """Size of a drafter whose times are derived; None where they are given."""
     if bandwidth_gb_s is None:
-        if drafter != PUBLISHED or launch_overhead_ms or times_floor != 1:
+        if (
+            drafter != PUBLISHED
+            or launch_overhead_ms
+            or times_floor != 1
+            or experts_dtype
+            or experts_per_token is not None
+        ):
             raise ArgumentError(
-                "--drafter, --launch-overhead-ms and --times-floor are about derived times; give --bandwidth-gb-s, or "
-                "leave them out"
+                "--drafter, --launch-overhead-ms, --times-floor, --experts-dtype and --experts-per-token are about "
+                "derived times; give --bandwidth-gb-s, or leave them out"
             )
         return None
     if dtype not in TORCH_DTYPES:
         raise ArgumentError(f"--dtype {dtype!r} is not allowed; give one of {', '.join(TORCH_DTYPES)}")
     config = PUBLISHED_SIZE if drafter == PUBLISHED else TwoTowerConfig.from_pretrained(drafter)
-    return DrafterSize(config, bandwidth_gb_s, TORCH_DTYPES[dtype].itemsize, launch_overhead_ms, times_floor)
+    config, itemsize = config.with_experts_dtype(experts_dtype), TORCH_DTYPES[dtype].itemsize
+    return DrafterSize(config, bandwidth_gb_s, itemsize, launch_overhead_ms, times_floor, experts_per_token)
 
 
 def _predictions(

@@ -138,6 +138,7 @@ def test_what_cannot_be_computed_is_refused_in_a_sentence(tmp_path: Path) -> Non
         ({"tie_word_embeddings": True}, {}, ("tie_word_embeddings True",)),
         ({"time_step_limit": [0.001, 0.1]}, {}, ("time_step_limit [0.001, 0.1]",)),
         ({"quantization_config": {"quant_method": "fp8"}}, {}, ("quantization_config", "fp8")),
+        ({"experts_dtype": "int8"}, {}, ("experts in int8", "which vLLM's model does not read", "can draft")),
         ({"hidden_size": "wide"}, {}, ("hidden_size 'wide'",)),
         ({}, {"lacking": "ModelRegistry"}, ("lacks or has changed ModelRegistry", "as the speculative model")),
     ]

@@ -5,9 +5,10 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels.experts import ExpertChoice, grouped_experts, route_tokens
+from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, route_tokens
 from twotower_kernels.linear import linear, squared_relu
-from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.checkpoint.quantised import scale_name
+from twotower_spec.config import EXPERT_DTYPES, TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
 
 
@@ -48,8 +49,14 @@ class MixtureOfExperts(nn.Module):
         wide = accumulation_dtype(dtype)
         self.router = parameter(experts, hidden, dtype=wide, device=device)
         self.score_correction = parameter(experts, dtype=wide, device=device)
-        self.up = matrix(experts, width, hidden, dtype=dtype, device=device)
-        self.down = matrix(experts, hidden, width, dtype=dtype, device=device)
+        held = EXPERT_DTYPES[config.experts_dtype] if config.experts_dtype else dtype
+        self.up = matrix(experts, width, hidden, dtype=held, device=device)
+        self.down = matrix(experts, hidden, width, dtype=held, device=device)
+        self.up_scales: nn.Parameter | None = None
+        self.down_scales: nn.Parameter | None = None
+        if config.experts_dtype:
+            self.up_scales = parameter(experts, width, dtype=torch.float32, device=device)
+            self.down_scales = parameter(experts, hidden, dtype=torch.float32, device=device)
         self.shared = DenseMLP(hidden, config.moe_shared_expert_intermediate_size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -59,7 +66,15 @@ class MixtureOfExperts(nn.Module):
             return x
         expert_ids, expert_weights = self.route(tokens)
         shared = self.shared(tokens)
-        return grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared).view_as(x)
+        routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared, self.scales)
+        return routed.view_as(x)
+
+    @property
+    def scales(self) -> ExpertScales | None:
+        """Scales of quantised experts."""
+        if self.up_scales is None or self.down_scales is None:
+            return None
+        return ExpertScales(self.up_scales, self.down_scales)
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Expert ids and float64 weights [num_tokens, top_k] of tokens [num_tokens, hidden]."""
@@ -70,6 +85,8 @@ class MixtureOfExperts(nn.Module):
         yield "gate.weight", self.router
         yield "gate.e_score_correction_bias", self.score_correction
         for expert in range(len(self.up)):  # one by one: iterating over a tensor makes all of its slices first
-            yield f"experts.{expert}.up_proj.weight", self.up[expert]
-            yield f"experts.{expert}.down_proj.weight", self.down[expert]
+            for name, weight, scales in (("up", self.up, self.up_scales), ("down", self.down, self.down_scales)):
+                yield f"experts.{expert}.{name}_proj.weight", weight[expert]
+                if scales is not None:
+                    yield scale_name(f"experts.{expert}.{name}_proj.weight"), scales[expert]
         yield from prefixed("shared_experts", self.shared.checkpoint_tensors())

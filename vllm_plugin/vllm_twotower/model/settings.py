@@ -94,6 +94,11 @@ def check(config: TwoTowerConfig, model_config: Any) -> None:
     """
     from vllm.platforms import current_platform
 
+    if config.experts_dtype is not None:
+        raise ConfigError(
+            f"{model_config.model} has experts in {config.experts_dtype}, which vLLM's model does not read; serve the "
+            f"checkpoint that they were made from, this one can draft"
+        )
     if config.residual_in_fp32 and model_config.dtype != torch.float32:
         dtype = str(model_config.dtype).removeprefix("torch.")
         raise ConfigError(
