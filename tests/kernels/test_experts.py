@@ -277,18 +277,25 @@ def test_scores_of_one_token_do_not_reach_another(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("num_pairs", [1, 2, 16, 17, 51])
+@pytest.mark.parametrize("block_rows", [1, 3, 16])
 @pytest.mark.parametrize("by_sorting", [False, True])
-def test_pairs_stand_in_the_order_of_experts(
-    device: torch.device, num_pairs: int, by_sorting: bool, monkeypatch: pytest.MonkeyPatch
+def test_pairs_stand_in_the_order_of_experts_and_blocks_have_those_of_one(
+    device: torch.device, num_pairs: int, block_rows: int, by_sorting: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(kernel, "MOST_PAIRS_BY_RANK", 0 if by_sorting else 100)
     ids = randn(num_pairs).abs().mul(3).long().clamp(max=EXPERTS - 2)
     tiles = {"BLOCK_ITEMS": 4, "BLOCK_PAIRS": 16, "num_warps": 1}
     with tuning.trying("experts", "rank_pairs", tiles):
-        order, ends = kernel.order_pairs(ids.to(device), EXPERTS)
-    assert order.dtype == ends.dtype == torch.int32
+        order, blocks = kernel.order_pairs(ids.to(device), EXPERTS, block_rows)
+    assert (order.dtype, blocks.dtype) == (torch.int32, torch.int64)
     assert order.tolist() == ids.sort(stable=True).indices.tolist()
-    assert ends.tolist() == ids.bincount(minlength=EXPERTS).cumsum(0).tolist()
+    expected, first = [], 0
+    for expert, count in enumerate(ids.bincount().tolist()):
+        for skipped in range(0, count, block_rows):
+            expected.append((expert, min(count - skipped, block_rows), first + skipped))
+        first += count
+    entries = [(entry >> 40, entry >> 32 & 0xFF, entry & 0xFFFFFFFF) for entry in blocks.tolist()]
+    assert entries == expected + [(0, 0, 0)] * (kernel.most_blocks(num_pairs, EXPERTS, block_rows) - len(expected))
 
 
 @pytest.mark.parametrize("block_rows", [1, 2, 3, 16])

@@ -139,35 +139,84 @@ def choose_experts_kernel(
     tl.store(expert_weights_ptr + places, weights * SCALE, mask=wanted)
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
+@triton.jit(do_not_specialize=["num_pairs", "num_blocks", "num_ranking", "block_rows"])
 def rank_pairs_kernel(
     expert_ids_ptr,  # int64 [num_pairs], a token's experts together
     order_ptr,  # int32 [num_pairs], pairs ordered by expert
-    expert_ends_ptr,  # int32 [NUM_EXPERTS], the place in that order where an expert's pairs end
+    blocks_ptr,  # int64 [num_blocks], see `order_pairs`
     num_pairs,
-    NUM_EXPERTS: tl.constexpr,
+    num_blocks,
+    num_ranking,  # programs that rank pairs
+    block_rows,
+    EXPERT_RANGE: tl.constexpr,
     BLOCK_ITEMS: tl.constexpr,
     BLOCK_PAIRS: tl.constexpr,
 ):
-    """Sorts pairs by expert: the place of a pair is the number of pairs before it in the order (expert, pair).
+    """Sorts pairs by expert and, in programs of its own, lists the blocks of rows that they make."""
+    program = tl.program_id(0)
+    if program < num_ranking:
+        _rank(expert_ids_ptr, order_ptr, program, num_pairs, EXPERT_RANGE, BLOCK_ITEMS, BLOCK_PAIRS)
+    else:
+        first = (program - num_ranking) * BLOCK_ITEMS
+        _list_blocks(
+            expert_ids_ptr, blocks_ptr, first, num_pairs, num_blocks, block_rows, EXPERT_RANGE, BLOCK_ITEMS, BLOCK_PAIRS
+        )
 
-    The experts follow the pairs as items of their own, each placed after all of its pairs: that is where these end.
-    """
-    items = tl.program_id(0) * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
-    is_pair = items < num_pairs
-    chosen = tl.load(expert_ids_ptr + items, mask=is_pair, other=0).to(tl.int32)
-    experts = tl.where(is_pair, chosen, items - num_pairs)
+
+@triton.jit
+def _rank(
+    expert_ids_ptr,
+    order_ptr,
+    program,
+    num_pairs,
+    EXPERT_RANGE: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    """The place of a pair is the number of pairs before it in the order (expert, pair)."""
+    pairs = program * BLOCK_ITEMS + tl.arange(0, BLOCK_ITEMS)
+    exists = pairs < num_pairs
+    experts = tl.load(expert_ids_ptr + pairs, mask=exists, other=0).to(tl.int32)
     ranks = tl.zeros((BLOCK_ITEMS,), tl.int32)
     for start in range(0, num_pairs, BLOCK_PAIRS):
         others = start + tl.arange(0, BLOCK_PAIRS)
         # Padding gets an expert id above all others.
-        theirs = tl.load(expert_ids_ptr + others, mask=others < num_pairs, other=NUM_EXPERTS).to(tl.int32)
-        same_and_earlier = (theirs[None, :] == experts[:, None]) & (others[None, :] < items[:, None])
+        theirs = tl.load(expert_ids_ptr + others, mask=others < num_pairs, other=EXPERT_RANGE).to(tl.int32)
+        same_and_earlier = (theirs[None, :] == experts[:, None]) & (others[None, :] < pairs[:, None])
         before = (theirs[None, :] < experts[:, None]) | same_and_earlier
         ranks += tl.sum(before.to(tl.int32), axis=1)
-    tl.store(order_ptr + ranks, items, mask=is_pair)
-    is_expert = (items >= num_pairs) & (items < num_pairs + NUM_EXPERTS)
-    tl.store(expert_ends_ptr + (items - num_pairs), ranks, mask=is_expert)
+    tl.store(order_ptr + ranks, pairs, mask=exists)
+
+
+@triton.jit
+def _list_blocks(
+    expert_ids_ptr,
+    blocks_ptr,
+    first,
+    num_pairs,
+    num_blocks,
+    block_rows,
+    EXPERT_RANGE: tl.constexpr,
+    BLOCK_ITEMS: tl.constexpr,
+    BLOCK_PAIRS: tl.constexpr,
+):
+    """Writes the entries of some blocks; those beyond the last block have no rows."""
+    counts = tl.zeros((EXPERT_RANGE,), tl.int32)
+    for start in range(0, num_pairs, BLOCK_PAIRS):
+        pairs = start + tl.arange(0, BLOCK_PAIRS)
+        chosen = tl.load(expert_ids_ptr + pairs, mask=pairs < num_pairs, other=0).to(tl.int32)
+        counts += tl.histogram(chosen, EXPERT_RANGE, mask=pairs < num_pairs)
+    per_expert = tl.cdiv(counts, block_rows)
+    begins, blocks_before = tl.cumsum(counts, 0) - counts, tl.cumsum(per_expert, 0) - per_expert
+    blocks = first + tl.arange(0, BLOCK_ITEMS)
+    within = blocks[:, None] - blocks_before[None, :]
+    is_of_expert = (within >= 0) & (within < per_expert[None, :])
+    skipped = within * block_rows
+    expert = tl.sum(tl.where(is_of_expert, tl.arange(0, EXPERT_RANGE)[None, :], 0), axis=1)
+    begin = tl.sum(tl.where(is_of_expert, begins[None, :] + skipped, 0), axis=1)
+    rows = tl.sum(tl.where(is_of_expert, tl.minimum(counts[None, :] - skipped, block_rows), 0), axis=1)
+    entries = (expert.to(tl.int64) << 40) | (rows.to(tl.int64) << 32) | begin.to(tl.int64)
+    tl.store(blocks_ptr + blocks, entries, mask=blocks < num_blocks)
 
 
 @triton.jit
@@ -178,7 +227,7 @@ def grouped_product_kernel(
     out_ptr,  # [num_pairs, OUT_FEATURES]; UP: rows ordered by expert; else rows of a token together
     expert_ids_ptr,  # int64 [num_pairs], of a single token; read unless ORDERED
     order_ptr,  # int32 [num_pairs], from rank_pairs; read if ORDERED
-    expert_ends_ptr,  # int32 [NUM_EXPERTS], from rank_pairs; read if ORDERED
+    blocks_ptr,  # int64 [num_blocks], from rank_pairs; read if ORDERED
     x_row_stride,
     x_in_stride,
     weight_expert_stride,
@@ -187,10 +236,8 @@ def grouped_product_kernel(
     UP: tl.constexpr,
     ORDERED: tl.constexpr,
     TOP_K: tl.constexpr,
-    NUM_EXPERTS: tl.constexpr,
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
-    EXPERT_RANGE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -203,17 +250,13 @@ def grouped_product_kernel(
     column_blocks: tl.constexpr = (OUT_FEATURES + BLOCK_OUT - 1) // BLOCK_OUT
     block = tl.program_id(0) // column_blocks
     if ORDERED:
-        experts = tl.arange(0, EXPERT_RANGE)
-        ends = tl.load(expert_ends_ptr + experts, mask=experts < NUM_EXPERTS, other=0)
-        begins = tl.load(expert_ends_ptr + experts - 1, mask=(experts > 0) & (experts < NUM_EXPERTS), other=0)
-        blocks = tl.cdiv(ends - begins, BLOCK_ROWS)
-        blocks_before = tl.cumsum(blocks, 0) - blocks
-        is_mine = (blocks_before <= block) & (block < blocks_before + blocks)
-        expert = tl.sum(tl.where(is_mine, experts, 0)).to(tl.int64)
-        begin = tl.sum(tl.where(is_mine, begins + (block - blocks_before) * BLOCK_ROWS, 0))
-        end = tl.sum(tl.where(is_mine, ends, 0))
-        if end == 0:
+        entry = tl.load(blocks_ptr + block)
+        num_rows = ((entry >> 32) & 0xFF).to(tl.int32)
+        if num_rows == 0:
             return
+        expert = entry >> 40
+        begin = (entry & 0xFFFFFFFF).to(tl.int32)
+        end = begin + num_rows
     else:
         # The experts of a single token are distinct, so each has a block of one row.
         expert = tl.load(expert_ids_ptr + block).to(tl.int64)
@@ -376,7 +419,7 @@ def launch_grouped_experts(
     num_pairs = num_tokens * top_k
     kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype, is_quantised=scales is not None)
     pairs = expert_ids.contiguous().view(-1)
-    ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts)
+    ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts, settings("experts", kind)["BLOCK_ROWS"])
     squares, outputs = x.new_empty((num_pairs, width)), x.new_empty((num_pairs, hidden))
     up_scales, down_scales = (None, None) if scales is None else (scales.up, scales.down)
     _launch_product(x, up, up_scales, squares, pairs, ordering, top_k, kind, is_up=True)
@@ -412,27 +455,41 @@ def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.
 
 
 @on_its_device
-def order_pairs(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
-    """Sorts pairs by expert, and finds where the pairs of each expert end.
+def order_pairs(expert_ids: Tensor, num_experts: int, block_rows: int) -> tuple[Tensor, Tensor]:
+    """Sorts pairs by expert, and lists the blocks of rows that they make.
 
     Args:
         expert_ids: int64 [num_pairs], contiguous.
+        num_experts: ids are below it.
+        block_rows: most rows of a block, 255 at most; all of a block are of one expert.
 
     Returns:
         int32 [num_pairs]: pairs in the order of their experts, and in their own order within an expert.
-        int32 [num_experts]: the place in that order where the pairs of an expert end.
+        int64 [most_blocks(...)]: of every block in that order expert << 40 | number of rows << 32 | first row, which a
+            program has with one load; 0 for what is no block.
     """
     num_pairs = len(expert_ids)
-    if num_pairs > MOST_PAIRS_BY_RANK:
-        ordered_ids, order = expert_ids.sort(stable=True)
-        experts = torch.arange(num_experts, device=expert_ids.device)
-        return order.int(), torch.searchsorted(ordered_ids, experts, right=True, out_int32=True)
-    order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
-    expert_ends = expert_ids.new_empty(num_experts, dtype=torch.int32)
+    num_blocks = most_blocks(num_pairs, num_experts, block_rows)
     tiles = settings("experts", "rank_pairs")
-    grid = (triton.cdiv(num_pairs + num_experts, tiles["BLOCK_ITEMS"]),)
-    rank_pairs_kernel[grid](expert_ids, order, expert_ends, num_pairs, NUM_EXPERTS=num_experts, **tiles, **LAUNCH)
-    return order, expert_ends
+    if num_pairs > MOST_PAIRS_BY_RANK:
+        order, num_ranking = expert_ids.argsort(stable=True).int(), 0
+    else:
+        order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
+        num_ranking = triton.cdiv(num_pairs, tiles["BLOCK_ITEMS"])
+    blocks = expert_ids.new_empty(num_blocks)
+    rank_pairs_kernel[(num_ranking + triton.cdiv(num_blocks, tiles["BLOCK_ITEMS"]),)](
+        expert_ids,
+        order,
+        blocks,
+        num_pairs,
+        num_blocks,
+        num_ranking,
+        block_rows,
+        EXPERT_RANGE=triton.next_power_of_2(num_experts),
+        **tiles,
+        **LAUNCH,
+    )
+    return order, blocks
 
 
 @on_its_device
@@ -448,27 +505,25 @@ def _launch_product(
     is_up: bool,
 ) -> None:
     """Fills `out` [num_pairs, out_features]."""
-    num_experts, out_features, in_features = weight.shape
+    _, out_features, in_features = weight.shape
     tiles = settings("experts", kind)
-    blocks = most_blocks(len(pairs), num_experts, tiles["BLOCK_ROWS"]) if ordering else len(pairs)
-    order, expert_ends = ordering or (pairs, pairs)
-    grouped_product_kernel[(blocks * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
+    # Of a single token every pair is a block of its own.
+    order, blocks = ordering or (pairs, pairs)
+    grouped_product_kernel[(len(blocks) * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
         x,
         weight,
         None if scales is None else scales.contiguous(),
         out,
         pairs,
         order,
-        expert_ends,
+        blocks,
         *x.stride(),
         *weight.stride(),
         UP=is_up,
         ORDERED=ordering is not None,
         TOP_K=top_k,
-        NUM_EXPERTS=num_experts,
         IN_FEATURES=in_features,
         OUT_FEATURES=out_features,
-        EXPERT_RANGE=triton.next_power_of_2(num_experts),
         **tiles,
         **LAUNCH,
     )

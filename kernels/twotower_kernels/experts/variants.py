@@ -142,10 +142,10 @@ def _choice_variant(source: str, num_groups: int) -> Variant:
 
 
 def _ranking_variant() -> Variant:
-    pointers = {"expert_ids_ptr": "*i64", "order_ptr": "*i32", "expert_ends_ptr": "*i32"}
-    return _variant(
-        "rank_pairs", rank_pairs_kernel, "rank_pairs", {**pointers, "num_pairs": "i32"}, {"NUM_EXPERTS": _EXPERTS}
-    )
+    pointers = {"expert_ids_ptr": "*i64", "order_ptr": "*i32", "blocks_ptr": "*i64"}
+    sizes = dict.fromkeys(("num_pairs", "num_blocks", "num_ranking", "block_rows"), "i32")
+    constants = {"EXPERT_RANGE": triton.next_power_of_2(_EXPERTS)}
+    return _variant("rank_pairs", rank_pairs_kernel, "rank_pairs", pointers | sizes, constants)
 
 
 def _weights(kind: str) -> tuple[str, ...]:
@@ -170,7 +170,7 @@ def _product_variant(kind: str, weights: str, is_up: bool) -> Variant:
             **({"scale_ptr": "*fp32"} if is_quantised else {}),
             "expert_ids_ptr": "*i64",
             "order_ptr": index,
-            "expert_ends_ptr": index,
+            "blocks_ptr": "*i64",
             **strides,
         },
         {
@@ -179,10 +179,8 @@ def _product_variant(kind: str, weights: str, is_up: bool) -> Variant:
             "UP": is_up,
             "ORDERED": kind != "product_one",
             "TOP_K": _TOP_K,
-            "NUM_EXPERTS": _EXPERTS,
             "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
             "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
-            "EXPERT_RANGE": triton.next_power_of_2(_EXPERTS),
             **({} if is_quantised else {"scale_ptr": None}),
         },
     )
