@@ -32,7 +32,7 @@ LITTLE_ROOM = ["chunked_prefill", "preemption", "near_max_model_len"]
 # Drafts per step, and how they are made: every policy takes part, in a way that does not hang on the clock.
 DRAFTING = [
     (1, {"policy": "fixed"}),
-    (8, {"policy": "fixed", "block_size": 8}),
+    (8, {"policy": "fixed", "block_size": 8, "experts_dtype": "int8", "experts_per_token": 1}),
     (15, {}),
     (16, {"policy": "threshold", "steps_per_block": 3, "verification": "coupled", "first_token": "denoiser"}),
 ]
