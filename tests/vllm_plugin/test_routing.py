@@ -17,7 +17,10 @@ import pytest
 
 from tests.support.nemotron_h import save_nemotron_h
 from tests.vllm_plugin.fork_server import results_of
+from twotower_spec import ArgumentError
 from twotower_spec.demo.trio import trio_path
+from vllm_twotower.config import DrafterKnobs
+from vllm_twotower.requirements import _check_experts
 
 pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
@@ -346,3 +349,33 @@ def hybrid_verifier(folder: Path) -> str:
     for file in trio_path("verifier").glob("tokenizer*"):
         shutil.copy(file, folder)
     return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("capability", "devices", "is_refused"),
+    [((8, 0), {}, True), ((8, 9), {}, False), ((8, 0), {"context_device": "cpu"}, False)],
+)
+def test_float8_experts_are_refused_at_start_on_gpus_that_do_not_convert_them(
+    capability: tuple[int, int], devices: dict[str, str], is_refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm import platforms
+    from vllm.platforms.interface import DeviceCapability, Platform, PlatformEnum
+
+    class Gpu(Platform):
+        _enum = PlatformEnum.CUDA
+
+        @classmethod
+        def get_device_capability(cls, device_id: int = 0) -> DeviceCapability:
+            return DeviceCapability(*capability)
+
+        @classmethod
+        def get_device_name(cls, device_id: int = 0) -> str:
+            return "a GPU"
+
+    monkeypatch.setattr(platforms, "current_platform", Gpu())
+    knobs = DrafterKnobs("T", experts_dtype="float8_e4m3fn", **devices)  # type: ignore[arg-type]
+    if is_refused:
+        with pytest.raises(ArgumentError, match=r"compute capability 8\.9, which a GPU has not; give 'int8'"):
+            _check_experts(knobs, knobs.experts_dtype)
+    else:
+        _check_experts(knobs, knobs.experts_dtype)

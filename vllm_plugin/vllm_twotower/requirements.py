@@ -14,7 +14,7 @@ from twotower_spec.drafting import shared_token_ids
 from twotower_spec.drafting.block_drafter import MOST_OFFSETS
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
-from twotower_spec.towers.model import usable_device
+from twotower_spec.towers.model import LEAST_CAPABILITY_OF_FLOAT8, usable_device
 from vllm_twotower import compat
 from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
 from vllm_twotower.hook_table import SPECULATORS, hooks_of
@@ -94,7 +94,9 @@ def check_requirements(
             f"{knobs.model} cannot be loaded: {inspection.problems[0]}{others}; `twotower-spec inspect` lists all"
         )
     try:
-        inspection.config.with_experts_dtype(knobs.experts_dtype).with_experts_per_token(knobs.experts_per_token)
+        config = inspection.config.with_experts_dtype(knobs.experts_dtype)
+        config.with_experts_per_token(knobs.experts_per_token)
+        _check_experts(knobs, config.experts_dtype)
     except ArgumentError as error:
         raise ArgumentError(f"twotower knob {error}") from error
     return FoundAtStart(block_size, _shared_ids(knobs, inspection.config, model_config), drafts_for_itself)
@@ -173,6 +175,22 @@ def _check_devices(knobs: DrafterKnobs) -> None:
                 raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
         except ArgumentError as error:
             raise ArgumentError(f"twotower knob {name}: {error}") from error
+
+
+def _check_experts(knobs: DrafterKnobs, experts_dtype: str | None) -> None:
+    """Refuses experts that this machine's GPUs do not multiply by; without waking the GPUs, as workers are forked."""
+    from vllm.platforms import current_platform
+
+    if experts_dtype != "float8_e4m3fn" or not current_platform.is_cuda():
+        return
+    on_cpu = [device == "cpu" for device in (knobs.context_device, knobs.denoiser_device or knobs.context_device)]
+    if not all(on_cpu) and not current_platform.has_device_capability(LEAST_CAPABILITY_OF_FLOAT8):
+        least = ".".join(map(str, LEAST_CAPABILITY_OF_FLOAT8))
+        raise ArgumentError(
+            f"experts_dtype 'float8_e4m3fn' needs a GPU of compute capability {least}, which "
+            f"{current_platform.get_device_name()} has not; give 'int8', made from a checkpoint whose experts are not "
+            f"quantised"
+        )
 
 
 def _check_verifier(model_config: Any, parallel_config: Any, on_v2: bool) -> None:
