@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.experts.types import ExpertChoice, ExpertScales
-from twotower_kernels.tuning import settings
+from twotower_kernels.tuning import cdiv, next_power_of_2, settings
 
 # Up to this many tokens our kernel makes router logits, in parts along the hidden dimension: cuBLAS would use only a
 # handful of processors for the float64 product of a few tokens, after two launches that widen its operands.
@@ -346,10 +346,10 @@ def launch_route_tokens(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertC
         logits = F.linear(x.double(), router.double())
         return launch_choose(logits[None], True, bias, choice)
     tiles = settings("experts", "router_logits")
-    parts = x.new_empty((triton.cdiv(hidden, tiles["PART"]), num_tokens, num_experts), dtype=torch.float64)
+    parts = x.new_empty((cdiv(hidden, tiles["PART"]), num_tokens, num_experts), dtype=torch.float64)
     grid = (
-        triton.cdiv(num_tokens, tiles["BLOCK_TOKENS"]),
-        triton.cdiv(num_experts, tiles["BLOCK_EXPERTS"]),
+        cdiv(num_tokens, tiles["BLOCK_TOKENS"]),
+        cdiv(num_experts, tiles["BLOCK_EXPERTS"]),
         len(parts),
     )
     router_logits_kernel[grid](
@@ -398,9 +398,9 @@ def choice_sizes(num_experts: int, num_groups: int, top_k: int) -> dict[str, int
         "NUM_GROUPS": num_groups,
         "GROUP_SIZE": group_size,
         "TOP_K": top_k,
-        "BLOCK_GROUPS": triton.next_power_of_2(num_groups),
-        "BLOCK_MEMBERS": triton.next_power_of_2(group_size),
-        "BLOCK_SLOTS": triton.next_power_of_2(top_k),
+        "BLOCK_GROUPS": next_power_of_2(num_groups),
+        "BLOCK_MEMBERS": next_power_of_2(group_size),
+        "BLOCK_SLOTS": next_power_of_2(top_k),
     }
 
 
@@ -426,7 +426,7 @@ def launch_grouped_experts(
     _launch_product(squares, down, down_scales, outputs, pairs, ordering, top_k, kind, is_up=False)
     out = x.new_empty((num_tokens, hidden))
     tiles = settings("experts", "weigh_outputs")
-    weigh_outputs_kernel[(num_tokens, triton.cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
+    weigh_outputs_kernel[(num_tokens, cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
         outputs,
         expert_weights,
         shared,
@@ -475,9 +475,9 @@ def order_pairs(expert_ids: Tensor, num_experts: int, block_rows: int) -> tuple[
         order, num_ranking = expert_ids.argsort(stable=True).int(), 0
     else:
         order = expert_ids.new_empty(num_pairs, dtype=torch.int32)
-        num_ranking = triton.cdiv(num_pairs, tiles["BLOCK_ITEMS"])
+        num_ranking = cdiv(num_pairs, tiles["BLOCK_ITEMS"])
     blocks = expert_ids.new_empty(num_blocks)
-    rank_pairs_kernel[(num_ranking + triton.cdiv(num_blocks, tiles["BLOCK_ITEMS"]),)](
+    rank_pairs_kernel[(num_ranking + cdiv(num_blocks, tiles["BLOCK_ITEMS"]),)](
         expert_ids,
         order,
         blocks,
@@ -485,7 +485,7 @@ def order_pairs(expert_ids: Tensor, num_experts: int, block_rows: int) -> tuple[
         num_blocks,
         num_ranking,
         block_rows,
-        EXPERT_RANGE=triton.next_power_of_2(num_experts),
+        EXPERT_RANGE=next_power_of_2(num_experts),
         **tiles,
         **LAUNCH,
     )
@@ -509,7 +509,7 @@ def _launch_product(
     tiles = settings("experts", kind)
     # Of a single token every pair is a block of its own.
     order, blocks = ordering or (pairs, pairs)
-    grouped_product_kernel[(len(blocks) * triton.cdiv(out_features, tiles["BLOCK_OUT"]),)](
+    grouped_product_kernel[(len(blocks) * cdiv(out_features, tiles["BLOCK_OUT"]),)](
         x,
         weight,
         None if scales is None else scales.contiguous(),
