@@ -58,6 +58,7 @@ class BlockDrafter:
         noise: Noise,
         num_token_ids: int,
         loop: type[DenoisingLoop] = HostLoop,
+        cuda_graphs: bool = True,
     ) -> None:
         """Allocates room for the last logits.
 
@@ -69,6 +70,7 @@ class BlockDrafter:
             noise: of the sampler: "private", or "shared" with the target under the coupled rule.
             num_token_ids: ids from this one on are not drafted.
             loop: that fills the blocks.
+            cuda_graphs: whether passes may be captured.
         """
         self.towers = towers
         self.first_token, self.noise = first_token, noise
@@ -79,13 +81,13 @@ class BlockDrafter:
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._make_loop = loop
-        self.graphs = PassGraphs(towers.denoiser.device)
+        self.graphs = PassGraphs(towers.denoiser.device, cuda_graphs)
         self._passes: dict[int, DenoiserPasses] = {}
 
     @property
     def nbytes(self) -> int:
-        """Bytes of time modulation and of captured passes, on the denoiser's device."""
-        return sum(passes.nbytes for passes in self._passes.values()) + self.graphs.nbytes
+        """Bytes of time modulation, on the denoiser's device."""
+        return sum(passes.nbytes for passes in self._passes.values())
 
     def keep_logits(self, slots: Tensor, logits: Tensor, are_new: Tensor | None = None) -> None:
         """Stores the context tower's logits [num_reqs, vocab] after the last token of these slots.

@@ -41,6 +41,7 @@ class DrafterMemory:
         context_tower_bytes: weights, on `context_device`.
         state_bytes: the pool and the last logits of every request, on `context_device`.
         context_device: None where somebody else computes the contexts.
+        graphs_bytes: CUDA graphs of both towers.
     """
 
     denoiser_tower_bytes: int
@@ -49,6 +50,7 @@ class DrafterMemory:
     context_tower_bytes: int = 0
     state_bytes: int = 0
     context_device: torch.device | None = None
+    graphs_bytes: int = 0
 
     def __str__(self) -> str:
         """In one line."""
@@ -60,7 +62,7 @@ class DrafterMemory:
         return (
             f"{'no context tower and no state of its own' if self.context_device is None else own}, denoiser tower "
             f"{self.denoiser_tower_bytes / mib:.1f} MiB and workspace {self.workspace_bytes / mib:.1f} MiB on "
-            f"{self.denoiser_device}"
+            f"{self.denoiser_device}{f', CUDA graphs {self.graphs_bytes / mib:.1f} MiB' if self.graphs_bytes else ''}"
         )
 
 

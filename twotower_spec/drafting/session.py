@@ -66,6 +66,7 @@ class DraftingSession(DraftingRounds):
         num_token_ids: int | None = None,
         loop: type[DenoisingLoop] = HostLoop,
         most_per_step: int | None = None,
+        cuda_graphs: bool = True,
     ) -> None:
         """Allocates the state.
 
@@ -86,6 +87,7 @@ class DraftingSession(DraftingRounds):
             loop: that fills the blocks.
             most_per_step: tokens that the target commits at most for one request in a step; None for all drafts and one
                 more.
+            cuda_graphs: whether `warm_up` captures passes of fixed shape, on CUDA.
 
         Raises:
             ArgumentError: an argument is out of range, or the model has no denoiser.
@@ -110,10 +112,11 @@ class DraftingSession(DraftingRounds):
             noise=noise,
             num_token_ids=self.num_token_ids,
             loop=loop,
+            cuda_graphs=cuda_graphs,
         )
         device, graphs = towers.context.device, self.drafter.graphs
         # Graphs of one device share their memory: it is one pass's at a time.
-        self._graphs = graphs if graphs.device == device else PassGraphs(device)
+        self._graphs = graphs if graphs.device == device else PassGraphs(device, cuda_graphs)
         width = self.num_speculative_tokens + 1 if most_per_step is None else most_per_step
         self._windows = ContextWindows(self.state, width, self._graphs)
         self._admission = Admission(self.state, token_budget, towers.config.vocab_size)
@@ -180,14 +183,14 @@ class DraftingSession(DraftingRounds):
     def memory(self) -> DrafterMemory:
         """See `DraftingRounds.memory`."""
         context, denoiser = self.towers.context, self.towers.denoiser
-        graphs_bytes = 0 if self._graphs is self.drafter.graphs else self._graphs.nbytes
         return DrafterMemory(
             context_tower_bytes=sum(parameter.nbytes for parameter in context.parameters()),
-            state_bytes=self.state.nbytes + self.drafter.last_logits.nbytes + graphs_bytes,
+            state_bytes=self.state.nbytes + self.drafter.last_logits.nbytes,
             context_device=context.device,
             denoiser_tower_bytes=sum(parameter.nbytes for parameter in denoiser.parameters()),
             workspace_bytes=self.state.workspace_nbytes + self.drafter.nbytes,
             denoiser_device=denoiser.device,
+            graphs_bytes=sum(graphs.nbytes for graphs in {self._graphs, self.drafter.graphs}),
         )
 
     def _num_unread(self, request_id: RequestId, num_tokens: int) -> int:

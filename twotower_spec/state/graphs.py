@@ -26,10 +26,10 @@ class PassGraphs:
         device: of the passes.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        """Begins without any."""
+    def __init__(self, device: torch.device, wanted: bool = True) -> None:
+        """Begins without any; there never are any on a CPU, or where they are not wanted."""
         self.device, self._nbytes = device, 0
-        self._works = device.type == "cuda"
+        self._works = wanted and device.type == "cuda"
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self._pool: Any = None
         self._logits: dict[torch.dtype, Tensor] = {}

@@ -52,6 +52,7 @@ def load_session(
         num_tokens=num_tokens,
         token_budget=knobs.prefill_budget,
         num_token_ids=found.num_token_ids,
+        cuda_graphs=not vllm_config.model_config.enforce_eager,
         **options,
     )
     session.warm_up()
