@@ -216,15 +216,20 @@ class EngineStates(BlockStates):
         width: tokens of a convolution's history.
         first: int64 [num_reqs], first token of the history in its block.
         blocks: by group, int64 [num_reqs] each, blocks of the convolution and of the SSM state.
-        device, dtype: the denoiser's.
+        denoiser_device, dtype: what is read is wanted so.
     """
 
     layers: Sequence[MambaLayer]
     width: int
     first: Tensor
     blocks: dict[int, tuple[Tensor, Tensor]]
-    device: torch.device
+    denoiser_device: torch.device
     dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """See `BlockStates`."""
+        return self.denoiser_device
 
     @property
     def is_in_place(self) -> bool:
