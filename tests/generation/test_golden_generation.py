@@ -1,12 +1,16 @@
 """All generation cases of the published code, token for token, with NFE and the trace of every step."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from tests.support.golden_files import NAMES, generation_cases, generation_options, golden_model
+from twotower_spec.generation.denoising import DenoisedBlocks, DenoisingRequest, ScheduleLoop, StepObserver
 
 CASES = [(name, index) for name in NAMES for index in range(len(generation_cases(name)))]
+
+DIFFUSION = [one for one in CASES if generation_cases(one[0])[one[1]]["mode"] == "generate_mask_diffusion"]
 
 
 def generate(name: str, dtype: str, case: dict[str, Any], prompts: list[list[int]]) -> Any:
@@ -28,6 +32,24 @@ def test_generation_equals_the_published_code_token_for_token(name: str, index: 
         assert [block.xt for block in trace] == [block["xt"] for block in case["blocks"]]
         assert [block.commits for block in trace] == [block["commits"] for block in case["blocks"]]
         assert [block.t for block in trace] == [pytest.approx(block["t"]) for block in case["blocks"]]
+
+
+class FixedShapes(ScheduleLoop):
+    """The loop that a device runs ahead of its host, in the place of the one that shows its steps."""
+
+    def denoise(self, request: DenoisingRequest, observers: Sequence[StepObserver] = ()) -> DenoisedBlocks:
+        return super().denoise(request)
+
+
+@pytest.mark.parametrize(("name", "index"), DIFFUSION)
+def test_the_loop_of_fixed_shapes_equals_the_published_code(
+    name: str, index: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = generation_cases(name)[index]
+    monkeypatch.setattr("twotower_spec.generation.batch.HostLoop", FixedShapes)
+    result = golden_model(name, "float32").generate_mask_diffusion([case["prompt"]], **generation_options(case))
+    assert result.sequences == [case["output"]]
+    assert result.num_denoiser_passes == [case["nfe"]]
 
 
 @pytest.mark.parametrize("name", NAMES)
