@@ -81,12 +81,11 @@ class AheadOfHost:
         ]
 
     def round(self, requests: Sequence[AsyncRequest]) -> list[list[int]]:
-        """One round, settled."""
+        """One round, settled; a row for each of its requests."""
         done = self.session.draft_ahead(requests, self.table)
-        lengths = [len(tokens) for tokens in self.tokens]
-        self.known = [tokens[:length] for tokens, length in zip(self.tokens, lengths, strict=True)]
+        self.known = [list(tokens) for tokens in self.tokens]
         block = self.session.settle(done, dict(enumerate(self.known))).block
-        return [block.row(row) for row in range(len(self.tokens))]
+        return [block.row(row) for row in range(len(requests))]
 
 
 def ahead(serving: AheadOfHost) -> list[list[list[int]]]:

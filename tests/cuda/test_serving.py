@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.cuda.paths import AheadOfHost
 from tests.drafting.rounds import draft_rows
 from tests.support.builders import tiny_config
 from tests.support.cuda import emulated_devices
@@ -38,9 +39,8 @@ def differences(new: tuple[Any, ...], before: set[tuple[Any, ...]]) -> tuple[Any
     return new[0], min(unlike, key=len, default=None)
 
 
-@pytest.mark.slow
-def test_nothing_is_compiled_while_serving_that_the_warm_up_did_not() -> None:
-    # Sizes that divide by 16 as those of the released model do, and two layers that mix.
+def model_of_even_sizes() -> TwoTowerModel:
+    """Sizes that divide by 16 as those of the released model do, and two layers that mix."""
     config = tiny_config(
         hybrid_override_pattern="M*E",
         hidden_size=64,
@@ -54,12 +54,32 @@ def test_nothing_is_compiled_while_serving_that_the_warm_up_did_not() -> None:
         moe_shared_expert_intermediate_size=32,
         vocab_size=256,
     )
+    return TwoTowerModel.from_config(config, dtype="bfloat16", context_device="cuda:0", denoiser_device="cuda:0")
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_while_serving_that_the_warm_up_did_not() -> None:
     with emulated_devices(runs_kernels=False) as usage:
-        model = TwoTowerModel.from_config(config, dtype="bfloat16", context_device="cuda:0", denoiser_device="cuda:0")
-        session = DraftingSession(model, FixedPolicy(16, 1), num_slots=8, num_tokens=8 * 2048)
+        session = DraftingSession(model_of_even_sizes(), FixedPolicy(16, 1), num_slots=8, num_tokens=8 * 2048)
         session.warm_up()
         before = set(usage.specialisations)
         mixed_rounds(session, 8, 24, (1, 5, 17, 100, 513, 1500))
+        new = usage.specialisations - before
+    assert not new, [differences(one, before) for one in new]
+
+
+@pytest.mark.slow
+def test_nothing_is_compiled_while_drafting_ahead_of_the_host_that_the_warm_up_did_not() -> None:
+    prompts, random = [[5], [5] * 9, [5] * 40, [5] * 100], Random(0)
+    with emulated_devices(runs_kernels=False) as usage:
+        serving = AheadOfHost(
+            model_of_even_sizes(), FixedPolicy(16, 1, num_tokens=5), prompts, num_slots=8, num_tokens=8 * 2048
+        )
+        serving.session.warm_up()
+        before = set(usage.specialisations)
+        for _ in range(12):
+            serving.round(random.sample(serving.requests(), random.randint(1, len(prompts))))
+            serving.commit([[7] * random.randint(0, 2) for _ in prompts])
         new = usage.specialisations - before
     assert not new, [differences(one, before) for one in new]
 
