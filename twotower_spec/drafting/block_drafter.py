@@ -81,7 +81,7 @@ class BlockDrafter:
             device=towers.context.device if num_slots else towers.denoiser.device,
         )
         self._make_loop = loop
-        self.graphs = PassGraphs(towers.denoiser.device, cuda_graphs)
+        self.graphs = PassGraphs.of_tower(towers.denoiser, cuda_graphs)
         self._passes: dict[int, DenoiserPasses] = {}
 
     @property

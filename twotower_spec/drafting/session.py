@@ -66,6 +66,7 @@ class DraftingSession(DraftingRounds):
         num_token_ids: int | None = None,
         loop: type[DenoisingLoop] = HostLoop,
         most_per_step: int | None = None,
+        max_context_tokens: int | None = None,
         cuda_graphs: bool = True,
     ) -> None:
         """Allocates the state.
@@ -87,6 +88,7 @@ class DraftingSession(DraftingRounds):
             loop: that fills the blocks.
             most_per_step: tokens that the target commits at most for one request in a step; None for all drafts and one
                 more.
+            max_context_tokens: of one request that passes are captured for; None for all of the pool.
             cuda_graphs: whether `warm_up` captures passes of fixed shape, on CUDA.
 
         Raises:
@@ -116,9 +118,11 @@ class DraftingSession(DraftingRounds):
         )
         device, graphs = towers.context.device, self.drafter.graphs
         # Graphs of one device share their memory: it is one pass's at a time.
-        self._graphs = graphs if graphs.device == device else PassGraphs(device, cuda_graphs)
+        self._graphs = graphs if graphs.device == device else PassGraphs.of_tower(towers.context, cuda_graphs)
         width = self.num_speculative_tokens + 1 if most_per_step is None else most_per_step
         self._windows = ContextWindows(self.state, width, self._graphs)
+        most_tokens = num_tokens if max_context_tokens is None else max_context_tokens
+        self._max_pages = min(self.state.num_pages, self.state.pages_for(most_tokens))
         self._admission = Admission(self.state, token_budget, towers.config.vocab_size)
 
     @property
@@ -162,9 +166,9 @@ class DraftingSession(DraftingRounds):
 
     def _capture_passes(self, slots: Tensor) -> None:
         """Captures passes of all numbers of requests, with contexts where those of some slots are."""
-        self._windows.capture(self.towers.context)
+        self._windows.capture(self.towers.context, self._max_pages)
         for size in sorted(self._block_sizes(), reverse=True):
-            self.drafter.passes(size).capture(self.state.view(slots, size), self.state.num_slots, self.state.num_pages)
+            self.drafter.passes(size).capture(self.state.view(slots, size), self.state.num_slots, self._max_pages)
 
     def _trial_passes(self) -> list[list[int]]:
         """New tokens of the requests of each pass that `warm_up` makes, if the pool has room for it."""

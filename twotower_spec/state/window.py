@@ -74,6 +74,10 @@ class WindowInputs:
         """Those of the first rows: views."""
         return WindowInputs(*(x[:count] for x in vars(self).values()))
 
+    def hold(self, inputs: WindowInputs) -> bool:
+        """Whether these buffers have as many pages per request."""
+        return inputs.block_table.shape[1] <= self.block_table.shape[1]
+
     def fill(self, inputs: WindowInputs, count: int, scratch_slot: int) -> None:
         """Takes over those of a pass; rows up to `count` without a request bring no tokens to the scratch slot."""
         fill_rows(self.slots, inputs.slots, count, scratch_slot)
@@ -158,7 +162,7 @@ class ContextWindows:
 
     def serve(self, increments: Mapping[RequestId, Sequence[int]]) -> bool:
         """Whether passes over so many new tokens were captured."""
-        fits = all(len(tokens) <= self.width for tokens in increments.values())
+        fits = all(0 < len(tokens) <= self.width for tokens in increments.values())
         return fits and self._key(padded_count(len(increments))) in self._graphs
 
     @torch.inference_mode()
@@ -192,24 +196,31 @@ class ContextWindows:
         return logits
 
     @torch.inference_mode()
-    def capture(self, tower: ContextTower) -> None:
-        """Captures passes of all numbers of requests, once, where there are graphs."""
-        most = min(padded_count(self.state.num_slots), MOST_CAPTURED_TOKENS // self.width)
-        if self._buffers is not None or not self._graphs.available or most < 1:
+    def capture(self, tower: ContextTower, max_pages: int) -> None:
+        """Captures passes of all numbers of requests, once, where there are graphs.
+
+        Args:
+            tower: on the device of the pool.
+            max_pages: of the longest context of a request.
+        """
+        graphs, most = self._graphs, min(padded_count(self.state.num_slots), MOST_CAPTURED_TOKENS // self.width)
+        if self._buffers is not None or not graphs.available or most < 1:
             return
-        integers = torch.zeros(most, 3 + self.width, dtype=torch.int64, device=self.device)
-        table = torch.zeros(most, self.state.num_pages, dtype=torch.int32, device=self.device)
-        integers[:, 0] = self.state.num_slots  # of requests that are not there, until there are some
-        slots, before, num_new = (column.contiguous() for column in integers[:, :3].unbind(1))
-        buffers = self._buffers = WindowInputs(slots, before, num_new, integers[:, 3:].contiguous(), table)
-        dtype = accumulation_dtype(tower.dtype)
-        logits = self._logits = self._graphs.logits_room(most, tower.head.shape[0], dtype)
+        buffers = WindowInputs(
+            slots=graphs.buffer(most, dtype=torch.int64).fill_(self.state.num_slots),  # the scratch slot
+            before=graphs.buffer(most, dtype=torch.int64),
+            num_new=graphs.buffer(most, dtype=torch.int64),
+            token_ids=graphs.buffer(most, self.width, dtype=torch.int64),
+            block_table=graphs.buffer(most, max_pages, dtype=torch.int32),
+        )
+        logits = graphs.logits_room(most, tower.head.shape[0], accumulation_dtype(tower.dtype))
 
         def run(count: int) -> None:
             logits[:count] = self._run(tower, buffers.first(count))
 
         for count in padded_counts(most):
-            self._graphs.capture(self._key(count), partial(run, count))
+            graphs.capture(self._key(count), partial(run, count))
+        self._buffers, self._logits = buffers, logits
 
     def _key(self, count: int) -> tuple[str, int, int]:
         return "context", self.width, count
@@ -218,7 +229,8 @@ class ContextWindows:
         """Runs a pass, captured or not; logits [num_reqs, vocab] behind the last tokens that count."""
         num_reqs = len(inputs.slots)
         key, buffers = self._key(padded_count(num_reqs)), self._buffers
-        if key not in self._graphs or buffers is None or self._logits is None:
+        captured = key in self._graphs and buffers is not None and buffers.hold(inputs)
+        if buffers is None or self._logits is None or not captured:
             return self._run(tower, inputs)
         buffers.fill(inputs, key[-1], self.state.num_slots)
         self._graphs.replay(key)

@@ -102,6 +102,8 @@ class TwoTowers(nn.Module):
     ) -> TwoTowers:
         """Moves the context tower and the denoiser tower (with the time conditioning); the devices may be equal.
 
+        Sessions are made afterwards: they hold state beside the towers, and graphs that know where weights are.
+
         Raises:
             ArgumentError: a device is not there.
         """

@@ -52,12 +52,19 @@ def load_session(
         num_tokens=num_tokens,
         token_budget=knobs.prefill_budget,
         num_token_ids=found.num_token_ids,
-        cuda_graphs=not vllm_config.model_config.enforce_eager,
+        max_context_tokens=int(vllm_config.model_config.max_model_len),
+        cuda_graphs=_wants_graphs(vllm_config.model_config),
         **options,
     )
     session.warm_up()
     logger.info("TwoTower: %s, %s; %s", knobs.model, str(model.dtype).removeprefix("torch."), session.memory())
     return session
+
+
+def _wants_graphs(model_config: Any) -> bool:
+    """Whether vLLM runs graphs, and keeps its memory where it is: they hold addresses in it."""
+    moves = any(getattr(model_config, name, False) for name in ("enable_sleep_mode", "enable_cumem_allocator"))
+    return not model_config.enforce_eager and not moves
 
 
 def load_towers(

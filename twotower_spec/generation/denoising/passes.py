@@ -121,7 +121,7 @@ class DenoiserPasses:
             positions: int64 [num_positions], flat indices of the logits that are wanted; None for all.
 
         Returns:
-            [num_positions, vocab]. The next pass may overwrite them.
+            [num_positions, vocab]. The next captured pass may overwrite them.
         """
         count, buffers = padded_count(len(token_ids)), self._buffers
         if buffers is not None and self._key(count) in self._graphs and buffers.serve(context):
@@ -146,18 +146,19 @@ class DenoiserPasses:
         in_place = isinstance(context.states, PooledStates) and isinstance(context.keys, PagedKeys)
         if self._buffers is not None or not self._graphs.available or not in_place or most < 1:
             return
-        device, size, head = self.denoiser.device, self.block_size, self.denoiser.head
-        buffers = self._buffers = BlockBuffers(
+        graphs, size = self._graphs, self.block_size
+        buffers = BlockBuffers(
             pool=context,
-            token_ids=torch.zeros(most, size, dtype=torch.int64, device=device),
-            num_masked=torch.zeros(most, dtype=torch.int64, device=device),
-            slots=torch.zeros(most, dtype=torch.int64, device=device),
-            context_lens=torch.zeros(most, dtype=torch.int32, device=device),
-            block_table=torch.zeros(most, max_pages, dtype=torch.int32, device=device),
-            logits=self._graphs.logits_room(most * size, head.shape[0], self.denoiser.dtype),
+            token_ids=graphs.buffer(most, size, dtype=torch.int64),
+            num_masked=graphs.buffer(most, dtype=torch.int64),
+            slots=graphs.buffer(most, dtype=torch.int64),
+            context_lens=graphs.buffer(most, dtype=torch.int32),
+            block_table=graphs.buffer(most, max_pages, dtype=torch.int32),
+            logits=graphs.logits_room(most * size, self.denoiser.head.shape[0], self.denoiser.dtype),
         )
         for count in padded_counts(most):
-            self._graphs.capture(self._key(count), partial(self._run, buffers, count))
+            graphs.capture(self._key(count), partial(self._run, buffers, count))
+        self._buffers = buffers
 
     def _key(self, count: int) -> tuple[str, int, int]:
         return "denoiser", self.block_size, count
