@@ -1,7 +1,8 @@
 """Ahead-of-time compilation of every kernel for three generations of GPUs, on any machine.
 
 `python -m twotower_kernels.compilation [OP ...]` prints what each kernel needs, with `--markdown` as the table of
-kernels/README.md; spilled registers are an error.
+kernels/README.md; spilled registers are an error. It compiles with the Triton that Python finds first: another one,
+unpacked in a folder, is tried with that folder as PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -128,10 +129,11 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
 
 def main(arguments: list[str]) -> int:
     """Prints a table of the named ops, or of all; returns the number of compilations that spilled."""
+    import triton
+
     markdown, ops = "--markdown" in arguments, [op for op in arguments if op != "--markdown"]
-    print(
-        _markdown_head() if markdown else f"{'kernel':56} {'sm':>4} {'warps':>5} {'registers':>9} {'shared':>8} spills"
-    )
+    kernel = f"kernel, Triton {triton.__version__}"
+    print(_markdown_head() if markdown else f"{kernel:56} {'sm':>4} {'warps':>5} {'registers':>9} {'shared':>8} spills")
     faults = 0
     for op, variant in all_variants(ops or OPS):
         made: dict[int, Resources] = {}

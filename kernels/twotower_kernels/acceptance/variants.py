@@ -11,19 +11,19 @@ from twotower_kernels.acceptance.kernel import (
     settle_requests_kernel,
 )
 from twotower_kernels.compilation import Variant
-from twotower_kernels.noise.kernel import LAUNCH
+from twotower_kernels.noise.kernel import GROUP, LAUNCH
 from twotower_kernels.tuning import Settings, settings
 
 _JUDGE: list[Settings] = [
     {"WIDTH": width, "FILTER_BLOCK": block, "TARGET_PROGRAMS": programs, "num_warps": warps}
-    for width, warps in ((128, 4), (128, 8), (256, 4), (256, 8))
+    for width, warps in ((64, 8), (128, 4), (128, 8), (256, 4), (256, 8))
     for block in (2048, 4096)
     for programs in (1056, 2112, 4224)
 ]
 CANDIDATES: dict[str, list[Settings]] = {
     "judge_rows": _JUDGE,
     "judge_one_hot": _JUDGE,
-    "settle_requests": [{"num_warps": warps} for warps in (1, 4)],
+    "settle_requests": [{"num_warps": warps} for warps in (1, 4, 8)],
 }
 
 
@@ -80,6 +80,7 @@ def _judge_variant(mode: str, kind: str, lowest_step: int) -> Variant:
 
 def _settle_variant(mode: str) -> Variant:
     temperature = {} if mode == "greedy" else {"temperature": "*fp32"}
+    chunk = settings("acceptance", judge_settings(mode == "one-hot"))["WIDTH"] * GROUP.value
     return Variant(
         name=f"settle_requests {mode}",
         function=settle_requests_kernel,
@@ -99,7 +100,7 @@ def _settle_variant(mode: str) -> Variant:
             "width": "i32",
             "num_splits": "i32",
         },
-        constants={"ONE_HOT": mode == "one-hot", "ROWS": 32, "SPLITS": 16}
+        constants={"ONE_HOT": mode == "one-hot", "ROWS": 32, "SPLITS": 131072 // chunk}
         | ({} if temperature else {"temperature": None}),
         num_warps=settings("acceptance", "settle_requests")["num_warps"],
         aligned=(),

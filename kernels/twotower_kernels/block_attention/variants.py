@@ -25,7 +25,15 @@ def _candidates(blocks: list[tuple[int, int, int, int]]) -> list[Settings]:
 # What the tuner may choose from.
 CANDIDATES: dict[str, list[Settings]] = {
     "attend": _candidates(
-        [(64, 32, 4, 3), (64, 64, 4, 2), (64, 64, 8, 2), (128, 32, 4, 3), (128, 64, 8, 2), (128, 64, 8, 3)]
+        [
+            (64, 32, 4, 3),
+            (64, 32, 8, 3),
+            (64, 64, 4, 2),
+            (64, 64, 8, 2),
+            (128, 32, 4, 3),
+            (128, 64, 8, 2),
+            (128, 64, 8, 3),
+        ]
     ),
     "attend_few_rows": _candidates([(16, 32, 2, 4), (16, 64, 2, 3), (16, 64, 4, 3), (16, 128, 4, 2)]),
     "attend_float32": _candidates([(16, 16, 4, 2), (32, 16, 4, 2), (32, 16, 8, 2), (32, 32, 8, 2)]),

@@ -11,7 +11,7 @@ from twotower_kernels.unmasking.kernel import unmask_kernel, width_of
 
 _TRIED: list[Settings] = [
     {"WIDTH_BYTES": width, "TARGET_PROGRAMS": programs, "num_warps": warps, "maxnreg": registers}
-    for width, warps, registers in ((256, 4, 168), (256, 8, 128), (512, 8, 128), (512, 8, 168))
+    for width, warps, registers in ((256, 4, 168), (256, 8, 128), (512, 8, 128), (512, 8, 168), (512, 16, 128))
     for programs in (264, 528, 1056, 2112)
 ]
 CANDIDATES: dict[str, list[Settings]] = {"unmask": _TRIED, "pick_tokens": _TRIED}
