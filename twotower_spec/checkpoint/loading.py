@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping
+from contextlib import closing
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor
+from twotower_spec.checkpoint.index import CheckpointIndex
 from twotower_spec.checkpoint.quantised import is_quantised, store, weight_of_scale
+from twotower_spec.checkpoint.shards import read_tensors
 from twotower_spec.errors import CheckpointError
 from twotower_spec.terminal import Terminal
 
-# A shard is mapped into memory while it is read. Opening it anew after this many bytes lets go of the pages already
-# copied, so that a load needs the memory of the weights and no more.
-_WINDOW_BYTES = 128 << 20
 # Where looking for tensors that disagree ends.
 MOST_PROBLEMS = 1000
 
@@ -98,14 +95,12 @@ def load_tensors(
     )
     with Progress(*columns, disable=not progress, transient=True, console=Terminal(stderr=True)) as bar:
         task = bar.add_task("reading weights", total=sum(stored.nbytes for stored in wanted.values()))
-        for shard, names in _windows(wanted):
-            try:
-                with safe_open(shard, framework="pt") as opened:
-                    for name in names:
-                        store(destinations, name, opened.get_tensor(name))
-                        bar.advance(task, wanted[name].nbytes)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{shard} is truncated or corrupt ({error}); download it again") from error
+        devices = {name: destinations[name].device for name in wanted}
+        # Closed, whatever happens: nothing is read ahead of a load that failed.
+        with closing(read_tensors(wanted, devices)) as tensors:
+            for piece, values in tensors:
+                store(destinations, piece.name, values, piece.rows)
+                bar.advance(task, piece.stored.nbytes)
 
 
 def stored_dtypes(index: CheckpointIndex, loaded: Mapping[str, Tensor]) -> dict[str, torch.dtype]:
@@ -123,21 +118,3 @@ def _is_made_while_reading(name: str, index: CheckpointIndex) -> bool:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _windows(wanted: Mapping[str, StoredTensor]) -> Iterator[tuple[Path, list[str]]]:
-    """Groups names shard by shard, about `_WINDOW_BYTES` each."""
-    by_shard: dict[Path, list[str]] = {}
-    for name, stored in wanted.items():
-        by_shard.setdefault(stored.shard, []).append(name)
-    for shard, names in by_shard.items():
-        window: list[str] = []
-        size = 0
-        for name in names:
-            window.append(name)
-            size += wanted[name].nbytes
-            if size >= _WINDOW_BYTES:
-                yield shard, window
-                window, size = [], 0
-        if window:
-            yield shard, window

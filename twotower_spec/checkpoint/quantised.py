@@ -37,16 +37,17 @@ def weight_of_scale(name: str) -> str | None:
     return weight if weight != name and may_be_quantised(weight) else None
 
 
-def store(destinations: Mapping[str, Tensor], name: str, values: Tensor) -> None:
+def store(destinations: Mapping[str, Tensor], name: str, values: Tensor, rows: slice | None = None) -> None:
     """Copies values into their destination; floats for quantised weights are rounded, and give them their scales.
 
     Args:
         destinations: of all tensors, by published name; any dtypes and devices.
         name: of the tensor.
         values: its content.
+        rows: along its first axis, those that the values are; None for all.
     """
-    destination = destinations[name]
+    destination, within = destinations[name], ... if rows is None else rows
     if is_quantised(destination.dtype) and not is_quantised(values.dtype):
         values, scales = quantise(values.to(destination.device), destination.dtype)
-        destinations[scale_name(name)].copy_(scales)
-    destination.copy_(values)
+        destinations[scale_name(name)][within].copy_(scales)
+    destination[within].copy_(values)

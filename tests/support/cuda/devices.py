@@ -93,6 +93,7 @@ def emulated_devices(
         "synchronize": lambda device=None: devices.wait("synchronize"),
         "is_current_stream_capturing": lambda: devices.recorded is not None,
         "get_device_name": lambda device=None: "an emulated device",
+        "get_device_capability": lambda device=None: (9, 0),
         "empty_cache": lambda: None,
         "mem_get_info": lambda device=None: (80 << 30, 80 << 30),
         "memory_reserved": lambda device=None: usage.held[torch.device(device or "cuda:0").index],
