@@ -163,7 +163,7 @@ class _RequestBatch:
         biases = {
             i: (
                 to_device(list(one.logit_bias), device),
-                torch.tensor(list(one.logit_bias.values())).to(device),
+                to_device(list(one.logit_bias.values()), device, torch.float32),
             )
             for i, one in enumerate(params)
             if one.logit_bias
@@ -204,7 +204,7 @@ def joined(found: Any, others: Any, rows: Collection[int]) -> Any:
     width = max(found.logprobs.shape[1], others.logprobs.shape[1])
     is_other = torch.zeros(len(found.logprobs), 1, dtype=torch.bool)
     is_other[list(rows)] = True
-    is_other = is_other.to(found.logprobs.device)
+    is_other = moved(is_other, found.logprobs.device)
 
     def wide(values: Tensor, fill: float) -> Tensor:
         return F.pad(values, (0, width - values.shape[1]), value=fill)
