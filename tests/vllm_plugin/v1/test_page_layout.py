@@ -35,11 +35,11 @@ def cpu_layer(dtype: torch.dtype, page_size: int) -> Any:
     )
 
 
-def gpu_layer(write: Any = None) -> Any:
+def gpu_layer(write: Any = None, kv_heads: int = KV_HEADS, head_dim: int = HEAD_DIM) -> Any:
     """A layer that writes as vLLM's FlashAttention, FlashInfer and Triton backends do, which run on a GPU alone."""
 
     def do_kv_cache_update(layer: Any, key: Tensor, value: Tensor, cache: Tensor, slots: Tensor) -> None:
-        key_cache, value_cache = cache.transpose(1, 2).split(HEAD_DIM, dim=-1)
+        key_cache, value_cache = cache.transpose(1, 2).split(head_dim, dim=-1)
         page_size = cache.shape[2]
         key_cache[slots // page_size, slots % page_size] = key
         value_cache[slots // page_size, slots % page_size] = value
@@ -47,8 +47,8 @@ def gpu_layer(write: Any = None) -> Any:
     return SimpleNamespace(
         impl=SimpleNamespace(do_kv_cache_update=write or do_kv_cache_update),
         attn_backend=SimpleNamespace(get_name=lambda: "FLASH_ATTN"),
-        num_kv_heads=KV_HEADS,
-        head_size=HEAD_DIM,
+        num_kv_heads=kv_heads,
+        head_size=head_dim,
     )
 
 
