@@ -15,10 +15,13 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.builders import tiny_config
+from tests.support.cuda import emulated_devices
 from twotower_bench.gpu import goldens, sanity, serving, towers
 from twotower_bench.gpu.rows import RowFile
 from twotower_bench.records import System
 from twotower_bench.towers import GEOMETRIES, first_layers, layers_that_fit
+from twotower_spec import TwoTowerModel
 from twotower_spec.evaluation import load_prompts
 from twotower_spec.towers.model import towers_without_memory
 
@@ -71,6 +74,14 @@ def test_parts_of_a_trial_share_the_time_and_have_a_file_each(tmp_path: Path) ->
     assert (tmp_path / "summary.txt").read_text().count("exit code 0") == 3
 
 
+def test_part_that_fails_is_told_from_the_others_which_go_on(tmp_path: Path) -> None:
+    done = run_script(tmp_path, "kernels", "tables", DEVICE="cpu", ARGS="--op telepathy")
+    assert done.returncode == 1
+    ended = [line.partition(" after ")[0] for line in (tmp_path / "summary.txt").read_text().splitlines()]
+    assert ended == ["sanity: exit code 0", "kernels: exit code 2", "tables: exit code 2"]
+    assert "telepathy" in (tmp_path / "kernels.log").read_text()
+
+
 def test_part_that_is_killed_leaves_what_it_had_found(tmp_path: Path) -> None:
     file = tmp_path / "goldens.jsonl"
     command = [sys.executable, "-m", "twotower_bench.gpu.goldens", "cpu", str(file)]
@@ -102,6 +113,15 @@ def test_device_that_is_no_gpu_is_refused(device: str) -> None:
         sanity.check_device(device)
 
 
+def test_emulated_device_is_not_sane_and_what_is_missing_is_not_there(tmp_path: Path) -> None:
+    with emulated_devices(2):
+        with pytest.raises(sanity.NotSane, match=r"^cuda:2 is not there: .* sees 2 devices"):
+            sanity.check_device("cuda:2")
+        assert sanity.main("cuda:0", str(tmp_path / "sanity.jsonl")) == 1
+    (row,) = rows_of(tmp_path / "sanity.jsonl")
+    assert row["sane"] is False and row["reason"].startswith("Triton's functions are interpreted on the host")
+
+
 @pytest.mark.gpu
 def test_gpu_that_runs_our_kernels_is_sane() -> None:
     sanity.check_device("cuda:0")
@@ -125,6 +145,70 @@ def test_damaged_model_is_different_wherever_its_damage_matters() -> None:
     assert all(
         ", expected " in one.difference and "DIFFERENT: row" in str(one) for one in outcomes.values() if not one.equal
     )
+
+
+@pytest.fixture
+def small_golden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Puts one small checkpoint in the place of the golden ones: T1 takes minutes in the interpreter."""
+    config = tiny_config(
+        hybrid_override_pattern="M*E",
+        mamba_num_heads=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=211,
+    )
+    TwoTowerModel.from_config(config, dtype="float32").save_pretrained(tmp_path / "small" / "ckpt")
+    prompt = {"prompt": [5, 6, 7], "max_new_tokens": 4}
+    cases = [
+        {"mode": "generate_ar", **prompt},
+        {"mode": "generate_mask_diffusion", "block_size": 4, "steps_per_block": 2, **prompt},
+    ]
+    (tmp_path / "small" / "generation.json").write_text(json.dumps(cases))
+    monkeypatch.setattr(goldens, "GOLDEN", tmp_path)
+    monkeypatch.setattr(goldens, "NAMES", ("small",))
+
+
+def leave_out(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
+    uses_of = goldens.uses_of
+    monkeypatch.setattr(
+        goldens, "uses_of", lambda name: {label: use for label, use in uses_of(name).items() if label not in names}
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("small_golden")
+def test_emulated_device_gives_tokens_of_the_cpu(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Those that take longest; tests/cuda has them in a shorter form.
+    leave_out(monkeypatch, "self-speculative", "drafts ahead of the host")
+    with emulated_devices() as usage:
+        assert goldens.main("cuda:0", str(tmp_path / "rows.jsonl")) == 0
+        assert usage.kernels.total() > 100
+    assert capsys.readouterr().out.endswith("\nall equal on cuda:0\n")
+    rows = rows_of(tmp_path / "rows.jsonl")
+    assert len(rows) == 3 and all(row["equal"] and row["device"] == "cuda:0" for row in rows)
+
+
+@pytest.mark.usefixtures("small_golden")
+def test_damage_on_an_emulated_device_is_reported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_out(monkeypatch, "self-speculative", "drafts", "drafts ahead of the host")
+    load = goldens.load
+
+    def damaged(name: str, device: str = "cpu") -> TwoTowerModel:
+        model = load(name, device)
+        if device != "cpu":
+            model.denoiser.head.neg_()
+        return model
+
+    monkeypatch.setattr(goldens, "load", damaged)
+    with emulated_devices():
+        assert goldens.main("cuda:1", str(tmp_path / "rows.jsonl")) == 1
+    assert capsys.readouterr().out.endswith("\n1 different\n")
+    of_context, of_denoiser = rows_of(tmp_path / "rows.jsonl")
+    assert of_context["equal"] and of_denoiser["difference"].startswith("row 0, position ")
 
 
 def test_use_that_fails_is_different_and_others_go_on() -> None:
