@@ -27,7 +27,9 @@ PROMPTS = [[5, 6, 7, 8, 9], [5, 6, 7], [11] * 20]
 
 def placed(context_device: str = "cpu", denoiser_device: str = "cpu", pattern: str = "M*E") -> TwoTowerModel:
     """The same model on any devices, small enough for kernels in the interpreter."""
-    config = tiny_config(hybrid_override_pattern=pattern, mamba_num_heads=2, num_attention_heads=2, num_key_value_heads=1)
+    config = tiny_config(
+        hybrid_override_pattern=pattern, mamba_num_heads=2, num_attention_heads=2, num_key_value_heads=1
+    )
     source = TwoTowerModel.from_config(config, dtype="float32")
     if context_device == denoiser_device == "cpu":
         return source

@@ -227,7 +227,7 @@ class Runner:
 
 
 def steps(device: str, denoiser_device: str, params: list[dict[str, Any]], rule: str) -> list[dict[str, Any]]:
-    """What every step gives, from prompts to steady ones; for the arguments see `Runner`."""
+    """Runs steps from prompts to steady ones, and gives what each did; for the arguments see `Runner`."""
     with device_of_verifier(device) as usage:
         runner = Runner(device, denoiser_device, params, rule)
         found = [runner.step(list(FIRST), [0, 0, 0], usage), runner.step([5, 5, 8], [4, 4, 0], usage)]

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests.vllm_plugin.fork_server import ROOT, TRITON_ON_CPU, engine_environment
+from tests.vllm_plugin.fork_server import ROOT, TESTED_VERSION, TRITON_ON_CPU, engine_environment
 
 pytestmark = [
     pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM"),
+    pytest.mark.skipif(TESTED_VERSION in os.environ, reason="needs the environment's vLLM"),
     pytest.mark.skipif(shutil.which(os.environ.get("CXX", "c++")) is None, reason="needs a C++ compiler"),
     pytest.mark.slow,
 ]
