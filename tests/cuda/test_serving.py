@@ -34,7 +34,7 @@ def mixed_rounds(session: DraftingSession, num_reqs: int, num_rounds: int, lengt
 
 
 def differences(new: tuple[Any, ...], before: set[tuple[Any, ...]]) -> tuple[Any, ...]:
-    """What of a specialisation is unlike the nearest of those that were there."""
+    """Parts of a specialisation that are unlike the nearest of those that were there."""
     unlike = [set(new) - set(one) for one in before if one[0] == new[0]]
     return new[0], min(unlike, key=len, default=None)
 

@@ -1,4 +1,4 @@
-"""What rounds ask of a device: when the host waits for it, and how many launches and allocations there are."""
+"""Demands of rounds on a device: when the host waits for it, and how many launches and allocations there are."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ class WindowRows:
 
 @dataclass(frozen=True)
 class WindowInputs:
-    """What a pass looks at, on the device.
+    """Tensors that a pass looks at, on the device.
 
     Attributes:
         slots: int64 [num_reqs], of the pool.

@@ -1,4 +1,4 @@
-"""What Triton compiles a kernel anew for: constants, dtypes, and what is known of integers and addresses."""
+"""Properties that Triton compiles a kernel anew for: constants, dtypes, and what is known of integers and addresses."""
 
 from __future__ import annotations
 

@@ -245,14 +245,14 @@ def _writes(func: Any) -> bool:
 
 
 def _anything(dtype: torch.dtype) -> float | int:
-    """What memory holds that nobody has written: nothing that anyone may rely on."""
+    """Content of memory that nobody has written: nothing that anyone may rely on."""
     if dtype.is_floating_point:
         return torch.nan
     return 1 if dtype == torch.bool else torch.iinfo(dtype).max
 
 
 def _replayed(func: Any, given: tuple[Any, dict[str, Any]], out: Any, writes: bool) -> Callable[[], Any]:
-    """What a graph does again: the operator, whose result goes where it went when the graph was captured."""
+    """Work that a graph does again: the operator, whose result goes where it went when the graph was captured."""
     has_values = not any(isinstance(x, Tensor) and x.is_meta for x in tree_flatten((given, out))[0])
 
     def replay() -> None:

@@ -1,4 +1,4 @@
-"""What devices were asked to do."""
+"""Counts of what devices were asked to do."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Usage:
 
     @property
     def num_launches(self) -> int:
-        """Of operators and Triton kernels."""
+        """Launches of operators and Triton kernels."""
         return self.launches.total() + self.kernels.total()
 
     def reset(self) -> None:

@@ -18,7 +18,7 @@ from twotower_spec.towers import DenoiserTower
 
 @dataclass(frozen=True)
 class BlockBuffers:
-    """What captured passes read and write, for the largest of them.
+    """Buffers that captured passes read and write, for the largest of them.
 
     Attributes:
         pool: states, pages and layers of all contexts.
