@@ -133,6 +133,11 @@ def test_no_step_waits_for_the_device(kind: str) -> None:
             assert counted(usage, steps, number).waits.total() <= allowed, number
 
 
+def test_processed_log_probabilities_are_not_waited_for_either() -> None:
+    with emulated_devices(runs_kernels=False) as usage:
+        assert not counted(usage, Steps("logprobs", "cuda:0", logprobs_mode="processed_logprobs"), 0).waits
+
+
 @pytest.mark.parametrize("kind", ["greedy", "sampled", "top-p, min-p"])
 def test_a_steady_step_is_two_kernels_and_a_copy_of_lengths(kind: str) -> None:
     with emulated_devices(runs_kernels=False) as usage:

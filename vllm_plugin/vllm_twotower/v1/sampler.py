@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -85,9 +86,8 @@ class TwoTowerRejectionSampler(RejectionSampler):
             return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=None)
         shown = logits
         if self.is_processed_logprobs_mode:
-            widths = to_device(counts, logits.device) + 1
-            request = torch.arange(len(counts), device=logits.device).repeat_interleave(widths)
-            shown = filtered_logits(processed, request, sampling)
+            request = np.repeat(np.arange(len(counts)), np.array(counts) + 1)
+            shown = filtered_logits(processed, to_device(request, logits.device), sampling)
         logprobs = self._logprobs(metadata, shown, token_ids, sampling_metadata)
         return SamplerOutput(sampled_token_ids=token_ids, logprobs_tensors=logprobs)
 
