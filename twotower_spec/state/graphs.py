@@ -21,8 +21,8 @@ logger = logging.getLogger(__name__)
 class PassGraphs:
     """Passes by their shape, captured before they are needed, in one pool of memory.
 
-    A pass reads its inputs from buffers that stay where they are, and writes its result to another one. What is not here
-    its owner runs as it is: on a CPU everything, and on CUDA what could not be captured.
+    A pass reads its inputs from buffers that stay where they are, and writes its result to another one. What is not
+    here is run as it is by whoever asks: on a CPU everything, and on CUDA what could not be captured.
 
     Attributes:
         device: of the passes.
