@@ -190,10 +190,16 @@ def _drafter_lines(
         MemoryLine(
             "drafter",
             "copied keys",
-            f"the same, with blocks of {block_size}, for a denoiser on a CPU or on a device of its own",
+            f"the same, with blocks of {block_size}, for a denoiser on a CPU",
             keys,
             "token",
             num_held + num_requests * block_size,
+        ),
+        MemoryLine(
+            "drafter",
+            "mirror",
+            "states, keys and values once more, for a denoiser on a device of its own",
+            state * num_requests + keys * num_held,
         ),
     ]
     return [line for line in lines if line.num_bytes]

@@ -123,6 +123,7 @@ def test_the_drafter_takes_what_it_says_it_holds(command: Command) -> None:
     held = session.memory()
     assert found["context tower"]["total"] == held.context_tower_bytes
     assert found["denoiser tower"]["total"] == held.denoiser_tower_bytes
+    assert found["mirror"]["total"] == found["Mamba states"]["total"] + found["keys and values"]["total"]
     pool = sum(found[name]["total"] for name in ("Mamba states", "keys and values", "last logits"))
     assert pool == held.state_bytes
     assert found["copied keys"]["total"] == session.state.workspace_nbytes > 0

@@ -15,6 +15,7 @@ from twotower_spec.drafting import DraftingSession, DraftPolicy, FixedPolicy, Th
 from twotower_spec.state.graphs import PassGraphs, padded_count, padded_counts
 
 POLICIES = [FixedPolicy(4, 1), ThresholdPolicy(4, 3, 0.05)]
+PLACES = [("cuda:0", "cuda:0"), ("cuda:0", "cuda:1")]
 # Few tokens a pass, so that the warm-up makes few passes.
 SMALL = {"num_slots": 3, "num_tokens": 144, "token_budget": 16}
 
@@ -31,11 +32,12 @@ def rounds_of(session: DraftingSession) -> list[list[list[int]]]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("places", PLACES)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_drafts_from_graphs_are_those_of_a_cpu(policy: DraftPolicy) -> None:
+def test_drafts_from_graphs_are_those_of_a_cpu(policy: DraftPolicy, places: tuple[str, str]) -> None:
     expected = rounds_of(DraftingSession(placed(), policy, **SMALL))
     with emulated_devices() as usage:
-        session = DraftingSession(placed("cuda:0", "cuda:0"), policy, **SMALL)
+        session = DraftingSession(placed(*places), policy, **SMALL)
         session.warm_up()
         usage.reset()
         assert rounds_of(session) == expected
@@ -43,12 +45,12 @@ def test_drafts_from_graphs_are_those_of_a_cpu(policy: DraftPolicy) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_reqs", [1, 3])
-def test_drafts_ahead_of_the_host_from_graphs_are_those_of_a_cpu(num_reqs: int) -> None:
+@pytest.mark.parametrize(("num_reqs", "places"), [(1, PLACES[0]), (3, PLACES[0]), (3, PLACES[1])])
+def test_drafts_ahead_of_the_host_from_graphs_are_those_of_a_cpu(num_reqs: int, places: tuple[str, str]) -> None:
     policy = FixedPolicy(8, 1, num_tokens=5)
     expected = ahead(AheadOfHost(placed(), policy, PROMPTS[:num_reqs], **SMALL))
     with emulated_devices() as usage:
-        serving = AheadOfHost(placed("cuda:0", "cuda:0"), policy, PROMPTS[:num_reqs], **SMALL)
+        serving = AheadOfHost(placed(*places), policy, PROMPTS[:num_reqs], **SMALL)
         serving.session.warm_up()
         held = serving.session.memory()
         usage.reset()

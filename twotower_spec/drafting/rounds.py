@@ -37,7 +37,8 @@ class DrafterMemory:
 
     Attributes:
         denoiser_tower_bytes: weights, on `denoiser_device`.
-        workspace_bytes: keys of a block and its context, and time modulation, on `denoiser_device`.
+        workspace_bytes: on `denoiser_device`, time modulation, keys of blocks and their contexts where PyTorch reads
+            them, and the mirror of the pool where the denoiser has another device or dtype.
         context_tower_bytes: weights, on `context_device`.
         state_bytes: the pool and the last logits of every request, on `context_device`.
         context_device: None where somebody else computes the contexts.

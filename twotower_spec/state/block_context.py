@@ -9,16 +9,15 @@ from functools import cached_property
 from itertools import accumulate
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from twotower_kernels.block_attention import attention, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, block_scan
-from twotower_spec.config import TwoTowerConfig, accumulation_dtype
+from twotower_spec.config import TwoTowerConfig
 from twotower_spec.state.mamba_state import MambaState, Slots
 from twotower_spec.state.paged_keys import LayerPages, PagedKeys
-from twotower_spec.state.transfer import moved, to_device
+from twotower_spec.state.transfer import to_device
 
 
 class BlockWorkspace:
@@ -101,34 +100,6 @@ def keys_for_block(
         tokens = slice(start + block_size, stop)
         pages.copy_tokens(own, workspace.keys[:, tokens].unbind(), workspace.values[:, tokens].unbind())
     return CopiedKeys(workspace, starts[:-1], context_lens, block_size)
-
-
-def paged_keys_for_block(
-    pages: LayerPages,
-    block_table: Tensor,
-    page_lists: Sequence[list[int]],
-    context_lens: Tensor,
-    block_size: int,
-    workspace: BlockWorkspace,
-) -> PagedKeys:
-    """Reads blocks' contexts in pages whatever the device, where the host does not know how long they are.
-
-    Args:
-        pages: what the contexts are in.
-        block_table: int32 [num_reqs, max_pages] of `page_lists`, 0 beyond, where the pages are.
-        page_lists: pages of every request, of which the contexts take as many as they need.
-        context_lens: int32 [num_reqs], where the pages are.
-        block_size: tokens of a block.
-        workspace: on the denoiser's device and of its dtype; gets a copy of all pages where these are elsewhere.
-    """
-    if pages.keys and not pages.are_on(workspace.device, workspace.dtype):
-        pages, lists = _copy_pages(pages, page_lists, [len(own) * pages.page_size for own in page_lists], workspace)
-        numbers = np.zeros(block_table.shape, dtype=np.int32)
-        for row, own in zip(numbers, lists, strict=True):
-            row[: len(own)] = own
-        block_table = to_device(numbers, workspace.device)
-    context_lens = moved(context_lens, workspace.device)
-    return PagedKeys.in_table(pages, block_table, context_lens, block_size, causal=False)
 
 
 def _copy_pages(
@@ -270,13 +241,11 @@ class PooledStates(BlockStates):
         return self.mamba.scan(slot, self.slots, u, delta, weights, advance=False)
 
 
-def states_for_block(mamba: MambaState, slots: Slots, device: torch.device, dtype: torch.dtype) -> BlockStates:
-    """Chooses how blocks read states: where they are, or in a copy on the denoiser's device and in its dtype."""
-    if isinstance(slots, Tensor) and (mamba.conv.device, mamba.conv.dtype) == (device, dtype):
+def states_for_block(mamba: MambaState, slots: Slots) -> BlockStates:
+    """Has blocks read states where they are."""
+    if isinstance(slots, Tensor):
         return PooledStates(mamba, slots)
-    return StackedStates(
-        moved(mamba.conv[:, slots], device, dtype), moved(mamba.ssm[:, slots], device, accumulation_dtype(dtype))
-    )
+    return StackedStates(mamba.conv[:, slots], mamba.ssm[:, slots])
 
 
 @dataclass

@@ -7,6 +7,7 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,6 +17,8 @@ from twotower_spec.state.block_context import BlockContext, BlockWorkspace, keys
 from twotower_spec.state.extension import ExtensionPass, RaggedLayout
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.state.mirror import PoolMirror
+from twotower_spec.state.paged_keys import LayerPages
 from twotower_spec.state.token_history import TokenHistory, TokenSequence, tokens_from
 from twotower_spec.state.transfer import to_device
 from twotower_spec.towers import ContextTower
@@ -94,6 +97,7 @@ class Extension:
                     f"{len(tokens)}"
                 )
         self._open = False
+        self._state.note_writes(None, self._pass.slots)
         self._pass.replay([num_accepted[request_id] for request_id in self._increments])
         for request_id, tokens in self._increments.items():
             self._entries[request_id].history.extend(tokens[: num_accepted[request_id]])
@@ -146,6 +150,7 @@ class ContextState:
         self._in_slot: dict[int, RequestEntry] = {}
         self._free_slots = _all_slots(num_slots)
         self._workspace: BlockWorkspace | None = None
+        self._mirror: PoolMirror | None = None
         self._pages_per_slot = num_pages // num_slots if room_to_grow else 0
         self._clock = itertools.count(1)
         kinds = config.layer_kinds
@@ -189,13 +194,17 @@ class ContextState:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors of the pool."""
-        tensors = (self.mamba.conv, self.mamba.ssm, self.kv_cache.keys, self.kv_cache.values)
-        return sum(t.nbytes for t in tensors)
+        return self.mamba.nbytes + self.kv_cache.nbytes
 
     @property
     def workspace_nbytes(self) -> int:
         """Bytes that views take on the denoiser's side, where they cannot read the pool in place."""
-        return self._workspace.nbytes if self._workspace else 0
+        return sum(room.nbytes for room in (self._workspace, self._mirror) if room is not None)
+
+    @property
+    def has_mirror(self) -> bool:
+        """Whether the denoiser reads a copy of the pool, which is to be told what is written: see `note_writes`."""
+        return self._mirror is not None
 
     def entry(self, request_id: RequestId) -> RequestEntry:
         """Bookkeeping of a request that is held.
@@ -241,6 +250,7 @@ class ContextState:
                 self._evict_one(keep, "slot")
             slot = self._free_slots.pop()
             self.mamba.reset(slot)
+            self.note_writes(None, [slot])
             self._entries[request_id] = self._in_slot[slot] = RequestEntry(slot)
         entry = self._entries[request_id]
         entry.last_used = next(self._clock)
@@ -261,6 +271,8 @@ class ContextState:
             self._free_slots.append(entry.slot)
             self._free_slots.sort(reverse=True)
             self.kv_cache.release(entry.pages)
+            if self._mirror is not None:
+                self._mirror.clear_pages(entry.pages)
 
     def reset(self) -> None:
         """Forgets all requests, also where a pass that broke off left the accounts half done."""
@@ -268,6 +280,8 @@ class ContextState:
         self._in_slot.clear()
         self._free_slots = _all_slots(self.num_slots)
         self.kv_cache.reset()
+        if self._mirror is not None:
+            self._mirror.reset()
 
     @torch.inference_mode()
     def snapshot(self, request_ids: Sequence[RequestId]) -> Snapshot:
@@ -289,6 +303,7 @@ class ContextState:
             if entry.slot != slot or len(entry.history) < length:
                 raise ArgumentError(f"request {request_id!r} was released or rolled back since the snapshot; take anew")
         index = [slot for slot, _ in snapshot.slots.values()]
+        self.note_writes(None, index)
         self.mamba.conv[:, index], self.mamba.ssm[:, index] = snapshot.conv, snapshot.ssm
         for request_id, (_, length) in snapshot.slots.items():
             self.entry(request_id).history.truncate(length)
@@ -335,6 +350,7 @@ class ContextState:
             layout=layout,
             provisional=provisional,
         )
+        self.note_writes(step.written, [] if provisional else step.slots)
         flat = to_device([t for request_id in ids for t in tokens[request_id]], device)
         shape = (len(ids), -1) if layout.uniform else (1, -1)
         positions = None
@@ -411,20 +427,51 @@ class ContextState:
         entries = [self._in_slot[slot] for slot in chosen]
         for entry in entries:
             entry.last_used = next(self._clock)
-        index, lens = self.mamba.index(chosen), [len(entry.history) for entry in entries]
+        mamba, pages = self.read_by_denoiser(chosen)
+        lens = [len(entry.history) for entry in entries]
         return BlockContext(
             layer_slot=self.layer_slot,
-            states=states_for_block(self.mamba, index, self.denoiser_device, self.denoiser_dtype),
+            states=states_for_block(mamba, mamba.index(chosen)),
             keys=keys_for_block(
-                self.kv_cache.pages, [entry.pages for entry in entries], lens, block_size, self.workspace(block_size)
+                pages, [entry.pages for entry in entries], lens, block_size, self._workspace_for(block_size)
             ),
         )
+
+    def read_by_denoiser(self, slots: Sequence[int]) -> tuple[MambaState, LayerPages]:
+        """Gives states and pages where the denoiser reads them, up to date for the requests in some slots.
+
+        The pool itself, or its mirror where the denoiser has another device or dtype.
+        """
+        pool = self.mamba.conv
+        if (pool.device, pool.dtype) == (self.denoiser_device, self.denoiser_dtype):
+            return self.mamba, self.kv_cache.pages
+        if self._mirror is None:
+            self._mirror = PoolMirror(
+                self.config, self.num_slots, self.mamba, self.kv_cache, self.denoiser_device, self.denoiser_dtype
+            )
+            pages = np.array([page for entry in self._entries.values() for page in entry.pages], dtype=np.int64)
+            self._mirror.note_tokens(self.kv_cache.tokens_of(to_device(pages, pool.device)).flatten())
+            self._mirror.note_states(self._in_slot)
+        self._mirror.update(slots)
+        return self._mirror.mamba, self._mirror.kv_cache.pages
+
+    def note_writes(self, token_index: Tensor | None, slots: Iterable[int]) -> None:
+        """Says what is going to be written, so that the denoiser's copy of the pool, if there is one, follows.
+
+        Args:
+            token_index: int64 [num_tokens] on the device, where keys and values go; None for none.
+            slots: whose Mamba states change.
+        """
+        if self._mirror is not None:
+            if token_index is not None:
+                self._mirror.note_tokens(token_index)
+            self._mirror.note_states(slots)
 
     def block_context(self, request_ids: Sequence[RequestId], block_size: int) -> BlockContext:
         """Gives `view` of requests that are held."""
         return self.view(self.slots(request_ids), block_size)
 
-    def workspace(self, block_size: int) -> BlockWorkspace:
+    def _workspace_for(self, block_size: int) -> BlockWorkspace:
         """The workspace, with room for the whole pool and a block per slot; it takes memory when first written."""
         num_tokens = self.num_pages * self.kv_cache.page_size + self.num_slots * block_size
         if self._workspace is None or self._workspace.num_tokens < num_tokens:

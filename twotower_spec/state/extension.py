@@ -138,6 +138,7 @@ class ExtensionPass:
         slots: Mamba slot of every request.
         provisional: Mamba states are left as they are and the scan's inputs kept, so that any prefix of the pass's
             tokens can be accepted afterwards.
+        written: int64 [num_tokens], where each token's key goes.
     """
 
     layer_slot: Sequence[int]
@@ -157,7 +158,7 @@ class ExtensionPass:
         index: list[int] = []
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
-        self._written = to_device(index, device)
+        self.written = to_device(index, device)
         self._keys: PagedKeys | ViewedKeys
         cache = self.kv_cache
         if cache.pages.keys and reads_pages(cache.keys):
@@ -178,7 +179,7 @@ class ExtensionPass:
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
         slot = self.layer_slot[layer]
-        self.kv_cache.write(slot, self._written, key.flatten(0, 1), value.flatten(0, 1))
+        self.kv_cache.write(slot, self.written, key.flatten(0, 1), value.flatten(0, 1))
         return self._keys.attend(slot, query, key, value)
 
     def replay(self, num_accepted: Sequence[int]) -> None:

@@ -49,6 +49,11 @@ class PagedKVCache:
         return LayerPages.of(self.keys, self.values, self.page_size)
 
     @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.keys.nbytes + self.values.nbytes
+
+    @property
     def num_free_pages(self) -> int:
         """Pages that no request owns."""
         return len(self._free)
@@ -76,14 +81,18 @@ class PagedKVCache:
         del self._free[:missing]
         return taken
 
-    @torch.inference_mode()
     def release(self, pages: list[int]) -> None:
-        """Gives pages back, emptied: masked keys count zero times, but zero times NaN would be NaN."""
+        """Gives pages back, emptied."""
+        self.clear(pages)
+        self._free.extend(pages)
+        self._free.sort()
+
+    @torch.inference_mode()
+    def clear(self, pages: list[int]) -> None:
+        """Empties pages: masked keys count zero times, but zero times NaN would be NaN."""
         index = to_device(np.array(pages, dtype=np.int64), self.keys.device)
         for cache in (self.keys, self.values):
             cache.unflatten(1, (-1, self.page_size)).index_fill_(1, index, 0)
-        self._free.extend(pages)
-        self._free.sort()
 
     @torch.inference_mode()
     def reset(self) -> None:
@@ -102,6 +111,10 @@ class PagedKVCache:
         size = self.page_size
         return [pages[t // size] * size + t % size for t in range(start, stop)]
 
+    def tokens_of(self, pages: Tensor) -> Tensor:
+        """Flat indices of the tokens of pages [...], [..., page_size]."""
+        return pages[..., None] * self.page_size + torch.arange(self.page_size, device=pages.device)
+
     def span(self, page_lists: list[list[int]], num_tokens: int) -> TokenSpan:
         """Where the first `num_tokens` tokens of several requests are."""
         num_pages = self.pages_for(num_tokens)
@@ -111,8 +124,7 @@ class PagedKVCache:
             return TokenSpan(len(page_lists), num_tokens, first * self.page_size, stride * self.page_size)
         # Padding repeats a page of the request itself: what it holds is masked, but must not be another one's NaN.
         padded = [pages[:num_pages] + (pages[:1] or [0]) * (num_pages - len(pages)) for pages in page_lists]
-        starts = to_device(padded, self.keys.device) * self.page_size
-        index = (starts[:, :, None] + torch.arange(self.page_size, device=starts.device)).flatten(1)[:, :num_tokens]
+        index = self.tokens_of(to_device(padded, self.keys.device)).flatten(1)[:, :num_tokens]
         return TokenSpan(len(page_lists), num_tokens, index=index)
 
 

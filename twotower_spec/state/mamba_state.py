@@ -25,6 +25,11 @@ class MambaState:
         self.conv = torch.zeros(conv_shape, dtype=dtype, device=device)
         self.ssm = torch.zeros(ssm_shape, dtype=accumulation_dtype(dtype), device=device)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of both tensors."""
+        return self.conv.nbytes + self.ssm.nbytes
+
     def index(self, slots: list[int]) -> Slots:
         """Index for a list of slots: on a CPU a slice (reads become views) where they are consecutive."""
         if self.conv.device.type == "cpu" and slots == list(range(slots[0], slots[0] + len(slots))):

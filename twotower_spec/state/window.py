@@ -7,18 +7,19 @@ from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from twotower_kernels.block_scan import ScanWeights
 from twotower_spec.config import accumulation_dtype
-from twotower_spec.state.block_context import BlockContext, paged_keys_for_block, states_for_block
+from twotower_spec.state.block_context import BlockContext, states_for_block
 from twotower_spec.state.context_state import ContextState, RequestId
 from twotower_spec.state.graphs import MOST_CAPTURED_TOKENS, PassGraphs, fill_rows, padded_count, padded_counts
 from twotower_spec.state.kv_cache import PagedKVCache
 from twotower_spec.state.mamba_state import MambaState
 from twotower_spec.state.paged_keys import PagedKeys
-from twotower_spec.state.transfer import to_device
+from twotower_spec.state.transfer import moved, to_device
 from twotower_spec.towers import ContextTower
 
 
@@ -43,13 +44,19 @@ class WindowRows:
         slots: int64 [num_reqs] on the device, of the pool.
         rows: int64 [num_reqs] on the device, of the token table.
         block_table: int32 [num_reqs, max_pages] on the device, 0 beyond a request's own pages.
-        page_lists: pages of every request.
+        slots_and_pages: slots and block table on the host, integers [num_reqs, 1 + max_pages].
     """
 
     slots: Tensor
     rows: Tensor
     block_table: Tensor
-    page_lists: list[list[int]]
+    slots_and_pages: npt.NDArray[np.int64]
+
+    @property
+    def slot_list(self) -> list[int]:
+        """Slots on the host."""
+        slots: list[int] = self.slots_and_pages[:, 0].tolist()
+        return slots
 
 
 @dataclass(frozen=True)
@@ -129,12 +136,10 @@ class ContextWindows:
         width = max(1, *(len(entry.pages) for entry in entries))
         numbers = np.zeros((len(entries), 2 + width), dtype=np.int64)
         for row, entry, table_row in zip(numbers, entries, table_rows, strict=True):
-            row[:2] = entry.slot, table_row
+            row[:2] = table_row, entry.slot
             row[2 : 2 + len(entry.pages)] = entry.pages
         found = to_device(numbers, self.device)
-        return WindowRows(
-            found[:, 0].contiguous(), found[:, 1].contiguous(), found[:, 2:].int(), [entry.pages for entry in entries]
-        )
+        return WindowRows(found[:, 1].contiguous(), found[:, 0].contiguous(), found[:, 2:].int(), numbers[:, 1:])
 
     @torch.inference_mode()
     def extend(self, tower: ContextTower, rows: WindowRows, table: TokenTable) -> tuple[Tensor, Tensor]:
@@ -156,7 +161,8 @@ class ContextWindows:
         places = torch.minimum(before[:, None] + torch.arange(self.width, device=self.device), last[:, None])
         # Ids that the tower does not have: whoever draws up the table is told by its host, later.
         token_ids = table.token_ids[rows.rows[:, None], places].long().clamp(0, tower.embeddings.shape[0] - 1)
-        logits = self._read(tower, WindowInputs(rows.slots, before, num_new, token_ids, rows.block_table))
+        inputs = WindowInputs(rows.slots, before, num_new, token_ids, rows.block_table)
+        logits = self._read(tower, inputs, rows.slot_list)
         self.lengths[rows.slots] = before + num_new
         return logits, num_new
 
@@ -190,7 +196,7 @@ class ContextWindows:
         found = to_device(numbers, self.device)
         slots, before, num_new = (column.contiguous() for column in found[:, :3].unbind(1))
         inputs = WindowInputs(slots, before, num_new, found[:, 3:first].contiguous(), found[:, first:].int())
-        logits = self._read(tower, inputs)
+        logits = self._read(tower, inputs, [entry.slot for entry in entries])
         for entry, tokens in zip(entries, increments.values(), strict=True):
             entry.history.extend(tokens)
         return logits
@@ -225,9 +231,11 @@ class ContextWindows:
     def _key(self, count: int) -> tuple[str, int, int]:
         return "context", self.width, count
 
-    def _read(self, tower: ContextTower, inputs: WindowInputs) -> Tensor:
+    def _read(self, tower: ContextTower, inputs: WindowInputs, slots: Sequence[int]) -> Tensor:
         """Runs a pass, captured or not; logits [num_reqs, vocab] behind the last tokens that count."""
-        num_reqs = len(inputs.slots)
+        num_reqs = len(slots)
+        if self.state.has_mirror:
+            self.state.note_writes(self._written(inputs), slots)
         key, buffers = self._key(padded_count(num_reqs)), self._buffers
         captured = key in self._graphs and buffers is not None and buffers.hold(inputs)
         if buffers is None or self._logits is None or not captured:
@@ -238,33 +246,34 @@ class ContextWindows:
 
     def _run(self, tower: ContextTower, inputs: WindowInputs) -> Tensor:
         """The pass itself, which looks at nothing but its inputs and the pool."""
-        cache, num_new, before = self.state.kv_cache, inputs.num_new, inputs.before
-        offsets = torch.arange(self.width, device=self.device)
-        places = before[:, None] + offsets
-        page = inputs.block_table.gather(1, (places // cache.page_size).clamp(max=inputs.block_table.shape[1] - 1))
-        token = page * cache.page_size + places % cache.page_size
-        written = torch.where(offsets < num_new[:, None], token, cache.scratch_token).flatten()
+        cache, num_new, before, written = self.state.kv_cache, inputs.num_new, inputs.before, self._written(inputs)
         keys = PagedKeys.in_table(cache.pages, inputs.block_table, before.int(), self.width, causal=True)
         step = WindowPass(self.state.layer_slot, self.state.mamba, cache, inputs.slots, num_new, written, keys)
         first = torch.arange(0, len(num_new) * self.width, self.width, device=self.device)
         logits: Tensor = tower(inputs.token_ids, step, positions=first + (num_new - 1).clamp(min=0))
         return logits
 
+    def _written(self, inputs: WindowInputs) -> Tensor:
+        """Where the keys of a pass go, int64 [num_reqs * width]; of what does not count to the scratch page."""
+        cache, table = self.state.kv_cache, inputs.block_table
+        offsets = torch.arange(self.width, device=self.device)
+        places = inputs.before[:, None] + offsets
+        page = table.gather(1, (places // cache.page_size).clamp(max=table.shape[1] - 1))
+        token = page * cache.page_size + places % cache.page_size
+        return torch.where(offsets < inputs.num_new[:, None], token, cache.scratch_token).flatten()
+
     @torch.inference_mode()
     def view(self, rows: WindowRows, block_size: int) -> BlockContext:
         """Gives the state of some requests as a denoiser reads it; see `ContextSource.view`."""
-        state = self.state
+        mamba, pages = self.state.read_by_denoiser(rows.slot_list)
+        slots, table, lens = rows.slots, rows.block_table, self.lengths[rows.slots].int()
+        if lens.device != mamba.conv.device:
+            found = to_device(rows.slots_and_pages, mamba.conv.device)
+            slots, table, lens = found[:, 0].contiguous(), found[:, 1:].int(), moved(lens, found.device)
         return BlockContext(
-            layer_slot=state.layer_slot,
-            states=states_for_block(state.mamba, rows.slots, state.denoiser_device, state.denoiser_dtype),
-            keys=paged_keys_for_block(
-                state.kv_cache.pages,
-                rows.block_table,
-                rows.page_lists,
-                self.lengths[rows.slots].int(),
-                block_size,
-                state.workspace(block_size),
-            ),
+            layer_slot=self.state.layer_slot,
+            states=states_for_block(mamba, slots),
+            keys=PagedKeys.in_table(pages, table, lens, block_size, causal=False),
         )
 
 

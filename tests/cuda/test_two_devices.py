@@ -1,0 +1,108 @@
+"""Towers on two devices: what crosses between them, and that drafts stay those of a CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from tests.cuda.paths import PROMPTS, AheadOfHost, placed
+from tests.drafting.rounds import draft_rows
+from tests.support.builders import random_ids
+from tests.support.cuda import Usage, emulated_devices
+from twotower_spec import TwoTowerModel
+from twotower_spec.drafting import DraftingSession, FixedPolicy, ThresholdPolicy
+
+NUM_TOKENS = 768
+WIDTH = 6  # tokens of a window
+
+
+def coming_and_going(model: TwoTowerModel) -> list[list[list[int]]]:
+    """Drafts of rounds whose requests go on, come back after an eviction, and turn out to have other tokens."""
+    session = DraftingSession(model, ThresholdPolicy(4, 3, 0.05), num_slots=2, num_tokens=128)
+    rows = {"a": PROMPTS[0], "b": PROMPTS[1], "c": random_ids(19, seed=3)}
+    found = []
+    for names in ("ab", "b", "bc", "ca", "a", "ab"):
+        block = draft_rows(session, {name: rows[name] for name in names})
+        found.append([block.row(row) for row in range(len(names))])
+        rows = {name: [*row, 7, 8] for name, row in rows.items()}
+        if names == "ca":
+            rows["a"] = [*rows["a"][:-3], 11]
+        if names == "bc":
+            session.release("b")
+    assert session.state.num_evictions and session.state.num_restarts
+    return found
+
+
+def coming_and_going_ahead(model: TwoTowerModel) -> list[list[list[int]]]:
+    """Likewise ahead of the host; a request leaves and comes back, another prompt takes its slot."""
+    serving = AheadOfHost(model, FixedPolicy(4, 1), PROMPTS, num_slots=3)
+    found = []
+    for gone in (None, 1, None, 0, None):
+        found.append(serving.round(serving.requests()))
+        if gone is not None:
+            serving.session.release(gone)
+        serving.commit([[7, 8, 9], [9], [5, 5]])
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rounds", [coming_and_going, coming_and_going_ahead])
+def test_requests_that_come_and_go_are_drafted_for_as_on_a_cpu(
+    rounds: Callable[[TwoTowerModel], list[list[list[int]]]],
+) -> None:
+    expected = rounds(placed())
+    with emulated_devices():
+        assert rounds(placed("cuda:0", "cuda:1")) == expected
+
+
+def steady_round(usage: Usage, length: int) -> DraftingSession:
+    """Drafts for two requests, each with two more tokens than in the round before."""
+    session = DraftingSession(placed("cuda:0", "cuda:1"), FixedPolicy(8, 1), num_slots=3, num_tokens=NUM_TOKENS)
+    rows = {name: random_ids(length, seed=seed) for seed, name in enumerate("ab")}
+    for _ in range(3):
+        usage.reset()
+        draft_rows(session, rows)
+        rows = {name: [*row, 7, 8] for name, row in rows.items()}
+    return session
+
+
+def steady_round_ahead(usage: Usage, length: int) -> DraftingSession:
+    """Likewise ahead of the host."""
+    prompts = [random_ids(length, seed=seed) for seed in range(2)]
+    serving = AheadOfHost(placed("cuda:0", "cuda:1"), FixedPolicy(8, 1), prompts, num_tokens=NUM_TOKENS)
+    for _ in range(3):
+        usage.reset()
+        serving.round(serving.requests())
+        serving.commit([[7, 8], [9, 9]])
+    return serving.session
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("steady", "new_tokens"), [(steady_round, 2), (steady_round_ahead, WIDTH)])
+def test_new_tokens_and_changed_states_cross_whatever_the_length_of_the_contexts(
+    steady: Callable[[Usage, int], DraftingSession], new_tokens: int
+) -> None:
+    crossed = []
+    for length in (9, 110):
+        with emulated_devices(runs_kernels=False) as usage:
+            session = steady(usage, length)
+            crossed.append(usage.crossings.total())
+            state = session.state
+            of_state = state.mamba.nbytes // (state.num_slots + 1)
+            of_token = state.kv_cache.nbytes // ((state.num_pages + 1) * state.kv_cache.page_size)
+            # Of each: logits behind the last token, its slot, length and seed, and an index per token.
+            others = session.drafter.last_logits[0].nbytes + 64 + 8 * new_tokens
+    assert crossed[0] == crossed[1] <= 2 * (of_state + new_tokens * of_token + others)
+
+
+@pytest.mark.slow
+def test_a_view_of_what_has_crossed_copies_nothing() -> None:
+    with emulated_devices(runs_kernels=False) as usage:
+        session = steady_round(usage, 9)
+        usage.reset()
+        for names in ("ab", "b"):
+            context = session.state.block_context(names, 8)
+            assert context.states.device == torch.device("cuda:1")
+        assert not usage.crossings and not usage.waits
