@@ -33,6 +33,8 @@ LOOKUP = 'short={"method": "ngram", "num_speculative_tokens": 2, "prompt_lookup_
 SMALL = ["--max-new-tokens", "16", "--repeat", "1"]
 ACCEPTANCE = ["acceptance", "--prompts", "4", "--category", "maths", "--category", "python", *SMALL]
 ACCEPTANCE += ["--rival", LOOKUP, "--only", "short,twotower"]
+# The adaptive policy draws on the clock, and may find that nothing pays.
+ACCEPTANCE += ["--speculative-config", '{"num_speculative_tokens": 15, "twotower": {"policy": "fixed"}}']
 SWEEP = ["sweep", "--prompts", "4", *SMALL, "-S", "4", "--steps", "1,2", "--policy", "fixed,adaptive"]
 SWEEP += ["--concurrency", "1,2"]
 
