@@ -119,6 +119,7 @@ def test_a_mirror_follows_whatever_happens_to_the_pool(
     assert state.num_evictions > 0
 
 
+@torch.inference_mode()
 def test_a_state_is_copied_once_and_only_where_it_is_read(model: TwoTowerModel) -> None:
     state = mirrored(model)
     state.extend(model.context, {"a": [5, 6], "b": [7]})

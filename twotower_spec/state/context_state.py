@@ -437,6 +437,7 @@ class ContextState:
             ),
         )
 
+    @torch.inference_mode()
     def read_by_denoiser(self, slots: Sequence[int]) -> tuple[MambaState, LayerPages]:
         """Gives states and pages where the denoiser reads them, up to date for the requests in some slots.
 
