@@ -11,6 +11,7 @@ from tests.cuda.paths import PROMPTS, AheadOfHost, placed
 from tests.drafting.rounds import draft_rows
 from tests.support.builders import random_ids
 from tests.support.cuda import Usage, emulated_devices
+from twotower_bench.drafter_size import PUBLISHED_SIZE
 from twotower_spec import TwoTowerModel
 from twotower_spec.drafting import DraftingSession, FixedPolicy, ThresholdPolicy
 
@@ -95,6 +96,23 @@ def test_new_tokens_and_changed_states_cross_whatever_the_length_of_the_contexts
             # Of each: logits behind the last token, its slot, length and seed, and an index per token.
             others = session.drafter.last_logits[0].nbytes + 64 + 8 * new_tokens
     assert crossed[0] == crossed[1] <= 2 * (of_state + new_tokens * of_token + others)
+
+
+@pytest.mark.slow
+def test_a_round_at_the_released_size_sends_a_state_a_request_and_little_else() -> None:
+    config, num_reqs, new = PUBLISHED_SIZE, 2, [7] * 5
+    with emulated_devices(runs_kernels=False, most_values=1 << 16) as usage:
+        model = TwoTowerModel(config, torch.bfloat16, "cuda:0", "cuda:1")
+        session = DraftingSession(model, FixedPolicy(16, 1), num_slots=num_reqs, num_tokens=num_reqs * 1024)
+        rows = {name: [5] * 900 for name in range(num_reqs)}
+        draft_rows(session, rows)
+        usage.reset()
+        draft_rows(session, {name: [*row, *new] for name, row in rows.items()})
+        sent = usage.crossings.total() / num_reqs
+    state, token = config.mamba_bytes_per_request(torch.bfloat16), config.kv_bytes_per_token(torch.bfloat16)
+    logits = session.drafter.last_logits.nbytes // num_reqs
+    assert state <= sent <= state + len(new) * token + logits + 1024
+    assert sent < 48 << 20
 
 
 @pytest.mark.slow
