@@ -91,10 +91,7 @@ class PassGraphs:
                 except Exception as fault:
                     self._captures = False
                     logger.warning(
-                        "no more tower passes on %s run as CUDA graphs: %s cannot be captured: %r",
-                        self.device,
-                        key,
-                        fault,
+                        "passes %s on %s, and all that follow, run without CUDA graphs: %r", key, self.device, fault
                     )
             current.wait_stream(aside)
             self._nbytes += max(0, torch.cuda.memory_reserved(self.device) - before)
