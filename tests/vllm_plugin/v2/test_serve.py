@@ -23,6 +23,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def server() -> Iterator[VllmServer]:
     arguments = ["--speculative-model", str(trio_path("twotower")), "--spec-tokens", "7"]
+    arguments += ["--additional-config", '{"twotower": {"policy": "fixed"}}']  # drafts whatever the clock says
     with serving(*arguments, "--max-num-seqs", "8", environment=TRITON_ON_CPU) as running:
         yield running
 
