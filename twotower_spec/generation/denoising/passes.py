@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -11,7 +12,8 @@ from torch import Tensor
 from twotower_spec.config import check_integer
 from twotower_spec.state.block_context import BlockContext, PooledStates
 from twotower_spec.state.graphs import MOST_CAPTURED_TOKENS, PassGraphs, fill_rows, padded_count, padded_counts
-from twotower_spec.state.paged_keys import PagedKeys
+from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.state.paged_keys import LayerPages, PagedKeys
 from twotower_spec.state.transfer import to_device
 from twotower_spec.towers import DenoiserTower
 
@@ -21,7 +23,7 @@ class BlockBuffers:
     """Buffers that captured passes read and write, for the largest of them.
 
     Attributes:
-        pool: states, pages and layers of all contexts.
+        layer_slot, mamba, pages: layers, states and pages of the pool that all contexts are in.
         token_ids: int64 [num_reqs, block_size].
         num_masked, slots: int64 [num_reqs].
         context_lens: int32 [num_reqs].
@@ -29,7 +31,9 @@ class BlockBuffers:
         logits: [num_reqs * block_size, vocab].
     """
 
-    pool: BlockContext
+    layer_slot: Sequence[int]
+    mamba: MambaState
+    pages: LayerPages
     token_ids: Tensor
     num_masked: Tensor
     slots: Tensor
@@ -39,14 +43,12 @@ class BlockBuffers:
 
     def serve(self, context: BlockContext) -> bool:
         """Whether contexts are in the pool, and no longer than the buffers' pages."""
-        states, keys, own_states, own_keys = context.states, context.keys, self.pool.states, self.pool.keys
+        states, keys = context.states, context.keys
         return (
             isinstance(states, PooledStates)
-            and isinstance(own_states, PooledStates)
             and isinstance(keys, PagedKeys)
-            and isinstance(own_keys, PagedKeys)
-            and states.mamba is own_states.mamba
-            and keys.pages is own_keys.pages
+            and states.mamba is self.mamba
+            and keys.pages is self.pages
             and keys.batch.block_table.shape[1] <= self.block_table.shape[1]
         )
 
@@ -67,13 +69,11 @@ class BlockBuffers:
 
     def context(self, count: int) -> BlockContext:
         """Contexts of the first rows."""
-        states, keys = self.pool.states, self.pool.keys
-        assert isinstance(states, PooledStates) and isinstance(keys, PagedKeys)
         table, lens, size = self.block_table[:count], self.context_lens[:count], self.token_ids.shape[1]
         return BlockContext(
-            self.pool.layer_slot,
-            PooledStates(states.mamba, self.slots[:count]),
-            PagedKeys.in_table(keys.pages, table, lens, size, causal=False),
+            self.layer_slot,
+            PooledStates(self.mamba, self.slots[:count]),
+            PagedKeys.in_table(self.pages, table, lens, size, causal=False),
         )
 
 
@@ -143,12 +143,15 @@ class DenoiserPasses:
             max_pages: of the longest context of a request.
         """
         most = min(padded_count(most_reqs), MOST_CAPTURED_TOKENS // self.block_size)
-        in_place = isinstance(context.states, PooledStates) and isinstance(context.keys, PagedKeys)
-        if self._buffers is not None or not self._graphs.available or not in_place or most < 1:
+        graphs, size, states, keys = self._graphs, self.block_size, context.states, context.keys
+        if self._buffers is not None or not graphs.available or most < 1:
             return
-        graphs, size = self._graphs, self.block_size
+        if not isinstance(states, PooledStates) or not isinstance(keys, PagedKeys):
+            return
         buffers = BlockBuffers(
-            pool=context,
+            layer_slot=context.layer_slot,
+            mamba=states.mamba,
+            pages=keys.pages,
             token_ids=graphs.buffer(most, size, dtype=torch.int64),
             num_masked=graphs.buffer(most, dtype=torch.int64),
             slots=graphs.buffer(most, dtype=torch.int64),
