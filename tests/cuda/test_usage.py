@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import re
-
 import pytest
 
 from tests.cuda.paths import PROMPTS, AheadOfHost
@@ -16,15 +14,19 @@ from twotower_spec.drafting import AdaptivePolicy, DraftingSession, DraftPolicy,
 # Layers as in the released model.
 PATTERN = "MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME"
 # The only lines at which the host may wait for a device in a round, and why.
-READS_DRAFTS = "twotower_spec/state/transfer.py synchronize an event"  # a round's drafts, or what became of them
-READS_FIRST = "twotower_spec/drafting/rounds.py copy to the host"  # is a block worth it, before it is denoised
-READS_STEP = "twotower_spec/generation/denoising/host_loop.py copy to the host"  # a rule that looks at every step
-WEIGHS_STEP = "twotower_spec/drafting/policies/acceptance.py copy to the host"  # likewise
-
-
-def places(usage: Usage) -> dict[str, int]:
-    """Waits by file, without the lines."""
-    return {re.sub(r":\d+", "", place): count for place, count in usage.waits.items()}
+# A round's drafts, or what became of them.
+READS_DRAFTS = "twotower_spec/state/transfer.py: self._event.synchronize(), synchronize an event"
+# Is a block worth it, before it is denoised.
+READS_FIRST = (
+    "twotower_spec/drafting/rounds.py: "
+    "confidence = self.drafter.first_confidence(*self._places(readable)).float().cpu(), copy to the host"
+)
+# A rule that looks at every step; whether there are several is decided by the clock.
+READS_STEP = (
+    "twotower_spec/generation/denoising/host_loop.py: "
+    "counts: list[list[int]] = torch.stack([masked.sum(-1), num_masked]).tolist(), copy to the host"
+)
+WEIGHS_STEP = "twotower_spec/drafting/policies/acceptance.py: raw = confidence.double().cpu().numpy(), copy to the host"
 
 
 def model_like_the_released(pattern: str = PATTERN) -> TwoTowerModel:
@@ -59,7 +61,7 @@ def round_of(policy: DraftPolicy, usage: Usage, num_reqs: int, pattern: str, war
 )
 def test_the_host_waits_where_it_must_and_nowhere_else(policy: DraftPolicy, allowed: dict[str, int]) -> None:
     with emulated_devices(runs_kernels=False) as usage:
-        found = places(round_of(policy, usage, 3, "M*EM"))
+        found = round_of(policy, usage, 3, "M*EM").waits_by_source()
     assert found and all(count <= allowed.get(place, 0) for place, count in found.items()), found
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from twotower_kernels.linear import linear
+from twotower_kernels.linear import linear, rounded_once
 from twotower_kernels.time_modulation import add_then_norm, modulate_then_norm, norm_then_modulate, rms_norm
 from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers import Attention, DenseMLP, Mamba2, MixtureOfExperts
@@ -131,6 +131,18 @@ class Backbone(nn.Module):
         Returns:
             Logits [num_positions, vocab], float32 (float64 in a float64 model) if wide.
         """
+        with rounded_once(self.device, self.dtype):
+            return self._logits(token_ids, prefix, modulation, positions, wide_logits)
+
+    def _logits(
+        self,
+        token_ids: Tensor,
+        prefix: Prefix,
+        modulation: Tensor | None,
+        positions: Tensor | None,
+        wide_logits: bool,
+    ) -> Tensor:
+        """`forward`, however products are rounded."""
         layers, mixing = list(self.layers), self.num_mixing_layers
         rows: list[Tensor | None] = [None] * (3 * len(layers) + 1)
         if modulation is not None:

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twotower_kernels.linear import rounded_once
 from twotower_spec.config import TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter
 
@@ -54,8 +55,9 @@ class TimeConditioning(nn.Module):
 
     def shift_scale_gate(self, t: Tensor) -> Tensor:
         """[num_reqs, num_layers, 3, hidden], rows shift, scale, gate as the published code has them."""
-        embedded = self.embed(self.sinusoid(t))
-        table: Tensor = self.project(embedded).unflatten(-1, (1, 3, -1)) + self.tables
+        with rounded_once(self.tables.device, self.dtype):
+            embedded = self.embed(self.sinusoid(t))
+            table: Tensor = self.project(embedded).unflatten(-1, (1, 3, -1)) + self.tables
         return table
 
     def sinusoid(self, t: Tensor) -> Tensor:

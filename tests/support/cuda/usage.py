@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ class Usage:
         kernels: launches of Triton kernels, by name.
         views: operators that start none.
         num_allocations: tensors that were made on a device.
-        waits: why the host waited for a device, by line of this project.
+        waits: why the host waited for a device, by line of this project, as "file:number why".
         crossings: bytes that went from one device to another, by line.
         specialisations: kernels as Triton would compile them, since the beginning.
         held, peak: bytes on each device, by its index; now, and at most.
@@ -41,6 +42,16 @@ class Usage:
     def num_launches(self) -> int:
         """Launches of operators and Triton kernels."""
         return self.launches.total() + self.kernels.total()
+
+    def waits_by_source(self) -> dict[str, int]:
+        """Waits by "file: source, why"; lines stay themselves while others come and go above them."""
+        found: Counter[str] = Counter()
+        for place, count in self.waits.items():
+            file, _, rest = place.partition(":")
+            number, _, why = rest.partition(" ")
+            source = linecache.getline(str(REPOSITORY / file), int(number)).strip()
+            found[f"{file}: {source}, {why}"] += count
+        return dict(found)
 
     def reset(self) -> None:
         """Begins to count anew; what is held stays held."""
