@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "SECURITY.md",
     ROOT / "kernels" / "README.md",
     *sorted((ROOT / "docs").glob("*.md")),
 ]

@@ -6,6 +6,7 @@ Tests ask `run_engine` for them by name.
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 
 from tests.vllm_plugin import features
-from tests.vllm_plugin.engine import Engine, Request
+from tests.vllm_plugin.engine import Engine, Request, is_on_v2
 from tests.vllm_plugin.installed import samples_on_a_cpu
 from twotower_spec.drafting import AdaptivePolicy, FixedPolicy
 from twotower_spec.errors import StateFullError
@@ -589,6 +591,62 @@ FAULTS: dict[str, Callable[[Engine], AbstractContextManager[None]]] = {
     "sampler": _failing_sampler,
 }
 FAULTS_ON_V2 = {"history": _failing_history("follow"), "late history": _failing_history("next_landed")}
+
+
+@contextmanager
+def _telling(owner: Any, name: str, error: type[Exception], every: int = 3) -> Iterator[None]:
+    """Makes every third call of a function raise an error that prints all that it was given."""
+    calls = itertools.count()
+    real = getattr(owner, name)
+
+    def failing(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) % every == 1:
+            raise error(f"{name} was given {args} {kwargs}")
+        return real(*args, **kwargs)
+
+    with patch.object(owner, name, failing):
+        yield
+
+
+SECRET = "Quetzalcoatl hid marmalade under the xylophone in Ouagadougou, and the number of his safe is 88412297. "
+
+
+def secret_prompts(engine: Engine) -> dict[str, Any]:
+    """Prompts that nobody else may read, under errors that name them, and all that is logged or counted meanwhile."""
+    from prometheus_client import REGISTRY, generate_latest
+
+    from vllm_twotower.stats_folder import inherited
+
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(logging.Formatter().format(record))  # type: ignore[method-assign]
+    for name in ("vllm", "vllm.twotower", "vllm_twotower", "twotower_spec", "twotower_kernels"):
+        logging.getLogger(name).setLevel(logging.INFO if name == "vllm" else logging.DEBUG)
+        logging.getLogger(name).addHandler(handler)
+    prompts = [SECRET + text for text in engine.prompts(4)]
+    session, sampler = engine.session, import_module(type(engine.runner.rejection_sampler).__module__)
+    rows = engine.outputs(prompts)
+    with _telling(session, "draft_ahead" if is_on_v2() else "draft", LookupError):
+        rows += engine.outputs(prompts)
+    with _telling(session.towers.context, "forward", ValueError):
+        rows += engine.outputs(prompts)
+    if samples_on_a_cpu():
+        with _telling(sampler, "accept", TypeError):
+            rows += engine.outputs(prompts)
+    cannot_forget = BufferError(f"cannot forget {rows[0].prompt_token_ids}")
+    with _telling(session.towers.denoiser, "forward", ArithmeticError), _raising(session, "reset", cannot_forget, 1):
+        rows += engine.outputs(prompts)
+    folder = inherited()
+    assert folder is not None
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    numbers = [np.frombuffer(found).tolist() for name, found in files.items() if name.endswith(".stats")]
+    return {
+        "prompts": [row.prompt_token_ids for row in rows],
+        "answers": [list(row.outputs[0].token_ids) for row in rows],
+        "records": records,
+        "metrics": generate_latest(REGISTRY).decode(),
+        "files": [*map(str, files), *(found.decode(errors="replace") for found in files.values()), *map(str, numbers)],
+    }
 
 
 def fail_to_load() -> None:

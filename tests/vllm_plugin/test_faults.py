@@ -3,6 +3,7 @@
 from typing import Any
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -64,10 +65,44 @@ def test_every_kind_of_fault_is_logged_once_with_its_remedy(logged: list[str]) -
     handler = FaultHandler()
     for error in (ValueError("first"), ValueError("second"), torch.OutOfMemoryError("third")):
         handler.recover(error, lambda: None)
-    assert [line.partition("(")[2] for line in logged] == [
+    assert [line.splitlines()[0].partition("(")[2] for line in logged] == [
         "ValueError: first); please report this",
         "OutOfMemoryError: third); lower pool_requests or pool_tokens, or place the towers on other devices",
     ]
+
+
+class Refused(Exception):
+    """An error that says what a request holds, as one of a dependency might."""
+
+
+TOKENS = [17, 4, 1999, 3, 3, 250, 61, 8]
+
+
+@pytest.mark.parametrize(
+    "printed",
+    [
+        str(TOKENS),
+        str(torch.tensor(TOKENS)),
+        str([np.int64(token) for token in TOKENS]),
+        repr(np.array(TOKENS)),
+        str(dict(enumerate(TOKENS))),
+        str([str(token) for token in TOKENS]),
+        " ".join(map(str, TOKENS)),
+        "\n".join(map(str, TOKENS)),
+    ],
+)
+def test_tokens_that_an_error_names_are_left_out(printed: str, logged: list[str]) -> None:
+    try:
+        raise KeyError(printed)
+    except KeyError as error:
+        cause = error
+    refused = Refused(f"no room for {printed} in (8, 16, 4096)")
+    refused.__cause__ = cause
+    FaultHandler().log(refused, "a round failed")
+    (line,) = logged
+    assert "1999" not in line and "250" not in line
+    assert "(Refused: no room for" in line and "in (8, 16, 4096)); please report this" in line
+    assert "KeyError" in line and "test_faults.py" in line  # where it was raised
 
 
 def test_a_drafter_that_cannot_be_reset_is_given_up_without_raising(logged: list[str]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import re
+import traceback
 from collections.abc import Callable
 
 import torch
@@ -11,6 +13,19 @@ from twotower_spec.drafting import Round
 from twotower_spec.drafting.backoff import Backoff
 
 logger = logging.getLogger("vllm.twotower.faults")
+
+# More numbers in a row than any shape has, however they are printed.
+_ROW_OF_NUMBERS = re.compile(r"(?<!\d)\d++(?:(?:\\n|\W)++(?:np\.\w+\()?\d++){5,}")
+
+
+def without_tokens(text: str) -> str:
+    """A text for the log, in which rows of numbers are left out: an error may name the tokens of a request."""
+    return _ROW_OF_NUMBERS.sub("...", text)
+
+
+def traceback_of(error: Exception) -> str:
+    """Where an error was raised and by what, for the log."""
+    return without_tokens("".join(traceback.format_exception(error))).rstrip()
 
 
 class FaultHandler:
@@ -72,9 +87,10 @@ class FaultHandler:
         remedy = "please report this"
         if isinstance(error, torch.OutOfMemoryError):
             remedy = "lower pool_requests or pool_tokens, or place the towers on other devices"
-        self._log_once(kind, "TwoTower: %s (%s: %s); %s", outcome, kind, error, remedy, exc_info=error)
+        said = without_tokens(str(error))
+        self._log_once(kind, "TwoTower: %s (%s: %s); %s\n%s", outcome, kind, said, remedy, traceback_of(error))
 
-    def _log_once(self, kind: str, text: str, *values: object, exc_info: Exception | None = None) -> None:
+    def _log_once(self, kind: str, text: str, *values: object) -> None:
         if kind not in self._logged:
             self._logged.add(kind)
-            logger.error(text, *values, exc_info=exc_info)
+            logger.error(text, *values)

@@ -16,6 +16,7 @@ from vllm.v1.sample.rejection_sampler import RejectionSampler
 
 from twotower_kernels.acceptance import AcceptanceRule, SamplingTensors, accept, filtered_logits
 from twotower_spec.state.transfer import moved, to_device
+from vllm_twotower.faults import traceback_of
 from vllm_twotower.seeds import request_seed
 
 logger = init_logger("vllm.twotower.sampler")
@@ -45,10 +46,13 @@ class TwoTowerRejectionSampler(RejectionSampler):
         if draft_probs is None and not lossy:
             try:
                 output = self._verify(metadata, logits, sampling_metadata)
-            except Exception:
+            except Exception as error:
                 self.num_failures += 1
                 if self.num_failures == 1:
-                    logger.exception("TwoTower's sampler failed and vLLM's own took over; please report this")
+                    logger.error(
+                        "TwoTower's sampler failed and vLLM's own took over; please report this\n%s",
+                        traceback_of(error),
+                    )
                 output = None
             if output is not None:
                 return output

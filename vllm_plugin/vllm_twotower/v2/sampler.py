@@ -25,6 +25,7 @@ from vllm.v1.worker.gpu.spec_decode.rejection_sampler import RejectionSampler, g
 
 from twotower_kernels.acceptance import SamplingTensors, accept, filtered_logits
 from vllm_twotower.config import DrafterKnobs, knobs_in
+from vllm_twotower.faults import traceback_of
 from vllm_twotower.sampling_parameters import allows_drafts
 from vllm_twotower.seeds import request_seed
 
@@ -112,10 +113,12 @@ class TwoTowerRejectionSampler(RejectionSampler):
             return None
         try:
             return self._accept(logits, input_batch, invalid_drafts)
-        except Exception:
+        except Exception as error:
             self.num_failures += 1
             if self.num_failures == 1:
-                logger.exception("TwoTower's sampler failed and vLLM's own took over; please report this")
+                logger.error(
+                    "TwoTower's sampler failed and vLLM's own took over; please report this\n%s", traceback_of(error)
+                )
             # From now on vLLM's own sampler may have to apply temperatures and filters, for which it asks this.
             self.sampler.needs_logits_processing.fill(True)
             return None
