@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers.utils.hub import cached_file
 
+from twotower_kernels.experts import FOUR_BITS
 from twotower_spec.errors import ArgumentError, ConfigError, FileError, first_line
 from twotower_spec.reading import is_directory, is_file, read_json
 
@@ -32,8 +33,8 @@ TORCH_DTYPES = {
     "float16": torch.float16,
     "float64": torch.float64,
 }
-# Dtypes that routed experts may be quantised to.
-EXPERT_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8}
+# Dtypes that routed experts may be quantised to, and what holds them.
+EXPERT_DTYPES = {"float8_e4m3fn": torch.float8_e4m3fn, "int8": torch.int8, "int4": FOUR_BITS}
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class TwoTowerConfig:
     mask_token_id: int = DEFAULT_MASK_TOKEN_ID
     """Stands for "not decided yet" in a block; not part of the published config.json."""
     experts_dtype: str | None = None
-    """Dtype of 8 bits that routed experts are held in, with a scale per output channel; None for that of all weights.
-    Not part of the published config.json."""
+    """Dtype that routed experts are quantised to: of 8 bits, with a scale per output channel, or int4, with one per 64
+    inputs. None for the dtype of all weights. Not part of the published config.json."""
     max_position_embeddings: int = 262144
     """Longest context the model was trained for; there is no positional encoding, so nothing depends on it."""
     torch_dtype: str | None = None
@@ -454,6 +455,11 @@ def _check_types(config: TwoTowerConfig) -> None:
         check_experts_dtype(config.experts_dtype)
     except ArgumentError as error:
         raise ConfigError(str(error)) from error
+    for name in ("hidden_size", "moe_intermediate_size") if config.experts_dtype == "int4" else ():
+        if getattr(config, name) % 2:
+            raise ConfigError(
+                f"{name} {getattr(config, name)} is odd, a byte of experts_dtype 'int4' holds two inputs; give 'int8'"
+            )
 
 
 def _check_geometry(config: TwoTowerConfig) -> None:

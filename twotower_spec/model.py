@@ -56,7 +56,7 @@ class TwoTowerModel(GeneratingTowers):
             denoiser_experts_per_token: experts that a token of a block visits, weighed as if there were no others; None
                 for as many as config.json says, of which fewer read fewer weights and draft worse.
             experts_dtype: of the routed experts of both towers: float8_e4m3fn or int8, with a scale per output channel,
-                made while they are read; None for as they are stored.
+                or int4, with one per 64 inputs; made while they are read. None for as they are stored.
             context_device: where the context tower goes.
             denoiser_device: where the denoiser goes; None for the same place.
             progress: show a bar; None for on a terminal.

@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from twotower_spec.config import ATTENTION, MAMBA, MLP, MOE, TwoTowerConfig
+from twotower_kernels.experts import quantised_shapes, scales_dtype
+from twotower_spec.config import ATTENTION, EXPERT_DTYPES, MAMBA, MLP, MOE, TwoTowerConfig
 from twotower_spec.errors import ArgumentError
 
 # The released model's shape.
@@ -35,16 +36,14 @@ PUBLISHED_SIZE = TwoTowerConfig(
 def weight_bytes_of_pass(config: TwoTowerConfig, num_tokens: float, with_head: bool, itemsize: int) -> float:
     """Bytes of weights that one pass over `num_tokens` tokens reads, with evenly used experts.
 
-    The union of experts that n tokens visit is E (1 - (1 - k / E)^n). Quantised experts have a byte per weight, and
-    four per output channel.
+    The union of experts that n tokens visit is E (1 - (1 - k / E)^n).
     """
     hidden, experts = config.hidden_size, config.n_routed_experts
     mamba = hidden * (config.d_inner + config.d_conv_channels + config.mamba_num_heads) + config.d_inner * hidden
     q_width, kv_width = (heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads))
     attention = 2 * hidden * (q_width + kv_width)
     visited = experts * (1 - (1 - config.num_experts_per_tok / max(experts, 1)) ** num_tokens)
-    width = config.moe_intermediate_size
-    expert = 2 * hidden * width + 4 * (hidden + width) if config.experts_dtype else itemsize * 2 * hidden * width
+    expert = _expert_bytes(config, itemsize)
     shared = itemsize * 2 * hidden * config.moe_shared_expert_intermediate_size
     mlp = 2 * hidden * config.intermediate_size
     count = config.layer_kinds.count
@@ -52,6 +51,18 @@ def weight_bytes_of_pass(config: TwoTowerConfig, num_tokens: float, with_head: b
     head = config.vocab_size * hidden if with_head else 0
     num_bytes: float = itemsize * (layers + head) + count(MOE) * (visited * expert + shared)
     return num_bytes
+
+
+def _expert_bytes(config: TwoTowerConfig, itemsize: int) -> int:
+    """Bytes of one routed expert, with its scales if it is quantised."""
+    shapes = (config.moe_intermediate_size, config.hidden_size), (config.hidden_size, config.moe_intermediate_size)
+    if config.experts_dtype is None:
+        return sum(itemsize * math.prod(shape) for shape in shapes)
+    dtype = EXPERT_DTYPES[config.experts_dtype]
+    return sum(
+        dtype.itemsize * math.prod(weight) + scales_dtype(dtype).itemsize * math.prod(scales)
+        for weight, scales in (quantised_shapes(shape, dtype) for shape in shapes)
+    )
 
 
 @dataclass(frozen=True)

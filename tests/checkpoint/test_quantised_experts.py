@@ -1,4 +1,4 @@
-"""Experts of 8 bits: made while a checkpoint is read, saved, read again, refused; and the memory they save."""
+"""Experts of 8 or 4 bits: made while a checkpoint is read, saved, read again, refused; and the memory they save."""
 
 from __future__ import annotations
 
@@ -114,23 +114,28 @@ def test_a_new_model_may_have_quantised_experts() -> None:
 
 
 def test_dtypes_that_experts_are_not_quantised_to_are_refused_with_the_allowed_ones(tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match="experts_dtype 'int4' is not allowed; give one of float8_e4m3fn, int8"):
-        quantised("T1", "int4")
-    with pytest.raises(ConfigError, match="experts_dtype 'int4' is not allowed"):
-        tiny_config(experts_dtype="int4")
+    with pytest.raises(
+        ArgumentError, match="experts_dtype 'int2' is not allowed; give one of float8_e4m3fn, int8, int4"
+    ):
+        quantised("T1", "int2")
+    with pytest.raises(ConfigError, match="experts_dtype 'int2' is not allowed"):
+        tiny_config(experts_dtype="int2")
+    with pytest.raises(ConfigError, match=r"moe_intermediate_size 25 is odd.*give 'int8'"):
+        tiny_config(experts_dtype="int4", moe_intermediate_size=25)
     with pytest.raises(ArgumentError, match="experts_dtype 'int8' is not allowed, the model has no experts"):
         tiny_config(hybrid_override_pattern="M*-").with_experts_dtype("int8")
     with pytest.raises(ArgumentError, match="experts are stored in int8; leave it out, or give the checkpoint that"):
         TwoTowerModel.from_pretrained(saved(tmp_path), experts_dtype="float8_e4m3fn")
 
 
-def test_quantised_experts_without_a_word_in_config_json_are_refused(tmp_path: Path) -> None:
-    directory = saved(tmp_path)
+@pytest.mark.parametrize("experts_dtype", EXPERT_DTYPES)
+def test_quantised_experts_without_a_word_in_config_json_are_refused(experts_dtype: str, tmp_path: Path) -> None:
+    directory = saved(tmp_path, experts_dtype=experts_dtype)
     content = json.loads((directory / "config.json").read_text())
     del content["experts_dtype"]
     (directory / "config.json").write_text(json.dumps(content))
     message = refusal(directory)
-    assert f"quantised: {WEIGHT} is int8, which experts_dtype of config.json is not" in message
+    assert f"quantised: {WEIGHT} is {experts_dtype}, which experts_dtype of config.json is not" in message
     problems = inspect_checkpoint(directory).problems
     assert f"{len(problems)} tensors disagree" in message
     assert any(problem.startswith(f"unexpected: {WEIGHT}{SCALE}") for problem in problems)
@@ -162,14 +167,18 @@ def test_a_gpu_that_does_not_convert_float8_is_refused_before_anything_is_loaded
         )
 
 
-@pytest.mark.parametrize("experts_dtype", EXPERT_DTYPES)
-def test_both_towers_of_the_published_model_and_eight_requests_fit_into_80_gb(experts_dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("experts_dtype", "gigabytes", "fit_into"), [("float8_e4m3fn", 67.8, 80), ("int8", 67.8, 80), ("int4", 40.1, 48)]
+)
+def test_memory_that_both_towers_of_the_published_model_and_eight_requests_fit_into(
+    experts_dtype: str, gigabytes: float, fit_into: int
+) -> None:
     config = PUBLISHED_SIZE.with_experts_dtype(experts_dtype)
     towers = towers_without_memory(config, torch.bfloat16)
     weights = sum(parameter.nbytes for parameter in towers.parameters())
     requests = 8 * (config.mamba_bytes_per_request(torch.bfloat16) + 2048 * config.kv_bytes_per_token(torch.bfloat16))
-    assert round(weights / 1e9, 1) == 67.8 and round(requests / 1e9, 1) == 0.5
-    assert weights + requests < 80e9
+    assert round(weights / 1e9, 1) == gigabytes and round(requests / 1e9, 1) == 0.5
+    assert weights + requests < fit_into * 1e9
     wide = towers_without_memory(PUBLISHED_SIZE, torch.bfloat16)
     assert sum(parameter.nbytes for parameter in wide.parameters()) > 126e9
 

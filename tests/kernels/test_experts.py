@@ -9,8 +9,20 @@ from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
 from twotower_kernels import tuning
-from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, quantise, route, route_tokens
-from twotower_kernels.experts.quantisation import LARGEST, dequantise
+from twotower_kernels.experts import (
+    FOUR_BITS,
+    ExpertChoice,
+    ExpertScales,
+    dequantise,
+    float_shape,
+    grouped_experts,
+    quantise,
+    quantised_shapes,
+    route,
+    route_tokens,
+    scales_dtype,
+)
+from twotower_kernels.experts.quantisation import GROUP_SIZE, LARGEST, QUANTISED_DTYPES
 from twotower_kernels.experts.reference import (
     grouped_experts_reference,
     route_reference,
@@ -101,6 +113,40 @@ def test_quantised_weights_are_within_half_a_step_of_the_weights(held: torch.dty
     step = scales[..., None] if held == torch.int8 else torch.maximum(weight.abs() / 8, scales[..., None] / 512)
     assert ((again - weight).abs() <= step * 0.5001).all()
     assert (again[1, 3] == 0).all()
+
+
+@pytest.mark.parametrize("num_inputs", [2, 62, 64, 66, 192])
+def test_weights_of_four_bits_are_within_half_a_step_of_the_weights(num_inputs: int) -> None:
+    weight = randn(5, 7, num_inputs).float()
+    weight[1, 3] = 0
+    rounded, scales = quantise(weight, FOUR_BITS)
+    assert ((rounded.shape, scales.shape)) == quantised_shapes((5, 7, num_inputs), FOUR_BITS)
+    assert rounded.dtype == torch.uint8 and scales.dtype == scales_dtype(FOUR_BITS) == torch.bfloat16
+    assert float_shape(rounded) == weight.shape
+    again = dequantise(rounded, scales, torch.float32)
+    steps = scales.float().repeat_interleave(GROUP_SIZE, dim=-1)[..., :num_inputs]
+    assert torch.equal(again / steps, (again / steps).round())
+    # The largest element is 8 steps, its opposite would be 7; bfloat16 rounds a scale by 1/512 of it.
+    assert ((again - weight).abs() <= steps.abs() * torch.where(weight * steps > 7 * steps**2, 1.02, 0.5001)).all()
+    assert (again[1, 3] == 0).all()
+    largest = weight.abs().argmax(-1, keepdim=True)
+    torch.testing.assert_close(again.gather(-1, largest), weight.gather(-1, largest), atol=0, rtol=1 / 256)
+
+
+def test_numbers_of_four_bits_lie_two_in_a_byte() -> None:
+    weight = torch.tensor([[-8.0, 7.0, 0.0, 1.0, -1.0, -7.0]])
+    rounded, scales = quantise(weight, FOUR_BITS)
+    assert rounded.tolist() == [[0xF0, 0x98, 0x17]] and scales.tolist() == [[1.0]]
+    opposite, scales = quantise(-weight, FOUR_BITS)
+    assert torch.equal(opposite, rounded) and scales.tolist() == [[-1.0]]
+    assert dequantise(opposite, scales, torch.float64).tolist() == (-weight).tolist()
+
+
+def test_numbers_that_are_none_stay_so_in_every_dtype() -> None:
+    weight = torch.ones(1, 128)
+    weight[0, 3] = float("nan")
+    for held in QUANTISED_DTYPES:
+        assert dequantise(*quantise(weight, held), torch.float32)[0, 3].isnan()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 2, 17])

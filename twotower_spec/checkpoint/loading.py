@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 
 import torch
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 from torch import Tensor
 
-from twotower_spec.checkpoint.index import CheckpointIndex
+from twotower_kernels.experts import float_shape
+from twotower_spec.checkpoint.index import CheckpointIndex, StoredTensor
 from twotower_spec.checkpoint.quantised import is_quantised, store, weight_of_scale
 from twotower_spec.checkpoint.shards import read_tensors
+from twotower_spec.config import EXPERT_DTYPES
 from twotower_spec.errors import CheckpointError
 from twotower_spec.terminal import Terminal
 
@@ -35,16 +37,10 @@ def compare_with_index(
         if _is_made_while_reading(name, index):
             continue
         known.add(name)
-        if name not in index:
-            problems.append(f"missing: {name} {list(tensor.shape)}")
-        elif index[name].shape != tuple(tensor.shape):
-            problems.append(
-                f"misshaped: {name} is {list(index[name].shape)}, config.json makes it {list(tensor.shape)}"
-            )
-        elif is_quantised(index[name].dtype) and index[name].dtype != tensor.dtype:
-            problems.append(
-                f"quantised: {name} is {_short(index[name].dtype)}, which experts_dtype of config.json is not"
-            )
+        if name in index:
+            problems += _disagreements(name, index[name], tensor)
+        else:
+            problems.append(f"missing: {name} {list(float_shape(tensor))}")
         if len(problems) >= MOST_PROBLEMS:
             return problems
     return problems + [
@@ -110,11 +106,18 @@ def stored_dtypes(index: CheckpointIndex, loaded: Mapping[str, Tensor]) -> dict[
     }
 
 
+def _disagreements(name: str, stored: StoredTensor, tensor: Tensor) -> Iterator[str]:
+    """What keeps a stored tensor from being read into `tensor`; floats are quantised on the way."""
+    are_floats = not is_quantised(stored.dtype)
+    shape = float_shape(tensor) if are_floats else tuple(tensor.shape)
+    if not are_floats and stored.dtype != tensor.dtype:
+        held = next(held for held, dtype in EXPERT_DTYPES.items() if dtype == stored.dtype)
+        yield f"quantised: {name} is {held}, which experts_dtype of config.json is not"
+    elif stored.shape != shape:
+        yield f"misshaped: {name} is {list(stored.shape)}, config.json makes it {list(shape)}"
+
+
 def _is_made_while_reading(name: str, index: CheckpointIndex) -> bool:
     """Whether a tensor is the scales of a weight that is stored in floats."""
     weight = index.get(weight_of_scale(name) or "")
     return weight is not None and not is_quantised(weight.dtype)
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

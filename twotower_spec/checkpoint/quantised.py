@@ -8,10 +8,10 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from twotower_kernels.experts import quantise
+from twotower_kernels.experts import FOUR_BITS, quantise
 
 # Dtypes of quantised experts by the names that safetensors gives them.
-QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8}
+QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": FOUR_BITS}
 _SCALE = "_scale"
 _EXPERT = re.compile(r"\.experts\.\d+\.(up|down)_proj\.weight")
 

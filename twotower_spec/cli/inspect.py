@@ -39,7 +39,7 @@ def inspect(
     context_length: Annotated[int, typer.Option(help="Tokens per request.")] = 4096,
     dtype: Annotated[str | None, typer.Option(help="Dtype in memory; default: as stored.")] = None,
     experts_dtype: Annotated[
-        str | None, typer.Option(help="Of routed experts in memory: float8_e4m3fn or int8; default: as stored.")
+        str | None, typer.Option(help="Of routed experts in memory: float8_e4m3fn, int8 or int4; default: as stored.")
     ] = None,
     num_speculative_tokens: Annotated[
         int | None, typer.Option(help="With --verifier: memory in vLLM with so many drafts; default: 7.")

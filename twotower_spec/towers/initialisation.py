@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from twotower_kernels.experts import float_shape
 from twotower_spec.checkpoint.quantised import store, weight_of_scale
 from twotower_spec.towers.model import TwoTowers
 
@@ -28,7 +29,7 @@ def initialise_(towers: TwoTowers, seed: int = 0) -> None:
         device = tensor.device
         if device not in generators:
             generators[device] = torch.Generator(device).manual_seed(seed + len(generators))
-        store(tensors, name, _initial(name, tuple(tensor.shape), generators[device]))
+        store(tensors, name, _initial(name, float_shape(tensor), generators[device]))
 
 
 def _initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -63,7 +63,7 @@ def plan(
     times_floor: Annotated[float, typer.Option(help="How many times its bytes a derived pass takes.")] = 1.0,
     dtype: Annotated[str, typer.Option(help="Of the weights of a derived drafter.")] = "bfloat16",
     experts_dtype: Annotated[
-        str | None, typer.Option(help="Of its routed experts: float8_e4m3fn or int8; default: of all weights.")
+        str | None, typer.Option(help="Of its routed experts: float8_e4m3fn, int8 or int4; default: of all weights.")
     ] = None,
     experts_per_token: Annotated[
         int | None, typer.Option(help="That a token visits in its denoiser; default: as config.json says.")

@@ -1,7 +1,26 @@
 """Mixture of experts for few tokens: routing, and the squared-ReLU experts that tokens chose."""
 
 from twotower_kernels.experts.op import grouped_experts, route, route_tokens
-from twotower_kernels.experts.quantisation import quantise
+from twotower_kernels.experts.quantisation import (
+    FOUR_BITS,
+    dequantise,
+    float_shape,
+    quantise,
+    quantised_shapes,
+    scales_dtype,
+)
 from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 
-__all__ = ["ExpertChoice", "ExpertScales", "grouped_experts", "quantise", "route", "route_tokens"]
+__all__ = [
+    "FOUR_BITS",
+    "ExpertChoice",
+    "ExpertScales",
+    "dequantise",
+    "float_shape",
+    "grouped_experts",
+    "quantise",
+    "quantised_shapes",
+    "route",
+    "route_tokens",
+    "scales_dtype",
+]

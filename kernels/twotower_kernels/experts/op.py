@@ -5,7 +5,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
-from twotower_kernels.experts.quantisation import LARGEST, dequantise
+from twotower_kernels.experts.quantisation import (
+    QUANTISED_DTYPES,
+    dequantise,
+    float_shape,
+    quantised_shapes,
+    scales_dtype,
+)
 from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 from twotower_kernels.linear import linear
 
@@ -91,7 +97,7 @@ def grouped_experts(
 
     Args:
         x: [num_tokens, hidden].
-        up: [num_experts, width, hidden]; any strides; float8_e4m3fn or int8 with `scales`, else of x's dtype.
+        up: [num_experts, width, hidden]; any strides; of x's dtype, or as `quantise` gives it, with `scales`.
         down: [num_experts, hidden, width]; likewise.
         expert_ids: int64 [num_tokens, top_k], distinct within a token, each in [0, num_experts).
         expert_weights: [num_tokens, top_k]; the sum over experts runs in this dtype (float64 as published).
@@ -146,9 +152,9 @@ def _check_experts(
     scales: ExpertScales | None,
 ) -> None:
     """Refuses shapes and dtypes that contradict each other; see `_check_choice`."""
-    (num_tokens, hidden), (num_experts, width, _) = x.shape, up.shape
-    if up.shape[2] != hidden or down.shape != (num_experts, hidden, width):
-        shapes = f"x {tuple(x.shape)}, up {tuple(up.shape)}, down {tuple(down.shape)}"
+    (num_tokens, hidden), (num_experts, width) = x.shape, up.shape[:2]
+    if float_shape(up)[2:] != (hidden,) or float_shape(down) != (num_experts, hidden, width):
+        shapes = f"x {tuple(x.shape)}, up {float_shape(up)}, down {float_shape(down)}"
         raise ValueError(
             f"{shapes} do not fit; give [tokens, hidden], [experts, width, hidden], [experts, hidden, width]"
         )
@@ -165,14 +171,14 @@ def _check_experts(
 
 def _check_scales(up: Tensor, down: Tensor, scales: ExpertScales) -> None:
     """Refuses scales of other experts; see `_check_choice`."""
-    if up.dtype != down.dtype or up.dtype not in LARGEST:
-        allowed = " or ".join(str(dtype) for dtype in LARGEST)
+    if up.dtype != down.dtype or up.dtype not in QUANTISED_DTYPES:
+        allowed = " or ".join(str(dtype) for dtype in QUANTISED_DTYPES)
         raise ValueError(f"up is {up.dtype} and down {down.dtype}, with scales; give both in {allowed}")
+    dtype = scales_dtype(up.dtype)
     for name, weight, scale in (("up", up, scales.up), ("down", down, scales.down)):
-        if scale.shape != weight.shape[:2] or scale.dtype != torch.float32:
-            raise ValueError(
-                f"scales of {name} are {scale.dtype} {tuple(scale.shape)}; give torch.float32 {tuple(weight.shape[:2])}"
-            )
+        _, shape = quantised_shapes(float_shape(weight), weight.dtype)
+        if scale.shape != shape or scale.dtype != dtype:
+            raise ValueError(f"scales of {name} are {scale.dtype} {tuple(scale.shape)}; give {dtype} {shape}")
 
 
 def _routed_sum(x: Tensor, up: Tensor, down: Tensor, expert_ids: Tensor, expert_weights: Tensor) -> Tensor:

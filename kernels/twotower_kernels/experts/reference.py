@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from twotower_kernels.experts.quantisation import dequantise
 from twotower_kernels.experts.types import ExpertChoice, ExpertScales
 
 
@@ -45,7 +46,7 @@ def grouped_experts_reference(
 ) -> Tensor:
     """Computes what `grouped_experts` does, token by token. Same arguments and result."""
     if scales is not None:
-        up, down = up.to(x.dtype) * scales.up[..., None], down.to(x.dtype) * scales.down[..., None]
+        up, down = dequantise(up, scales.up, x.dtype), dequantise(down, scales.down, x.dtype)
     output = expert_weights.new_zeros(x.shape)
     for token, (ids, weights) in enumerate(zip(expert_ids.tolist(), expert_weights, strict=True)):
         for expert, weight in zip(ids, weights, strict=True):

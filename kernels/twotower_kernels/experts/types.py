@@ -26,11 +26,12 @@ class ExpertChoice:
 
 @dataclass(frozen=True)
 class ExpertScales:
-    """Factors of the output channels of quantised experts.
+    """Factors of quantised experts.
 
     Attributes:
-        up: float32 [num_experts, width].
-        down: float32 [num_experts, hidden].
+        up: of output channels, float32 [num_experts, width]; of groups of 64 inputs, bfloat16
+            [num_experts, width, cdiv(hidden, 64)], with weights of 4 bits.
+        down: float32 [num_experts, hidden], or bfloat16 [num_experts, hidden, cdiv(width, 64)].
     """
 
     up: Tensor

@@ -5,7 +5,14 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, route_tokens
+from twotower_kernels.experts import (
+    ExpertChoice,
+    ExpertScales,
+    grouped_experts,
+    quantised_shapes,
+    route_tokens,
+    scales_dtype,
+)
 from twotower_kernels.linear import linear, squared_relu
 from twotower_spec.checkpoint.quantised import scale_name
 from twotower_spec.config import EXPERT_DTYPES, TwoTowerConfig, accumulation_dtype
@@ -49,14 +56,17 @@ class MixtureOfExperts(nn.Module):
         wide = accumulation_dtype(dtype)
         self.router = parameter(experts, hidden, dtype=wide, device=device)
         self.score_correction = parameter(experts, dtype=wide, device=device)
-        held = EXPERT_DTYPES[config.experts_dtype] if config.experts_dtype else dtype
-        self.up = matrix(experts, width, hidden, dtype=held, device=device)
-        self.down = matrix(experts, hidden, width, dtype=held, device=device)
+        up, down = (experts, width, hidden), (experts, hidden, width)
         self.up_scales: nn.Parameter | None = None
         self.down_scales: nn.Parameter | None = None
+        held = dtype
         if config.experts_dtype:
-            self.up_scales = parameter(experts, width, dtype=torch.float32, device=device)
-            self.down_scales = parameter(experts, hidden, dtype=torch.float32, device=device)
+            held = EXPERT_DTYPES[config.experts_dtype]
+            (up, up_scales), (down, down_scales) = quantised_shapes(up, held), quantised_shapes(down, held)
+            self.up_scales = parameter(*up_scales, dtype=scales_dtype(held), device=device)
+            self.down_scales = parameter(*down_scales, dtype=scales_dtype(held), device=device)
+        self.up = matrix(*up, dtype=held, device=device)
+        self.down = matrix(*down, dtype=held, device=device)
         self.shared = DenseMLP(hidden, config.moe_shared_expert_intermediate_size, dtype=dtype, device=device)
 
     def forward(self, x: Tensor) -> Tensor:
