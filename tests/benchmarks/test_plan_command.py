@@ -134,7 +134,7 @@ def test_what_cannot_be_predicted_is_left_out_and_counted(command: Command, tmp_
         ((*BUDGET[1:], "--acceptance-length", 5, "--batch-size", "1,x"), "--batch-size '1,x' is not a list"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--bandwidth-gb-s", 10), "leave one out"),
         (("--bandwidth-gb-s", 0), "bandwidth_gb_s 0.0"),
-        (("--bandwidth-gb-s", 10, "--experts-dtype", "int4"), "experts_dtype 'int4'"),
+        (("--bandwidth-gb-s", 10, "--experts-dtype", "int2"), "experts_dtype 'int2'"),
         (("--bandwidth-gb-s", 10, "--experts-per-token", 0), "experts_per_token 0"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--experts-per-token", 2), "give --bandwidth-gb-s"),
         ((*BUDGET[1:], "--acceptance-length", 5, "--times-floor", 1.3), "give --bandwidth-gb-s"),
