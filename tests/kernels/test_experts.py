@@ -13,6 +13,7 @@ from twotower_kernels.experts import (
     FOUR_BITS,
     ExpertChoice,
     ExpertScales,
+    SharedExpert,
     dequantise,
     float_shape,
     grouped_experts,
@@ -28,6 +29,7 @@ from twotower_kernels.experts.reference import (
     route_reference,
     route_tokens_reference,
 )
+from twotower_kernels.linear import mlp
 
 triton = pytest.importorskip("triton")
 kernel = pytest.importorskip("twotower_kernels.experts.kernel")
@@ -35,7 +37,7 @@ variants = pytest.importorskip("twotower_kernels.experts.variants")
 
 # Small tiles, so that small and odd sizes fill several of them, the last one partly.
 TILES = {"BLOCK_ROWS": 16, "BLOCK_OUT": 16, "BLOCK_IN": 16, "num_warps": 4, "num_stages": 2}
-HIDDEN, WIDTH, EXPERTS = 35, 21, 6
+HIDDEN, WIDTH, SHARED_WIDTH, EXPERTS = 35, 21, 38, 6
 BOUND = {torch.float32: FLOAT32_OP, torch.bfloat16: BFLOAT16_RELATIVE, torch.float16: BFLOAT16_RELATIVE}
 
 
@@ -67,6 +69,15 @@ def weights_of_experts(dtype: torch.dtype, device: torch.device) -> tuple[Tensor
     return up, down
 
 
+def shared_expert(dtype: torch.dtype, device: torch.device) -> SharedExpert:
+    up, down = randn(SHARED_WIDTH, HIDDEN, seed=5), randn(HIDDEN, SHARED_WIDTH, seed=6)
+    return SharedExpert(up.to(device, dtype), down.to(device, dtype))
+
+
+def widened(shared: SharedExpert) -> SharedExpert:
+    return SharedExpert(shared.up.cpu().double(), shared.down.cpu().double())
+
+
 def distinct_ids(num_tokens: int, top_k: int, seed: int = 4) -> Tensor:
     return randn(num_tokens, EXPERTS, seed=seed).argsort(-1)[:, :top_k]
 
@@ -84,14 +95,14 @@ def launched(
     down: Tensor,
     ids: Tensor,
     weights: Tensor,
-    shared: Tensor | None = None,
+    shared: SharedExpert | None = None,
     scales: ExpertScales | None = None,
 ) -> Tensor:
     """Runs the kernels with small tiles instead of those in the table."""
     kind = kernel.kind_of_product(len(x), ids.shape[1], len(up), x.dtype, is_quantised=scales is not None)
     weighing = {"BLOCK_HIDDEN": 16, "num_warps": 1}
     with (
-        tuning.trying("experts", kind, TILES),
+        tuning.trying("experts", kind, TILES if scales is None else TILES | {"BLOCK_IN": 32}),
         tuning.trying("experts", "rank_pairs", {"BLOCK_ITEMS": 8, "BLOCK_PAIRS": 16, "num_warps": 1}),
         tuning.trying("experts", "weigh_outputs", weighing),
     ):
@@ -154,10 +165,11 @@ def test_numbers_that_are_none_stay_so_in_every_dtype() -> None:
 def test_quantised_experts_equal_the_sum_written_out(held: torch.dtype, num_tokens: int) -> None:
     x, (up, down, scales) = randn(num_tokens, HIDDEN), quantised_experts(held, torch.device("cpu"))
     ids, weights = distinct_ids(num_tokens, 2), randn(num_tokens, 2, seed=3).sigmoid()
-    expected = grouped_experts_reference(x, up, down, ids, weights, x, scales)
-    actual = grouped_experts(x, up, down, ids, weights, x, scales)
+    shared, narrow_shared = (shared_expert(dtype, x.device) for dtype in (torch.float64, torch.bfloat16))
+    expected = grouped_experts_reference(x, up, down, ids, weights, shared, scales)
+    actual = grouped_experts(x, up, down, ids, weights, shared, scales)
     torch.testing.assert_close(actual, expected, atol=FLOAT64, rtol=FLOAT64)
-    narrow = grouped_experts(x.bfloat16(), up, down, ids, weights, x.bfloat16(), scales)
+    narrow = grouped_experts(x.bfloat16(), up, down, ids, weights, narrow_shared, scales)
     assert relative_error(narrow, expected) < BFLOAT16_RELATIVE
 
 
@@ -207,10 +219,10 @@ def test_experts_nobody_chose_are_not_read() -> None:
 
 
 def test_a_shared_expert_is_added_unscaled_once_the_sum_is_rounded() -> None:
-    x, shared = randn(5, HIDDEN).bfloat16(), randn(5, HIDDEN, seed=5).bfloat16()
+    x, shared = randn(5, HIDDEN).bfloat16(), shared_expert(torch.bfloat16, torch.device("cpu"))
     up, down = weights_of_experts(torch.bfloat16, torch.device("cpu"))
     ids, weights = distinct_ids(5, 3), randn(5, 3, seed=3).sigmoid()
-    expected = grouped_experts(x, up, down, ids, weights) + shared
+    expected = grouped_experts(x, up, down, ids, weights) + mlp(x, shared.up, shared.down)
     assert torch.equal(grouped_experts(x, up, down, ids, weights, shared), expected)
 
 
@@ -387,9 +399,10 @@ def test_kernels_of_quantised_experts_equal_the_sum_written_out(
 ) -> None:
     x, (up, down, scales) = randn(num_tokens, HIDDEN).to(device, dtype) / 4, quantised_experts(held, device)
     ids, weights = distinct_ids(num_tokens, 3).to(device), randn(num_tokens, 3, seed=3).sigmoid().to(device)
-    actual = launched(x, up, down, ids, weights, x, scales)
+    shared = shared_expert(dtype, device)
+    actual = launched(x, up, down, ids, weights, shared, scales)
     assert actual.dtype == dtype
-    expected = grouped_experts_reference(x.double(), up, down, ids, weights, x.double(), scales)
+    expected = grouped_experts_reference(x.double(), up, down, ids, weights, widened(shared), scales)
     assert relative_error(actual, expected) < BOUND[dtype]
 
 
@@ -422,23 +435,41 @@ def test_expert_kernels_take_weights_and_tokens_of_any_strides(device: torch.dev
     x = randn(17, 2 * HIDDEN).float().to(device)[:, 1::2]
     up, down = (t.transpose(1, 2).contiguous().transpose(1, 2) for t in weights_of_experts(torch.float32, device))
     ids, weights = distinct_ids(17, 3).to(device), randn(6, 17, seed=3).sigmoid().to(device)[::2].t()
-    shared = randn(HIDDEN, 17, seed=5).float().to(device).t()
-    expected = launched(
-        x.contiguous(), up.contiguous(), down.contiguous(), ids, weights.contiguous(), shared.contiguous()
-    )
+    rows = shared_expert(torch.float32, device)
+    shared = SharedExpert(rows.up.t().contiguous().t(), rows.down.t().contiguous().t())
+    expected = launched(x.contiguous(), up.contiguous(), down.contiguous(), ids, weights.contiguous(), rows)
     actual = launched(x, up, down, ids.t().contiguous().t(), weights, shared)
     # Another memory layout of a matrix may change the order of additions.
     torch.testing.assert_close(actual, expected, atol=FLOAT32_OP, rtol=FLOAT32_OP)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("num_tokens", [1, 17])
+@pytest.mark.parametrize("num_tokens", [1, 17, 32, 33])
 def test_expert_kernels_add_the_shared_expert(device: torch.device, num_tokens: int, dtype: torch.dtype) -> None:
     x, (up, down) = randn(num_tokens, HIDDEN).to(device, dtype) / 4, weights_of_experts(dtype, device)
-    shared = randn(num_tokens, HIDDEN, seed=5).to(device, dtype)
+    # Small integers: the shared expert's products are exact, and rounded where PyTorch rounds them.
+    x[:, ::2] = (x[:, ::2] * 8).round()
+    x[:, 1::2] = 0
+    shared = shared_expert(dtype, device)
+    shared = SharedExpert(shared.up.round(), (shared.down / 2).round())
     ids, weights = distinct_ids(num_tokens, 3).to(device), randn(num_tokens, 3, seed=3).sigmoid().to(device)
     routed = launched(x, up, down, ids, weights)
-    assert torch.equal(launched(x, up, down, ids, weights, shared), routed + shared)
+    assert torch.equal(launched(x, up, down, ids, weights, shared), routed + mlp(x, shared.up, shared.down))
+
+
+@pytest.mark.parametrize(("num_tokens", "joins"), [(1, True), (32, True), (33, False)])
+def test_the_launches_of_few_tokens_compute_the_shared_expert(
+    device: torch.device, num_tokens: int, joins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products: list[Tensor] = []
+    monkeypatch.setattr(kernel, "mlp", lambda x, up, down: products.append(x) or mlp(x, up, down))
+    x, (up, down) = randn(num_tokens, HIDDEN).float().to(device), weights_of_experts(torch.float32, device)
+    ids, weights = distinct_ids(num_tokens, 2).to(device), randn(num_tokens, 2, seed=3).sigmoid().to(device)
+    shared = shared_expert(torch.float32, device)
+    actual = launched(x, up, down, ids, weights, shared)
+    assert len(products) == (not joins)
+    expected = grouped_experts_reference(*(t.cpu().double() for t in (x, up, down)), ids, weights, widened(shared))
+    assert relative_error(actual, expected) < FLOAT32_OP
 
 
 def test_expert_kernels_do_not_read_experts_that_nobody_chose(device: torch.device) -> None:
@@ -523,7 +554,8 @@ def test_settings_of_every_kernel_are_among_its_candidates() -> None:
         ({"up": (EXPERTS, WIDTH, HIDDEN + 1)}, "do not fit"),
         ({"down": (EXPERTS, WIDTH, HIDDEN)}, "do not fit"),
         ({"weights": (5, 2)}, "one row for each of 5 tokens"),
-        ({"shared": (4, HIDDEN)}, "as x is"),
+        ({"shared_up": (SHARED_WIDTH, HIDDEN + 1)}, "the shared expert has up"),
+        ({"shared_down": (SHARED_WIDTH, HIDDEN)}, "the shared expert has up"),
     ],
 )
 def test_sizes_that_contradict_each_other_are_refused(
@@ -536,11 +568,20 @@ def test_sizes_that_contradict_each_other_are_refused(
         "down": (EXPERTS, HIDDEN, WIDTH),
         "ids": (5, 3),
         "weights": (5, 3),
-        "shared": (5, HIDDEN),
+        "shared_up": (SHARED_WIDTH, HIDDEN),
+        "shared_down": (HIDDEN, SHARED_WIDTH),
     }
-    x, up, down, ids, weights, shared = (torch.zeros(shape) for shape in (shapes | changes).values())
+    x, up, down, ids, weights, *shared = (torch.zeros(shape) for shape in (shapes | changes).values())
     with pytest.raises(ValueError, match=message):
-        grouped_experts(x, up, down, ids.long(), weights, shared)
+        grouped_experts(x, up, down, ids.long(), weights, SharedExpert(*shared))
+
+
+def test_a_shared_expert_of_another_dtype_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: True)
+    up, down = weights_of_experts(torch.float32, torch.device("cpu"))
+    shared = shared_expert(torch.bfloat16, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"is torch.bfloat16 and torch.bfloat16; give torch.float32, as x is"):
+        grouped_experts(torch.zeros(5, HIDDEN), up, down, distinct_ids(5, 3), torch.zeros(5, 3), shared)
 
 
 @pytest.mark.parametrize(
@@ -593,7 +634,8 @@ def test_public_functions_take_the_kernels_where_they_run(
     choice = ExpertChoice(3, 1, 1, True, 2.5)
     monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: False)
     plain_choice = route_tokens(x, router, bias, choice)
-    plain = grouped_experts(x, up, down, *plain_choice, x)
+    shared = shared_expert(torch.float32, device)
+    plain = grouped_experts(x, up, down, *plain_choice, shared)
     monkeypatch.setattr("twotower_kernels.experts.op.use_triton", lambda *tensors: True)
     assert_same_choice(route_tokens(x, router, bias, choice), by_id(plain_choice), FLOAT64)
-    assert relative_error(grouped_experts(x, up, down, *plain_choice, x), plain) < FLOAT32_OP
+    assert relative_error(grouped_experts(x, up, down, *plain_choice, shared), plain) < FLOAT32_OP

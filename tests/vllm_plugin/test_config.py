@@ -84,7 +84,10 @@ def test_rows_are_padded_where_vllm_has_cuda_graphs() -> None:
         ({"model": "T", "num_token_ids": 2048}, "twotower knob 'num_token_ids' is not there"),
         ({"model": "T", "block_size": "8"}, "twotower knob block_size '8'"),
         ({"model": "T", "steps_per_block": 0}, "steps_per_block 0"),
-        ({"model": "T", "experts_dtype": "int2"}, "twotower knob experts_dtype 'int2' .* one of float8_e4m3fn, int8, int4"),
+        (
+            {"model": "T", "experts_dtype": "int2"},
+            "twotower knob experts_dtype 'int2' .* one of float8_e4m3fn, int8, int4",
+        ),
         ({"model": "T", "experts_per_token": 0}, "twotower knob experts_per_token 0"),
         ({"model": "T", "denoiser_device": 1}, "denoiser_device 1"),
         ({"model": "T", "prefill_budget": -4}, "prefill_budget -4"),

@@ -9,12 +9,13 @@ from twotower_kernels.experts.quantisation import (
     quantised_shapes,
     scales_dtype,
 )
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
 
 __all__ = [
     "FOUR_BITS",
     "ExpertChoice",
     "ExpertScales",
+    "SharedExpert",
     "dequantise",
     "float_shape",
     "grouped_experts",

@@ -9,7 +9,8 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
+from twotower_kernels.linear import mlp
 from twotower_kernels.tuning import cdiv, next_power_of_2, settings
 
 # Up to this many tokens our kernel makes router logits, in parts along the hidden dimension: cuBLAS would use only a
@@ -17,6 +18,9 @@ from twotower_kernels.tuning import cdiv, next_power_of_2, settings
 MOST_TOKENS_IN_PARTS = 1024
 # Ranking compares every pair with every other; beyond this many a sort costs less.
 MOST_PAIRS_BY_RANK = 8192
+# Up to this many tokens the launches of the products compute the shared expert too. With more, cuBLAS has larger tiles
+# and so reads weights less often, which saves more than three launches cost. An estimate, not measured.
+MOST_TOKENS_WITH_SHARED = 32
 # Results here do not depend on whether a product and a sum are fused, and float32 products are faster fused.
 LAUNCH = {"enable_fp_fusion": True}
 # Most tokens that an expert has on average for the first and second kind of product; see `kind_of_product`.
@@ -220,6 +224,55 @@ def _list_blocks(
 
 
 @triton.jit
+def _product(
+    x_ptr,
+    weight_ptr,
+    rows,
+    row_exists,
+    columns,
+    column_exists,
+    x_row_stride,
+    x_in_stride,
+    weight_out_stride,
+    weight_in_stride,
+    IN_FEATURES: tl.constexpr,
+    BLOCK_IN: tl.constexpr,
+):
+    """`x[rows] @ weight[columns].T`, summed in float32."""
+    within = tl.arange(0, BLOCK_IN)
+    x_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_row_stride + within.to(tl.int64)[None, :] * x_in_stride
+    weight_ptrs = (
+        weight_ptr + columns.to(tl.int64)[None, :] * weight_out_stride + within.to(tl.int64)[:, None] * weight_in_stride
+    )
+    product = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for start in range(0, IN_FEATURES, BLOCK_IN):
+        exists = within < IN_FEATURES - start
+        x = tl.load(x_ptrs, mask=row_exists[:, None] & exists[None, :], other=0.0)
+        weight = tl.load(weight_ptrs, mask=exists[:, None] & column_exists[None, :], other=0.0)
+        if weight.dtype != x.dtype:
+            # Exact, as x has more bits; through float32, as the interpreter makes bfloat16 of nothing else.
+            weight = weight.to(tl.float32).to(x.dtype)
+        product = tl.dot(x, weight, product, input_precision="ieee")
+        x_ptrs += BLOCK_IN * x_in_stride
+        weight_ptrs += BLOCK_IN * weight_in_stride
+    return product
+
+
+@triton.jit
+def _store_product(
+    product, out_ptr, rows, row_exists, columns, column_exists, UP: tl.constexpr, OUT_FEATURES: tl.constexpr
+):
+    """Stores rows [..., OUT_FEATURES]; UP squares their positive part."""
+    if UP:
+        # Rounded where separate product, ReLU and square would round. A comparison, unlike a maximum, passes NaN on.
+        narrow = product.to(out_ptr.dtype.element_ty).to(tl.float32)
+        positive = tl.where(narrow < 0, 0.0, narrow)
+        product = positive * positive
+    out_ptrs = out_ptr + rows.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
+    tl.store(out_ptrs, product.to(out_ptr.dtype.element_ty), mask=row_exists[:, None] & column_exists[None, :])
+
+
+@triton.jit(do_not_specialize=["num_tokens", "num_shared"])
 def grouped_product_kernel(
     x_ptr,  # UP: [num_tokens, IN_FEATURES]; else [num_pairs, IN_FEATURES], rows ordered by expert
     weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES], of x's dtype, or narrower with scales
@@ -228,27 +281,57 @@ def grouped_product_kernel(
     expert_ids_ptr,  # int64 [num_pairs], of a single token; read unless ORDERED
     order_ptr,  # int32 [num_pairs], from rank_pairs; read if ORDERED
     blocks_ptr,  # int64 [num_blocks], from rank_pairs; read if ORDERED
+    shared_x_ptr,  # [num_tokens, SHARED_IN]; None where no shared expert is computed, as the next two
+    shared_weight_ptr,  # [SHARED_OUT, SHARED_IN]
+    shared_out_ptr,  # [num_tokens, SHARED_OUT], contiguous
+    num_tokens,
+    num_shared,  # programs of the shared expert
     x_row_stride,
     x_in_stride,
     weight_expert_stride,
     weight_out_stride,
     weight_in_stride,
+    shared_x_row_stride,
+    shared_x_in_stride,
+    shared_out_stride,
+    shared_in_stride,
     UP: tl.constexpr,
     ORDERED: tl.constexpr,
     TOP_K: tl.constexpr,
     IN_FEATURES: tl.constexpr,
     OUT_FEATURES: tl.constexpr,
+    SHARED_IN: tl.constexpr,
+    SHARED_OUT: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
 ):
     """`x @ weight[expert].T` of the rows of one expert; UP squares its positive part.
 
-    Programs share out the blocks of all experts, a block's columns in turn, so that rows and weights are found in the
-    cache; those beyond the last block end at once.
+    The first programs compute the shared expert: they have the longest sums. The others share out the blocks of all
+    experts, a block's columns in turn, so that rows and weights are found in the cache; those beyond the last block end
+    at once.
     """
+    program = tl.program_id(0)
+    if shared_x_ptr is not None:
+        if program < num_shared:
+            # The rows of a block of columns in turn, so that its weights are found in the cache.
+            row_blocks = tl.cdiv(num_tokens, BLOCK_ROWS)
+            rows = program % row_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+            columns = program // row_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+            row_exists, column_exists = rows < num_tokens, columns < SHARED_OUT
+            # Beside quantised experts its weights are the wider ones, and are not to take more shared memory.
+            block_in: tl.constexpr = BLOCK_IN if scale_ptr is None else BLOCK_IN // 2
+            product = _product(
+                shared_x_ptr, shared_weight_ptr, rows, row_exists, columns, column_exists,
+                shared_x_row_stride, shared_x_in_stride, shared_out_stride, shared_in_stride, SHARED_IN, block_in,
+            )  # fmt: skip
+            _store_product(product, shared_out_ptr, rows, row_exists, columns, column_exists, UP, SHARED_OUT)
+            return
+        program -= num_shared
+
     column_blocks: tl.constexpr = (OUT_FEATURES + BLOCK_OUT - 1) // BLOCK_OUT
-    block = tl.program_id(0) // column_blocks
+    block = program // column_blocks
     if ORDERED:
         entry = tl.load(blocks_ptr + block)
         num_rows = ((entry >> 32) & 0xFF).to(tl.int32)
@@ -273,49 +356,26 @@ def grouped_product_kernel(
     else:
         rows_in, rows_out = places, pairs
 
-    columns = tl.program_id(0) % column_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    columns = program % column_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     column_exists = columns < OUT_FEATURES
-    within = tl.arange(0, BLOCK_IN)
-    x_ptrs = x_ptr + rows_in.to(tl.int64)[:, None] * x_row_stride + within.to(tl.int64)[None, :] * x_in_stride
-    weight_ptrs = (
-        weight_ptr
-        + expert * weight_expert_stride
-        + columns.to(tl.int64)[None, :] * weight_out_stride
-        + within.to(tl.int64)[:, None] * weight_in_stride
-    )
-    product = tl.zeros((BLOCK_ROWS, BLOCK_OUT), tl.float32)
-    for start in range(0, IN_FEATURES, BLOCK_IN):
-        exists = within < IN_FEATURES - start
-        x = tl.load(x_ptrs, mask=row_exists[:, None] & exists[None, :], other=0.0)
-        weight = tl.load(weight_ptrs, mask=exists[:, None] & column_exists[None, :], other=0.0)
-        if scale_ptr is not None:
-            # Exact, as x has more bits; through float32, as the interpreter makes bfloat16 of nothing else.
-            weight = weight.to(tl.float32).to(x.dtype)
-        product = tl.dot(x, weight, product, input_precision="ieee")
-        x_ptrs += BLOCK_IN * x_in_stride
-        weight_ptrs += BLOCK_IN * weight_in_stride
+    product = _product(
+        x_ptr, weight_ptr + expert * weight_expert_stride, rows_in, row_exists, columns, column_exists,
+        x_row_stride, x_in_stride, weight_out_stride, weight_in_stride, IN_FEATURES, BLOCK_IN,
+    )  # fmt: skip
     if scale_ptr is not None:
         scales = tl.load(scale_ptr + expert * OUT_FEATURES + columns, mask=column_exists, other=0.0)
         product *= scales[None, :]
-    if UP:
-        # Rounded where separate product, ReLU and square would round. A comparison, unlike a maximum, passes NaN on.
-        narrow = product.to(out_ptr.dtype.element_ty).to(tl.float32)
-        positive = tl.where(narrow < 0, 0.0, narrow)
-        product = positive * positive
-    out_ptrs = out_ptr + rows_out.to(tl.int64)[:, None] * OUT_FEATURES + columns[None, :]
-    tl.store(out_ptrs, product.to(out_ptr.dtype.element_ty), mask=row_exists[:, None] & column_exists[None, :])
+    _store_product(product, out_ptr, rows_out, row_exists, columns, column_exists, UP, OUT_FEATURES)
 
 
 @triton.jit
 def weigh_outputs_kernel(
     outputs_ptr,  # [num_tokens * TOP_K, HIDDEN]
     expert_weights_ptr,  # [num_tokens, TOP_K]
-    shared_ptr,  # [num_tokens, HIDDEN], or None
+    shared_ptr,  # [num_tokens, HIDDEN], contiguous; or None
     out_ptr,  # [num_tokens, HIDDEN]
     weight_token_stride,
     weight_slot_stride,
-    shared_token_stride,
-    shared_hidden_stride,
     TOP_K: tl.constexpr,
     HIDDEN: tl.constexpr,
     BLOCK_HIDDEN: tl.constexpr,
@@ -332,8 +392,7 @@ def weigh_outputs_kernel(
         total += weight * output.to(tl.float32).to(total.dtype)
     out = total.to(tl.float32).to(out_ptr.dtype.element_ty)
     if shared_ptr is not None:
-        shared_ptrs = shared_ptr + token * shared_token_stride + hidden.to(tl.int64) * shared_hidden_stride
-        shared = tl.load(shared_ptrs, mask=exists, other=0.0).to(tl.float32)
+        shared = tl.load(shared_ptr + token * HIDDEN + hidden, mask=exists, other=0.0).to(tl.float32)
         out = (out.to(tl.float32) + shared).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + token * HIDDEN + hidden, out, mask=exists)
 
@@ -411,7 +470,7 @@ def launch_grouped_experts(
     down: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    shared: Tensor | None,
+    shared: SharedExpert | None,
     scales: ExpertScales | None,
 ) -> Tensor:
     """Launches `grouped_experts`, with its arguments and result, for at least one token."""
@@ -422,17 +481,22 @@ def launch_grouped_experts(
     ordering = None if num_tokens == 1 else order_pairs(pairs, num_experts, settings("experts", kind)["BLOCK_ROWS"])
     squares, outputs = x.new_empty((num_pairs, width)), x.new_empty((num_pairs, hidden))
     up_scales, down_scales = (None, None) if scales is None else (scales.up, scales.down)
-    _launch_product(x, up, up_scales, squares, pairs, ordering, top_k, kind, is_up=True)
-    _launch_product(squares, down, down_scales, outputs, pairs, ordering, top_k, kind, is_up=False)
+    shared_up, shared_down, shared_output = None, None, None
+    if shared is not None and num_tokens <= MOST_TOKENS_WITH_SHARED:
+        shared_squares, shared_output = x.new_empty((num_tokens, len(shared.up))), x.new_empty(x.shape)
+        shared_up, shared_down = (x, shared.up, shared_squares), (shared_squares, shared.down, shared_output)
+    elif shared is not None:
+        shared_output = mlp(x, shared.up, shared.down).contiguous()
+    _launch_product(x, up, up_scales, squares, pairs, ordering, shared_up, top_k, kind, is_up=True)
+    _launch_product(squares, down, down_scales, outputs, pairs, ordering, shared_down, top_k, kind, is_up=False)
     out = x.new_empty((num_tokens, hidden))
     tiles = settings("experts", "weigh_outputs")
     weigh_outputs_kernel[(num_tokens, cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
         outputs,
         expert_weights,
-        shared,
+        shared_output,
         out,
         *expert_weights.stride(),
-        *((0, 0) if shared is None else shared.stride()),
         TOP_K=top_k,
         HIDDEN=hidden,
         **tiles,
@@ -500,16 +564,23 @@ def _launch_product(
     out: Tensor,
     pairs: Tensor,
     ordering: tuple[Tensor, Tensor] | None,
+    shared: tuple[Tensor, Tensor, Tensor] | None,
     top_k: int,
     kind: str,
     is_up: bool,
 ) -> None:
-    """Fills `out` [num_pairs, out_features]."""
+    """Fills `out` [num_pairs, out_features], and the last of the shared expert's rows, weight and output."""
     _, out_features, in_features = weight.shape
     tiles = settings("experts", kind)
+    num_tokens, num_shared = len(pairs) // top_k, 0
+    shared_strides: tuple[int, ...] = (0, 0, 0, 0)
+    shared_x, shared_weight, shared_out = shared or (None, None, None)
+    if shared is not None:
+        num_shared = cdiv(num_tokens, tiles["BLOCK_ROWS"]) * cdiv(len(shared[1]), tiles["BLOCK_OUT"])
+        shared_strides = (*shared[0].stride(), *shared[1].stride())
     # Of a single token every pair is a block of its own.
     order, blocks = ordering or (pairs, pairs)
-    grouped_product_kernel[(len(blocks) * cdiv(out_features, tiles["BLOCK_OUT"]),)](
+    grouped_product_kernel[(num_shared + len(blocks) * cdiv(out_features, tiles["BLOCK_OUT"]),)](
         x,
         weight,
         None if scales is None else scales.contiguous(),
@@ -517,13 +588,21 @@ def _launch_product(
         pairs,
         order,
         blocks,
+        shared_x,
+        shared_weight,
+        shared_out,
+        num_tokens,
+        num_shared,
         *x.stride(),
         *weight.stride(),
+        *shared_strides,
         UP=is_up,
         ORDERED=ordering is not None,
         TOP_K=top_k,
         IN_FEATURES=in_features,
         OUT_FEATURES=out_features,
+        SHARED_IN=0 if shared_weight is None else shared_weight.shape[1],
+        SHARED_OUT=0 if shared_weight is None else shared_weight.shape[0],
         **tiles,
         **LAUNCH,
     )

@@ -12,8 +12,8 @@ from twotower_kernels.experts.quantisation import (
     quantised_shapes,
     scales_dtype,
 )
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales
-from twotower_kernels.linear import linear
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
+from twotower_kernels.linear import linear, mlp
 
 # Dtypes that the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -90,7 +90,7 @@ def grouped_experts(
     down: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    shared: Tensor | None = None,
+    shared: SharedExpert | None = None,
     scales: ExpertScales | None = None,
 ) -> Tensor:
     """Weighted sum of `down(relu(up(x))^2)` over the experts each token chose.
@@ -101,14 +101,14 @@ def grouped_experts(
         down: [num_experts, hidden, width]; likewise.
         expert_ids: int64 [num_tokens, top_k], distinct within a token, each in [0, num_experts).
         expert_weights: [num_tokens, top_k]; the sum over experts runs in this dtype (float64 as published).
-        shared: [num_tokens, hidden], output of a shared expert; added unscaled to the sum once that is rounded.
+        shared: an expert of all tokens, of x's dtype; its output is added unscaled to the sum once that is rounded.
         scales: of quantised experts; a product is multiplied by them before it is rounded.
 
     Returns:
         [num_tokens, hidden] in the dtype of `x`.
     """
-    optional = (shared, *((scales.up, scales.down) if scales else ()))
-    tensors = (x, up, down, expert_weights, *(tensor for tensor in optional if tensor is not None))
+    tensors = [x, up, down, expert_weights]
+    tensors += [weight for held in (shared, scales) if held is not None for weight in (held.up, held.down)]
     if _on_kernels(*tensors) and x.dtype in KERNEL_DTYPES:
         from twotower_kernels.experts.kernel import launch_grouped_experts
 
@@ -119,7 +119,7 @@ def grouped_experts(
         up = dequantise(up[visited], scales.up[visited], x.dtype)
         down = dequantise(down[visited], scales.down[visited], x.dtype)
     routed = _routed_sum(x, up, down, expert_ids, expert_weights)
-    return routed if shared is None else routed + shared
+    return routed if shared is None else routed + mlp(x, shared.up, shared.down)
 
 
 def _on_kernels(x: Tensor, *others: Tensor) -> bool:
@@ -148,7 +148,7 @@ def _check_experts(
     down: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    shared: Tensor | None,
+    shared: SharedExpert | None,
     scales: ExpertScales | None,
 ) -> None:
     """Refuses shapes and dtypes that contradict each other; see `_check_choice`."""
@@ -165,8 +165,18 @@ def _check_experts(
     if expert_ids.shape != expert_weights.shape or expert_ids.shape[0] != num_tokens:
         shapes = f"expert_ids {tuple(expert_ids.shape)}, expert_weights {tuple(expert_weights.shape)}"
         raise ValueError(f"{shapes} do not fit; give one row for each of {num_tokens} tokens")
-    if shared is not None and (shared.shape != x.shape or shared.dtype != x.dtype):
-        raise ValueError(f"shared is {shared.dtype} {tuple(shared.shape)}; give {x.dtype} {tuple(x.shape)}, as x is")
+    if shared is not None:
+        _check_shared(x, shared)
+
+
+def _check_shared(x: Tensor, shared: SharedExpert) -> None:
+    """Refuses a shared expert of another size or dtype; see `_check_choice`."""
+    (width, _), hidden = shared.up.shape, x.shape[1]
+    if (shared.up.shape, shared.down.shape) != ((width, hidden), (hidden, width)):
+        shapes = f"up {tuple(shared.up.shape)} and down {tuple(shared.down.shape)}"
+        raise ValueError(f"the shared expert has {shapes}; give [width, {hidden}] and [{hidden}, width]")
+    if not x.dtype == shared.up.dtype == shared.down.dtype:
+        raise ValueError(f"the shared expert is {shared.up.dtype} and {shared.down.dtype}; give {x.dtype}, as x is")
 
 
 def _check_scales(up: Tensor, down: Tensor, scales: ExpertScales) -> None:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from twotower_kernels.experts.quantisation import dequantise
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales
+from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
 
 
 def route_tokens_reference(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
@@ -41,7 +41,7 @@ def grouped_experts_reference(
     down: Tensor,
     expert_ids: Tensor,
     expert_weights: Tensor,
-    shared: Tensor | None = None,
+    shared: SharedExpert | None = None,
     scales: ExpertScales | None = None,
 ) -> Tensor:
     """Computes what `grouped_experts` does, token by token. Same arguments and result."""
@@ -53,4 +53,4 @@ def grouped_experts_reference(
             hidden = torch.relu(up[expert] @ x[token]).square()
             output[token] += weight * (down[expert] @ hidden).to(weight.dtype)
     routed = output.to(x.dtype)
-    return routed if shared is None else routed + shared
+    return routed if shared is None else routed + torch.relu(x @ shared.up.T).square() @ shared.down.T

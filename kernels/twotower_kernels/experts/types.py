@@ -1,4 +1,4 @@
-"""Arguments of routing and of quantised experts."""
+"""Arguments of routing and of experts."""
 
 from dataclasses import dataclass
 
@@ -32,6 +32,19 @@ class ExpertScales:
         up: of output channels, float32 [num_experts, width]; of groups of 64 inputs, bfloat16
             [num_experts, width, cdiv(hidden, 64)], with weights of 4 bits.
         down: float32 [num_experts, hidden], or bfloat16 [num_experts, hidden, cdiv(width, 64)].
+    """
+
+    up: Tensor
+    down: Tensor
+
+
+@dataclass(frozen=True)
+class SharedExpert:
+    """Weights of the expert that every token passes.
+
+    Attributes:
+        up: [width, hidden], any width.
+        down: [hidden, width].
     """
 
     up: Tensor

@@ -72,16 +72,17 @@ CANDIDATES: dict[str, list[Settings]] = {
 
 
 def variants() -> list[Variant]:
-    """Specialisations for the released model: 128 experts of width 1856, 6 for a token, hidden 2688."""
+    """Specialisations for the released model: 128 experts of width 1856, 6 for a token, a shared one of 3712."""
     return [
         *(_router_variant(dtype) for dtype in ("bf16", "fp32")),
         *(_choice_variant(dtype, num_groups) for dtype in ("logits", "fp64", "fp32") for num_groups in (1, 8)),
         _ranking_variant(),
         *(
-            _product_variant(kind, dtype, is_up)
+            _product_variant(kind, dtype, is_up, with_shared)
             for kind in _PRODUCTS
             for dtype in _weights(kind)
             for is_up in (True, False)
+            for with_shared in _WITH_SHARED.get(kind.partition("_")[2], (False,))
         ),
         *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
     ]
@@ -89,7 +90,9 @@ def variants() -> list[Variant]:
 
 # Of the dtypes of quantised weights: below sm_89 Triton does not convert float8_e4m3fn.
 _LEAST_CAPABILITY = {"fp8e4nv": 89, "i8": 80}
-_EXPERTS, _TOP_K, _HIDDEN, _WIDTH = 128, 6, 2688, 1856
+# Whether the launches of a kind of product compute the shared expert too: up to `MOST_TOKENS_WITH_SHARED` tokens.
+_WITH_SHARED = {"one": (True,), "few": (True, False), "float32": (True, False)}
+_EXPERTS, _TOP_K, _HIDDEN, _WIDTH, _SHARED_WIDTH = 128, 6, 2688, 1856, 3712
 
 
 def _variant(
@@ -155,13 +158,19 @@ def _weights(kind: str) -> tuple[str, ...]:
     return ("fp32",) if kind == "product_float32" else ("bf16",)
 
 
-def _product_variant(kind: str, weights: str, is_up: bool) -> Variant:
+def _product_variant(kind: str, weights: str, is_up: bool, with_shared: bool) -> Variant:
     is_quantised = weights in _LEAST_CAPABILITY
     dtype = "bf16" if is_quantised else weights
     index = "*i64" if kind == "product_one" else "*i32"  # a single token's pairs stand in for what it does not read
-    strides = {"x_row_stride": "i32", "weight_expert_stride": "i32", "weight_out_stride": "i32"}
+    strides = dict.fromkeys(("x_row_stride", "weight_expert_stride", "weight_out_stride"), "i32")
+    shared = dict.fromkeys(("shared_x_ptr", "shared_weight_ptr", "shared_out_ptr"), f"*{dtype}")
+    shared_strides = ("shared_x_row_stride", "shared_out_stride")
+    in_features, out_features, shared_sizes = _HIDDEN, _WIDTH, (_HIDDEN, _SHARED_WIDTH)
+    if not is_up:
+        in_features, out_features, shared_sizes = _WIDTH, _HIDDEN, shared_sizes[::-1]
     made = _variant(
-        f"{kind} {'up' if is_up else 'down'}{f' {weights}' if is_quantised else ''}",
+        f"{kind} {'up' if is_up else 'down'}{f' {weights}' if is_quantised else ''}"
+        f"{', shared expert' if with_shared else ''}",
         grouped_product_kernel,
         kind,
         {
@@ -171,16 +180,23 @@ def _product_variant(kind: str, weights: str, is_up: bool) -> Variant:
             "expert_ids_ptr": "*i64",
             "order_ptr": index,
             "blocks_ptr": "*i64",
+            **dict.fromkeys(("num_tokens", "num_shared"), "i32"),
             **strides,
+            **(shared | dict.fromkeys(shared_strides, "i32") if with_shared else {}),
         },
         {
+            **({} if with_shared else dict.fromkeys(shared) | dict.fromkeys(shared_strides, 0)),
+            "shared_x_in_stride": int(with_shared),
+            "shared_in_stride": int(with_shared),
+            "SHARED_IN": shared_sizes[0] if with_shared else 0,
+            "SHARED_OUT": shared_sizes[1] if with_shared else 0,
             "x_in_stride": 1,
             "weight_in_stride": 1,
             "UP": is_up,
             "ORDERED": kind != "product_one",
             "TOP_K": _TOP_K,
-            "IN_FEATURES": _HIDDEN if is_up else _WIDTH,
-            "OUT_FEATURES": _WIDTH if is_up else _HIDDEN,
+            "IN_FEATURES": in_features,
+            "OUT_FEATURES": out_features,
             **({} if is_quantised else {"scale_ptr": None}),
         },
     )
@@ -193,9 +209,7 @@ def _sum_variant(dtype: str, with_shared: bool) -> Variant:
     constants: dict[str, Any] = {"weight_slot_stride": 1, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN}
     if with_shared:
         pointers["shared_ptr"] = f"*{dtype}"
-        strides["shared_token_stride"] = "i32"
-        constants |= {"shared_hidden_stride": 1}
     else:
-        constants |= {"shared_ptr": None, "shared_token_stride": 0, "shared_hidden_stride": 0}
+        constants["shared_ptr"] = None
     name = f"weigh_outputs {dtype}{', shared expert added' if with_shared else ''}"
     return _variant(name, weigh_outputs_kernel, "weigh_outputs", {**pointers, **strides}, constants)

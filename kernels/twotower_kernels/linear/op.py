@@ -1,4 +1,4 @@
-"""`x @ weight.T`, in the order of operands that is fastest where it runs, and squared ReLU."""
+"""`x @ weight.T`, in the order of operands that is fastest where it runs, squared ReLU, and the MLP made of both."""
 
 from functools import cache
 
@@ -35,6 +35,20 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     if tokens.shape[0] == 1:
         return torch.mv(weight, tokens[0]).view(*x.shape[:-1], weight.shape[0])
     return torch.mm(weight, tokens.t()).t().reshape(*x.shape[:-1], weight.shape[0])
+
+
+def mlp(x: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """`down(relu(up(x))^2)`: two products, and the activation between them.
+
+    Args:
+        x: [..., hidden].
+        up: [width, hidden], any strides.
+        down: [hidden, width], any strides.
+
+    Returns:
+        [..., hidden].
+    """
+    return linear(squared_relu(linear(x, up)), down)
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor, nn
 from twotower_kernels.experts import (
     ExpertChoice,
     ExpertScales,
+    SharedExpert,
     grouped_experts,
     quantised_shapes,
     route_tokens,
     scales_dtype,
 )
-from twotower_kernels.linear import linear, squared_relu
+from twotower_kernels.linear import mlp
 from twotower_spec.checkpoint.quantised import scale_name
 from twotower_spec.config import EXPERT_DTYPES, TwoTowerConfig, accumulation_dtype
 from twotower_spec.towers.layers.weights import matrix, parameter, prefixed
@@ -29,7 +30,7 @@ class DenseMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] to [..., hidden]."""
-        return linear(squared_relu(linear(x, self.up)), self.down)
+        return mlp(x, self.up, self.down)
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Views under the published names."""
@@ -75,7 +76,7 @@ class MixtureOfExperts(nn.Module):
         if tokens.shape[0] == 0:
             return x
         expert_ids, expert_weights = self.route(tokens)
-        shared = self.shared(tokens)
+        shared = SharedExpert(self.shared.up, self.shared.down)
         routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared, self.scales)
         return routed.view_as(x)
 
