@@ -406,6 +406,25 @@ def test_kernels_of_quantised_experts_equal_the_sum_written_out(
     assert relative_error(actual, expected) < BOUND[dtype]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [1, 5, 17])
+@pytest.mark.parametrize(("hidden", "width"), [(64, 128), (70, 22), (150, 66)])
+def test_kernels_of_experts_of_four_bits_equal_the_sum_written_out(
+    device: torch.device, hidden: int, width: int, num_tokens: int, dtype: torch.dtype
+) -> None:
+    (up, up_scales), (down, down_scales) = (
+        quantise(randn(EXPERTS, *shape, seed=seed) / shape[1] ** 0.5, FOUR_BITS)
+        for seed, shape in ((1, (width, hidden)), (2, (hidden, width)))
+    )
+    scales = ExpertScales(up_scales.to(device), down_scales.to(device))
+    x = randn(num_tokens, 2 * hidden).to(device, dtype)[:, ::2] / 4
+    ids, weights = distinct_ids(num_tokens, 3).to(device), randn(num_tokens, 3, seed=3).sigmoid().to(device)
+    actual = launched(x, up.to(device), down.to(device), ids, weights, None, scales)
+    double = ExpertScales(up_scales.double(), down_scales.double())
+    expected = grouped_experts_reference(x.cpu().double(), up, down, ids.cpu(), weights.cpu(), None, double)
+    assert relative_error(actual, expected) < BOUND[dtype]
+
+
 @pytest.mark.parametrize("held", LARGEST)
 def test_scales_of_quantised_experts_come_before_rounding(device: torch.device, held: torch.dtype) -> None:
     # All sums are exact in bfloat16, their products with these scales are not.

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
+from twotower_kernels.experts.quantisation import FOUR_BITS, GROUP_SIZE, float_shape
 from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
 from twotower_kernels.linear import mlp
 from twotower_kernels.tuning import cdiv, next_power_of_2, settings
@@ -259,6 +260,49 @@ def _product(
 
 
 @triton.jit
+def _product_of_groups(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    rows,
+    row_exists,
+    columns,
+    column_exists,
+    x_row_stride,
+    x_in_stride,
+    weight_out_stride,
+    weight_in_stride,
+    IN_FEATURES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """`_product` with weights of 4 bits: the sum of each group of inputs is scaled before it is added."""
+    num_groups: tl.constexpr = (IN_FEATURES + GROUP_SIZE - 1) // GROUP_SIZE
+    within = tl.arange(0, GROUP_SIZE // 2)  # bytes, each an even and an odd input
+    even_ptrs = x_ptr + rows.to(tl.int64)[:, None] * x_row_stride + 2 * within.to(tl.int64)[None, :] * x_in_stride
+    weight_ptrs = (
+        weight_ptr + columns.to(tl.int64)[None, :] * weight_out_stride + within.to(tl.int64)[:, None] * weight_in_stride
+    )
+    scale_ptrs = scale_ptr + columns.to(tl.int64) * num_groups
+    product = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    for group in range(num_groups):
+        exists = 2 * within < IN_FEATURES - group * GROUP_SIZE
+        x_mask = row_exists[:, None] & exists[None, :]
+        even = tl.load(even_ptrs, mask=x_mask, other=0.0)
+        odd = tl.load(even_ptrs + x_in_stride, mask=x_mask, other=0.0)
+        both = tl.load(weight_ptrs, mask=exists[:, None] & column_exists[None, :], other=0)
+        # Exact in any dtype; through float32, as the interpreter makes bfloat16 of nothing else.
+        even_weight = ((both & 15).to(tl.float32) - 8.0).to(even.dtype)
+        odd_weight = ((both >> 4).to(tl.float32) - 8.0).to(even.dtype)
+        part = tl.dot(even, even_weight, input_precision="ieee")
+        part = tl.dot(odd, odd_weight, part, input_precision="ieee")
+        scales = tl.load(scale_ptrs + group, mask=column_exists, other=0.0)
+        product += part * scales.to(tl.float32)[None, :]
+        even_ptrs += GROUP_SIZE * x_in_stride
+        weight_ptrs += GROUP_SIZE // 2 * weight_in_stride
+    return product
+
+
+@triton.jit
 def _store_product(
     product, out_ptr, rows, row_exists, columns, column_exists, UP: tl.constexpr, OUT_FEATURES: tl.constexpr
 ):
@@ -275,8 +319,8 @@ def _store_product(
 @triton.jit(do_not_specialize=["num_tokens", "num_shared"])
 def grouped_product_kernel(
     x_ptr,  # UP: [num_tokens, IN_FEATURES]; else [num_pairs, IN_FEATURES], rows ordered by expert
-    weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES], of x's dtype, or narrower with scales
-    scale_ptr,  # float32 [NUM_EXPERTS, OUT_FEATURES], contiguous; or None
+    weight_ptr,  # [NUM_EXPERTS, OUT_FEATURES, IN_FEATURES], of x's dtype, or narrower with scales; half with groups
+    scale_ptr,  # [NUM_EXPERTS, OUT_FEATURES], or [.., .., cdiv(IN_FEATURES, GROUP_SIZE)], contiguous; or None
     out_ptr,  # [num_pairs, OUT_FEATURES]; UP: rows ordered by expert; else rows of a token together
     expert_ids_ptr,  # int64 [num_pairs], of a single token; read unless ORDERED
     order_ptr,  # int32 [num_pairs], from rank_pairs; read if ORDERED
@@ -302,6 +346,7 @@ def grouped_product_kernel(
     OUT_FEATURES: tl.constexpr,
     SHARED_IN: tl.constexpr,
     SHARED_OUT: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,  # inputs of a scale, with weights of 4 bits; else 0
     BLOCK_ROWS: tl.constexpr,
     BLOCK_OUT: tl.constexpr,
     BLOCK_IN: tl.constexpr,
@@ -358,13 +403,21 @@ def grouped_product_kernel(
 
     columns = program % column_blocks * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     column_exists = columns < OUT_FEATURES
-    product = _product(
-        x_ptr, weight_ptr + expert * weight_expert_stride, rows_in, row_exists, columns, column_exists,
-        x_row_stride, x_in_stride, weight_out_stride, weight_in_stride, IN_FEATURES, BLOCK_IN,
-    )  # fmt: skip
-    if scale_ptr is not None:
-        scales = tl.load(scale_ptr + expert * OUT_FEATURES + columns, mask=column_exists, other=0.0)
-        product *= scales[None, :]
+    weight_ptr += expert * weight_expert_stride
+    if GROUP_SIZE:
+        scale_ptr += expert * OUT_FEATURES * ((IN_FEATURES + GROUP_SIZE - 1) // GROUP_SIZE)
+        product = _product_of_groups(
+            x_ptr, weight_ptr, scale_ptr, rows_in, row_exists, columns, column_exists,
+            x_row_stride, x_in_stride, weight_out_stride, weight_in_stride, IN_FEATURES, GROUP_SIZE,
+        )  # fmt: skip
+    else:
+        product = _product(
+            x_ptr, weight_ptr, rows_in, row_exists, columns, column_exists,
+            x_row_stride, x_in_stride, weight_out_stride, weight_in_stride, IN_FEATURES, BLOCK_IN,
+        )  # fmt: skip
+        if scale_ptr is not None:
+            scales = tl.load(scale_ptr + expert * OUT_FEATURES + columns, mask=column_exists, other=0.0)
+            product *= scales[None, :]
     _store_product(product, out_ptr, rows_out, row_exists, columns, column_exists, UP, OUT_FEATURES)
 
 
@@ -570,7 +623,7 @@ def _launch_product(
     is_up: bool,
 ) -> None:
     """Fills `out` [num_pairs, out_features], and the last of the shared expert's rows, weight and output."""
-    _, out_features, in_features = weight.shape
+    _, out_features, in_features = float_shape(weight)
     tiles = settings("experts", kind)
     num_tokens, num_shared = len(pairs) // top_k, 0
     shared_strides: tuple[int, ...] = (0, 0, 0, 0)
@@ -603,6 +656,7 @@ def _launch_product(
         OUT_FEATURES=out_features,
         SHARED_IN=0 if shared_weight is None else shared_weight.shape[1],
         SHARED_OUT=0 if shared_weight is None else shared_weight.shape[0],
+        GROUP_SIZE=GROUP_SIZE if weight.dtype == FOUR_BITS else 0,
         **tiles,
         **LAUNCH,
     )

@@ -17,6 +17,7 @@ from twotower_kernels.experts.kernel import (
     router_logits_kernel,
     weigh_outputs_kernel,
 )
+from twotower_kernels.experts.quantisation import GROUP_SIZE
 from twotower_kernels.tuning import Settings, settings
 
 
@@ -88,8 +89,10 @@ def variants() -> list[Variant]:
     ]
 
 
+# Triton's name of the dtype that holds weights of 4 bits.
+_FOUR_BITS = "u8"
 # Of the dtypes of quantised weights: below sm_89 Triton does not convert float8_e4m3fn.
-_LEAST_CAPABILITY = {"fp8e4nv": 89, "i8": 80}
+_LEAST_CAPABILITY = {"fp8e4nv": 89, "i8": 80, _FOUR_BITS: 80}
 # Whether the launches of a kind of product compute the shared expert too: up to `MOST_TOKENS_WITH_SHARED` tokens.
 _WITH_SHARED = {"one": (True,), "few": (True, False), "float32": (True, False)}
 _EXPERTS, _TOP_K, _HIDDEN, _WIDTH, _SHARED_WIDTH = 128, 6, 2688, 1856, 3712
@@ -176,7 +179,7 @@ def _product_variant(kind: str, weights: str, is_up: bool, with_shared: bool) ->
         {
             **dict.fromkeys(("x_ptr", "out_ptr"), f"*{dtype}"),
             "weight_ptr": f"*{weights}",
-            **({"scale_ptr": "*fp32"} if is_quantised else {}),
+            **({"scale_ptr": "*bf16" if weights == _FOUR_BITS else "*fp32"} if is_quantised else {}),
             "expert_ids_ptr": "*i64",
             "order_ptr": index,
             "blocks_ptr": "*i64",
@@ -197,6 +200,7 @@ def _product_variant(kind: str, weights: str, is_up: bool, with_shared: bool) ->
             "TOP_K": _TOP_K,
             "IN_FEATURES": in_features,
             "OUT_FEATURES": out_features,
+            "GROUP_SIZE": GROUP_SIZE if weights == _FOUR_BITS else 0,
             **({} if is_quantised else {"scale_ptr": None}),
         },
     )
