@@ -12,6 +12,7 @@ from twotower_kernels import tuning
 from twotower_kernels.experts import (
     FOUR_BITS,
     ExpertChoice,
+    ExpertOutputs,
     ExpertScales,
     SharedExpert,
     dequantise,
@@ -98,15 +99,14 @@ def launched(
     shared: SharedExpert | None = None,
     scales: ExpertScales | None = None,
 ) -> Tensor:
-    """Runs the kernels with small tiles instead of those in the table."""
+    """Runs the kernels with small tiles instead of those in the table, and sums."""
     kind = kernel.kind_of_product(len(x), ids.shape[1], len(up), x.dtype, is_quantised=scales is not None)
-    weighing = {"BLOCK_HIDDEN": 16, "num_warps": 1}
     with (
         tuning.trying("experts", kind, TILES if scales is None else TILES | {"BLOCK_IN": 32}),
         tuning.trying("experts", "rank_pairs", {"BLOCK_ITEMS": 8, "BLOCK_PAIRS": 16, "num_warps": 1}),
-        tuning.trying("experts", "weigh_outputs", weighing),
     ):
-        return kernel.launch_grouped_experts(x, up, down, ids, weights, shared, scales)
+        outputs: ExpertOutputs = kernel.launch_grouped_experts(x, up, down, ids, weights, shared, scales)
+    return outputs.total()
 
 
 # What users call

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.support.tolerances import BFLOAT16_RELATIVE, FLOAT32_OP, FLOAT64
+from twotower_kernels.experts import ExpertOutputs
 from twotower_kernels.time_modulation import (
     add_then_norm,
     gated_group_norm,
@@ -63,6 +64,24 @@ def branch_case(
     return order, residual, branch, gate, *(rest[2:] if order is rms_norm else rest)
 
 
+def expert_case(
+    num_reqs: int,
+    num_tokens: int,
+    hidden: int,
+    model: torch.dtype,
+    stream: torch.dtype,
+    order: Op,
+    gated: bool = True,
+    has_shared: bool = True,
+) -> tuple[Any, ...]:
+    """Arguments of `add_then_norm` after a layer of experts, of which 3 are summed for a token."""
+    order, residual, _, gate, *rest = branch_case(num_reqs, num_tokens, hidden, model, stream, order, gated)
+    rows = num_reqs * num_tokens
+    chosen, weights = randn(rows, 3, hidden, seed=3).to(model), randn(rows, 3, seed=4).sigmoid()
+    shared = randn(rows, hidden, seed=5).to(model) if has_shared else None
+    return order, residual, ExpertOutputs(chosen, weights, shared), gate, *rest
+
+
 def group_case(num_reqs: int, num_tokens: int, width: int, dtype: torch.dtype) -> tuple[Any, ...]:
     """Arguments of the gated norm of 3 groups; the gate is a part of a wider projection."""
     channels = 3 * width
@@ -76,13 +95,19 @@ def in_triton(device: torch.device) -> Op:
     """Calls an op and makes it take its kernels, on any device."""
 
     def run(function: Op, *arguments: Any) -> Any:
-        moved = [on_device(a, device) if isinstance(a, Tensor) else a for a in arguments]
+        moved = [moved_to(device, a) for a in arguments]
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(op, "use_triton", lambda *tensors: True)
             out = function(*moved)
         return tuple(one.cpu() for one in out) if isinstance(out, tuple) else out.cpu()
 
     return run
+
+
+def moved_to(device: torch.device, argument: Any) -> Any:
+    if isinstance(argument, ExpertOutputs):
+        return ExpertOutputs(*(moved_to(device, x) for x in vars(argument).values()))
+    return on_device(argument, device) if isinstance(argument, Tensor) else argument
 
 
 def on_device(x: Tensor, device: torch.device) -> Tensor:
@@ -187,6 +212,44 @@ def test_norm_of_a_sum_is_that_of_the_sum_written_and_read_again(
     case = branch_case(2, 3, hidden, model, stream, order)
     total, normed = in_triton(add_then_norm, *case)
     assert torch.equal(normed, in_triton(order, total, *case[4:]))
+
+
+@pytest.mark.parametrize("order", NORMS)
+@pytest.mark.parametrize(("gated", "has_shared"), [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize(("model", "stream"), MODELS)
+@pytest.mark.parametrize(("num_reqs", "num_tokens"), [(1, 1), (2, 17)])
+def test_outputs_of_experts_are_summed_before_a_norm_as_by_themselves(
+    num_reqs: int,
+    num_tokens: int,
+    model: torch.dtype,
+    stream: torch.dtype,
+    has_shared: bool,
+    gated: bool,
+    order: Op,
+    in_triton: Op,
+) -> None:
+    order, residual, outputs, *rest = expert_case(num_reqs, num_tokens, 37, model, stream, order, gated, has_shared)
+    total, normed = in_triton(add_then_norm, order, residual, outputs, *rest)
+    branch = outputs.total().view(residual.shape)
+    expected, expected_norm = in_triton(add_then_norm, order, residual, branch, *rest)
+    assert torch.equal(total, expected) and torch.equal(normed, expected_norm)
+    plain, plain_norm = add_then_norm(order, residual, outputs, *rest)
+    assert torch.equal(total, plain)
+    assert_same(normed, plain_norm)
+
+
+def test_experts_are_weighed_and_summed_as_written_out(in_triton: Op) -> None:
+    # In float32 the small one would vanish beside the two that cancel; a shared one is added once the sum is rounded.
+    chosen = torch.tensor([1.0, -1.0, 1.0]).bfloat16().expand(2, 5, 3).transpose(1, 2).contiguous()
+    weights = torch.tensor([[2.0**40, 2.0**40 - 1, 2.0**-3]] * 2, dtype=torch.float64)
+    outputs = ExpertOutputs(chosen, weights, torch.full((2, 5), 2.0**-8).bfloat16())
+    residual, weight = torch.zeros(1, 2, 5).bfloat16(), torch.ones(5).bfloat16()
+    expected = torch.full((1, 2, 5), 1.125 + 2.0**-8).bfloat16()
+    for total, _ in (
+        in_triton(add_then_norm, rms_norm, residual, outputs, None, weight, EPS, BFLOAT16),
+        add_then_norm(rms_norm, residual, outputs, None, weight, EPS, BFLOAT16),
+    ):
+        assert torch.equal(total, expected)
 
 
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT32])
@@ -299,7 +362,7 @@ def test_kernels_write_their_output_and_nothing_around_it(in_triton: Op, monkeyp
     calls = [
         (rms_norm, (randn(3, 37).float(), randn(37, seed=1).float(), EPS, FLOAT32)),
         *((order, norm_case(3, 5, 37, BFLOAT16, BFLOAT16)) for order in ORDERS),
-        *((add_then_norm, branch_case(3, 5, 37, BFLOAT16, BFLOAT16, order)) for order in NORMS),
+        *((add_then_norm, case(3, 5, 37, BFLOAT16, BFLOAT16, o)) for o in NORMS for case in (branch_case, expert_case)),
         (gated_group_norm, group_case(3, 5, 11, BFLOAT16)),
     ]
     for function, case in calls:
@@ -310,16 +373,16 @@ def test_kernels_write_their_output_and_nothing_around_it(in_triton: Op, monkeyp
             assert torch.isfinite(one).all()
     for buffer in buffers:
         assert buffer[:margin].isnan().all() and buffer[-margin:].isnan().all()
-    assert len(buffers) == len(calls) + len(NORMS)
+    assert len(buffers) == len(calls) + 2 * len(NORMS)
 
 
 def test_no_rows_give_no_rows(in_triton: Op) -> None:
     assert in_triton(rms_norm, torch.empty(0, 37), torch.ones(37), EPS, FLOAT32).shape == (0, 37)
     for order in ORDERS:
-        case = norm_case(0, 1, 37, BFLOAT16, FLOAT32, rows=1)
-        assert in_triton(order, *case).shape == (0, 1, 37)
-    for one in in_triton(add_then_norm, *branch_case(0, 1, 37, BFLOAT16, BFLOAT16, rms_norm, gated=False)):
-        assert one.shape == (0, 1, 37)
+        assert in_triton(order, *norm_case(0, 1, 37, BFLOAT16, FLOAT32, rows=1)).shape == (0, 1, 37)
+    for case in (branch_case, expert_case):
+        for one in in_triton(add_then_norm, *case(0, 1, 37, BFLOAT16, BFLOAT16, rms_norm, gated=False)):
+            assert one.shape == (0, 1, 37)
     assert in_triton(gated_group_norm, *group_case(0, 1, 11, BFLOAT16)).shape == (0, 1, 33)
 
 
@@ -340,6 +403,10 @@ def test_inputs_that_do_not_fit_are_refused() -> None:
             order(x, rows, rows.bfloat16(), weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match=r"residual is \(1, 3, 6\)"):
         add_then_norm(rms_norm, x[:1], x, rows, weight, EPS, FLOAT32)
+    for chosen in (torch.zeros(5, 2, 6), torch.zeros(6, 2, 5)):
+        outputs = ExpertOutputs(chosen, torch.zeros(chosen.shape[:2]), None)
+        with pytest.raises(ValueError, match="give them one number of tokens"):
+            add_then_norm(rms_norm, x, outputs, None, weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match=r"gate is \(2, 5\)"):
         add_then_norm(rms_norm, x, x, rows[:, :5], weight, EPS, FLOAT32)
     with pytest.raises(ValueError, match="scanned"):

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from twotower_kernels.experts import ExpertOutputs
 from twotower_kernels.linear import linear, rounded_once
 from twotower_kernels.time_modulation import add_then_norm, modulate_then_norm, norm_then_modulate, rms_norm
 from twotower_spec.config import ATTENTION, MAMBA, MOE, STATELESS_LAYERS, TwoTowerConfig, accumulation_dtype
@@ -17,6 +18,8 @@ from twotower_spec.towers.prefix import Prefix
 # Rows [num_reqs or 1, hidden] that a layer reads: the gate of the layer before, its own shift and 1 + scale. None where
 # no layer is before it, or nothing is modulated.
 ModulationRows = Sequence[Tensor | None]
+# The output of a layer, to be added to the residual stream.
+Branch = Tensor | ExpertOutputs
 
 
 class Layer(nn.Module):
@@ -39,13 +42,13 @@ class Layer(nn.Module):
             self.mixer = DenseMLP(config.hidden_size, config.intermediate_size, dtype, device)
 
     def forward(
-        self, x: Tensor, branch: Tensor | None, prefix: Prefix, modulation: ModulationRows
-    ) -> tuple[Tensor, Tensor]:
+        self, x: Tensor, branch: Branch | None, prefix: Prefix, modulation: ModulationRows
+    ) -> tuple[Tensor, Branch]:
         """Runs the layer; its output is left to be added where the residual stream is read next.
 
         Args:
             x: residual stream, [num_reqs, num_tokens, hidden], before the output of the layer before is added.
-            branch: that output, of the same shape; None in the first layer.
+            branch: that output; None in the first layer.
             prefix: the context.
             modulation: see `ModulationRows`.
 
@@ -63,7 +66,7 @@ class Layer(nn.Module):
             x, h = read_stream(norm, x, branch, gate, shift, scale_plus_one, self.norm, self.eps, self.dtype)
         return x, self.mix(h, prefix)
 
-    def mix(self, h: Tensor, prefix: Prefix) -> Tensor:
+    def mix(self, h: Tensor, prefix: Prefix) -> Branch:
         """Runs the mixer alone, [..., hidden] to [..., hidden]."""
         mixer = self.mixer
         if isinstance(mixer, Mamba2):
@@ -71,7 +74,7 @@ class Layer(nn.Module):
             return mixer.output(prefix.scan(self.index, u, delta, mixer.scan_weights), gate)
         if isinstance(mixer, Attention):
             return mixer.output(prefix.attend(self.index, *mixer.project(h)))
-        out: Tensor = mixer(h)
+        out: Branch = mixer(h)
         return out
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, Tensor]]:
@@ -81,7 +84,7 @@ class Layer(nn.Module):
 
 
 def read_stream(
-    norm: Callable[..., Tensor], x: Tensor, branch: Tensor | None, gate: Tensor | None, *arguments: Any
+    norm: Callable[..., Tensor], x: Tensor, branch: Branch | None, gate: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, Tensor]:
     """The residual stream with a layer's output, if there is one, and the norm of it; see `add_then_norm`."""
     return (x, norm(x, *arguments)) if branch is None else add_then_norm(norm, x, branch, gate, *arguments)
@@ -154,7 +157,9 @@ class Backbone(nn.Module):
         if positions is not None:
             # After the last layer that mixes tokens, only those whose logits are wanted are computed.
             x = x.flatten(0, 1)[positions, None]
-            branch = None if branch is None else branch.flatten(0, 1)[positions, None]
+            if branch is not None:
+                assert isinstance(branch, Tensor)  # not of experts, which mix no tokens
+                branch = branch.flatten(0, 1)[positions, None]
             if modulation is not None and len(modulation) > 1:
                 first = max(3 * mixing - 1, 0)
                 rows[first + 1 :] = modulation[:, first:][positions // token_ids.shape[1]].unbind(1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
 from twotower_kernels.experts.quantisation import FOUR_BITS, GROUP_SIZE, float_shape
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
+from twotower_kernels.experts.types import ExpertChoice, ExpertOutputs, ExpertScales, SharedExpert
 from twotower_kernels.linear import mlp
 from twotower_kernels.tuning import cdiv, next_power_of_2, settings
 
@@ -421,35 +421,6 @@ def grouped_product_kernel(
     _store_product(product, out_ptr, rows_out, row_exists, columns, column_exists, UP, OUT_FEATURES)
 
 
-@triton.jit
-def weigh_outputs_kernel(
-    outputs_ptr,  # [num_tokens * TOP_K, HIDDEN]
-    expert_weights_ptr,  # [num_tokens, TOP_K]
-    shared_ptr,  # [num_tokens, HIDDEN], contiguous; or None
-    out_ptr,  # [num_tokens, HIDDEN]
-    weight_token_stride,
-    weight_slot_stride,
-    TOP_K: tl.constexpr,
-    HIDDEN: tl.constexpr,
-    BLOCK_HIDDEN: tl.constexpr,
-):
-    """Sum over a token's experts, always in the same order, in the dtype of the weights."""
-    token = tl.program_id(0).to(tl.int64)
-    hidden = tl.program_id(1) * BLOCK_HIDDEN + tl.arange(0, BLOCK_HIDDEN)
-    exists = hidden < HIDDEN
-    total = tl.zeros((BLOCK_HIDDEN,), expert_weights_ptr.dtype.element_ty)
-    for slot in tl.static_range(TOP_K):
-        weight = tl.load(expert_weights_ptr + token * weight_token_stride + slot * weight_slot_stride)
-        output = tl.load(outputs_ptr + (token * TOP_K + slot) * HIDDEN + hidden, mask=exists, other=0.0)
-        # Through float32: the interpreter converts bfloat16 to nothing else, and PyTorch rounds float64 to it so too.
-        total += weight * output.to(tl.float32).to(total.dtype)
-    out = total.to(tl.float32).to(out_ptr.dtype.element_ty)
-    if shared_ptr is not None:
-        shared = tl.load(shared_ptr + token * HIDDEN + hidden, mask=exists, other=0.0).to(tl.float32)
-        out = (out.to(tl.float32) + shared).to(out_ptr.dtype.element_ty)
-    tl.store(out_ptr + token * HIDDEN + hidden, out, mask=exists)
-
-
 @on_its_device
 def launch_route_tokens(x: Tensor, router: Tensor, bias: Tensor, choice: ExpertChoice) -> tuple[Tensor, Tensor]:
     """Launches `route_tokens`, with its arguments and results; two launches for few tokens."""
@@ -525,8 +496,8 @@ def launch_grouped_experts(
     expert_weights: Tensor,
     shared: SharedExpert | None,
     scales: ExpertScales | None,
-) -> Tensor:
-    """Launches `grouped_experts`, with its arguments and result, for at least one token."""
+) -> ExpertOutputs:
+    """Launches `expert_outputs`, with its arguments and result, for at least one token."""
     (num_tokens, hidden), (num_experts, width), top_k = x.shape, up.shape[:2], expert_ids.shape[1]
     num_pairs = num_tokens * top_k
     kind = kind_of_product(num_tokens, top_k, num_experts, x.dtype, is_quantised=scales is not None)
@@ -542,20 +513,7 @@ def launch_grouped_experts(
         shared_output = mlp(x, shared.up, shared.down).contiguous()
     _launch_product(x, up, up_scales, squares, pairs, ordering, shared_up, top_k, kind, is_up=True)
     _launch_product(squares, down, down_scales, outputs, pairs, ordering, shared_down, top_k, kind, is_up=False)
-    out = x.new_empty((num_tokens, hidden))
-    tiles = settings("experts", "weigh_outputs")
-    weigh_outputs_kernel[(num_tokens, cdiv(hidden, tiles["BLOCK_HIDDEN"]))](
-        outputs,
-        expert_weights,
-        shared_output,
-        out,
-        *expert_weights.stride(),
-        TOP_K=top_k,
-        HIDDEN=hidden,
-        **tiles,
-        **LAUNCH,
-    )
-    return out
+    return ExpertOutputs(outputs.view(num_tokens, top_k, hidden), expert_weights, shared_output)
 
 
 def kind_of_product(num_tokens: int, top_k: int, num_experts: int, dtype: torch.dtype, *, is_quantised: bool) -> str:

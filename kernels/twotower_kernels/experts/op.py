@@ -12,7 +12,7 @@ from twotower_kernels.experts.quantisation import (
     quantised_shapes,
     scales_dtype,
 )
-from twotower_kernels.experts.types import ExpertChoice, ExpertScales, SharedExpert
+from twotower_kernels.experts.types import ExpertChoice, ExpertOutputs, ExpertScales, SharedExpert
 from twotower_kernels.linear import linear, mlp
 
 # Dtypes that the kernels multiply; float64, which tests and training of tiny models use, is left to PyTorch.
@@ -107,6 +107,20 @@ def grouped_experts(
     Returns:
         [num_tokens, hidden] in the dtype of `x`.
     """
+    made = expert_outputs(x, up, down, expert_ids, expert_weights, shared, scales)
+    return made if isinstance(made, Tensor) else made.total()
+
+
+def expert_outputs(
+    x: Tensor,
+    up: Tensor,
+    down: Tensor,
+    expert_ids: Tensor,
+    expert_weights: Tensor,
+    shared: SharedExpert | None = None,
+    scales: ExpertScales | None = None,
+) -> Tensor | ExpertOutputs:
+    """Computes `grouped_experts`; the kernels leave the sum to the op that reads it next. Arguments as there."""
     tensors = [x, up, down, expert_weights]
     tensors += [weight for held in (shared, scales) if held is not None for weight in (held.up, held.down)]
     if _on_kernels(*tensors) and x.dtype in KERNEL_DTYPES:

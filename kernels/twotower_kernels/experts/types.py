@@ -1,7 +1,8 @@
-"""Arguments of routing and of experts."""
+"""Arguments of routing and of experts, and what these give."""
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -49,3 +50,26 @@ class SharedExpert:
 
     up: Tensor
     down: Tensor
+
+
+@dataclass(frozen=True)
+class ExpertOutputs:
+    """What the experts of each token gave, before it is weighed and summed.
+
+    `twotower_kernels.time_modulation.add_then_norm` does both as it adds the sum to a residual stream.
+
+    Attributes:
+        chosen: [num_tokens, top_k, hidden].
+        weights: [num_tokens, top_k]; the sum over experts runs in this dtype.
+        shared: [num_tokens, hidden], output of a shared expert, added unscaled to the sum once that is rounded; or
+            None.
+    """
+
+    chosen: Tensor
+    weights: Tensor
+    shared: Tensor | None
+
+    def total(self) -> Tensor:
+        """The weighed sum, [num_tokens, hidden] in the dtype of the outputs."""
+        routed = torch.bmm(self.weights[:, None], self.chosen.to(self.weights.dtype))[:, 0].to(self.chosen.dtype)
+        return routed if self.shared is None else routed + self.shared

@@ -15,7 +15,6 @@ from twotower_kernels.experts.kernel import (
     grouped_product_kernel,
     rank_pairs_kernel,
     router_logits_kernel,
-    weigh_outputs_kernel,
 )
 from twotower_kernels.experts.quantisation import GROUP_SIZE
 from twotower_kernels.tuning import Settings, settings
@@ -67,7 +66,6 @@ CANDIDATES: dict[str, list[Settings]] = {
     "rank_pairs": [
         {"BLOCK_ITEMS": i, "BLOCK_PAIRS": p, "num_warps": w} for i in (16, 32) for p in (128, 256) for w in (4, 8)
     ],
-    "weigh_outputs": [{"BLOCK_HIDDEN": h, "num_warps": w} for h in (256, 512, 1024) for w in (2, 4)],
     **_PRODUCTS,
 }
 
@@ -85,7 +83,6 @@ def variants() -> list[Variant]:
             for is_up in (True, False)
             for with_shared in _WITH_SHARED.get(kind.partition("_")[2], (False,))
         ),
-        *(_sum_variant(dtype, shared) for dtype in ("bf16", "fp32") for shared in (False, True)),
     ]
 
 
@@ -205,15 +202,3 @@ def _product_variant(kind: str, weights: str, is_up: bool, with_shared: bool) ->
         },
     )
     return replace(made, least_capability=_LEAST_CAPABILITY.get(weights, made.least_capability))
-
-
-def _sum_variant(dtype: str, with_shared: bool) -> Variant:
-    pointers = {"outputs_ptr": f"*{dtype}", "expert_weights_ptr": "*fp64", "out_ptr": f"*{dtype}"}
-    strides = {"weight_token_stride": "i32"}
-    constants: dict[str, Any] = {"weight_slot_stride": 1, "TOP_K": _TOP_K, "HIDDEN": _HIDDEN}
-    if with_shared:
-        pointers["shared_ptr"] = f"*{dtype}"
-    else:
-        constants["shared_ptr"] = None
-    name = f"weigh_outputs {dtype}{', shared expert added' if with_shared else ''}"
-    return _variant(name, weigh_outputs_kernel, "weigh_outputs", {**pointers, **strides}, constants)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from twotower_kernels.backend import on_its_device
+from twotower_kernels.experts import ExpertOutputs
 from twotower_kernels.tuning import next_power_of_2, settings
 
 OP = "time_modulation"
@@ -39,10 +40,26 @@ def unit_rms(x, eps, WIDTH: tl.constexpr):
     return x * tl.rsqrt(tl.sum(x * x, 0) / WIDTH + eps)
 
 
+@triton.jit
+def sum_of_experts(outputs, weights, shared, row, channel, TOP_K: tl.constexpr, WIDTH: tl.constexpr):
+    """Weighs and sums the outputs of one token's experts, always in the same order, in the dtype of the weights."""
+    total = tl.zeros(channel.shape, weights.dtype.element_ty)
+    for slot in tl.static_range(TOP_K):
+        weight = tl.load(weights + row * TOP_K + slot)
+        total += weight * load_wide(outputs + (row * TOP_K + slot) * WIDTH, channel, WIDTH).to(total.dtype)
+    # Through float32: the interpreter converts float64 to no narrower dtype, and PyTorch rounds it so too.
+    added = rounded(total.to(tl.float32), outputs.dtype.element_ty)
+    if shared is not None:
+        added = rounded(added + load_wide(shared + row * WIDTH, channel, WIDTH), outputs.dtype.element_ty)
+    return added
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def norm_kernel(
     x,  # [num_rows, HIDDEN], num_rows = num_reqs * num_tokens
-    branch,  # [num_rows, HIDDEN], added to x before the norm; None adds nothing
+    branch,  # [num_rows, HIDDEN], added to x before the norm; with TOP_K [num_rows, TOP_K, HIDDEN]; None adds nothing
+    expert_weights,  # [num_rows, TOP_K], of the branch's rows; None without TOP_K, as is the next
+    shared,  # [num_rows, HIDDEN], added to their sum; or None
     gate,  # [num_reqs, HIDDEN], factor of the branch; None for 1
     total,  # [num_rows, HIDDEN], contiguous: x + gate * branch; None without a branch
     shift,  # [num_reqs, HIDDEN]; None without modulation, as is the next
@@ -60,6 +77,7 @@ def norm_kernel(
     PRODUCT_DTYPE: tl.constexpr,  # of gate * branch
     NORM_DTYPE: tl.constexpr,  # of what enters the norm and leaves it
     MODULATED_DTYPE: tl.constexpr,  # of the modulation's product and sum
+    TOP_K: tl.constexpr,  # rows of the branch that are summed for one; 0 for one as it is
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -70,7 +88,10 @@ def norm_kernel(
     # All loads come before the sum over the row, at which all threads wait.
     y = load_wide(x + row * x_stride, channel, HIDDEN)
     if branch is not None:
-        added = load_wide(branch + row * branch_stride, channel, HIDDEN)
+        if TOP_K:
+            added = sum_of_experts(branch, expert_weights, shared, row, channel, TOP_K, HIDDEN)
+        else:
+            added = load_wide(branch + row * branch_stride, channel, HIDDEN)
         if gate is not None:
             added = rounded(load_wide(gate + request * gate_stride, channel, HIDDEN) * added, PRODUCT_DTYPE)
         y = rounded(y + added, total.dtype.element_ty)
@@ -138,7 +159,7 @@ def empty_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 @on_its_device
 def launch_norm(
     x: Tensor,
-    branch: Tensor | None,
+    branch: Tensor | ExpertOutputs | None,
     gate: Tensor | None,
     shift: Tensor | None,
     scale_plus_one: Tensor | None,
@@ -154,9 +175,14 @@ def launch_norm(
     """
     rows, x_stride = as_rows(x)
     total, branch_rows, branch_stride, product_dtype = None, None, 0, dtype
-    if branch is not None:
+    expert_weights, shared, top_k = None, None, 0
+    if isinstance(branch, ExpertOutputs):
+        branch_rows, expert_weights, shared = branch.chosen, branch.weights.contiguous(), branch.shared
+        top_k = expert_weights.shape[1]
+    elif branch is not None:
         branch_rows, branch_stride = as_rows(branch)
-        product_dtype = branch.dtype if gate is None else torch.promote_types(gate.dtype, branch.dtype)
+    if branch_rows is not None:
+        product_dtype = branch_rows.dtype if gate is None else torch.promote_types(gate.dtype, branch_rows.dtype)
         total = empty_rows(x, torch.promote_types(x.dtype, product_dtype))
     modulated_dtype, stream_dtype = dtype, x.dtype if total is None else total.dtype
     if shift is not None:
@@ -168,6 +194,8 @@ def launch_norm(
     norm_kernel[(x.numel() // hidden,)](
         rows,
         branch_rows,
+        expert_weights,
+        shared,
         gate,
         total,
         shift,
@@ -185,6 +213,7 @@ def launch_norm(
         PRODUCT_DTYPE=TRITON_DTYPES[product_dtype],
         NORM_DTYPE=TRITON_DTYPES[dtype],
         MODULATED_DTYPE=TRITON_DTYPES[modulated_dtype],
+        TOP_K=top_k,
         HIDDEN=hidden,
         BLOCK=next_power_of_2(hidden),
         **settings(OP, "norm"),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from twotower_kernels.backend import use_triton
+from twotower_kernels.experts import ExpertOutputs
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -79,14 +80,19 @@ def norm_then_modulate(
 
 
 def add_then_norm(
-    norm: Callable[..., Tensor], residual: Tensor, branch: Tensor, gate: Tensor | None, *arguments: Any
+    norm: Callable[..., Tensor],
+    residual: Tensor,
+    branch: Tensor | ExpertOutputs,
+    gate: Tensor | None,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor]:
     """The residual stream after a layer, and the next layer's input, in one launch.
 
     Args:
         norm: `rms_norm`, `modulate_then_norm` or `norm_then_modulate`.
         residual: [num_reqs, num_tokens, hidden], the stream before the layer.
-        branch: [num_reqs, num_tokens, hidden], the layer's output.
+        branch: [num_reqs, num_tokens, hidden], the layer's output; or outputs of experts for as many tokens, whose sum
+            is the layer's.
         gate: [num_reqs, hidden], or [1, hidden] for all alike, a factor of the branch without `1 +`; None for 1.
         arguments: of `norm`, after the first.
 
@@ -97,12 +103,12 @@ def add_then_norm(
     Raises:
         ValueError: shapes or dtypes do not fit.
     """
-    if residual.shape != branch.shape:
-        raise ValueError(f"residual is {tuple(residual.shape)} and branch {tuple(branch.shape)}; give them one shape")
+    _check_branch(residual, branch)
     if gate is not None:
-        _check_request_rows(branch, gate, "gate")
+        _check_request_rows(residual, gate, "gate")
     *modulation, weight, eps, dtype = arguments
-    if _in_triton(residual, branch, gate, *modulation, weight):
+    branches = (branch,) if isinstance(branch, Tensor) else (branch.chosen, branch.weights, branch.shared)
+    if _in_triton(residual, *branches, gate, *modulation, weight):
         from twotower_kernels.time_modulation.kernel import launch_norm
 
         _check_weight(residual, weight)
@@ -110,6 +116,8 @@ def add_then_norm(
             _check_modulation(residual, *modulation)
         shift, scale_plus_one = modulation or (None, None)
         return launch_norm(residual, branch, gate, shift, scale_plus_one, weight, eps, dtype, norm.__name__)
+    if isinstance(branch, ExpertOutputs):
+        branch = branch.total().view(residual.shape)
     total = residual + (branch if gate is None else gate[:, None] * branch)
     return total, norm(total, *arguments)
 
@@ -173,6 +181,19 @@ def _in_triton(x: Tensor, *others: Tensor | None) -> bool:
 def _check_weight(x: Tensor, weight: Tensor) -> None:
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight is {tuple(weight.shape)} and the last axis of x {x.shape[-1]}; give them one size")
+
+
+def _check_branch(residual: Tensor, branch: Tensor | ExpertOutputs) -> None:
+    if isinstance(branch, Tensor):
+        if residual.shape != branch.shape:
+            raise ValueError(
+                f"residual is {tuple(residual.shape)} and branch {tuple(branch.shape)}; give them one shape"
+            )
+    elif (residual.shape[:-1].numel(), residual.shape[-1]) != branch.chosen.shape[::2]:
+        raise ValueError(
+            f"residual is {tuple(residual.shape)} and outputs of experts {tuple(branch.chosen.shape)}; give them one "
+            f"number of tokens and one size"
+        )
 
 
 def _check_modulation(x: Tensor, shift: Tensor, scale_plus_one: Tensor) -> None:

@@ -34,12 +34,16 @@ MODELS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
 # What the residual stream gets before its norm: nothing in a tower's first layer, a layer's output in the others, which
 # the denoiser gates.
 UNGATED, GATED = "add, ", "gate, add, "
+# Of an expert layer: before any layer but another one, and in the final norm.
+UNGATED_EXPERTS, GATED_EXPERTS = "sum experts, add, ", "sum experts, gate, add, "
+TOP_K = 6
 
 
 def variants() -> list[Variant]:
     """Each kernel for the models that are served."""
     orders = (NORM, MODULATE_THEN_NORM, NORM_THEN_MODULATE)
     kinds = [("", order) for order in orders] + [(UNGATED, NORM)] + [(GATED, order) for order in orders]
+    kinds += [(UNGATED_EXPERTS, NORM), (GATED_EXPERTS, NORM), (GATED_EXPERTS, MODULATE_THEN_NORM)]
     return [
         *(_norm_variant(added, order, model, stream) for added, order in kinds for model, stream in MODELS),
         *(_gated_group_norm_variant(model) for model in ("bf16", "fp32")),
@@ -51,17 +55,21 @@ def _norm_variant(added: str, order: str, model: str, stream: str) -> Variant:
     modulated = stream if order == MODULATE_THEN_NORM else normed
     modulation = {} if order == NORM else dict.fromkeys(("shift", "scale_plus_one"), f"*{model}")
     branch = {"branch": f"*{model}", "total": f"*{stream}"} if added else {}
-    gate = {"gate": f"*{model}"} if added == GATED else {}
-    absent = {"branch", "gate", "total", "shift", "scale_plus_one"} - {*modulation, *branch, *gate}
+    gate = {"gate": f"*{model}"} if added in (GATED, GATED_EXPERTS) else {}
+    experts = {}
+    if added in (UNGATED_EXPERTS, GATED_EXPERTS):
+        experts = {"expert_weights": "*fp64", "shared": f"*{model}"}
+    given = modulation | branch | gate | experts
+    optional = {"branch", "expert_weights", "shared", "gate", "total", "shift", "scale_plus_one"}
     return _variant(
         f"{added}{order}: {model}, stream {stream}",
         norm_kernel,
-        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"} | modulation | branch | gate,
+        {"x": f"*{stream}", "weight": f"*{model}", "out": f"*{normed}", "eps": "fp32"} | given,
         ("x_stride", "branch_stride", "gate_stride", "shift_stride", "scale_stride"),
-        dict.fromkeys(absent)
+        dict.fromkeys(optional - given.keys())
         | {"ORDER": order, "PRODUCT_DTYPE": tl.dtype(model), "NORM_DTYPE": tl.dtype(normed)}
         | {"MODULATED_DTYPE": tl.dtype(modulated), "HIDDEN": HIDDEN_SIZE}
-        | {"BLOCK": triton.next_power_of_2(HIDDEN_SIZE)},
+        | {"BLOCK": triton.next_power_of_2(HIDDEN_SIZE), "TOP_K": TOP_K if experts else 0},
         settings(OP, "norm"),
     )
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from twotower_kernels.experts import (
     ExpertChoice,
+    ExpertOutputs,
     ExpertScales,
     SharedExpert,
-    grouped_experts,
+    expert_outputs,
     quantised_shapes,
     route_tokens,
     scales_dtype,
@@ -70,15 +71,15 @@ class MixtureOfExperts(nn.Module):
         self.down = matrix(*down, dtype=held, device=device)
         self.shared = DenseMLP(hidden, config.moe_shared_expert_intermediate_size, dtype=dtype, device=device)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., hidden] to [..., hidden]."""
+    def forward(self, x: Tensor) -> Tensor | ExpertOutputs:
+        """[..., hidden] to [..., hidden]; on a GPU to outputs of experts, which the next norm sums as it reads them."""
         tokens = x.flatten(0, -2)
         if tokens.shape[0] == 0:
             return x
         expert_ids, expert_weights = self.route(tokens)
         shared = SharedExpert(self.shared.up, self.shared.down)
-        routed = grouped_experts(tokens, self.up, self.down, expert_ids, expert_weights, shared, self.scales)
-        return routed.view_as(x)
+        made = expert_outputs(tokens, self.up, self.down, expert_ids, expert_weights, shared, self.scales)
+        return made.view_as(x) if isinstance(made, Tensor) else made
 
     @property
     def scales(self) -> ExpertScales | None:
