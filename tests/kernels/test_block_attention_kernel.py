@@ -55,7 +55,7 @@ def inputs(
         return torch.randn(shape, generator=generator).to(device, dtype)
 
     counts = [-(-length // PAGE_SIZE) for length in contexts]
-    num_pages = sum(counts) + 3
+    num_pages = sum(counts) + 3 + -(-sum(queries) // PAGE_SIZE)
     order = torch.randperm(num_pages, generator=generator).tolist()
     # Layer 1 of a cache of two, as the towers pass it. Slots that no request owns are NaN, the padding page too.
     caches = torch.full((2, 2, num_pages * PAGE_SIZE, kv_heads, head_dim), torch.nan, dtype=dtype, device=device)
@@ -84,6 +84,10 @@ def run(given: Inputs) -> Tensor:
         torch.use_deterministic_algorithms(False)
 
 
+def attend_without_a_kernel(given: Inputs) -> Tensor:
+    return paged_attention(**vars(given))
+
+
 def expected_of(given: Inputs) -> Tensor:
     return paged_attention_reference(**vars(given))
 
@@ -107,6 +111,13 @@ def engine_layout(given: Inputs, layout: str) -> Inputs:
     keys.copy_(given.key_cache)
     values.copy_(given.value_cache)
     return replace(given, key_cache=keys, value_cache=values)
+
+
+def written_beyond(given: Inputs) -> Inputs:
+    """The same, to be stored in places that no context has, in any order."""
+    free = given.key_cache.flatten(0, 1)[:, 0, 0].isnan().nonzero()[:, 0].flip(0)[: len(given.key)]
+    assert len(free) == len(given.key)
+    return replace(given, batch=replace(given.batch, written=free))
 
 
 @pytest.fixture
@@ -138,6 +149,25 @@ def test_kernel_computes_what_the_reference_does(
 ) -> None:
     given = inputs(contexts, queries, device, causal=causal)
     assert_close(run(given), expected_of(given))
+
+
+@pytest.mark.parametrize("in_triton", [True, False])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("contexts", "queries"), BATCHES)
+@pytest.mark.usefixtures("small_tiles")
+def test_keys_and_values_of_the_pass_are_stored_where_the_batch_says_and_nowhere_else(
+    contexts: list[int], queries: list[int], causal: bool, in_triton: bool, device: torch.device
+) -> None:
+    given = written_beyond(inputs(contexts, queries, device if in_triton else torch.device("cpu"), causal=causal))
+    plain = inputs(contexts, queries, given.query.device, causal=causal)
+    attend = run if in_triton else attend_without_a_kernel
+    assert torch.equal(attend(given), attend(plain))
+    for cache, before, new in (
+        (given.key_cache, plain.key_cache, given.key),
+        (given.value_cache, plain.value_cache, given.value),
+    ):
+        before.flatten(0, 1)[given.batch.written] = new
+        assert torch.equal(cache.nan_to_num(7), before.nan_to_num(7))
 
 
 @pytest.mark.parametrize("layout", ["NHD", "HND", "NHD, layers between", "HND, layers between"])

@@ -131,11 +131,12 @@ def test_states_of_a_pool_are_read_and_written_where_they_lie(
     query_lens = None if lens is None else torch.tensor(lens, device=device)
     rows = slots if isinstance(slots, slice) else torch.tensor(slots, device=device)
     expected = block_scan_reference(u, delta, conv_pool[rows], ssm_pool[rows], weights, query_lens)
-    for advance in (False, True):
+    new_conv = torch.full_like(conv, torch.nan)
+    for kept in (None, new_conv):
         assert torch.equal(conv_pool, before[0]) and torch.equal(ssm_pool, before[1])
-        y = pool_scan(u, delta, conv_pool, ssm_pool, rows, weights, query_lens, advance=advance)
+        y = pool_scan(u, delta, conv_pool, ssm_pool, rows, weights, query_lens, kept)
         assert_same_scan((y, *expected[1:]), expected, [u.shape[1]] * 3 if lens is None else lens)
-    assert torch.equal(conv_pool[rows], expected[1])
+    assert torch.equal(new_conv, expected[1])
     assert_close(ssm_pool[rows], expected[2])
     others = [slot for slot in range(6) if slot not in ([1, 2, 3] if isinstance(slots, slice) else slots)]
     assert torch.equal(conv_pool[others], before[0][others]) and torch.equal(ssm_pool[others], before[1][others])

@@ -172,7 +172,7 @@ class BlockDrafter:
         """Seeds and positions of noise, on the denoiser's device."""
         device = self.towers.denoiser.device
         starts, seeds = moved(starts, device), moved(seeds, device)
-        if self.noise == "private":  # no two rounds of a request draw the same
+        if self.noise == "private" and not self.picker.sampler.greedy:  # no two rounds of a request draw the same
             starts, seeds = starts * MOST_OFFSETS, seeds ^ PRIVATE_SEED
         return seeds, starts
 

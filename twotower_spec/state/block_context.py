@@ -238,7 +238,7 @@ class PooledStates(BlockStates):
 
     def scan(self, slot: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """See `BlockStates.scan`."""
-        return self.mamba.scan(slot, self.slots, u, delta, weights, advance=False)
+        return self.mamba.scan(slot, self.slots, u, delta, weights)
 
 
 def states_for_block(mamba: MambaState, slots: Slots) -> BlockStates:

@@ -359,6 +359,7 @@ class ContextState:
         elif logits == "none":
             positions = flat.new_empty(0)
         out = tower(flat.view(shape), step, positions=positions)
+        step.finish()
         if not provisional:
             for request_id, entry in zip(ids, entries, strict=True):
                 entry.history.extend(tokens[request_id])

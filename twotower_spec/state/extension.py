@@ -12,7 +12,7 @@ from torch import Tensor
 from twotower_kernels.block_attention import attention, causal_mask, ragged_attention, reads_pages
 from twotower_kernels.block_scan import ScanWeights, replay_scan
 from twotower_spec.state.kv_cache import PagedKVCache, SeparateKeys
-from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.state.mamba_state import MambaAdvance, MambaState
 from twotower_spec.state.paged_keys import PagedKeys
 from twotower_spec.state.transfer import to_device
 
@@ -82,11 +82,11 @@ class RaggedLayout:
 
     def last_positions(self, device: torch.device) -> Tensor:
         """Flat index of the last token of every request."""
-        return to_device(list(accumulate(self.query_lens)), device) - 1
+        return to_device([stop - 1 for stop in accumulate(self.query_lens)], device)
 
 
 class ViewedKeys:
-    """Keys of a causal pass for PyTorch: views of the cache, into which the pass has written its own keys."""
+    """Keys of a causal pass for PyTorch: views of the cache, into which the pass writes its own keys first."""
 
     def __init__(
         self,
@@ -94,9 +94,10 @@ class ViewedKeys:
         page_lists: list[list[int]],
         prefix_lens: Sequence[int],
         query_lens: Sequence[int],
+        written: Tensor,
     ) -> None:
-        """Looks at requests that have `prefix_lens` tokens in the cache and bring `query_lens`."""
-        self._cache, self._query_lens = cache, query_lens
+        """Looks at requests that have `prefix_lens` tokens in the cache and bring `query_lens`; `written` as below."""
+        self._cache, self._query_lens, self._written = cache, query_lens, written
         key_lens = [p + q for p, q in zip(prefix_lens, query_lens, strict=True)]
         self._masks = self._causal_masks(prefix_lens) if max(query_lens) > 1 else None
         self._span = None
@@ -116,7 +117,8 @@ class ViewedKeys:
         return [whole[:length, longest - prefix : longest + length] for prefix, length in lens]
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attends as `PagedKeys.attend`; the pass's own keys are read from the cache, not from `key` and `value`."""
+        """Attends as `PagedKeys.attend`."""
+        self._cache.write(slot, self._written, key.flatten(0, 1), value.flatten(0, 1))
         if self._span is not None:
             keys, values = self._span.take(self._cache.keys[slot]), self._span.take(self._cache.values[slot])
             return attention(query, keys, values, None if self._masks is None else self._masks[0][None])
@@ -155,6 +157,10 @@ class ExtensionPass:
         device = self.mamba.conv.device
         query_lens = self.layout.query_lens
         self._slots = [self.mamba.index([self.slots[r] for r in group.requests]) for group in self.layout.groups]
+        self._states = [
+            MambaAdvance(self.mamba, slots, len(group.requests))
+            for group, slots in zip(self.layout.groups, self._slots, strict=True)
+        ]
         index: list[int] = []
         for pages, start, length in zip(self.page_lists, self.prefix_lens, query_lens, strict=True):
             index.extend(self.kv_cache.token_index(pages, start, start + length))
@@ -162,25 +168,31 @@ class ExtensionPass:
         self._keys: PagedKeys | ViewedKeys
         cache = self.kv_cache
         if cache.pages.keys and reads_pages(cache.keys):
-            self._keys = PagedKeys.of(cache.pages, self.page_lists, self.prefix_lens, query_lens, causal=True)
+            self._keys = PagedKeys.of(cache.pages, self.page_lists, self.prefix_lens, query_lens, True, self.written)
         else:
-            self._keys = ViewedKeys(cache, self.page_lists, self.prefix_lens, query_lens)
+            self._keys = ViewedKeys(cache, self.page_lists, self.prefix_lens, query_lens, self.written)
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
         slot, outputs = self.layer_slot[layer], []
-        for group, slots in zip(self.layout.groups, self._slots, strict=True):
+        for group, slots, states in zip(self.layout.groups, self._slots, self._states, strict=True):
             inputs = group.unpack(u), group.unpack(delta)
             if self.provisional:
                 self.kept.setdefault(layer, []).append((*inputs, weights))
-            outputs.append(self.mamba.scan(slot, slots, *inputs, weights, group.lens, advance=not self.provisional))
+                outputs.append(self.mamba.scan(slot, slots, *inputs, weights, group.lens))
+            else:
+                outputs.append(states.scan(slot, *inputs, weights, group.lens))
         return self.layout.pack(outputs)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
-        slot = self.layer_slot[layer]
-        self.kv_cache.write(slot, self.written, key.flatten(0, 1), value.flatten(0, 1))
-        return self._keys.attend(slot, query, key, value)
+        return self._keys.attend(self.layer_slot[layer], query, key, value)
+
+    def finish(self) -> None:
+        """Writes what the layers have left to the pass's end."""
+        if not self.provisional:
+            for states in self._states:
+                states.finish()
 
     def replay(self, num_accepted: Sequence[int]) -> None:
         """Advances the Mamba states by the first tokens of a provisional pass, without the layers' matrix products."""

@@ -44,12 +44,35 @@ class MambaState:
         delta: Tensor,
         weights: ScanWeights,
         query_lens: Tensor | None = None,
-        advance: bool = True,
+        new_conv: Tensor | None = None,
     ) -> Tensor:
         """Runs a Mamba layer, counted among its kind, over blocks from the states of some slots; see `pool_scan`."""
-        return pool_scan(u, delta, self.conv[layer], self.ssm[layer], slots, weights, query_lens, advance)
+        return pool_scan(u, delta, self.conv[layer], self.ssm[layer], slots, weights, query_lens, new_conv)
 
     def reset(self, slot: int) -> None:
         """The state at the start of a sequence."""
         self.conv[:, slot] = 0
         self.ssm[:, slot] = 0
+
+
+class MambaAdvance:
+    """A pass that takes the states of some slots on. SSM states are written by its scans, where they lie.
+
+    Convolution histories, which all programs of a scan read, are written at its end: all layers at once.
+    """
+
+    def __init__(self, mamba: MambaState, slots: Slots, num_reqs: int) -> None:
+        """Begins a pass; `slots` are those of `num_reqs` requests."""
+        self._mamba, self._slots = mamba, slots
+        num_layers, _, *history = mamba.conv.shape
+        self._new_conv = mamba.conv.new_empty(num_layers, num_reqs, *history)
+
+    def scan(
+        self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights, query_lens: Tensor | None = None
+    ) -> Tensor:
+        """Runs a Mamba layer, counted among its kind, over new tokens; see `pool_scan`."""
+        return self._mamba.scan(layer, self._slots, u, delta, weights, query_lens, self._new_conv[layer])
+
+    def finish(self) -> None:
+        """Writes the histories, once every Mamba layer has run."""
+        self._mamba.conv[:, self._slots] = self._new_conv

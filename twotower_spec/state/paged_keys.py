@@ -91,8 +91,9 @@ class PagedKeys:
         context_lens: Sequence[int],
         query_lens: Sequence[int],
         causal: bool,
+        written: Tensor | None = None,
     ) -> PagedKeys:
-        """Puts on the device, in one transfer, where the contexts are."""
+        """Puts on the device, in one transfer, where the contexts are; `causal` and `written` as in `PagedBatch`."""
         counts = [-(-length // pages.page_size) for length in context_lens]
         width = max(1, *counts)
         rows = [own[:count] + [0] * (width - count) for own, count in zip(page_lists, counts, strict=True)]
@@ -102,11 +103,17 @@ class PagedKeys:
         sizes = [num_reqs, num_reqs + 1, num_reqs * width]
         lens, start_loc, table = moved(numbers, pages.keys[0].device).split(sizes)
         table = table.view(num_reqs, width)
-        return cls(pages, PagedBatch(table, lens, start_loc, max(query_lens), causal))
+        return cls(pages, PagedBatch(table, lens, start_loc, max(query_lens), causal, written))
 
     @classmethod
     def in_table(
-        cls, pages: LayerPages, block_table: Tensor, context_lens: Tensor, query_len: int, causal: bool
+        cls,
+        pages: LayerPages,
+        block_table: Tensor,
+        context_lens: Tensor,
+        query_len: int,
+        causal: bool,
+        written: Tensor | None = None,
     ) -> PagedKeys:
         """Looks at requests that bring equally many tokens each.
 
@@ -115,11 +122,11 @@ class PagedKeys:
             block_table: int32 [num_reqs, max_pages], 0 beyond a request's own pages.
             context_lens: int32 [num_reqs], tokens of context.
             query_len: tokens of the pass per request.
-            causal: as in `PagedBatch`.
+            causal, written: as in `PagedBatch`.
         """
         num_reqs = len(context_lens)
         starts = torch.arange(0, (num_reqs + 1) * query_len, query_len, dtype=torch.int32, device=context_lens.device)
-        return cls(pages, PagedBatch(block_table, context_lens, starts, query_len, causal))
+        return cls(pages, PagedBatch(block_table, context_lens, starts, query_len, causal, written))
 
     def select(self, rows: Tensor) -> PagedKeys:
         """The same for some of the requests, if all bring equally many tokens."""
@@ -132,7 +139,10 @@ class PagedKeys:
         return replace(self, batch=batch)
 
     def attend(self, slot: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attends to the contexts and to the pass's own keys; `slot` counts attention layers. See `Prefix.attend`."""
+        """Attends to the contexts and to the pass's own keys, which it stores where the batch says.
+
+        `slot` counts attention layers. See `Prefix.attend`.
+        """
         attended = paged_attention(
             query.flatten(0, 1),
             key.flatten(0, 1),

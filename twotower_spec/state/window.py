@@ -16,8 +16,7 @@ from twotower_spec.config import accumulation_dtype
 from twotower_spec.state.block_context import BlockContext, states_for_block
 from twotower_spec.state.context_state import ContextState, RequestId
 from twotower_spec.state.graphs import MOST_CAPTURED_TOKENS, PassGraphs, fill_rows, padded_count, padded_counts
-from twotower_spec.state.kv_cache import PagedKVCache
-from twotower_spec.state.mamba_state import MambaState
+from twotower_spec.state.mamba_state import MambaAdvance
 from twotower_spec.state.paged_keys import PagedKeys
 from twotower_spec.state.transfer import moved, to_device
 from twotower_spec.towers import ContextTower
@@ -247,10 +246,12 @@ class ContextWindows:
     def _run(self, tower: ContextTower, inputs: WindowInputs) -> Tensor:
         """The pass itself, which looks at nothing but its inputs and the pool."""
         cache, num_new, before, written = self.state.kv_cache, inputs.num_new, inputs.before, self._written(inputs)
-        keys = PagedKeys.in_table(cache.pages, inputs.block_table, before.int(), self.width, causal=True)
-        step = WindowPass(self.state.layer_slot, self.state.mamba, cache, inputs.slots, num_new, written, keys)
+        keys = PagedKeys.in_table(cache.pages, inputs.block_table, before.int(), self.width, True, written)
+        states = MambaAdvance(self.state.mamba, inputs.slots, len(num_new))
+        step = WindowPass(self.state.layer_slot, states, num_new, keys)
         first = torch.arange(0, len(num_new) * self.width, self.width, device=self.device)
         logits: Tensor = tower(inputs.token_ids, step, positions=first + (num_new - 1).clamp(min=0))
+        states.finish()
         return logits
 
     def _written(self, inputs: WindowInputs) -> Tensor:
@@ -282,26 +283,20 @@ class WindowPass:
     """The `Prefix` of a context pass over windows, [num_reqs, width, ...].
 
     Attributes:
-        slots: int64 [num_reqs], of the Mamba states.
+        states: of the Mamba layers.
         num_new: int64 [num_reqs], tokens that count.
-        written: int64 [num_reqs * width], where each token's key goes.
         keys: of the contexts before the pass.
     """
 
     layer_slot: Sequence[int]
-    mamba: MambaState
-    kv_cache: PagedKVCache
-    slots: Tensor
+    states: MambaAdvance
     num_new: Tensor
-    written: Tensor
     keys: PagedKeys
 
     def scan(self, layer: int, u: Tensor, delta: Tensor, weights: ScanWeights) -> Tensor:
         """Runs a Mamba layer over the new tokens and advances its state; see `Prefix.scan`."""
-        return self.mamba.scan(self.layer_slot[layer], self.slots, u, delta, weights, self.num_new)
+        return self.states.scan(self.layer_slot[layer], u, delta, weights, self.num_new)
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Appends the new keys and attends causally; see `Prefix.attend`."""
-        slot = self.layer_slot[layer]
-        self.kv_cache.write(slot, self.written, key.flatten(0, 1), value.flatten(0, 1))
-        return self.keys.attend(slot, query, key, value)
+        return self.keys.attend(self.layer_slot[layer], query, key, value)

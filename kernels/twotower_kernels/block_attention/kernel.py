@@ -52,7 +52,7 @@ def _absorb(
 @triton.jit(
     do_not_specialize=["table_stride", "num_tokens", "num_parts"],
     # These may be parts of one tensor, at any offset.
-    do_not_specialize_on_alignment=["block_table", "context_lens", "query_start_loc"],
+    do_not_specialize_on_alignment=["block_table", "context_lens", "query_start_loc", "written"],
 )
 def attend_kernel(
     query,  # [num_tokens, kv_heads * GROUP, HEAD_DIM]
@@ -63,6 +63,7 @@ def attend_kernel(
     block_table,  # int32 [num_reqs, max_pages]
     context_lens,  # int32 [num_reqs]
     query_start_loc,  # int32 [num_reqs + 1]
+    written,  # int64 [num_tokens], where keys and values go in the caches; None leaves these as they are
     out,  # [num_tokens, kv_heads * GROUP, HEAD_DIM]; with SPLIT float32, num_parts of them
     log_totals,  # float32 [num_parts, num_tokens, kv_heads * GROUP], to the base 2; None without SPLIT
     scale,  # of the scores, log2(e) included
@@ -130,6 +131,24 @@ def attend_kernel(
     pages = block_table + request * table_stride
     key_cache += kv_head * key_cache_head_stride
     value_cache += kv_head * value_cache_head_stride
+    key += first_token.to(tl.int64) * key_token_stride + kv_head * key_head_stride
+    value += first_token.to(tl.int64) * value_token_stride + kv_head * value_head_stride
+    if written is not None:  # noqa: SIM102 - decided when the kernel is compiled, unlike the next one
+        # No program of this launch reads what one writes: contexts end before it.
+        if (first_row == 0) & (part == 0):
+            for first in range(0, num_queries, BLOCK_KEYS):
+                position = first + tl.arange(0, BLOCK_KEYS)
+                inside = (position < num_queries)[:, None] & (dim < HEAD_DIM)
+                at = tl.load(written + first_token + position, mask=position < num_queries, other=0)
+                page, in_page = at // PAGE_SIZE, at % PAGE_SIZE
+                keys = tl.load(key + position.to(tl.int64)[:, None] * key_token_stride + dim, mask=inside, other=0.0)
+                key_rows = key_cache + page * key_cache_page_stride + in_page * key_cache_token_stride
+                tl.store(key_rows[:, None] + dim, keys, mask=inside)
+                values = tl.load(
+                    value + position.to(tl.int64)[:, None] * value_token_stride + dim, mask=inside, other=0.0
+                )
+                value_rows = value_cache + page * value_cache_page_stride + in_page * value_cache_token_stride
+                tl.store(value_rows[:, None] + dim, values, mask=inside)
     context_stop = tl.minimum(stop, context_len)
     for first in range(start, context_stop, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -143,8 +162,6 @@ def attend_kernel(
             queries, key_rows, value_rows, inside, allowed, dim, scale, weighted, best, total, PRECISION
         )
 
-    key += first_token.to(tl.int64) * key_token_stride + kv_head * key_head_stride
-    value += first_token.to(tl.int64) * value_token_stride + kv_head * value_head_stride
     own_stop = stop - context_len
     for first in range(tl.maximum(start - context_len, 0), own_stop, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -238,6 +255,7 @@ def launch_paged_attention(
         batch.block_table,
         batch.context_lens,
         batch.query_start_loc,
+        batch.written,
         averages,
         log_totals,
         math.log2(math.e) / math.sqrt(head_dim),

@@ -110,7 +110,8 @@ def paged_attention(
             contiguous.
         key, value: [num_tokens, kv_heads, head_dim], of the pass itself; query head j reads kv head
             j // (heads / kv_heads).
-        key_cache, value_cache: [num_pages, page_size, kv_heads, head_dim].
+        key_cache, value_cache: [num_pages, page_size, kv_heads, head_dim]; `key` and `value` are stored in them where
+            `batch.written` says.
         batch: whose tokens and pages these are.
 
     Returns:
@@ -124,6 +125,9 @@ def paged_attention(
         from twotower_kernels.block_attention.kernel import launch_paged_attention
 
         return launch_paged_attention(query, key, value, key_cache, value_cache, batch)
+    if batch.written is not None:
+        places = batch.written // key_cache.shape[1], batch.written % key_cache.shape[1]
+        key_cache[places], value_cache[places] = key, value
     by_views = query.shape[0] != len(batch.context_lens) * batch.max_query_len
     attend = _paged_attention_on_views if by_views else _paged_attention_padded
     return attend(query, key, value, key_cache, value_cache, batch)
@@ -206,3 +210,6 @@ def _check_paged(
         raise ValueError(f"dtypes and strides of head_dim are {seen}; give one dtype and stride 1")
     if any(x.dtype != torch.int32 for x in (block_table, context_lens, query_start_loc)):
         raise ValueError("block_table, context_lens or query_start_loc is not int32; give int32")
+    written = batch.written
+    if written is not None and (written.shape != (num_tokens,) or written.dtype != torch.int64):
+        raise ValueError(f"written is {written.dtype} {list(written.shape)}; give torch.int64 [{num_tokens}]")

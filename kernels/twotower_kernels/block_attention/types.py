@@ -17,6 +17,8 @@ class PagedBatch:
         query_start_loc: int32 [num_reqs + 1], first token of each request in the pass, leading 0 included.
         max_query_len: most tokens that a request has in the pass, or more.
         causal: a query sees its own and earlier keys of the pass; otherwise all of its request's.
+        written: int64 [num_tokens], index in the cache, page by page, at which each token's key and value are stored,
+            beyond all contexts of the pass; None stores nothing.
     """
 
     block_table: Tensor
@@ -24,3 +26,4 @@ class PagedBatch:
     query_start_loc: Tensor
     max_query_len: int
     causal: bool
+    written: Tensor | None = None

@@ -74,6 +74,7 @@ def _attend(
     signature |= {"log_totals": "*fp32"} if split else {}
     aligned = (*signature, *strides)
     signature |= dict.fromkeys(("block_table", "context_lens", "query_start_loc"), "*i32")
+    signature |= {"written": "*i64"} if causal else {}  # by passes of the context tower
     signature |= {"scale": "fp32"} | dict.fromkeys([*strides, "table_stride", "num_tokens", "num_parts"], "i32")
     return Variant(
         f"{name}[{dtype} {queries}x{group}x{head_dim}{' split' * split}{' causal' * causal}]",
@@ -81,6 +82,7 @@ def _attend(
         signature,
         chosen
         | ({} if split else {"log_totals": None})
+        | ({} if causal else {"written": None})
         | {"GROUP": group, "HEAD_DIM": head_dim, "PAGE_SIZE": 16, "CAUSAL": causal, "SPLIT": split}
         | {"PRECISION": precision_of(torch_dtype), "BLOCK_DIM": triton.next_power_of_2(head_dim)},
         num_warps,

@@ -231,17 +231,16 @@ def launch_pool_scan(
     slots: Tensor | None,
     weights: ScanWeights,
     query_lens: Tensor | None,
-    advance: bool,
+    new_conv: Tensor | None,
 ) -> Tensor:
     """Output of `pool_scan`; SSM states are read, and written, where they lie. Without `slots` all rows are meant."""
     u, delta = (t if t.stride(-1) == 1 else t.contiguous() for t in (u, delta))
     y = _room_for_output(u, ssm_pool)
-    new_conv = u.new_empty(len(u), *conv_pool.shape[1:]) if advance else None
     for first in range(0, u.shape[1], MOST_TOKENS):
-        new_ssm = ssm_pool if advance else None
-        _launch(u, delta, conv_pool, ssm_pool, weights, query_lens, slots, y, new_conv, new_ssm, first)
-        if new_conv is not None:  # all heads of a group read inputs that one of them would overwrite
+        if first and new_conv is not None:  # where the next launch reads them; all heads of a group did in the last
             conv_pool[slice(None) if slots is None else slots] = new_conv
+        new_ssm = None if new_conv is None else ssm_pool
+        _launch(u, delta, conv_pool, ssm_pool, weights, query_lens, slots, y, new_conv, new_ssm, first)
     return y
 
 

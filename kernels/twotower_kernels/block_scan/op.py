@@ -75,9 +75,9 @@ def pool_scan(
     slots: Tensor | slice,
     weights: ScanWeights,
     query_lens: Tensor | None = None,
-    advance: bool = True,
+    new_conv: Tensor | None = None,
 ) -> Tensor:
-    """Runs a block of tokens from states of a pool, and lets these states be those after it.
+    """Runs a block of tokens from states of a pool, and lets SSM states be those after it.
 
     On CUDA up to `LONG_SCAN` tokens are scanned where the states lie, and no copy of a state is made.
 
@@ -86,30 +86,32 @@ def pool_scan(
         conv_pool: [num_slots, taps - 1, channels], raw inputs of the convolution before the block.
         ssm_pool: [num_slots, heads, head_dim, state_size], float32 (float64 for float64 models).
         slots: int64 [num_reqs], or a slice, of the requests; each is named once, but for one that nobody reads.
-        advance: whether the states are overwritten; False leaves the pool as it is.
+        new_conv: [num_reqs, taps - 1, channels], contiguous; becomes the raw inputs up to the last valid token of each
+            row, for the caller to move to the pool. None leaves SSM states as they are, too.
 
     Returns:
         Output as `block_scan`.
     """
-    if _has_kernel(u, delta, conv_pool, ssm_pool, weights) and _fits_in_place(u, conv_pool, ssm_pool, advance):
+    if _has_kernel(u, delta, conv_pool, ssm_pool, weights) and _fits_in_place(u, conv_pool, ssm_pool, new_conv):
         from twotower_kernels.block_scan.kernel import launch_pool_scan
 
         rows = None if isinstance(slots, slice) else slots
         pools = (conv_pool[slots], ssm_pool[slots]) if isinstance(slots, slice) else (conv_pool, ssm_pool)
-        return launch_pool_scan(u, delta, *pools, rows, weights, query_lens, advance)
-    y, new_conv, new_ssm = block_scan(
-        u, delta, conv_pool[slots], ssm_pool[slots], weights, query_lens, return_state=advance
+        return launch_pool_scan(u, delta, *pools, rows, weights, query_lens, new_conv)
+    y, last_conv, new_ssm = block_scan(
+        u, delta, conv_pool[slots], ssm_pool[slots], weights, query_lens, return_state=new_conv is not None
     )
-    if new_conv is not None and new_ssm is not None:
-        conv_pool[slots], ssm_pool[slots] = new_conv, new_ssm
+    if new_conv is not None and last_conv is not None and new_ssm is not None:
+        ssm_pool[slots] = new_ssm
+        new_conv.copy_(last_conv)
     return y
 
 
-def _fits_in_place(u: Tensor, conv_pool: Tensor, ssm_pool: Tensor, advance: bool) -> bool:
+def _fits_in_place(u: Tensor, conv_pool: Tensor, ssm_pool: Tensor, new_conv: Tensor | None) -> bool:
     """Whether the kernel can read a pool as it is; beyond one launch it also writes the states in between."""
     from twotower_kernels.block_scan.kernel import MOST_TOKENS
 
-    most = LONG_SCAN - 1 if advance else MOST_TOKENS
+    most = MOST_TOKENS if new_conv is None else LONG_SCAN - 1
     in_order = conv_pool.stride(-1) == 1 and ssm_pool[:1].is_contiguous()
     return u.shape[1] <= most and conv_pool.dtype == u.dtype and in_order
 

@@ -41,18 +41,17 @@ class ScheduleLoop(DenoisingLoop):
         for index in range(self.block_size if first < wanted else 0):
             masked = token_ids == self.picker.mask_token_id
             masked[:, :first] = False  # a first token that is the mask token itself
-            num_masked = masked.sum(-1)
-            masked[:, wanted:] = False
+            num_masked = masked.sum(-1) if index else self.block_size - first  # at first the host knows
+            if wanted < self.block_size:
+                masked[:, wanted:] = False
             is_open = masked.any(-1)
             step = DenoisingStep(index, rows, masked, confidence)
             if index:
                 words.append(HostCopy(is_open.any()))
                 if _all_done(words):
                     break
-                done = self._step(request, step, token_ids, num_masked, None)
-            else:  # every row is masked alike, which the host knows
-                positions = self._first_positions(len(token_ids), first, wanted)
-                done = self._step(request, step, token_ids, self.block_size - first, positions)
+            positions = None if index else self._first_positions(len(token_ids), first, wanted)
+            done = self._step(request, step, token_ids, num_masked, positions)
             num_passes += is_open
             token_ids, confidence = done.token_ids, done.confidence
             if rule.finishes(index, self.block_size):
@@ -75,9 +74,8 @@ class ScheduleLoop(DenoisingLoop):
 
     def _first_positions(self, num_reqs: int, first: int, wanted: int) -> Tensor:
         """Flat indices of the masked positions of fresh blocks."""
-        device = self.denoiser.device
-        starts = torch.arange(0, num_reqs * self.block_size, self.block_size, device=device)
-        return (starts[:, None] + torch.arange(first, wanted, device=device)).flatten()
+        flat = torch.arange(num_reqs * self.block_size, device=self.denoiser.device)
+        return flat.view(num_reqs, self.block_size)[:, first:wanted].flatten()
 
 
 def _all_done(words: Sequence[HostCopy]) -> bool:
