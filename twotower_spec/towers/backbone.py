@@ -166,6 +166,7 @@ class Backbone(nn.Module):
         for i, layer in enumerate(layers[mixing:], mixing):
             x, branch = layer(x, branch, prefix, rows[3 * i : 3 * i + 3])
         _, h = read_stream(rms_norm, x, branch, rows[-1], self.norm_f, self.eps, x.dtype)
+        del x, branch  # logits are the largest tensor of a pass; nothing else needs to be held beside them
         logits = linear(h.flatten(0, 1).to(self.dtype), self.head)
         return logits.to(accumulation_dtype(self.dtype)) if wide_logits else logits
 

@@ -131,24 +131,6 @@ def attend_kernel(
     pages = block_table + request * table_stride
     key_cache += kv_head * key_cache_head_stride
     value_cache += kv_head * value_cache_head_stride
-    key += first_token.to(tl.int64) * key_token_stride + kv_head * key_head_stride
-    value += first_token.to(tl.int64) * value_token_stride + kv_head * value_head_stride
-    if written is not None:  # noqa: SIM102 - decided when the kernel is compiled, unlike the next one
-        # No program of this launch reads what one writes: contexts end before it.
-        if (first_row == 0) & (part == 0):
-            for first in range(0, num_queries, BLOCK_KEYS):
-                position = first + tl.arange(0, BLOCK_KEYS)
-                inside = (position < num_queries)[:, None] & (dim < HEAD_DIM)
-                at = tl.load(written + first_token + position, mask=position < num_queries, other=0)
-                page, in_page = at // PAGE_SIZE, at % PAGE_SIZE
-                keys = tl.load(key + position.to(tl.int64)[:, None] * key_token_stride + dim, mask=inside, other=0.0)
-                key_rows = key_cache + page * key_cache_page_stride + in_page * key_cache_token_stride
-                tl.store(key_rows[:, None] + dim, keys, mask=inside)
-                values = tl.load(
-                    value + position.to(tl.int64)[:, None] * value_token_stride + dim, mask=inside, other=0.0
-                )
-                value_rows = value_cache + page * value_cache_page_stride + in_page * value_cache_token_stride
-                tl.store(value_rows[:, None] + dim, values, mask=inside)
     context_stop = tl.minimum(stop, context_len)
     for first in range(start, context_stop, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -162,6 +144,8 @@ def attend_kernel(
             queries, key_rows, value_rows, inside, allowed, dim, scale, weighted, best, total, PRECISION
         )
 
+    key += first_token.to(tl.int64) * key_token_stride + kv_head * key_head_stride
+    value += first_token.to(tl.int64) * value_token_stride + kv_head * value_head_stride
     own_stop = stop - context_len
     for first in range(tl.maximum(start - context_len, 0), own_stop, BLOCK_KEYS):
         position = first + tl.arange(0, BLOCK_KEYS)
@@ -183,6 +167,22 @@ def attend_kernel(
         # A part without keys has no average; the second kernel skips it.
         wanted = wanted & (query_index < tl.where(start < stop, num_queries, 0))[:, None]
     tl.store(out + place[:, None] * HEAD_DIM + dim, averaged.to(out.dtype.element_ty), mask=wanted)
+    if written is not None:  # noqa: SIM102 - decided when the kernel is compiled, unlike the next one
+        # No program of this launch reads what one writes: contexts end before it.
+        if (first_row == 0) & (part == 0):
+            for first in range(0, num_queries, BLOCK_KEYS):
+                position = first + tl.arange(0, BLOCK_KEYS)
+                inside = (position < num_queries)[:, None] & (dim < HEAD_DIM)
+                at = tl.load(written + first_token + position, mask=position < num_queries, other=0)
+                page, in_page = at // PAGE_SIZE, at % PAGE_SIZE
+                keys = tl.load(key + position.to(tl.int64)[:, None] * key_token_stride + dim, mask=inside, other=0.0)
+                key_rows = key_cache + page * key_cache_page_stride + in_page * key_cache_token_stride
+                tl.store(key_rows[:, None] + dim, keys, mask=inside)
+                values = tl.load(
+                    value + position.to(tl.int64)[:, None] * value_token_stride + dim, mask=inside, other=0.0
+                )
+                value_rows = value_cache + page * value_cache_page_stride + in_page * value_cache_token_stride
+                tl.store(value_rows[:, None] + dim, values, mask=inside)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_parts"])
