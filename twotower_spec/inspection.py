@@ -168,15 +168,19 @@ def compare_with_verifier(drafter: str | Path, verifier: str | Path, *, revision
         ArgumentError: a tokenizer is missing or cannot be read.
     """
     drafter_rows = TwoTowerConfig.from_pretrained(drafter, revision).vocab_size
-    verifier_rows = _vocab_size(verifier)
+    verifier_rows = num_token_ids(verifier)
     vocabulary = compare_vocabularies(
         _tokenizer_of(verifier), _tokenizer_of(drafter, revision), verifier_rows, drafter_rows
     )
     return VerifierMatch(drafter_rows, verifier_rows, vocabulary)
 
 
-def _vocab_size(verifier: str | Path) -> int:
-    """Rows of the embedding table by config.json; models of several parts keep them in a part's own section."""
+def num_token_ids(verifier: str | Path) -> int:
+    """Rows of the embedding table by config.json; models of several parts keep them in a part's own section.
+
+    Raises:
+        CheckpointError: the model cannot be found, or its config.json does not say it.
+    """
     directory = resolve_checkpoint(verifier, files=["config.json"])
     try:
         raw = read_config(directory)

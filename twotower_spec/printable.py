@@ -38,3 +38,15 @@ def as_message(text: str) -> str:
         items = [*items[: MOST_LINES - 1], f"... {len(items) - MOST_LINES + 1} more"]
     # First, so that no whole file is made printable; then, because escapes are longer than what they show.
     return LIST_ITEM.join(shortened(printable(shortened(line))) for line in (first, *items))
+
+
+def byte_text(count: int | None) -> str:
+    """Bytes in the largest unit that leaves them above 1; "?" for a number that is not known."""
+    if count is None:
+        return "?"
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

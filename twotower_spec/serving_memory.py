@@ -199,7 +199,13 @@ def _drafter_lines(
             "drafter",
             "mirror",
             "states, keys and values once more, for a denoiser on a device of its own",
-            state * num_requests + keys * num_held,
+            state * num_requests + keys * (num_held + DEFAULT_PAGE_SIZE),
+        ),
+        MemoryLine(
+            "drafter",
+            "scratch",
+            f"a state, and keys of {DEFAULT_PAGE_SIZE} tokens, for passes of fixed shape: on CUDA and on runner V2",
+            state + keys * DEFAULT_PAGE_SIZE,
         ),
     ]
     return [line for line in lines if line.num_bytes]

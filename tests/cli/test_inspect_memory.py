@@ -15,7 +15,8 @@ from twotower_bench.drafter_size import PUBLISHED_SIZE
 from twotower_spec import TwoTowerModel
 from twotower_spec.config import TwoTowerConfig
 from twotower_spec.demo.trio import trio_path
-from twotower_spec.drafting import DraftingSession, FixedPolicy
+from twotower_spec.drafting import AsyncSession, DraftingSession, FixedPolicy
+from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
 
 GIB, MIB = 2**30, 2**20
 TWO_TOWER, VERIFIER = trio_path("twotower"), trio_path("verifier")
@@ -123,10 +124,15 @@ def test_the_drafter_takes_what_it_says_it_holds(command: Command) -> None:
     held = session.memory()
     assert found["context tower"]["total"] == held.context_tower_bytes
     assert found["denoiser tower"]["total"] == held.denoiser_tower_bytes
-    assert found["mirror"]["total"] == found["Mamba states"]["total"] + found["keys and values"]["total"]
+    page = DEFAULT_PAGE_SIZE * found["keys and values"]["num_bytes"]
+    assert found["mirror"]["total"] == found["Mamba states"]["total"] + found["keys and values"]["total"] + page
     pool = sum(found[name]["total"] for name in ("Mamba states", "keys and values", "last logits"))
     assert pool == held.state_bytes
     assert found["copied keys"]["total"] == session.state.workspace_nbytes > 0
+    with_scratch = AsyncSession(
+        model, FixedPolicy(block_size=16, num_steps=1), num_slots=3, num_tokens=300, most_per_step=8
+    )
+    assert pool + found["scratch"]["total"] == with_scratch.memory().state_bytes
 
 
 def test_the_pool_is_that_of_the_knobs_defaults(command: Command) -> None:

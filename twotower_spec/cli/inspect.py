@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from twotower_spec.cli.serving_memory import byte_text, show_serving_memory
+from twotower_spec.cli.serving_memory import show_serving_memory
 from twotower_spec.config import check_integer
 from twotower_spec.errors import ArgumentError
 from twotower_spec.inspection import (
@@ -21,6 +21,7 @@ from twotower_spec.inspection import (
     compare_with_verifier,
     inspect_checkpoint,
 )
+from twotower_spec.printable import byte_text
 from twotower_spec.serving_memory import serving_memory
 from twotower_spec.terminal import Terminal
 

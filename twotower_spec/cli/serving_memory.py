@@ -6,6 +6,7 @@ from typing import get_args
 
 from rich.table import Table
 
+from twotower_spec.printable import byte_text
 from twotower_spec.serving_memory import Holder, MemoryLine, ServingMemory
 from twotower_spec.terminal import Terminal, styled
 
@@ -25,25 +26,14 @@ def show_serving_memory(memory: ServingMemory, console: Terminal) -> None:
         console.print(remark, soft_wrap=True, highlight=False)
 
 
-def byte_text(count: int | None) -> str:
-    """Bytes in the largest unit that leaves them above 1; "?" for a number that is not known."""
-    if count is None:
-        return "?"
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"
-
-
 def _each(line: MemoryLine) -> str:
     return f"{line.count} {line.per}s x {byte_text(line.num_bytes)}" if line.per else ""
 
 
 def _remarks(memory: ServingMemory) -> list[str]:
     remarks = [
-        "M: Mamba layers, *: attention layers; others keep nothing of a request. vLLM rounds states up to whole pages."
+        "M: Mamba layers, *: attention layers; others keep nothing of a request. vLLM rounds states up to whole pages.",
+        "CUDA graphs come on top: what the drafter's take stands in the log, when its warm-up has captured them",
     ]
     if memory.has_one_context_tower:
         remarks.append("T drafts for itself: its denoiser reads the verifier's state, there is one context tower")

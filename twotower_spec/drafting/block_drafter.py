@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from twotower_spec.config import accumulation_dtype
+from twotower_spec.config import DiffusionConfig, TwoTowerConfig, accumulation_dtype, check_integer
 from twotower_spec.drafting.draft_block import Noise
+from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.generation.denoising import (
     CommitRule,
     DenoisedBlocks,
@@ -33,6 +35,23 @@ FirstToken = Literal["context", "denoiser"]
 # Mixed into seeds, so that drafts never see the noise of the target; and more offsets than a block can have.
 PRIVATE_SEED = 0x5DEECE66D
 MOST_OFFSETS = 1 << 10
+
+
+def block_size_of(name_or_path: str | Path, revision: str | None = None) -> int:
+    """Block size that a checkpoint's config.json names, or the published one.
+
+    Raises:
+        TwoTowerError: config.json is refused, or the size is out of range.
+    """
+    config = TwoTowerConfig.from_pretrained(name_or_path, revision)
+    block_size: int | None = config.unknown_fields.get("block_size")
+    if block_size is None:
+        return DiffusionConfig().block_size
+    try:
+        check_integer("block_size", block_size, minimum=1, maximum=MOST_OFFSETS)
+    except ArgumentError as error:
+        raise CheckpointError(f"config.json of {name_or_path}: {error}, or name one in the twotower knobs") from error
+    return block_size
 
 
 class BlockDrafter:

@@ -24,7 +24,6 @@ SELF = "self"
 
 PolicyName = Literal["adaptive", "fixed", "threshold", "off"]
 
-DEFAULT_BLOCK_SIZE = 16
 SMALLEST_ADAPTIVE_BLOCK = 4
 
 

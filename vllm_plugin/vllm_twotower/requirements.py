@@ -9,14 +9,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import find_tokenizer
-from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_integer
+from twotower_spec.config import ARCHITECTURE, TwoTowerConfig
 from twotower_spec.drafting import shared_token_ids
-from twotower_spec.drafting.block_drafter import MOST_OFFSETS
+from twotower_spec.drafting.block_drafter import block_size_of
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
 from twotower_spec.towers.model import LEAST_CAPABILITY_OF_FLOAT8, usable_device
 from vllm_twotower import compat
-from vllm_twotower.config import DEFAULT_BLOCK_SIZE, FOUND, DrafterKnobs, FoundAtStart, knobs_in
+from vllm_twotower.config import FOUND, DrafterKnobs, FoundAtStart, knobs_in
 from vllm_twotower.hook_table import SPECULATORS, hooks_of
 from vllm_twotower.runner import VARIABLE, Wish, drafts_on_v2
 from vllm_twotower.sampling_parameters import check_logits_processors
@@ -75,7 +75,7 @@ def check_requirements(
     known = None if found is None else FoundAtStart(**found)
     block_size = knobs.block_size
     if block_size is None:
-        block_size = _block_size_of_checkpoint(knobs) if known is None else known.block_size
+        block_size = block_size_of(knobs.model, knobs.revision) if known is None else known.block_size
     if num_speculative_tokens is not None:
         knobs.check_num_speculative_tokens(num_speculative_tokens, block_size)
     if on_v2:
@@ -118,19 +118,6 @@ def chooses_v2(wish: Wish, parallel_config: Any, *, drafts_for_itself: bool) -> 
     if reason is not None:
         logger.info("TwoTower: drafting on vLLM's model runner V1: %s", reason)
     return reason is None
-
-
-def _block_size_of_checkpoint(knobs: DrafterKnobs) -> int:
-    """Block size in config.json, or the published one."""
-    config = TwoTowerConfig.from_pretrained(knobs.model, knobs.revision)
-    block_size: int | None = config.unknown_fields.get("block_size")
-    if block_size is None:
-        return DEFAULT_BLOCK_SIZE
-    try:
-        check_integer("block_size", block_size, minimum=1, maximum=MOST_OFFSETS)
-    except ArgumentError as error:
-        raise CheckpointError(f"config.json of {knobs.model}: {error}, or name one in the twotower knobs") from error
-    return block_size
 
 
 def _check_v2(parallel_config: Any) -> None:
