@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from twotower_spec.cli.demo import demo
+from twotower_spec.cli.doctor import doctor
 from twotower_spec.cli.generate import generate
 from twotower_spec.cli.inspect import inspect
 from twotower_spec.cli.lm_eval import SETTINGS as LM_EVAL_SETTINGS
@@ -38,7 +39,12 @@ def build_app() -> typer.Typer:
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    commands: dict[str, Callable[..., Any]] = {"demo": demo, "generate": generate, "inspect": inspect}
+    commands: dict[str, Callable[..., Any]] = {
+        "demo": demo,
+        "doctor": doctor,
+        "generate": generate,
+        "inspect": inspect,
+    }
     benchmarks: dict[str, Callable[..., Any]] = {}
     for entry in entry_points(group=COMMANDS_GROUP):
         if entry.name.startswith(BENCH_PREFIX):

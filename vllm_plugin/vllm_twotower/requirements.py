@@ -103,7 +103,17 @@ def check_requirements(
 
 
 def chooses_v2(wish: Wish, parallel_config: Any, *, drafts_for_itself: bool) -> bool:
-    """Whether the drafter runs on vLLM's model runner V2: as the user wishes, else where vLLM would run V2 itself.
+    """Whether the drafter runs on vLLM's model runner V2; for the arguments see `reason_for_v1`."""
+    reason = reason_for_v1(wish, parallel_config, drafts_for_itself=drafts_for_itself)
+    if reason is not None:
+        logger.info("TwoTower: drafting on vLLM's model runner V1: %s", reason)
+    return reason is None
+
+
+def reason_for_v1(wish: Wish, parallel_config: Any, *, drafts_for_itself: bool) -> str | None:
+    """Says why the drafter runs on vLLM's model runner V1; None where it runs on V2.
+
+    It does as the user wishes, and else V2 where vLLM would run V2 itself.
 
     Args:
         wish: of the user.
@@ -111,13 +121,11 @@ def chooses_v2(wish: Wish, parallel_config: Any, *, drafts_for_itself: bool) -> 
         drafts_for_itself: whether the drafter is the verifier's own checkpoint, of which V1 needs one tower less.
     """
     if wish is not Wish.NONE:
-        return wish is Wish.V2
+        return None if wish is Wish.V2 else f"{VARIABLE}=0 asks for it"
     reason = _obstacle_to_v2(parallel_config)
     if reason is None and drafts_for_itself:
         reason = "there a model that drafts for itself needs no second context tower"
-    if reason is not None:
-        logger.info("TwoTower: drafting on vLLM's model runner V1: %s", reason)
-    return reason is None
+    return reason
 
 
 def _check_v2(parallel_config: Any) -> None:

@@ -1,0 +1,85 @@
+"""Memory beside what devices have, and the states that drafts hold."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.diagnosis.planted import copy_of, findings, the, with_config
+from tests.support.cuda import emulated_devices
+from tests.support.nemotron_h import save_nemotron_h
+from twotower_bench.drafter_size import PUBLISHED_SIZE
+from twotower_spec.diagnosis import examination, examine, links, memory
+
+STATES = "Mamba states per draft"
+
+
+def hybrid(folder: Path) -> Path:
+    """A verifier with Mamba layers that shares the bundled models' tokenizer."""
+    save_nemotron_h(folder, vocabulary=2048)
+    for file in copy_of("verifier", folder.parent / "bundled").glob("tokenizer*"):
+        shutil.copy(file, folder)
+    return folder
+
+
+def test_the_bundled_models_fit() -> None:
+    found = findings(memory.examine, verifier_device="cpu")
+    assert "verifier's weights 47.0 MiB" in the(found, "cpu", "ok").detail
+    assert "keeps none" in the(found, STATES, "ok").detail
+
+
+def test_more_requests_than_fit_at_once_are_found() -> None:
+    one = the(findings(memory.examine, verifier_device="cpu", max_num_seqs=10**6), "cpu", "warning")
+    fitting = int(one.remedy.split()[1].rstrip(","))
+    assert "not all requests fit" in one.detail and 64 < fitting < 10**6
+    the(findings(memory.examine, verifier_device="cpu", max_num_seqs=fitting), "cpu", "ok")
+
+
+def test_models_that_do_not_fit_are_found_and_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examination, "entry_points", lambda group: [])
+    found = findings(examine, verifier_device="cpu", device_memory=64 << 20)
+    assert "a single request does not fit" in the(found, "cpu", "fault").detail
+    assert {one.verdict for one in found if one.area in ("weights", "computation", "short run")} == {"skipped"}
+
+
+@pytest.mark.parametrize(("num_drafts", "verdict"), [(3, "ok"), (7, "ok"), (12, "warning")])
+def test_states_of_drafts_are_counted_where_the_verifier_has_mamba_layers(
+    num_drafts: int, verdict: Any, tmp_path: Path
+) -> None:
+    verifier = hybrid(tmp_path / "hybrid")
+    found = findings(memory.examine, verifier=verifier, verifier_device="cpu", num_speculative_tokens=num_drafts)
+    one = the(found, STATES, verdict)
+    assert f"each of {num_drafts} drafts" in one.detail
+    assert verdict == "ok" or one.remedy == "--spec-tokens 3 to 7"
+
+
+def test_a_cache_that_is_not_known_is_said_to_be_so(tmp_path: Path) -> None:
+    verifier = with_config(tmp_path / "latent", "verifier", kv_lora_rank=64)
+    found = findings(memory.examine, verifier=verifier, verifier_device="cpu")
+    assert "latent attention" in the(found, "verifier's cache", "warning").detail
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs a compiler")
+def test_on_gpus_every_device_has_its_own_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drafter = copy_of("twotower", tmp_path / "published")
+    (drafter / "config.json").write_text(PUBLISHED_SIZE.to_json())
+    with emulated_devices(3):  # of 80 GiB each
+        placed = {"verifier_device": "cuda:0", "context_device": "cuda:1", "denoiser_device": "cuda:2"}
+        found = findings(memory.examine, drafter, **placed)
+        details = {f"cuda:{number}": the(found, f"cuda:{number}", "ok").detail for number in range(3)}
+        together = findings(memory.examine, drafter, verifier_device="cuda:0")
+        assert "a single request does not fit" in the(together, "cuda:0", "fault").detail
+        monkeypatch.setattr("torch.cuda.can_device_access_peer", lambda one, other: False, raising=False)
+        crossing = findings(links.examine, drafter, **placed)
+    assert "weights" in details["cuda:0"] and "tower" not in details["cuda:0"]
+    assert "context tower 58.8" in details["cuda:1"] and "scratch" in details["cuda:1"]
+    assert "denoiser tower 58.8" in details["cuda:2"] and "mirror" in details["cuda:2"]
+    assert len(crossing) == 6
+    assert "by way of the host" in the(crossing, "cuda:1 to cuda:2", "warning").detail
+
+
+def test_one_device_has_no_links() -> None:
+    the(findings(links.examine, verifier_device="cpu"), "devices", "ok")

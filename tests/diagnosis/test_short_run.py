@@ -1,0 +1,77 @@
+"""Short runs of the bundled models, and of drafters that are as bad as they get."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.diagnosis.planted import (
+    Tensors,
+    findings,
+    random_denoiser,
+    the,
+    verdicts,
+    with_weights,
+)
+from tests.diagnosis.test_memory import hybrid
+from twotower_spec.demo.trio import trio_path
+from twotower_spec.diagnosis import short_run
+
+ON_CPU: dict[str, Any] = {"verifier_device": "cpu"}
+
+
+def test_the_bundled_drafter_is_as_good_as_it_was_measured() -> None:
+    found = findings(short_run.examine, **ON_CPU)
+    assert verdicts(found) == {"ok"}
+    names = {"first token", "acceptance by position", "tokens per round", "repetition", "tokens per pass"}
+    assert {one.looked_at for one in found} == names
+    assert "bundled trio 0.84 0.72" in the(found, "acceptance by position", "ok").detail
+
+
+def test_a_denoiser_that_was_never_trained_is_found(tmp_path: Path) -> None:
+    found = findings(short_run.examine, with_weights(tmp_path / "random", random_denoiser), **ON_CPU)
+    the(found, "first token", "ok")
+    assert "is refused" in the(found, "acceptance by position", "warning").detail
+    assert "stuck at 1" in the(found, "tokens per pass", "warning").detail
+
+
+def test_a_context_tower_of_another_model_is_found(tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors["context_lm_head.weight"] = tensors["context_lm_head.weight"].roll(1, dims=0)
+
+    found = findings(short_run.examine, with_weights(tmp_path / "other", plant), **ON_CPU)
+    assert "verifier's family" in the(found, "first token", "warning").remedy
+    assert "stuck near 1" in the(found, "tokens per round", "warning").detail
+
+
+def test_a_denoiser_that_repeats_itself_is_found(tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors["denoiser_tower.norm_f.weight"].fill_(0)
+        tensors["denoiser_tower.norm_f.weight"][0] = 1
+        tensors["lm_head.weight"].zero_()
+        tensors["lm_head.weight"][700, 0] = 9  # one token wherever the first channel is positive
+
+    found = findings(short_run.examine, with_weights(tmp_path / "repeating", plant), **ON_CPU)
+    assert "of the drafts repeat" in the(found, "repetition", "warning").detail
+
+
+def test_a_checkpoint_that_drafts_for_itself_is_run_without_transformers() -> None:
+    found = findings(short_run.examine, verifier=trio_path("twotower"), **ON_CPU)
+    assert "verifier's in 1.00" in the(found, "first token", "ok").detail
+
+
+@pytest.mark.slow
+def test_a_verifier_with_mamba_layers_is_run(tmp_path: Path) -> None:
+    found = findings(short_run.examine, verifier=hybrid(tmp_path / "hybrid"), **ON_CPU)
+    the(found, "first token", "warning")  # its weights are random
+
+
+def test_models_that_are_not_small_are_run_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(short_run, "SMALL", 1 << 20)
+    (one,) = findings(short_run.examine, **ON_CPU)
+    assert one.verdict == "skipped" and "64.7 MiB" in one.detail and "--run" in one.remedy
+    (one,) = findings(short_run.examine, run=False, **ON_CPU)
+    assert one.verdict == "skipped"
+    assert len(findings(short_run.examine, run=True, **ON_CPU)) == 5

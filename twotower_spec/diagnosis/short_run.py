@@ -1,0 +1,186 @@
+"""Short run: the verifier writes a few texts, and drafts of them are judged beside a healthy drafter's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from twotower_spec.checkpoint import encode_texts, end_token_ids, resolve_checkpoint
+from twotower_spec.demo.trio import CATEGORIES, held_out_prompts, trio_directory
+from twotower_spec.diagnosis.case import Case
+from twotower_spec.diagnosis.finding import Finding
+from twotower_spec.drafting import FixedPolicy, speculative_loop
+from twotower_spec.generation import GenerationOptions, Mode
+from twotower_spec.inspection import num_token_ids
+from twotower_spec.model import TwoTowerModel
+from twotower_spec.printable import byte_text
+
+if TYPE_CHECKING:  # imports transformers' models, which take seconds
+    from twotower_spec.training.quality import Drafter, VerifierText
+
+PROMPTS_PER_CATEGORY, NEW_TOKENS, LONGEST_PROMPT = 3, 40, 512
+POLICY = FixedPolicy(8, 1, num_tokens=7)
+# Measured for the bundled trio on all held-out prompts, by `twotower-spec train evaluate`; its policy is the one here.
+YARDSTICK = "TwoTower, 1 step, first token from context"
+# Bytes of both models up to which nobody needs to ask for the run, where a CPU computes.
+SMALL = 4 << 30
+# What separates drafters that work from those that do not; a healthy one is far above on every kind of text.
+LEAST_FIRST, LEAST_LATER, LEAST_LENGTH, LEAST_PER_PASS, MOST_REPEATED = 0.5, 0.35, 1.5, 1.1, 0.3
+
+note = partial(Finding, "short run")
+
+
+def examine(case: Case) -> Iterator[Finding]:
+    """Runs both models, where they are small or it was asked for."""
+    held = ("weights", "context tower", "denoiser tower")
+    sizes = [line.total for line in case.memory.lines if line.name in held]
+    is_small = None not in sizes and sum(size or 0 for size in sizes) <= SMALL
+    if case.run is False or (case.run is None and not is_small):
+        reason = "left out with --no-run" if case.run is False else f"both models take {_together(sizes)}"
+        yield note("both models", "skipped", reason, "--run, on a machine that holds both")
+        return
+    if case.tokenizer is None:
+        yield note("both models", "skipped", "prompts are text, and the drafter has no tokenizer")
+        return
+    device = torch.device(case.devices[1])
+    towers = TwoTowerModel.from_pretrained(
+        case.directory,
+        dtype=torch.float32 if device.type == "cpu" else None,
+        context_device=device,
+        denoiser_device=case.devices[2],
+        progress=False,
+    )
+    texts = _texts(case, towers)
+    if sum(len(text.text) for text in texts) < len(texts) * 2:
+        detail = "the verifier ends its texts at once: it was made for other prompts than plain text"
+        yield note("both models", "skipped", detail, "`twotower-spec bench acceptance` takes prompts of your own")
+        return
+    yield from _acceptance(towers, texts)
+    yield _tokens_per_pass(towers, [text.prompt for text in texts])
+
+
+def _texts(case: Case, towers: TwoTowerModel) -> list[VerifierText]:
+    """Greedy texts of the verifier, which is run by transformers, or by us where it is a TwoTower checkpoint."""
+    from twotower_spec.training.quality import VerifierText
+    from twotower_spec.training.stages import load_verifier
+
+    assert case.tokenizer is not None
+    chosen = [
+        row.prompt for category in CATEGORIES for row in held_out_prompts(category)[:: 72 // PROMPTS_PER_CATEGORY]
+    ]
+    prompts = [ids[:LONGEST_PROMPT] for ids in encode_texts(case.tokenizer, chosen)]
+    directory = resolve_checkpoint(str(case.verifier))
+    ends = end_token_ids(directory, case.tokenizer, num_token_ids(directory))
+    if case.drafts_for_itself:
+        own = (
+            towers if directory.samefile(case.directory) else TwoTowerModel.from_pretrained(directory, towers="context")
+        )
+        written = own.generate(
+            prompts, GenerationOptions(Mode.AR, max_new_tokens=NEW_TOKENS, eos_token_id=ends)
+        ).token_ids
+    else:
+        device = torch.device(case.devices[0])
+        verifier = load_verifier(directory, device, torch.float32 if device.type == "cpu" else towers.dtype)
+        written = speculative_loop(verifier, None, prompts, NEW_TOKENS, eos_token_id=ends).token_ids
+    return [VerifierText(prompt, text) for prompt, text in zip(prompts, written, strict=True)]
+
+
+class _Recorded:
+    """Drafter whose drafts are kept."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self.drafts: list[list[int]] = []
+
+    def draft(self, rows: dict[int, list[int]], num_tokens: int) -> dict[int, list[int]]:
+        """See `Drafter.draft`."""
+        found = self._drafter.draft(rows, num_tokens)
+        self.drafts += found.values()
+        return found
+
+
+def _acceptance(towers: TwoTowerModel, texts: Sequence[VerifierText]) -> Iterator[Finding]:
+    from twotower_spec.training.quality import TowerDrafter, measure_acceptance
+
+    num_drafts, longest = POLICY.num_speculative_tokens, max(len(text.token_ids) for text in texts) + 16
+    drafter = _Recorded(TowerDrafter(towers, len(texts), longest, POLICY, "context"))
+    found = measure_acceptance(drafter, texts, num_drafts)
+    healthy = _healthy()
+    of = f"of {sum(found.verify_steps)} rounds over {len(texts)} texts"
+    first, later = found.by_position[0], _kept(found.by_position)
+    detail = f"the context tower's first token is the verifier's in {first:.2f} {of}; bundled trio: {healthy[0]:.2f}"
+    if first < LEAST_FIRST:
+        remedy = (
+            "take a drafter whose context tower is of the verifier's family and training; a small one can be trained"
+        )
+        yield note("first token", "warning", detail, f"{remedy}: `twotower-spec train all --verifier DIR`")
+    else:
+        yield note("first token", "ok", detail)
+    detail = f"{_figures(found.by_position)} {of}; bundled trio {_figures(healthy)}"
+    detail += f"; a position keeps {later:.2f} of what the one before had, the trio {_kept(healthy):.2f}"
+    if later < LEAST_LATER:
+        remedy = (
+            "compare mask_token_id, block size and dtype with the model card; `twotower-spec bench acceptance` has more"
+        )
+        yield note("acceptance by position", "warning", f"{detail}: what the denoiser drafts is refused", remedy)
+    else:
+        yield note("acceptance by position", "ok", detail)
+    detail = f"{found.length:.2f} tokens a round, the verifier's own included; bundled trio {1 + sum(healthy):.2f}"
+    if found.length < LEAST_LENGTH:
+        yield note(
+            "tokens per round", "warning", f"stuck near 1: {detail}", "look at the two lines above: drafting costs"
+        )
+    else:
+        yield note("tokens per round", "ok", detail)
+    repeated, usual = _repeated(drafter.drafts), _repeated([text.text for text in texts])
+    detail = f"{repeated:.2f} of the drafts repeat the token before them, {usual:.2f} of the verifier's tokens do"
+    if repeated > usual + MOST_REPEATED:
+        remedy = "a block of one token is drafted without its context: compare config.json with that of the training"
+        yield note("repetition", "warning", detail, remedy)
+    else:
+        yield note("repetition", "ok", detail)
+
+
+def _tokens_per_pass(towers: TwoTowerModel, prompts: list[list[int]]) -> Finding:
+    """Generates with the drafter alone: a denoiser that is never sure commits one token a pass."""
+    options = GenerationOptions(Mode.MASK_DIFFUSION, max_new_tokens=32, block_size=16)
+    found = towers.generate(prompts, options).tokens_per_denoiser_pass or 0.0
+    detail = (
+        f"{found:.2f} tokens a pass of mask diffusion, blocks of 16, committed above {options.confidence_threshold}"
+    )
+    if found < LEAST_PER_PASS:
+        remedy = "it is sure of nothing, as before training: take other weights, or policy fixed with steps_per_block 1"
+        return note("tokens per pass", "warning", f"stuck at 1: {detail}", remedy)
+    return note("tokens per pass", "ok", detail)
+
+
+def _healthy() -> list[float]:
+    """Acceptance by position of the bundled trio, over four kinds of text."""
+    rows = json.loads((trio_directory() / "evaluation.json").read_text())["rows"]
+    wanted = [row["by_position"] for row in rows if row["system"] == YARDSTICK and row["temperature"] == 0]
+    return [float(share) for share in np.mean(wanted, axis=0)]
+
+
+def _kept(by_position: Sequence[float]) -> float:
+    """Share that a position keeps, on average, of what was accepted at the one before."""
+    before = sum(first for first, _ in pairwise(by_position))
+    return sum(by_position[1:]) / before if before else 0.0
+
+
+def _repeated(rows: Sequence[Sequence[int]]) -> float:
+    pairs = [first == second for row in rows for first, second in pairwise(row)]
+    return sum(pairs) / len(pairs) if pairs else 0.0
+
+
+def _together(sizes: Sequence[int | None]) -> str:
+    return byte_text(None if None in sizes else sum(size or 0 for size in sizes))
+
+
+def _figures(shares: Sequence[float]) -> str:
+    return " ".join(f"{share:.2f}" for share in shares)
