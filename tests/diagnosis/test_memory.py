@@ -40,7 +40,7 @@ def test_more_requests_than_fit_at_once_are_found() -> None:
 
 def test_models_that_do_not_fit_are_found_and_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(examination, "entry_points", lambda group: [])
-    found = findings(examine, verifier_device="cpu", device_memory=64 << 20)
+    found = findings(examine, verifier_device="cpu", memory_gib=0.06)
     assert "a single request does not fit" in the(found, "cpu", "fault").detail
     assert {one.verdict for one in found if one.area in ("weights", "computation", "short run")} == {"skipped"}
 

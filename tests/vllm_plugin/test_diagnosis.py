@@ -129,17 +129,25 @@ def test_runner_repairs_and_drafter_are_named(tmp_path: Path) -> None:
 
 @needs_vllm
 def test_what_a_server_refuses_at_start_is_a_fault(tmp_path: Path) -> None:
+    judge = "Qwen3ForSequenceClassification"
     cases = [
         ({"drafts": {"num_speculative_tokens": 17}}, "settings", "num_speculative_tokens 17"),
         ({"drafter": with_config(tmp_path / "zero", block_size=0)}, "settings", "block_size 0"),
         ({"drafter": tmp_path / "nowhere"}, "settings", "nowhere"),
         ({"verifier": with_permuted_tokens(tmp_path / "permuted", "verifier")}, "settings", "token id 301 is"),
         ({"drafts": {"twotower": {"context_device": "cuda:5"}}}, "settings", "cuda:5"),
-        ({"verifier": with_config(tmp_path / "mamba", "verifier", architectures=["Nowhere"])}, "settings", "Nowhere"),
+        ({"verifier": with_config(tmp_path / "none", "verifier", architectures=["Nowhere"])}, "settings", "Nowhere"),
+        ({"verifier": with_config(tmp_path / "judge", "verifier", architectures=[judge])}, "verifier", "to write text"),
     ]
     found = looks([dict(server) for server, _, _ in cases])
     for one, (_, looked_at, named) in zip(found, cases, strict=True):
         assert named in the(one, looked_at, "fault").detail
+
+
+@needs_vllm
+def test_v2_without_triton_is_a_fault_where_it_is_asked_for() -> None:
+    (found,) = looks([{}], VLLM_USE_V2_MODEL_RUNNER="1")
+    assert "needs Triton" in the(found, "settings", "fault").detail
 
 
 @needs_vllm

@@ -62,7 +62,7 @@ def doctor(
         verifier_device=device or default_device(),
         context_device=context_device,
         denoiser_device=denoiser_device,
-        device_memory=None if memory_gib is None else int(memory_gib * 2**30),
+        memory_gib=memory_gib,
         run=run,
         is_bundled=is_bundled,
     )

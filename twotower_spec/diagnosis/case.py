@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -42,7 +43,7 @@ class Case:
         revision: of the drafter's hub id.
         num_speculative_tokens, max_num_seqs, tensor_parallel_size, context_length: of the server.
         verifier_device, context_device, denoiser_device: where the models are; None for the verifier's.
-        device_memory: bytes of each device in place of what this machine has; None for that.
+        memory_gib: memory of each device, in place of what this machine has; None for that.
         run: whether the short run is made; None where both models are small.
         is_bundled: whether nobody named the models.
 
@@ -60,7 +61,7 @@ class Case:
     verifier_device: str = field(default_factory=default_device)
     context_device: str | None = None
     denoiser_device: str | None = None
-    device_memory: int | None = None
+    memory_gib: float | None = None
     run: bool | None = None
     is_bundled: bool = False
 
@@ -69,16 +70,19 @@ class Case:
         check_integer("--num-speculative-tokens", self.num_speculative_tokens, minimum=1, maximum=MOST_DRAFT_TOKENS)
         for name in ("max_num_seqs", "tensor_parallel_size", "context_length"):
             check_integer("--" + name.replace("_", "-"), getattr(self, name), minimum=1)
-        if self.device_memory is not None and self.device_memory <= 0:
-            raise ArgumentError("--memory-gib is not above 0; give the GiB of a device")
+        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
+            raise ArgumentError(f"--memory-gib {self.memory_gib} is not allowed; give the GiB of a device, above 0")
         for device in self.devices:
             usable_device(device)
 
     @property
     def devices(self) -> tuple[str, str, str]:
-        """Devices of the verifier's first rank, the context tower and the denoiser."""
-        context = self.context_device or self.verifier_device
-        return self.verifier_device, context, self.denoiser_device or context
+        """Devices of the verifier's first rank, the context tower and the denoiser; of CUDA ones with their number."""
+        verifier, context, denoiser = (
+            "cuda:0" if device == "cuda" else device
+            for device in (self.verifier_device, self.context_device, self.denoiser_device)
+        )
+        return str(verifier), context or str(verifier), denoiser or context or str(verifier)
 
     @cached_property
     def directory(self) -> Path:

@@ -68,7 +68,7 @@ def _lines_by_device(case: Case) -> dict[str, list[MemoryLine]]:
 
 
 def _device(case: Case, device: str, lines: list[MemoryLine]) -> Finding:
-    total = case.device_memory or _memory_of(torch.device(device))
+    total = int(case.memory_gib * 2**30) if case.memory_gib else _memory_of(torch.device(device))
     unknown = [line.name for line in lines if line.num_bytes is None]
     # A server starts with room for one request; those for which there is none wait.
     growing = [line for line in lines if line.holder == "verifier" and line.per]
