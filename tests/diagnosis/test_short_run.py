@@ -33,8 +33,8 @@ def test_the_bundled_drafter_is_as_good_as_it_was_measured() -> None:
 def test_a_denoiser_that_was_never_trained_is_found(tmp_path: Path) -> None:
     found = findings(short_run.examine, with_weights(tmp_path / "random", random_denoiser), **ON_CPU)
     the(found, "first token", "ok")
-    assert "is refused" in the(found, "acceptance by position", "warning").detail
-    assert "stuck at 1" in the(found, "tokens per pass", "warning").detail
+    assert "the model card" in the(found, "acceptance by position", "warning").remedy
+    assert "stuck at 1" in the(found, "tokens per pass", "warning").remedy
 
 
 def test_a_context_tower_of_another_model_is_found(tmp_path: Path) -> None:
@@ -43,7 +43,7 @@ def test_a_context_tower_of_another_model_is_found(tmp_path: Path) -> None:
 
     found = findings(short_run.examine, with_weights(tmp_path / "other", plant), **ON_CPU)
     assert "verifier's family" in the(found, "first token", "warning").remedy
-    assert "stuck near 1" in the(found, "tokens per round", "warning").detail
+    assert "stuck near 1" in the(found, "tokens per round", "warning").remedy
 
 
 def test_a_denoiser_that_repeats_itself_is_found(tmp_path: Path) -> None:

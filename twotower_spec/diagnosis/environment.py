@@ -88,15 +88,10 @@ def _builds() -> Iterator[Finding]:
 
 
 def _threads() -> Finding:
-    value, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    if value:
-        return note("threads", "ok", f"OMP_NUM_THREADS={value}")
-    return note(
-        "threads",
-        "warning",
-        f"OMP_NUM_THREADS is not set, {threads} threads: a step of a small model takes up to ten times as long",
-        "OMP_NUM_THREADS=1 for small models, the number of physical cores for large ones",
-    )
+    value = os.environ.get("OMP_NUM_THREADS")
+    detail = f"OMP_NUM_THREADS={value or ''}, {torch.get_num_threads()} threads; a small model is slower with many"
+    remedy = "OMP_NUM_THREADS=1 for small models, the number of physical cores for large ones"
+    return note("threads", "warning", detail, remedy).unless(bool(value))
 
 
 def _kernels(device: torch.device) -> Finding:

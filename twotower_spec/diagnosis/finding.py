@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from twotower_spec.errors import TwoTowerError
@@ -28,6 +28,10 @@ class Finding:
     verdict: Verdict
     detail: str
     remedy: str = ""
+
+    def unless(self, is_fine: bool) -> Finding:
+        """Gives the finding, or where nothing is wrong the same with the verdict "ok" and without remedy."""
+        return replace(self, verdict="ok", remedy="") if is_fine else self
 
 
 def refusal(area: str, looked_at: str, error: TwoTowerError, verdict: Verdict = "fault") -> Finding:

@@ -30,12 +30,9 @@ def examine(case: Case) -> Iterator[Finding]:
         peers = torch.cuda.can_device_access_peer(torch.device(first), torch.device(second))
         speed = _bytes_per_s(first, second)
         how = "directly" if peers else "by way of the host"
-        detail = f"{byte_text(COPIED)} cross {how}, {speed / 1e9:.0f} GB/s"
-        if peers and speed >= SLOW:
-            yield note(f"{first} to {second}", "ok", detail)
-        else:
-            remedy = "put both towers on one device, or choose devices that are linked: nvidia-smi topo -m shows which"
-            yield note(f"{first} to {second}", "warning", f"{detail}; the state of a round takes this way", remedy)
+        detail = f"{byte_text(COPIED)} cross {how}, {speed / 1e9:.0f} GB/s: the way of a round's states"
+        remedy = "put both towers on one device, or choose devices that are linked: nvidia-smi topo -m shows which"
+        yield note(f"{first} to {second}", "warning", detail, remedy).unless(peers and speed >= SLOW)
 
 
 def _bytes_per_s(first: str, second: str) -> float:

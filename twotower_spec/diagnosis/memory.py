@@ -39,10 +39,9 @@ def examine(case: Case) -> Iterator[Finding]:
         f"each of {num_drafts} drafts of a request holds a state of {byte_text(state)} beside the request's own, "
         f"{byte_text((1 + num_drafts) * state)} altogether (two more with prefix caching)"
     )
-    if num_drafts > most:
-        yield note("Mamba states per draft", "warning", detail, f"--spec-tokens {fewest} to {most}")
-    else:
-        yield note("Mamba states per draft", "ok", detail)
+    yield note("Mamba states per draft", "warning", detail, f"--spec-tokens {fewest} to {most}").unless(
+        num_drafts <= most
+    )
 
 
 def _lines_by_device(case: Case) -> dict[str, list[MemoryLine]]:

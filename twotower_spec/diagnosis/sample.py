@@ -34,10 +34,6 @@ class Sample:
     names: frozenset[str]
     is_whole: bool
 
-    def published_name(self, name: str) -> str:
-        """Name in the checkpoint of a tensor of `towers`."""
-        return _renumbered(name, self.layers)
-
 
 def load_sample(
     config: TwoTowerConfig, index: CheckpointIndex, context_device: str = "cpu", denoiser_device: str = "cpu"

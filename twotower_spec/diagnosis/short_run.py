@@ -115,36 +115,21 @@ def _acceptance(towers: TwoTowerModel, texts: Sequence[VerifierText]) -> Iterato
     of = f"of {sum(found.verify_steps)} rounds over {len(texts)} texts"
     first, later = found.by_position[0], _kept(found.by_position)
     detail = f"the context tower's first token is the verifier's in {first:.2f} {of}; bundled trio: {healthy[0]:.2f}"
-    if first < LEAST_FIRST:
-        remedy = (
-            "take a drafter whose context tower is of the verifier's family and training; a small one can be trained"
-        )
-        yield note("first token", "warning", detail, f"{remedy}: `twotower-spec train all --verifier DIR`")
-    else:
-        yield note("first token", "ok", detail)
+    remedy = "take a drafter whose context tower is of the verifier's family: `twotower-spec train all --verifier DIR`"
+    yield note("first token", "warning", detail, remedy).unless(first >= LEAST_FIRST)
     detail = f"{_figures(found.by_position)} {of}; bundled trio {_figures(healthy)}"
     detail += f"; a position keeps {later:.2f} of what the one before had, the trio {_kept(healthy):.2f}"
-    if later < LEAST_LATER:
-        remedy = (
-            "compare mask_token_id, block size and dtype with the model card; `twotower-spec bench acceptance` has more"
-        )
-        yield note("acceptance by position", "warning", f"{detail}: what the denoiser drafts is refused", remedy)
-    else:
-        yield note("acceptance by position", "ok", detail)
+    remedy = (
+        "compare mask_token_id, block size and dtype with the model card; `twotower-spec bench acceptance` has more"
+    )
+    yield note("acceptance by position", "warning", detail, remedy).unless(later >= LEAST_LATER)
     detail = f"{found.length:.2f} tokens a round, the verifier's own included; bundled trio {1 + sum(healthy):.2f}"
-    if found.length < LEAST_LENGTH:
-        yield note(
-            "tokens per round", "warning", f"stuck near 1: {detail}", "look at the two lines above: drafting costs"
-        )
-    else:
-        yield note("tokens per round", "ok", detail)
+    remedy = "it is stuck near 1, where drafting costs and brings nothing: look at the two lines above"
+    yield note("tokens per round", "warning", detail, remedy).unless(found.length >= LEAST_LENGTH)
     repeated, usual = _repeated(drafter.drafts), _repeated([text.text for text in texts])
     detail = f"{repeated:.2f} of the drafts repeat the token before them, {usual:.2f} of the verifier's tokens do"
-    if repeated > usual + MOST_REPEATED:
-        remedy = "a block of one token is drafted without its context: compare config.json with that of the training"
-        yield note("repetition", "warning", detail, remedy)
-    else:
-        yield note("repetition", "ok", detail)
+    remedy = "a block of one token is drafted without its context: compare config.json with that of the training"
+    yield note("repetition", "warning", detail, remedy).unless(repeated <= usual + MOST_REPEATED)
 
 
 def _tokens_per_pass(towers: TwoTowerModel, prompts: list[list[int]]) -> Finding:
@@ -154,10 +139,8 @@ def _tokens_per_pass(towers: TwoTowerModel, prompts: list[list[int]]) -> Finding
     detail = (
         f"{found:.2f} tokens a pass of mask diffusion, blocks of 16, committed above {options.confidence_threshold}"
     )
-    if found < LEAST_PER_PASS:
-        remedy = "it is sure of nothing, as before training: take other weights, or policy fixed with steps_per_block 1"
-        return note("tokens per pass", "warning", f"stuck at 1: {detail}", remedy)
-    return note("tokens per pass", "ok", detail)
+    remedy = "it is stuck at 1, sure of nothing, as before training: take other weights, or policy fixed with one step"
+    return note("tokens per pass", "warning", detail, remedy).unless(found >= LEAST_PER_PASS)
 
 
 def _healthy() -> list[float]:

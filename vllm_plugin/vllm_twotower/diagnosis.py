@@ -247,12 +247,10 @@ def _server(config: Any, on_cpu: bool) -> Iterator[Finding]:
     yield note("worker", "ok", str(config.parallel_config.worker_cls))
     num_drafts = config.speculative_config.num_speculative_tokens
     needed = scheduler.max_num_seqs * (1 + num_drafts)
-    batched = f"a step has {scheduler.max_num_batched_tokens} tokens; {scheduler.max_num_seqs} requests need {needed}"
-    if scheduler.max_num_batched_tokens < needed:
-        detail = f"{batched}: some of them are left out of it"
-        yield note("tokens of a step", "warning", detail, f"--max-num-batched-tokens {needed} or more")
-    else:
-        yield note("tokens of a step", "ok", batched)
+    most = scheduler.max_num_batched_tokens
+    detail = f"{most}; {scheduler.max_num_seqs} requests need {needed}, or some are left out of steps"
+    remedy = f"--max-num-batched-tokens {needed} or more"
+    yield note("tokens of a step", "warning", detail, remedy).unless(most >= needed)
     towers = "one context tower, the verifier's" if found["drafts_for_itself"] and not on_v2 else "two towers"
     detail = f"blocks of {found['block_size']}, {num_drafts} drafts, {found['num_token_ids']} shared ids, {towers}"
     yield note("drafter", "ok", detail)
