@@ -11,6 +11,7 @@ from typing import Annotated, get_args
 
 import typer
 from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
 
 from twotower_spec.demo.trio import trio_path
 from twotower_spec.diagnosis import Case, Finding, Verdict, examine
@@ -46,6 +47,7 @@ def doctor(
     Exit code 0: a server can be started. 1: there is a fault, with which it would not start or its drafts would be
     worth nothing. Warnings (slower, fewer drafts accepted) and what was skipped leave it at 0.
     """
+    disable_progress_bar()  # of transformers, in the midst of the table
     is_bundled = drafter is None and verifier is None
     if is_bundled:
         drafter, verifier = str(trio_path("twotower")), str(trio_path("verifier"))
