@@ -20,6 +20,7 @@ from tests.vllm_plugin.installed import tells_acceptance_per_request
 from tests.vllm_plugin.server import serving
 from twotower_bench.servers.forked_server import fork_workers
 from twotower_bench.servers.server import VllmServer
+from twotower_bench.soak.chats import NAMED, TOOL, chat_arguments
 from twotower_spec.demo.trio import held_out_prompts, trio_path
 
 pytestmark = [
@@ -28,35 +29,10 @@ pytestmark = [
 ]
 
 
-TOOL = {
-    "type": "function",
-    "function": {
-        "name": "work_out",
-        "strict": True,  # else only the name is
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "left": {"type": "integer", "minimum": 0, "maximum": 99},
-                "sign": {"enum": ["+", "-", "*"]},
-                "right": {"type": "integer", "minimum": 0, "maximum": 99},
-            },
-            "required": ["left", "sign", "right"],
-            "additionalProperties": False,
-        },
-    },
-}
-NAMED = {"type": "function", "function": {"name": "work_out"}}
-
-
 @pytest.fixture(scope="module")
 def chats(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """Arguments of a server for chats with reasoning and tools."""
-    template = tmp_path_factory.mktemp("chat") / "chat.jinja"
-    template.write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
-    parser = Path(__file__).with_name("reasoning_parser.py")
-    words = ["--chat-template", str(template), "--max-num-seqs", "8"]
-    words += ["--reasoning-parser-plugin", str(parser), "--reasoning-parser", "trio"]
-    return [*words, "--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    return [*chat_arguments(tmp_path_factory.mktemp("chat")), "--max-num-seqs", "8"]
 
 
 @pytest.fixture(scope="module")

@@ -117,6 +117,11 @@ class VllmServer(Server):
             self._process = fork_server.fork(name, FORKED_VLLM, words, folder, variables)
 
     @property
+    def pid(self) -> int:
+        """Process id of the first of its processes."""
+        return self._process.pid
+
+    @property
     def log(self) -> Path:
         """File of what it has said so far."""
         return self._process.log
