@@ -58,7 +58,7 @@ COUNTERS = {"preemptions": 3, "hits": 64, "accepted": 900, "faults": 0}
 
 
 def sound() -> Findings:
-    """What is known of a soak in which everything held."""
+    """A soak in which everything held."""
     return Findings(drafting=side(), plain=side(), num_greedy=50, num_seeded=20, counters=COUNTERS)
 
 

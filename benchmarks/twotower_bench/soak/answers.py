@@ -1,4 +1,4 @@
-"""What a server answered, through the `openai` client, and in what two answers differ."""
+"""Answers of a server through the `openai` client, and in what two of them differ."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _add(answer: Answer, part: Any) -> None:
 
 
 def _what_is_wrong(request: Request, answer: Answer) -> str:
-    """What an answer lacks; empty where it is whole."""
+    """Says what an answer lacks; nothing where it is whole."""
     if answer.has_left:
         return ""
     if len(answer.choices) != request.given.get("n", 1):

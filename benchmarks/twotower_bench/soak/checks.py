@@ -1,4 +1,4 @@
-"""What must hold after a soak: every line of it with what was found and what is allowed."""
+"""Checks after a soak: what must hold, what was found, and what is allowed."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
 
 @dataclass(frozen=True)
 class Limits:
-    """What both servers hold: little enough that prompts are read in pieces and requests are thrown out.
+    """Sizes of both servers: little enough that prompts are read in pieces and requests are thrown out.
 
     Attributes:
         max_model_len, max_num_seqs, max_num_batched_tokens: vLLM's.
@@ -45,7 +45,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class SoakPlan:
-    """What is soaked.
+    """Choice of servers to soak.
 
     Attributes:
         verifier: the bundled verifier with attention alone; the context tower of the bundled T, which has Mamba layers;
@@ -58,7 +58,7 @@ class SoakPlan:
 
     @property
     def name(self) -> str:
-        """As on the command line."""
+        """Name on the command line."""
         return f"{self.verifier}-{self.runner.lower()}"
 
     @property

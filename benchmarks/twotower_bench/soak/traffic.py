@@ -257,7 +257,7 @@ def shared_prefix(traffic: Traffic, random: Random) -> list[Request]:
 
 
 def crowd(traffic: Traffic, random: Random) -> list[Request]:
-    """As many requests as run at once, each with the longest answer: blocks run out and some are thrown out."""
+    """Requests that all run at once and grow: blocks run out, and some of them are thrown out."""
     most = traffic.limits.max_model_len
     return [
         traffic.completion(

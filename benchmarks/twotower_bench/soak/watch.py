@@ -1,4 +1,4 @@
-"""What the processes of a server hold while it is idle, and what its metrics and its log say."""
+"""Memory, descriptors and threads of an idle server, its metrics, and the errors in its log."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PLACE_AND_TIME = re.compile(r"^\(.*? pid=\d+\) |(?<=[A-Z] )\d\d-\d\d \d\d:\d\d:\
 
 @dataclass(frozen=True)
 class Holding:
-    """What a process holds.
+    """Resources of a process.
 
     Attributes:
         memory_bytes: resident and its own: neither files nor shared memory.
@@ -95,7 +95,7 @@ def wait_until_idle(endpoint: Endpoint, pid: int, num_requests: int, within_s: f
 
 
 def holdings(pid: int) -> dict[str, Holding]:
-    """What a server's first process and those below it hold, by `NAMES`."""
+    """Looks at a server's first process and those below it, by `NAMES`."""
     import psutil
 
     found: dict[str, Holding] = {}
