@@ -18,7 +18,6 @@ from typing import Annotated, Any, TextIO
 
 import torch
 import typer
-from rich.table import Table
 
 from twotower_bench.child_process import ChildError, ended_by_signals
 from twotower_bench.cli.serve_options import serve_arguments
@@ -120,12 +119,10 @@ class Recorder:
 
     def show(self, plan: SoakPlan, checks: list[Check]) -> None:
         """Shows the checks of a plan, and the first of the requests that went wrong."""
-        table = Table(title=plan.name, title_justify="left")
-        for name in ("what", "found", "allowed", ""):
-            table.add_column(name)
+        self._console.print(plan.name, style="bold")
         for check in checks:
-            table.add_row(check.what, check.found, check.allowed, "holds" if check.holds else "FAILS")
-        self._console.print(table)
+            text = f"{'holds' if check.holds else 'FAILS'}  {check.what}: {check.found}; allowed: {check.allowed}"
+            self._console.print(text, style="" if check.holds else "red", soft_wrap=True)
         for wrong in self._wrong[:SHOWN_PER_PLAN]:
             self._console.print(json.dumps(wrong), soft_wrap=True)
 
