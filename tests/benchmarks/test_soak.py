@@ -286,3 +286,10 @@ def test_the_command_refuses_what_it_cannot_do(words: list[str], said: str) -> N
         command, cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and result.stderr.startswith(said)
+
+
+def test_what_ends_stock_vllm_is_left_out() -> None:
+    request = Traffic(LIMITS).completion("seeds", [1], temperature=1, seed=3, top_p=0.9, extra_body={"top_k": 5})
+    assert request.without({"seed"}).given == {name: value for name, value in request.given.items() if name != "seed"}
+    fewer = request.without({"seed", "top_k", "top_p"}).given
+    assert fewer == {"prompt": [1], "temperature": 1, "max_tokens": 16, "extra_body": {"return_token_ids": True}}

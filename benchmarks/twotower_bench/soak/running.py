@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import count
 from typing import Any
@@ -14,7 +14,7 @@ from twotower_bench.fork_server import ForkServer
 from twotower_bench.servers.server import VllmServer
 from twotower_bench.soak.answers import Answer, ask_all, difference
 from twotower_bench.soak.checks import FAULTS, Check, Findings, Side, checks_of
-from twotower_bench.soak.servers import Limits, SoakPlan, running_pair
+from twotower_bench.soak.servers import ENDS_STOCK_VLLM, Limits, SoakPlan, running_pair
 from twotower_bench.soak.traffic import Request, Traffic
 from twotower_bench.soak.watch import Metrics, error_lines, wait_until_idle
 
@@ -64,20 +64,19 @@ class Soak:
             plain,
         ):
             findings = Findings(self.knobs["verification"] == "coupled", self.knobs["policy"] in ("fixed", "threshold"))
-            laps = _Laps(drafting, plain, findings, write_of_plan)
+            laps = _Laps(drafting, plain, findings, write_of_plan, ENDS_STOCK_VLLM[self.plan.runner])
             traffic, end = Traffic(self.limits, self.seed), time.monotonic() + self.seconds
             for number in count():
                 if number >= FEWEST_LAPS and time.monotonic() > end:
                     break
-                laps.run(number, traffic)
+                try:
+                    laps.run(number, traffic)
+                finally:
+                    laps.read_logs()
             findings.counters = _counters(drafting)
-            for side, server in ((findings.drafting, drafting), (findings.plain, plain)):
-                side.errors = error_lines(server.log.read_text(errors="replace"))
         checks = checks_of(findings)
         for check in checks:
             write_of_plan({"row": "check", **asdict(check)})
-        for name, lines in (("drafting", findings.drafting.errors), ("plain", findings.plain.errors)):
-            write_of_plan({"row": "log", "server": name, "lines": lines})
         return checks
 
 
@@ -85,10 +84,24 @@ class _Laps:
     """Asks both servers the same, and keeps what they answered."""
 
     def __init__(
-        self, drafting: VllmServer, plain: VllmServer, findings: Findings, write: Callable[[Row], None]
+        self,
+        drafting: VllmServer,
+        plain: VllmServer,
+        findings: Findings,
+        write: Callable[[Row], None],
+        ends_stock_vllm: Container[str],
     ) -> None:
+        """Asks nothing yet.
+
+        Args:
+            drafting, plain: servers.
+            findings: where answers are counted.
+            write: see `Soak.run`.
+            ends_stock_vllm: parameters that the server without speculation is not asked for.
+        """
         self._servers = (drafting, plain)
         self._findings, self._write = findings, write
+        self._ends_stock_vllm = ends_stock_vllm
         self._first_answers: dict[str, Answer] = {}
 
     def run(self, number: int, traffic: Traffic) -> None:
@@ -123,10 +136,18 @@ class _Laps:
             side.points.append(wait_until_idle(server.endpoint, server.pid, side.num_requests))
             self._write({"row": "idle", "lap": number, "server": name, **asdict(side.points[-1])})
 
+    def read_logs(self) -> None:
+        """Takes error lines from the logs of both servers, and writes those that are new."""
+        for name in ("drafting", "plain"):
+            server, side = self._servers[name == "plain"], getattr(self._findings, name)
+            lines = error_lines(server.log.read_text(errors="replace"))
+            self._write({"row": "log", "server": name, "lines": lines[len(side.errors) :]})
+            side.errors = lines
+
     async def _ask(self, requests: Sequence[Request]) -> tuple[list[Answer], list[Answer]]:
         drafting, plain = self._servers
-        unseeded = [request.without_seed for request in requests]
-        return await asyncio.gather(ask_all(drafting.endpoint, requests), ask_all(plain.endpoint, unseeded))
+        fewer = [request if request.is_greedy else request.without(self._ends_stock_vllm) for request in requests]
+        return await asyncio.gather(ask_all(drafting.endpoint, requests), ask_all(plain.endpoint, fewer))
 
     def _compare(
         self, requests: Sequence[Request], ours: Sequence[Answer], theirs: Sequence[Answer]

@@ -21,6 +21,12 @@ Verifier = Literal["attention", "hybrid", "itself"]
 Runner = Literal["V1", "V2"]
 
 NUM_SPECULATIVE_TOKENS = 7
+# Parameters that end the engine of stock vLLM without a GPU: a seed where a prompt is read in pieces, which the plugin
+# repairs, and on V2 filters, whose kernel Triton's interpreter cannot run; the plugin has its own.
+ENDS_STOCK_VLLM: Mapping[Runner, frozenset[str]] = {
+    "V1": frozenset({"seed"}),
+    "V2": frozenset({"seed", "top_k", "top_p"}),
+}
 # oneDNN keeps code for every number of tokens that a step had, up to 1024 of them; the plugin has it keep 128, and the
 # server without speculation is to grow by no more.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}

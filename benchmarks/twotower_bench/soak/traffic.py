@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import count
@@ -61,13 +61,12 @@ class Request:
         """Whether it has one answer of its own under coupled noise."""
         return "seed" in self.given and self.leaves_after is None
 
-    @property
-    def without_seed(self) -> Request:
-        """The same for vLLM alone, whose noise is another one anyway.
-
-        On a CPU a seed with a prompt that is read in pieces ends its engine, which the drafter's plugin repairs.
-        """
-        return replace(self, given={name: value for name, value in self.given.items() if name != "seed"})
+    def without(self, names: Container[str]) -> Request:
+        """The same but for parameters of these names."""
+        given = {name: value for name, value in self.given.items() if name not in names}
+        if "extra_body" in given:
+            given["extra_body"] = {name: one for name, one in given["extra_body"].items() if name not in names}
+        return replace(self, given=given)
 
 
 class Prompts:
