@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from statistics import mean
 
 import pytest
 
 from tests.drafting.served_texts import ServerCosts, SimulatedServer, rate, serve
-from twotower_spec.drafting import AdaptivePolicy
+from twotower_spec.drafting import AdaptivePolicy, RoundOutcome
 
 BAD, GOOD = 0.2, 0.9
 
@@ -133,3 +134,23 @@ def test_bursts_are_no_slower_than_without_drafts() -> None:
     for _ in range(20):
         rounds += serve(policy, server, [BAD] * 16, 10) + serve(policy, server, [BAD], 30)
     assert sum(one.seconds for one in rounds) < 1.02 * sum(one.plain_s for one in rounds)
+
+
+@pytest.mark.parametrize(("phase", "stalled"), [("extend_s", 5), ("denoise_s", 5), ("verify_s", 4), ("verify_s", 8)])
+def test_a_machine_that_stood_still_for_five_seconds_costs_nothing_that_lasts(
+    phase: str, stalled: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, server = started()
+    undisturbed, other = started()
+    observe = policy.observe
+
+    def observe_stalled(outcome: RoundOutcome) -> None:
+        observe(replace(outcome, **{phase: getattr(outcome, phase) + 5.0}))
+
+    serve(policy, server, [GOOD], stalled - 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "observe", observe_stalled)
+        serve(policy, server, [GOOD], 1)
+    serve(policy, server, [GOOD], 200)
+    serve(undisturbed, other, [GOOD], stalled + 200)
+    assert rate(serve(policy, server, [GOOD], 300)) > 0.95 * rate(serve(undisturbed, other, [GOOD], 300))

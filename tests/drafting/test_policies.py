@@ -21,6 +21,7 @@ from twotower_spec.drafting import (
     ThresholdPolicy,
 )
 from twotower_spec.drafting.policies import Candidate, FixedSteps
+from twotower_spec.drafting.policies.costs import RoundCosts, TimeTable
 from twotower_spec.generation.denoising import DenoisingStep
 
 
@@ -319,6 +320,28 @@ def test_a_block_size_that_was_slow_at_the_start_is_tried_again() -> None:
         world.round(policy)
     world.step_s = usual
     assert sizes(policy, world, 3000)[-300:].count(8) > 0.8 * 300  # looks are a hundredth of the time
+
+
+def test_one_measurement_of_a_size_may_be_an_accident_and_does_not_count_yet() -> None:
+    table = TimeTable()
+    for size in (1, 32, 128):
+        table.add(size, size / 1000)
+    table.add(50, 5.0)
+    table.add(100, 0.2)  # slow, but no accident
+    assert table.at(50) < 0.1 and table.at(100) == pytest.approx(0.2)
+    table.add(50, 5.0)
+    table.add(50, 5.0)
+    assert table.at(50) == table.over(np.array([50.0])) == 5.0
+
+
+def test_the_first_measurement_of_all_may_be_an_accident_too() -> None:
+    costs = RoundCosts()
+    for _ in range(3):
+        costs.add_verification(2, 0, 0.01)
+    costs.add_verification(2, 16, 5.0)
+    assert costs.extra.at(16) == 0.0
+    costs.add_verification(2, 16, 0.03)
+    assert costs.extra.at(16) == pytest.approx(0.02)
 
 
 def test_an_outcome_counts_for_the_load_it_was_planned_for_whatever_was_planned_since() -> None:

@@ -212,7 +212,7 @@ class AdaptivePolicy:
         if passes:
             num_rows = outcome.num_denoised or num_drafted
             costs.denoise(plan.block_size).add(num_rows, outcome.denoise_s / passes)
-            costs.host.add(num_rows, outcome.host_s)
+            costs.host.add(num_rows, outcome.host_s, usual=outcome.verify_s)
             load.passes[plan.block_size] += (1 - MEMORY) * (passes - num_tried - load.passes[plan.block_size])
         if passes or num_unlikely:
             load.share_denoised += (1 - MEMORY) * (bool(passes) - load.share_denoised)

@@ -25,6 +25,9 @@ Array = npt.NDArray[np.float64]
 RECENT = 5
 # Fewest of a size that tell: the first passes of a kind make what is made once.
 LEAST = 3
+# Fewer of them that are so many times what is usual are an accident, such as a machine that stood still for seconds: if
+# they counted, nothing of their size might be tried again, and so nothing would correct them.
+ACCIDENT = 4.0
 
 # Of one round, or of several that are compared.
 Seconds = TypeVar("Seconds", float, npt.NDArray[np.float64])
@@ -76,12 +79,22 @@ class TimeTable:
         """Whether sizes within a factor of two were measured often enough."""
         return len(self._measured.get(int(size).bit_length(), ())) >= LEAST
 
-    def add(self, size: float, seconds: float) -> None:
-        """Counts a measurement, among those of sizes within a factor of two."""
+    def add(self, size: float, seconds: float, usual: float | None = None) -> None:
+        """Counts a measurement, among those of sizes within a factor of two.
+
+        Args:
+            size, seconds: that were measured.
+            usual: seconds that would be no surprise; None for those that are known of other sizes.
+        """
+        if usual is None:
+            usual = self.at(size)
         group = int(size).bit_length()
         measured = self._measured[group]
         measured.append((size, seconds))
-        self._medians[group] = sum(size for size, _ in measured) / len(measured), median_low(s for _, s in measured)
+        median = median_low(s for _, s in measured)
+        if len(measured) < LEAST and median > ACCIDENT * usual > 0:
+            return
+        self._medians[group] = sum(size for size, _ in measured) / len(measured), median
         points = sorted(self._medians.values())
         self._sizes = [size for size, _ in points]
         # More work never takes less time: where it seems so it is noise.
@@ -90,8 +103,8 @@ class TimeTable:
     def at(self, size: float) -> float:
         """Seconds at a size; 0 where nothing was measured."""
         sizes, seconds = self._sizes, self._seconds
-        if not self._measured or size <= sizes[0]:
-            return seconds[0] if self._measured else 0.0
+        if not sizes or size <= sizes[0]:
+            return seconds[0] if sizes else 0.0
         if size >= sizes[-1]:
             return seconds[-1] * size / sizes[-1]
         i = bisect_right(sizes, size)
@@ -100,7 +113,7 @@ class TimeTable:
 
     def over(self, sizes: Array) -> Array:
         """Seconds [...] at sizes [...]."""
-        if not self._measured:
+        if not self._sizes:
             return np.zeros_like(sizes)
         largest = max(self._sizes[-1], 1.0)
         times: Array = np.interp(sizes, self._sizes, self._seconds)
@@ -131,7 +144,8 @@ class RoundCosts:
         if not self.plain.knows(num_reqs):
             return
         plain_s = self.plain.at(num_reqs)
-        self.extra.add(num_drafts, max(0.0, seconds - plain_s))
+        # No token takes longer than one of a plain step.
+        self.extra.add(num_drafts, max(0.0, seconds - plain_s), usual=plain_s * num_drafts / num_reqs)
         self._drafted.add(num_reqs, seconds)
         if self._drafted.knows(num_reqs) and self._drafted.at(num_reqs) < plain_s:
             self.plain.add(num_reqs, self._drafted.at(num_reqs))  # without drafts they had not taken longer
