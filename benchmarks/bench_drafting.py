@@ -35,6 +35,7 @@ from twotower_spec.drafting import (
 )
 from twotower_spec.drafting.block_drafter import FirstToken
 from twotower_spec.drafting.verifier import Verifier
+from twotower_spec.files import write_atomically
 from twotower_spec.generation.self_speculative import agreeing
 from twotower_spec.machine import describe_machine
 from twotower_spec.training.evaluation import Trio
@@ -267,7 +268,7 @@ def main(
             "tokens_per_s": speeds,
         }
     if json_file:
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_atomically(json_file, json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from twotower_spec.demo import held_out_prompts, trio_directory
 from twotower_spec.demo.trio import CATEGORIES, trio_path
 from twotower_spec.drafting import FixedPolicy
 from twotower_spec.evaluation.statistics import Estimate
+from twotower_spec.files import write_atomically
 from twotower_spec.machine import describe_machine
 from twotower_spec.model import TwoTowerModel
 from twotower_spec.towers.layers import MixtureOfExperts
@@ -227,7 +228,7 @@ def main(
     console.print(f"{100 * noise.high:.1f} %; {sum(map(len, texts))} prompts")
     if json_file:
         figures = {"machine": describe_machine(), "prompts": prompts, "noise": asdict(noise), "ways": found}
-        json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+        write_atomically(json_file, json.dumps(figures, indent=1) + "\n")
     if chart:
         draw(found, chart)
 

@@ -28,6 +28,7 @@ from benchmarks.harness import OURS, benchmark_modules, cases_of
 from benchmarks.isolation import CallFailed, Isolated, in_one_line
 from benchmarks.readme import README, markdown_table, write_section
 from twotower_bench.gpu.machine import driver_version
+from twotower_spec.files import write_atomically
 from twotower_spec.machine import machine_info
 
 SECTION = "measured"
@@ -287,7 +288,7 @@ def main(
             # Written after every case, so that measurements last even if the machine is taken away.
             json_file.parent.mkdir(parents=True, exist_ok=True)
             figures = as_json(outcomes, machine, copied, command)
-            json_file.write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+            write_atomically(json_file, json.dumps(figures, indent=1) + "\n")
     console.print(console_table(outcomes, copied))
     print(f"all figures: {json_file}")
     if op or quick:

@@ -30,6 +30,7 @@ from benchmarks.isolation import CallFailed, Isolated
 from benchmarks.kernel_times import gpu_machine_info
 from twotower_kernels.compilation import OPS, Variant, compile_variant
 from twotower_kernels.tuning import Settings, Table, table_path, trying
+from twotower_spec.files import write_atomically
 
 # Compute capability that candidates are ranked for where there is no GPU.
 CAPABILITY = 90
@@ -243,7 +244,7 @@ def write_table(op: str, chosen_by: str, kernels: dict[str, Settings]) -> None:
     """Replaces an op's table, a line for each kernel."""
     lines = [f"    {json.dumps(kernel)}: {json.dumps(kernels[kernel], sort_keys=True)}" for kernel in sorted(kernels)]
     text = f'{{\n  "chosen_by": {json.dumps(chosen_by)},\n  "kernels": {{\n{COMMA.join(lines)}\n  }}\n}}\n'
-    table_path(op).write_text(text, encoding="utf-8")
+    write_atomically(table_path(op), text, option="table")
 
 
 def rank(op: str, replace: bool) -> None:

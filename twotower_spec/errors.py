@@ -34,7 +34,7 @@ class StateFullError(TwoTowerError):
 
 
 class TrainingError(TwoTowerError):
-    """Training cannot go on: the loss is no longer finite."""
+    """Training cannot go on: the loss is no longer finite, or its checkpoint cannot be written."""
 
 
 def first_line(error: BaseException) -> str:

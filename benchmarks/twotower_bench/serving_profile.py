@@ -17,6 +17,7 @@ from twotower_bench.records import DecodingSteps, DraftSetting, ServingCell, rea
 from twotower_bench.summary import acceptance_of
 from twotower_spec.errors import ArgumentError
 from twotower_spec.evaluation.statistics import Estimate
+from twotower_spec.files import write_atomically
 from twotower_spec.reading import read_json
 
 # A time of fewer steps says little.
@@ -123,8 +124,12 @@ class ServingProfile:
     format: Literal[1] = 1
 
     def save(self, path: Path) -> None:
-        """Writes it."""
-        path.write_text(json.dumps(asdict(self), indent=1) + "\n", encoding="utf-8")
+        """Writes it.
+
+        Raises:
+            ArgumentError: it cannot be written; the old one stays.
+        """
+        write_atomically(path, json.dumps(asdict(self), indent=1) + "\n", option="--profile")
 
     @classmethod
     def load(cls, path: Path) -> ServingProfile:

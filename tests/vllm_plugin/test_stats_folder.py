@@ -83,6 +83,17 @@ def test_an_engine_ends_with_its_killed_server(temporary: Path) -> None:
         waiting = select.poll()
         waiting.register(engine, select.POLLIN)
         assert waiting.poll(60_000)
+    assert not list(temporary.iterdir())
+
+
+def test_a_folder_that_cannot_be_locked_is_not_left_behind(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(file: object, how: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("fcntl.flock", lock)
+    with pytest.raises(OSError, match="No space left"):
+        StatsFolder()
+    assert not list(temporary.iterdir())
 
 
 def test_what_only_looks_like_such_a_folder_stays(temporary: Path) -> None:

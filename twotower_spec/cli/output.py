@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -66,6 +67,7 @@ class ResumableOutput:
             ArgumentError: the disk is full or fails; rows written earlier are kept.
         """
         left = "".join(json.dumps({**row, "run": self.run}) + "\n" for row in rows).encode()
+        end = 0 if self._begin_anew else self._file.seek(0, os.SEEK_END)
         try:
             if self._begin_anew:
                 self._file.truncate(0)
@@ -74,6 +76,8 @@ class ResumableOutput:
                 left = left[self._file.write(left) :]
             os.fsync(self._file.fileno())
         except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(end)  # half a row, which readers would stumble over
             raise ArgumentError(
                 f"output file {self.path} cannot be written ({error.strerror}); free space and start again, "
                 f"finished rows are kept"

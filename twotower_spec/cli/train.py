@@ -16,6 +16,7 @@ from twotower_spec.cli.prompts import read_prompts
 from twotower_spec.demo import CATEGORIES, held_out_prompts, trio_directory
 from twotower_spec.errors import ArgumentError
 from twotower_spec.extras import require_extra
+from twotower_spec.files import write_atomically
 from twotower_spec.machine import describe_machine
 from twotower_spec.reading import is_directory
 from twotower_spec.recorded_command import recorded_command
@@ -118,7 +119,7 @@ def evaluate(
         print(f"repeated 4-grams in the verifier's greedy text, {name}: {fraction:.3f}")
     result |= {"machine": describe_machine(), "command": recorded_command()}
     if json_file:
-        json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_atomically(json_file, json.dumps(result, indent=1) + "\n")
     if output:
         for card in write_model_cards(output, result):
             print(card)

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from twotower_spec.errors import ArgumentError, FileError, TrainingError
+from twotower_spec.errors import ArgumentError, FileError, TrainingError, first_line
+from twotower_spec.files import write_atomically
 from twotower_spec.machine import commit, describe_machine
 from twotower_spec.reading import read_json_lines
 from twotower_spec.terminal import Terminal
@@ -78,7 +79,7 @@ class TrainingRun:
             after_step: called after every update.
 
         Raises:
-            TrainingError: the loss is no longer finite.
+            TrainingError: the loss is no longer finite, or a checkpoint cannot be written.
         """
         self.directory.mkdir(parents=True, exist_ok=True)
         start = self._resume(optimiser)
@@ -98,7 +99,7 @@ class TrainingRun:
         facts = {"training": asdict(self.config), "sources": dict(sources), "seed": seed, "texts": list(texts)}
         facts |= {"machine": describe_machine(), "commit": commit(), "python": platform.python_version()}
         if not self.log_file.is_file():  # the machine that began the run
-            (self.directory / DESCRIPTION).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            write_atomically(self.directory / DESCRIPTION, json.dumps(facts, indent=1) + "\n", option="description")
 
     def _steps(
         self,
@@ -146,8 +147,15 @@ class TrainingRun:
         tensors = {f"weights.{name}": leaf.detach().contiguous() for name, leaf in optimiser.leaves.items()}
         tensors |= {name: value.contiguous() for name, value in optimiser.state_tensors().items()}
         partial = self.checkpoint_file.with_suffix(".partial")
-        save_file(tensors, partial, {"step": str(step), "fingerprint": self.fingerprint})
-        partial.replace(self.checkpoint_file)
+        try:
+            save_file(tensors, partial, {"step": str(step), "fingerprint": self.fingerprint})
+            partial.replace(self.checkpoint_file)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise TrainingError(
+                f"the checkpoint of {self.name} at step {step} cannot be written in {self.directory} "
+                f"({first_line(error)}); free space and start again, the run goes on from the one before"
+            ) from error
 
     def _resume(self, optimiser: Optimiser) -> int:
         """Restores the last checkpoint; returns the step it was made after."""
@@ -172,7 +180,7 @@ class TrainingRun:
         optimiser.load_state_tensors(state)
         step = int(metadata["step"])
         entries = [entry for entry in read_log(self.log_file) if entry["step"] <= step]
-        self.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
+        write_atomically(self.log_file, "".join(json.dumps(entry) + "\n" for entry in entries), option="log")
         return step
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from twotower_spec.files import write_atomically
 from twotower_spec.reading import read_json
 from twotower_spec.training.loop import DESCRIPTION, read_log
 from twotower_spec.training.workspace import VERIFIER_SAMPLES
@@ -51,16 +52,19 @@ def write_model_cards(directory: Path, evaluation: dict[str, Any]) -> list[Path]
     Args:
         directory: folder of a finished training.
         evaluation: as `evaluate` returns it, with `machine` and `command` added.
+
+    Raises:
+        ArgumentError: one cannot be written; the old one stays.
     """
     cards = []
     for name in SUMMARIES:
         if (directory / name / "model.safetensors").is_file():
             card = directory / name / "README.md"
-            card.write_text("\n".join(_card(directory, name, evaluation)) + "\n", encoding="utf-8")
+            write_atomically(card, "\n".join(_card(directory, name, evaluation)) + "\n", option="model card")
             cards.append(card)
     if (directory / "tokenizer" / "tokenizer.json").is_file():
         card = directory / "tokenizer" / "README.md"
-        card.write_text("\n".join(_tokenizer_card(directory, evaluation)) + "\n", encoding="utf-8")
+        write_atomically(card, "\n".join(_tokenizer_card(directory, evaluation)) + "\n", option="model card")
         cards.append(card)
     return cards
 

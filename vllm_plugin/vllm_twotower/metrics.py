@@ -6,7 +6,9 @@ traffic stops; the processes that serve `/metrics` read the files of all engines
 
 from __future__ import annotations
 
+import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,6 +22,8 @@ from numpy.typing import NDArray
 from twotower_spec.drafting.metrics import CALIBRATION_BINS, bins_of
 from vllm_twotower.compat import wrap_once
 from vllm_twotower.stats_folder import STATS_FOLDER_VARIABLE, StatsFolder, end_with_server, inherited, stats_files
+
+logger = logging.getLogger("vllm.twotower.metrics")
 
 PHASES = ("extend", "denoise", "host")
 FALLBACKS = (
@@ -88,12 +92,17 @@ class DrafterStats:
     """The numbers of one drafter; written by the worker."""
 
     def __init__(self, path: Path | None) -> None:
-        """Begins at 0; without a path that can be written no other process can read the numbers."""
+        """Begins at 0; without a path that can be written no other process can read the numbers, which is logged."""
         self._values: Any = np.zeros(len(_PLACES))
         if path is not None:
-            with suppress(OSError):
+            try:
+                # Its last byte is written here: the one page that it is will not be asked of a full disk later.
                 values = np.memmap(path, dtype=np.float64, mode="w+", shape=(len(_PLACES),))
                 self._values = values.view(np.ndarray)  # the same memory, found four times as fast
+            except OSError as error:
+                with suppress(OSError):
+                    path.unlink()
+                warn_of_no_numbers(error)
 
     def add(self, name: str, amount: float, label: str = "") -> None:
         """Raises a counter."""
@@ -130,6 +139,16 @@ class DrafterStats:
         return kept
 
 
+def warn_of_no_numbers(error: OSError) -> None:
+    """Says in the log that `/metrics` lacks drafters, and why."""
+    logger.warning(
+        "TwoTower: numbers of the drafter cannot be kept in %s (%s), and /metrics lacks them; free space there, or "
+        "name another folder with TMPDIR",
+        tempfile.gettempdir(),
+        error.strerror,
+    )
+
+
 class PlannedDrafts:
     """Table of draft tokens per request by batch size, as vLLM's scheduler looks it up: what the drafter plans now.
 
@@ -151,7 +170,8 @@ class PlannedDrafts:
         if self._values is None and self._path is not None:
             with suppress(OSError, ValueError):
                 self._values = np.memmap(self._path, dtype=np.float64, mode="r", shape=(len(_PLACES),))
-        planned = self._most if self._values is None else int(self._values[_PLACES[PLANNED, ""]])
+        value = self._most if self._values is None else float(self._values[_PLACES[PLANNED, ""]])
+        planned = int(max(0, min(self._most, value)))  # whatever the file holds, the scheduler can use it
         return min(planned, self._most if self._table is None else self._table[num_reqs])
 
 
@@ -168,9 +188,10 @@ def publish(starts_engines: bool) -> None:
     except ImportError:
         return
     if starts_engines:
-        # Without a folder for temporary files there are no numbers, and no reason not to serve.
-        with suppress(OSError):
+        try:
             os.environ[STATS_FOLDER_VARIABLE] = str(StatsFolder().path)
+        except OSError as error:  # no reason not to serve
+            warn_of_no_numbers(error)
     else:
         end_with_server()
     if _Collector.instance is None:

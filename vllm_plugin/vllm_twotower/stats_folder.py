@@ -16,6 +16,7 @@ import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from threading import Thread
 
@@ -38,13 +39,21 @@ class StatsFolder:
         remove_left_over()
         self.path = Path(tempfile.mkdtemp(prefix=PREFIX))
         self._process = os.getpid()
-        before = self.path / "not locked yet"
-        self._lock = before.open("w")
-        self._lock.write(str(self._process))
-        self._lock.flush()
-        fcntl.flock(self._lock, fcntl.LOCK_EX)
-        before.rename(self.path / LOCK)
+        try:
+            self._lock = self._locked()
+        except OSError:
+            self.remove()
+            raise
         atexit.register(self.remove)
+
+    def _locked(self) -> FileIO:
+        """Makes the lock, which appears when it is held; it stays open."""
+        before = self.path / "not locked yet"
+        lock = before.open("wb", buffering=0)
+        lock.write(str(self._process).encode())
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        before.rename(self.path / LOCK)
+        return lock
 
     def remove(self) -> None:
         """Removes it with what is in it, unless another process has made it."""
@@ -74,24 +83,24 @@ def stats_files(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def end_with_server() -> None:
-    """Ends this process when the one that made the folder has ended, however it did; never raises.
+    """Ends this process, and removes the folder, when the one that made it has ended, however it did; never raises.
 
     A killed server leaves its engines waiting for requests, with all their memory. Where there are no such handles for
     processes (they are Linux's) nothing happens.
     """
     folder = inherited()
     with suppress(OSError, ValueError, AttributeError):
-        server = 0 if folder is None else int((folder / LOCK).read_text())
-        if server not in (0, os.getpid()):
+        if folder is not None and (server := int((folder / LOCK).read_text())) != os.getpid():
             handle = os.pidfd_open(server)
-            Thread(target=_end_after, args=(handle,), name="twotower-server-watch", daemon=True).start()
+            Thread(target=_end_after, args=(handle, folder), name="twotower-server-watch", daemon=True).start()
 
 
-def _end_after(server: int) -> None:
-    """Waits for a process, and then asks this one to end as vLLM does."""
+def _end_after(server: int, folder: Path) -> None:
+    """Waits for a process, removes the folder that it had no time to remove, and asks this one to end as vLLM does."""
     waiting = select.poll()
     waiting.register(server, select.POLLIN)
     waiting.poll()
+    shutil.rmtree(folder, ignore_errors=True)
     os.kill(os.getpid(), signal.SIGTERM)
 
 
