@@ -40,11 +40,11 @@ def rounds_skipped(handler: FaultHandler) -> int:
 def test_the_pause_grows_while_rounds_fail_and_begins_anew_after_one_that_does_not() -> None:
     handler, pauses = FaultHandler(), []
     for _ in range(9):
-        assert handler.recover(RuntimeError("injected"), lambda: None)
+        handler.recover(RuntimeError("injected"), lambda: None)
         pauses.append(rounds_skipped(handler))
     assert pauses == [0, 1, 3, 7, 15, 31, 63, LONGEST_PAUSE, LONGEST_PAUSE]
     handler.judge(ended(denoised=3, damaged=1))
-    assert handler.recover(RuntimeError("injected"), lambda: None)
+    handler.recover(RuntimeError("injected"), lambda: None)
     assert rounds_skipped(handler) == 0
 
 
@@ -105,9 +105,14 @@ def test_tokens_that_an_error_names_are_left_out(printed: str, logged: list[str]
     assert "KeyError" in line and "test_faults.py" in line  # where it was raised
 
 
-def test_a_drafter_that_cannot_be_reset_is_given_up_without_raising(logged: list[str]) -> None:
-    assert not FaultHandler().recover(ValueError("a round"), Mock(side_effect=KeyError("a reset")))
+def test_a_reset_that_fails_is_tried_again_ever_more_rarely_until_it_does_not(logged: list[str]) -> None:
+    handler, reset = FaultHandler(), Mock(side_effect=[KeyError("a reset")] * 3 + [None])
+    handler.recover(ValueError("a round"), reset)
+    tried = []
+    while not handler.is_usable():
+        tried.append(reset.call_count)
+    assert tried == [2, 2, 3, 3, 3, 3] and reset.call_count == 4 and handler.is_usable()
     assert [line.partition(" (")[0] for line in logged] == [
-        "TwoTower: the drafter cannot be reset; vLLM goes on without drafts",
+        "TwoTower: the drafter cannot be reset and drafts nothing until it can",
         "TwoTower: a drafting round failed; its requests go on without drafts, contexts are read again",
     ]

@@ -80,7 +80,7 @@ class DraftingRounds(ABC):
         without_drafts: requests that got none in a round, all rounds together, by reason: "prefilling" (their context
             is not computed yet), "no room" (the pool is full), "foreign token" (an id that the drafter does not have),
             "policy" (drafting did not pay), "limit" (no draft was asked for), "not finite" (a tower or the state gave
-            NaN; the context is read anew, after a pause that grows where others' numbers are sound).
+            NaN, or ids that are no tokens; the context is read anew, after a pause that grows where others are sound).
     """
 
     drafter: BlockDrafter
@@ -326,7 +326,7 @@ class DraftingRounds(ABC):
         probs: Tensor | None = None,
         selects: bool = True,
     ) -> tuple[DraftBlock, list[RequestId]]:
-        """Reads drafts from the device into a row per request, and says whose towers or states gave NaN.
+        """Reads drafts from the device into a row per request, and says whose towers or states gave NaN, or no tokens.
 
         Args:
             plan, request_ids: of the round.
@@ -338,7 +338,11 @@ class DraftingRounds(ABC):
         drafts = slice(self.num_known, self.num_known + plan.num_tokens)
         values = done.confidence[:, drafts].float(), done.token_ids[:, drafts], done.num_passes
         confidence, token_ids, passes = HostCopy(*values).read()
-        finite: list[bool] = confidence.isfinite().all(1).tolist()
+        # A target would embed whatever id it is given; positions that nobody wants are masked still.
+        is_token = ((token_ids >= 0) & (token_ids < self.num_token_ids)) | (
+            token_ids == self.drafter.picker.mask_token_id
+        )
+        finite: list[bool] = (confidence.isfinite() & is_token).all(1).tolist()
         confidence = confidence.nan_to_num(nan=0.0)
         num_passes: list[int] = passes.tolist()
         width = confidence.shape[1]

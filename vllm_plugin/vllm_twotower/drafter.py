@@ -179,7 +179,7 @@ class EngineDrafter:
         num_reqs: int,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
-    ) -> tuple[list[list[int]], Sequence[StepRow]]:
+    ) -> list[list[int]]:
         """Drafts for the next step; never raises.
 
         Args:
@@ -188,13 +188,13 @@ class EngineDrafter:
             gone: those of some requests that the runner has forgotten; they are forgotten here too.
 
         Returns:
-            Per row, up to `num_speculative_tokens` drafts; and the rows, as far as there are any drafts.
+            Per row, up to `num_speculative_tokens` drafts.
         """
-        nothing: tuple[list[list[int]], Sequence[StepRow]] = ([[] for _ in range(num_reqs)], ())
+        nothing: list[list[int]] = [[] for _ in range(num_reqs)]
         if self._num_to_rest and self._reason_to_rest() is None:
             self._num_to_rest, self._num_rested = self._num_to_rest - 1, self._num_rested + 1
-            self.stats.add("rounds", 1)
-            self.stats.add("fallbacks", num_reqs, "policy")
+            self._count_safely(lambda: self.stats.add("rounds", 1))
+            self._count_fallbacks(num_reqs, "policy")
             self._round_end = time.perf_counter()
             return nothing
         return self._guarded(num_reqs, lambda session: self._draft(session, read_rows, gone), nothing)
@@ -209,18 +209,36 @@ class EngineDrafter:
         """
         reason = self._reason_to_rest()
         if self.session is None or reason is not None:
-            self.stats.add("fallbacks", num_reqs, reason or "not loaded")
+            self._count_fallbacks(num_reqs, reason or "not loaded")
             return otherwise
+        result = otherwise
         try:
-            result = work(self.session)
+            if self._faults.is_usable():
+                result = work(self.session)
+            else:
+                self._count_fallbacks(num_reqs, "recovering")
         except Exception as error:
-            self.stats.add("fallbacks", num_reqs, "error")
-            self._round = None
-            if not self._faults.recover(error, self.session.reset):
-                self.session = None
-            result = otherwise
+            self._recover(error, num_reqs)
         self._round_end = time.perf_counter()
         return result
+
+    def _recover(self, error: Exception, num_reqs: int) -> None:
+        """Goes on after a fault, which costs so many requests their drafts."""
+        self._count_fallbacks(num_reqs, "error")
+        self._round = None
+        if self.session is not None:
+            self._faults.recover(error, self.session.reset)
+
+    def _count_fallbacks(self, num_reqs: int, reason: str) -> None:
+        """Counts requests that go without drafts; never raises."""
+        self._count_safely(lambda: self.stats.add("fallbacks", num_reqs, reason))
+
+    def _count_safely(self, count: Callable[[], None]) -> None:
+        """Counts something where nothing else would catch what that raises."""
+        try:
+            count()
+        except Exception as error:
+            self._faults.log(error, "a number could not be counted; /metrics lacks it")
 
     def _reason_to_rest(self) -> str | None:
         if self._is_off:
@@ -232,7 +250,7 @@ class EngineDrafter:
         session: DraftingRounds,
         read_rows: Callable[[], Sequence[StepRow]],
         gone: Callable[[Iterable[Hashable]], list[Hashable]],
-    ) -> tuple[list[list[int]], Sequence[StepRow]]:
+    ) -> list[list[int]]:
         start = time.perf_counter()
         self.forget(gone(session.request_ids))
         self._count_phases()
@@ -244,12 +262,16 @@ class EngineDrafter:
         self.stats.add("rounds", 1)
         if self._faults.skips_round():
             self.stats.add("fallbacks", len(rows), "recovering")
-            return [[] for _ in rows], rows
+            return [[] for _ in rows]
         self._round, self._num_rested = session.draft([row.request for row in rows]), 0
         self._num_to_rest = session.policy.num_rests
         self._faults.judge(self._round)
         self._count(session, self._round, time.perf_counter() - start)
-        return self._round.block.rows(), rows
+        return self._as_given(self._round.block.rows(), rows)
+
+    def _as_given(self, drafts: list[list[int]], rows: Sequence[StepRow]) -> list[list[int]]:
+        """Drafts of a round's rows as the model runner takes them."""
+        return drafts
 
     def _observe(
         self, session: DraftingRounds, finished: Round, verify_s: float, outcomes: Mapping[Hashable, Outcome]
@@ -290,6 +312,21 @@ class EngineDrafter:
                 length = self.stats.get("acceptance_length")
                 self.stats.set("acceptance_length", length + share * (count + 1 - length))
 
+    def announce(self, runner: Any, scheduler_output: Any) -> None:
+        """Told by the hook of `execute_model` before every step, also of one that runs nothing; never raises.
+
+        Args:
+            runner: vLLM's, which holds this drafter.
+            scheduler_output: vLLM's, of the step.
+        """
+        try:
+            self.begin_step(runner, scheduler_output)
+        except Exception as error:
+            self._recover(error, 0)
+
+    def begin_step(self, runner: Any, scheduler_output: Any) -> None:
+        """Looks at a step that begins; arguments as of `announce`."""
+
     def forget(self, request_ids: Collection[Hashable]) -> None:
         """Releases requests that have ended: after the last one of all there is no round that would."""
         if self.session is None or not request_ids:
@@ -305,13 +342,13 @@ class EngineDrafter:
             self._faults.log(error, "the state of a request that has ended could not be released")
 
     def count_sampler_failures(self, failures: int) -> None:
-        """Counts steps that vLLM's own sampler took over.
+        """Counts steps that vLLM's own sampler took over; never raises.
 
         Args:
             failures: of our sampler, since it was made.
         """
-        self.stats.add("sampler_fallbacks", failures - self._sampler_failures)
-        self._sampler_failures = failures
+        new, self._sampler_failures = failures - self._sampler_failures, failures
+        self._count_safely(lambda: self.stats.add("sampler_fallbacks", new))
 
     def _calibrate(
         self, confidence: npt.NDArray[np.float64], accepted: Sequence[int | None], verified: Sequence[int]
@@ -368,9 +405,9 @@ def announcing_steps(attribute: str) -> Callable[[Any], Any]:
     def announcing(stock: Any) -> Any:
         @wraps(stock)
         def execute_model(self: Any, scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
-            begin_step = getattr(getattr(self, attribute, None), "begin_step", None)
-            if begin_step is not None:
-                begin_step(self, scheduler_output)
+            drafter = getattr(self, attribute, None)
+            if isinstance(drafter, EngineDrafter):
+                drafter.announce(self, scheduler_output)
             return stock(self, scheduler_output, *args, **kwargs)
 
         return execute_model

@@ -6,6 +6,7 @@ import logging
 import re
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -39,6 +40,8 @@ class FaultHandler:
         """Begins without faults."""
         self._logged: set[str] = set()
         self._backoff = Backoff()
+        # What makes the drafter forget all contexts, where that has failed.
+        self._reset_again: Callable[[], None] | None = None
 
     def skips_round(self) -> bool:
         """Whether nothing is to be drafted in this round, which is then one fewer of the pause."""
@@ -59,27 +62,43 @@ class FaultHandler:
         elif ended.num_damaged:
             self._backoff.failed()
 
-    def recover(self, error: Exception, reset: Callable[[], None]) -> bool:
+    def recover(self, error: Exception, reset: Callable[[], None]) -> None:
         """Begins the pause after a failed round; never raises.
 
         Args:
             error: what the round raised.
-            reset: makes the drafter forget all contexts, which the round may have left half done.
-
-        Returns:
-            Whether the drafter can be used again.
+            reset: makes the drafter forget all contexts, which the round may have left half done. Where it fails,
+                `is_usable` tries it again.
         """
         self._backoff.failed()
-        usable = True
+        self._reset(reset)
+        if isinstance(error, torch.OutOfMemoryError):
+            with suppress(Exception):
+                torch.cuda.empty_cache()
+        self.log(error, "a drafting round failed; its requests go on without drafts, contexts are read again")
+
+    def is_usable(self) -> bool:
+        """Whether the drafter holds nothing half done; never raises.
+
+        A reset that has failed is tried again, after pauses that grow.
+        """
+        if self._reset_again is None:
+            return True
+        if self._backoff.skips_round():
+            return False
+        self._reset(self._reset_again)
+        if self._reset_again is not None:
+            self._backoff.failed()
+        return self._reset_again is None
+
+    def _reset(self, reset: Callable[[], None]) -> None:
+        """Resets the drafter, or remembers that this is to be done."""
+        self._reset_again = None
         try:
             reset()
-            if isinstance(error, torch.OutOfMemoryError):
-                torch.cuda.empty_cache()
-        except Exception as another:
-            usable = False
-            self.log(another, "the drafter cannot be reset; vLLM goes on without drafts")
-        self.log(error, "a drafting round failed; its requests go on without drafts, contexts are read again")
-        return usable
+        except Exception as error:
+            self._reset_again = reset
+            self.log(error, "the drafter cannot be reset and drafts nothing until it can")
 
     def log(self, error: Exception, outcome: str) -> None:
         """Logs the first error of every type, with the remedy."""

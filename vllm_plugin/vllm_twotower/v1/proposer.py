@@ -55,7 +55,7 @@ class TwoTowerProposer(EngineDrafter):
             self.load(parameter.device, parameter.dtype)
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
-        """Told by the hook of `execute_model` before every step, also of one that runs nothing; never raises."""
+        """See `EngineDrafter`."""
         self._scheduled = getattr(scheduler_output, "scheduled_spec_decode_tokens", None) or {}
         self.forget(getattr(scheduler_output, "finished_req_ids", None) or ())
         if self._runner is not runner:
@@ -101,11 +101,14 @@ class TwoTowerProposer(EngineDrafter):
             Per row, up to `num_speculative_tokens` drafts.
         """
         self.count_sampler_failures(getattr(getattr(self._runner, "rejection_sampler", None), "num_failures", 0))
-        drafts, rows = self.draft(
+        return self.draft(
             len(sampled_token_ids),
             lambda: self._rows(sampled_token_ids, num_tokens_no_spec, token_ids_cpu),
             lambda held: gone(held, self._runner),
         )
+
+    def _as_given(self, drafts: list[list[int]], rows: Sequence[StepRow]) -> list[list[int]]:
+        """See `EngineDrafter`."""
         return padded(drafts, rows) if self._pads else drafts
 
     def _reason_to_rest(self) -> str | None:

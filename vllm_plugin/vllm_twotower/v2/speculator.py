@@ -63,7 +63,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         """Nothing of the drafter is in vLLM's graphs."""
 
     def begin_step(self, runner: Any, scheduler_output: Any) -> None:
-        """Told by the hook of `execute_model` before every step, also of one that runs nothing; never raises."""
+        """See `EngineDrafter`."""
         self.sampler = runner.rejection_sampler
         finished = getattr(scheduler_output, "finished_req_ids", None) or ()
         self.forget(finished)
@@ -111,7 +111,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         planned = self._guarded(
             input_batch.num_reqs, lambda session: self._draft_ahead(session, input_batch, num_sampled, drafts, most), 0
         )
-        self.stats.set(PLANNED, planned)
+        self._count_safely(lambda: self.stats.set(PLANNED, planned))
         if self._has_ranks:  # every rank verifies what it holds itself
             get_tp_group().broadcast(drafts, src=0)
         return drafts
@@ -168,7 +168,7 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         ]
         table = TokenTable(self._states.all_token_ids.gpu, self._states.total_len.gpu)
         step.drafted = session.draft_ahead(requests, table, most)
-        _fill(drafts, step.drafted)
+        _fill(drafts, step.drafted, session.num_token_ids)
         step.ended = Moment(self._device)
         return min(step.drafted.num_planned, self.num_speculative_tokens)
 
@@ -196,12 +196,15 @@ class TwoTowerSpeculator(EngineDrafter, BaseSpeculator):
         return getattr(self.sampler, "takes_drafts", lambda slot: True)(known.slot) and end - known.length > 1
 
 
-def _fill(drafts: Tensor, drafted: AsyncRound) -> None:
-    """Puts a round's drafts where they belong; where they are too few the last of them stands again."""
+def _fill(drafts: Tensor, drafted: AsyncRound, num_token_ids: int) -> None:
+    """Puts a round's drafts where they belong; where they are too few the last of them stands again.
+
+    They are made ids that can be embedded, whatever has become of them: the host will know when it is too late.
+    """
     if drafted.token_ids is None or drafted.usable is None:
         return
     rows = to_device(np.array(drafted.rows), drafts.device)
-    own = moved(drafted.token_ids, drafts.device)[:, : drafts.shape[1]]
+    own = moved(drafted.token_ids, drafts.device)[:, : drafts.shape[1]].clamp(0, num_token_ids - 1)
     missing = drafts.shape[1] - own.shape[1]
     own = torch.cat([own, own[:, -1:].expand(-1, missing)], dim=1)
     drafts[rows] = torch.where(moved(drafted.usable, drafts.device), own, drafts[rows])
