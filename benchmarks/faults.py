@@ -43,7 +43,7 @@ KINDS_ON_V2, WHENS_ON_V2 = ("exception", "NaN", "wrong shape", "damaged state", 
 
 
 class Part(StrEnum):
-    """What is tried."""
+    """A part of the trials."""
 
     V1 = "V1"
     V2 = "V2"

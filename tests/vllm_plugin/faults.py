@@ -10,6 +10,6 @@ from twotower_bench.faults.matrix import run_cells
 
 
 def cells_seen(cells: Sequence[Cell], environment: Mapping[str, str] | None = None) -> dict[Cell, Seen]:
-    """What an engine does in each of some cells, all of one model runner; a call that hangs does so for a moment."""
+    """Runs cells of the matrix in an engine, all of one model runner; a call that hangs does so for a moment."""
     server, variables = server_and_variables(environment)
     return {found.cell: found for found in run_cells(cells, server, variables, hang_s=0.5)}

@@ -43,7 +43,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Seen:
-    """What an engine did under a fault and after it.
+    """Behaviour of an engine under a fault and after it.
 
     Attributes:
         cell: the fault.
@@ -71,7 +71,7 @@ class Seen:
 
     @property
     def faults(self) -> list[str]:
-        """What does not hold; empty for a cell that is right."""
+        """Sentences on all that does not hold; empty for a cell that is right."""
         if self.reason:
             return []
         found = []

@@ -28,7 +28,7 @@ class Injection:
         self._every, self._most, self._num_calls = 0, 0, 0
 
     def begin(self, every: int, most: int) -> None:
-        """From now on one of so many calls fails, the next one first, and so many calls at most."""
+        """Lets one of so many calls fail from now on, the next one first, and so many of them at most."""
         self._every, self._most, self._num_calls = every, most, 0
 
     def end(self) -> None:

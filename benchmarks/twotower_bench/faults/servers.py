@@ -316,7 +316,7 @@ def _num_equal(found: Sequence[Answer], expected: Sequence[Answer]) -> int:
 
 
 def _differences(found: Sequence[Answer], expected: Sequence[Answer]) -> list[str]:
-    """What is not as it must be among answers."""
+    """Says how many answers are not as they must be."""
     lost = sum(isinstance(one, str) for one in found)
     wrong = len(found) - lost - _num_equal(found, expected)
     return [f"{lost} requests lost"] * bool(lost) + [f"{wrong} texts wrong"] * bool(wrong)
