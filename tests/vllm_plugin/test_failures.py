@@ -31,7 +31,7 @@ CELLS = [
         ("admission", "damaged state", "during"),
         ("admission", "full pool", "before"),
         ("pool claim", "exception", "during"),
-        ("pool claim", "full pool", "after"),
+        ("pool claim", "damaged state", "after"),
         ("first tokens", "NaN", "during"),
         ("first tokens", "wrong shape", "before"),
         ("worth denoising", "wrong shape", "during"),

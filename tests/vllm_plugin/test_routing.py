@@ -265,6 +265,7 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         ({"model": drafter, "num_speculative_tokens": 17}, ("num_speculative_tokens 17", "block_size 16")),
         ({"model": drafter, "num_speculative_tokens": 9, "twotower": {"block_size": 8}}, ("9", "block_size 8")),
         ({"method": "twotower", "model": str(tmp_path / "nowhere")}, ("nowhere", "config.json")),
+        ({"model": str(tmp_path / "nowhere"), "twotower": {}}, ("nowhere", "config.json cannot be read")),
         ({"method": "twotower"}, ("no TwoTower checkpoint is named",)),
         ({"model": truncated}, ("truncated", "corrupt")),
         ({"model": headless}, ("headless", "safetensors")),
@@ -276,6 +277,15 @@ def test_what_cannot_work_is_refused_by_name(tmp_path: Path) -> None:
         assert "error" in one, given
         assert all(part in one["error"] for part in parts), (given, one["error"])
         assert len(one["error"].strip().splitlines()) == 1, one["error"]
+
+
+def test_a_tokenizer_that_cannot_be_read_is_named_in_the_log_with_a_remedy(tmp_path: Path) -> None:
+    damaged = broken_copy(tmp_path / "damaged")
+    (Path(damaged) / "tokenizer.json").write_text('{"model": ')
+    (found,) = outcomes([{"speculative_config": {"model": damaged}}], log_to=tmp_path / "log")
+    assert found["knobs"]["model"] == damaged
+    (line,) = [one for one in (tmp_path / "log").read_text().splitlines() if "is not checked" in one]
+    assert f"the tokenizer in {damaged} cannot be read" in line and "put the verifier's tokenizer files into" in line
 
 
 def test_settings_of_other_drafters_are_named_in_the_log_and_dropped(tmp_path: Path) -> None:

@@ -240,10 +240,12 @@ def _kinds_of(model_config: Any) -> str:
 def _shared_ids(knobs: DrafterKnobs, config: TwoTowerConfig, model_config: Any) -> int:
     """How many ids both models share, by their tokenizers; by their sizes where there is none to compare."""
     rows = model_config.get_vocab_size()
-    drafter = _tokenizer(knobs.model, knobs.revision, trust_remote_code=False)
+    reasons: list[str] = []
+    drafter = _tokenizer(knobs.model, knobs.revision, False, reasons)
     target = None
     if not model_config.skip_tokenizer_init:
-        target = _tokenizer(model_config.tokenizer, model_config.tokenizer_revision, model_config.trust_remote_code)
+        trusts = model_config.trust_remote_code
+        target = _tokenizer(model_config.tokenizer, model_config.tokenizer_revision, trusts, reasons)
     if drafter is not None and target is not None:
         return shared_token_ids(target, drafter, rows, config.vocab_size)
     if rows != config.vocab_size:
@@ -252,13 +254,20 @@ def _shared_ids(knobs: DrafterKnobs, config: TwoTowerConfig, model_config: Any) 
             f"cannot be seen whether they mean the same; put the tokenizer files into {knobs.model}"
         )
     logger.warning(
-        "No tokenizer of verifier or drafter could be read; that the same ids mean the same tokens is not checked."
+        "TwoTower: that verifier and drafter mean the same tokens by their ids is not checked (%s); put the verifier's "
+        "tokenizer files into %s.",
+        ", ".join(reasons) or "one of them has no tokenizer",
+        knobs.model,
     )
     return int(rows)
 
 
-def _tokenizer(name: str, revision: str | None, trust_remote_code: bool) -> PreTrainedTokenizerBase | None:
+def _tokenizer(
+    name: str, revision: str | None, trust_remote_code: bool, reasons: list[str]
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a model; None where there is none, or where it cannot be read, which is one more reason."""
     try:
         return find_tokenizer(name, revision, trust_remote_code)
-    except (CheckpointError, ArgumentError):
+    except (CheckpointError, ArgumentError) as error:
+        reasons.append(str(error).partition(";")[0])
         return None

@@ -119,7 +119,10 @@ def route(engine_args: Any, model_config: Any, parallel_config: Any) -> None:
         TwoTowerError: a knob, the checkpoint or the verifier is refused.
     """
     given = _speculative_settings(engine_args)
-    if given is None or not (_is_ours(given) or _asks_for_itself(given, engine_args.additional_config)):
+    if given is None:
+        return
+    if not (_is_ours(given) or _asks_for_itself(given, engine_args.additional_config)):
+        _refuse_knobs_of_nobody(given)
         return
     from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
     from vllm_twotower import metrics
@@ -327,6 +330,22 @@ def _is_ours(given: Mapping[str, Any]) -> bool:
             f"give {METHOD!r}"
         )
     return True
+
+
+def _refuse_knobs_of_nobody(given: Mapping[str, Any]) -> None:
+    """Refuses knobs of our drafter beside a model that is none, of which vLLM would say that it does not know them.
+
+    Raises:
+        ArgumentError: there are some.
+    """
+    from twotower_spec.errors import ArgumentError
+    from vllm_twotower.config import KNOBS
+
+    if KNOBS in given:
+        raise ArgumentError(
+            f"the speculative settings have knobs for a TwoTower drafter, and model {given.get('model')!r} is no "
+            f"checkpoint of one, or its config.json cannot be read; give its directory or hub id"
+        )
 
 
 def _is_our_name(method: object) -> bool:

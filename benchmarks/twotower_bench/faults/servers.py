@@ -110,16 +110,13 @@ class ServedTrio:
         alive = [one for one in alive if _is_alive(one)]
         files = [path for path in sorted(self._folder.iterdir()) if path.name != "log"]
         shared = ["shared memory" for path in self._shared_memory if path.exists()]
-        return [f"process {_title(one)}" for one in alive] + [_kind_of(file) for file in files] + shared
+        names = ["the engine core" if one == self._engine else "a helper process" for one in alive]
+        return names + [_kind_of(file) for file in files] + shared
 
 
 def _is_alive(process: psutil.Process) -> bool:
     """Whether it is more than an exit code that nobody has asked for."""
     return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
-
-
-def _title(process: psutil.Process) -> str:
-    return " ".join(process.cmdline()) or str(process.name())
 
 
 def _kind_of(file: Path) -> str:
@@ -262,6 +259,8 @@ DAMAGES: Mapping[str, Damage] = {
     "its config.json cut off": _break_config,
     "its tokenizer.json cut off": _break_tokenizer,
 }
+# In lines of a log that are no mere information.
+COMPLAINTS = ("Error: ", "WARNING", "ERROR")
 # Said by vLLM when the verifier is loaded.
 LOADED = "Loading weights took"
 
@@ -282,8 +281,8 @@ def start_trial(fork_server: ForkServer, environment: Mapping[str, str], name: s
         finally:
             server.kill()
         log = server.log.read_text(errors="replace")
-    said = [line for line in log.splitlines() if str(drafter) in line and ("Error" in line or "TwoTower" in line)]
-    sentences = list(dict.fromkeys(line.rpartition("Error: ")[2].strip() for line in said))
+    said = [line for line in log.splitlines() if str(drafter) in line and any(one in line for one in COMPLAINTS)]
+    sentences = list(dict.fromkeys(line.rpartition("Error: ")[2].rpartition("] ")[2].strip() for line in said))
     faults = []
     if started:
         faults += [] if len(sentences) == 1 else [f"served, with {len(sentences)} sentences in the log"]
@@ -292,7 +291,7 @@ def start_trial(fork_server: ForkServer, environment: Mapping[str, str], name: s
         faults += [] if sentences else ["refused without a sentence that names it"]
     return Trial(
         f"drafter at start: {name}",
-        "refused with one sentence before anything is loaded, or served without drafts with one",
+        "refused with one sentence before anything is loaded, or served with one in the log",
         f"{'served' if started else 'refused'}: {sentences[-1] if sentences else ''}".replace(str(drafter), "DRAFTER"),
         tuple(faults),
     )

@@ -286,7 +286,7 @@ ON_V1: Mapping[str, Stage] = {
         "slots and pages of the pool are claimed",
         lambda engine: (engine.drafter.session.state, "claim"),
         damage=_damages_states,
-        full=_fills_pool,
+        full="admission has seen to it that there is room",
     ),
     "first tokens": stage(
         "the context tower's own next tokens are weighed",
