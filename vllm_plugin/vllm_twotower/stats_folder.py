@@ -50,9 +50,13 @@ class StatsFolder:
         """Makes the lock, which appears when it is held; it stays open."""
         before = self.path / "not locked yet"
         lock = before.open("wb", buffering=0)
-        lock.write(str(self._process).encode())
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        before.rename(self.path / LOCK)
+        try:
+            lock.write(str(self._process).encode())
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            before.rename(self.path / LOCK)
+        except OSError:
+            lock.close()
+            raise
         return lock
 
     def remove(self) -> None:
