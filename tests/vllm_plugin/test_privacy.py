@@ -1,4 +1,4 @@
-"""What a request holds stands in no log, metric or file of ours, even where a fault names it."""
+"""Privacy of requests: what they hold stands in no log, metric or file of ours, even where a fault names it."""
 
 import re
 from importlib.util import find_spec

@@ -107,7 +107,7 @@ def stored_dtypes(index: CheckpointIndex, loaded: Mapping[str, Tensor]) -> dict[
 
 
 def _disagreements(name: str, stored: StoredTensor, tensor: Tensor) -> Iterator[str]:
-    """What keeps a stored tensor from being read into `tensor`; floats are quantised on the way."""
+    """Yields what keeps a stored tensor from being read into `tensor`; floats are quantised on the way."""
     are_floats = not is_quantised(stored.dtype)
     shape = float_shape(tensor) if are_floats else tuple(tensor.shape)
     if not are_floats and stored.dtype != tensor.dtype:

@@ -54,7 +54,7 @@ class SharedExpert:
 
 @dataclass(frozen=True)
 class ExpertOutputs:
-    """What the experts of each token gave, before it is weighed and summed.
+    """Outputs of the experts of each token, before they are weighed and summed.
 
     `twotower_kernels.time_modulation.add_then_norm` does both as it adds the sum to a residual stream.
 

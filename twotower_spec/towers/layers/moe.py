@@ -58,7 +58,8 @@ class MixtureOfExperts(nn.Module):
         wide = accumulation_dtype(dtype)
         self.router = parameter(experts, hidden, dtype=wide, device=device)
         self.score_correction = parameter(experts, dtype=wide, device=device)
-        up, down = (experts, width, hidden), (experts, hidden, width)
+        up: tuple[int, ...] = (experts, width, hidden)
+        down: tuple[int, ...] = (experts, hidden, width)
         self.up_scales: nn.Parameter | None = None
         self.down_scales: nn.Parameter | None = None
         held = dtype
