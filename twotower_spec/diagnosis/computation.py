@@ -68,10 +68,13 @@ def _scans(name: str, tower: Backbone, layers: list[Layer]) -> Finding:
         conv = u.new_zeros(1, taps - 1, u.shape[-1])
         ssm = u.new_zeros(1, heads, head_dim, state_size, dtype=wide)
         expected, _, expected_ssm = block_scan_reference(u, delta, conv, ssm, weights)
-        outputs = [
-            pool_scan(u[:, end - part : end], delta[:, end - part : end], conv, ssm, slice(0, 1), weights)
-            for part, end in zip(parts, accumulate(parts), strict=True)
-        ]
+        outputs = []
+        for part, end in zip(parts, accumulate(parts), strict=True):
+            new_conv, tokens = torch.empty_like(conv), slice(end - part, end)
+            outputs.append(
+                pool_scan(u[:, tokens], delta[:, tokens], conv, ssm, slice(0, 1), weights, new_conv=new_conv)
+            )
+            conv = new_conv
         worst = max(worst, _error(torch.cat(outputs, dim=1), expected), _error(ssm, expected_ssm))
     return _compared(f"scan of the {name}", worst, tower.dtype, "two parts with the state carried, token by token")
 
