@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,8 @@ from twotower_spec.generation.sampling import Sampler
 from twotower_spec.state import ContextSource, ContextState
 from twotower_spec.state.context_state import RequestId
 from twotower_spec.towers.model import TwoTowers
+
+logger = logging.getLogger(__name__)
 
 
 class HostedSession(DraftingRounds):
@@ -77,8 +80,13 @@ class HostedSession(DraftingRounds):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs the denoiser on an empty context; see `DraftingRounds.warm_up`."""
+        """Runs the denoiser on an empty context; see `DraftingRounds.warm_up`. The log says that there are no CUDA graphs."""
         denoiser = self.towers.denoiser
+        if denoiser.device.type == "cuda":
+            logger.info(
+                "blocks on %s run without CUDA graphs: these would hold addresses of states that are the target's",
+                denoiser.device,
+            )
         trial = ContextState(self.towers.config, TRIAL_ROWS, TRIAL_ROWS, denoiser.dtype, denoiser.device)
         for name in range(TRIAL_ROWS):
             trial.claim(name)

@@ -81,8 +81,9 @@ def load_towers(
     Raises:
         TwoTowerError: the checkpoint is refused.
     """
-    # What the kernels say of their choices stands in vLLM's log.
-    logging.getLogger("twotower_kernels").parent = logging.getLogger("vllm")
+    # What kernels and towers say of their choices stands in vLLM's log.
+    for name in ("twotower_kernels", "twotower_spec"):
+        logging.getLogger(name).parent = logging.getLogger("vllm")
     register_long_scan("vllm", _vllm_scan)
     context_device = str(device) if knobs.context_device is None else knobs.context_device
     denoiser_device = context_device if knobs.denoiser_device is None else knobs.denoiser_device

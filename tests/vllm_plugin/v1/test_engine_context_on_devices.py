@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from importlib.util import find_spec
@@ -128,6 +129,15 @@ def test_drafts_are_those_from_a_context_of_our_own(policy: DraftPolicy, device:
     assert len({tuple(row) for row in expected}) == 3
     with emulated_devices():
         assert rows_of(hosted(policy, device, denoiser_device)) == expected
+
+
+@pytest.mark.parametrize(("device", "lines"), [("cpu", 0), ("cuda:0", 1)])
+def test_the_log_says_that_blocks_run_without_cuda_graphs(
+    device: str, lines: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    with emulated_devices(runs_kernels=False), caplog.at_level(logging.INFO, "twotower_spec"):
+        hosted(FixedPolicy(8, 2), device, device).warm_up()
+    assert caplog.text.count("run without CUDA graphs") == lines
 
 
 def second_round(policy: DraftPolicy, usage: Usage, denoiser_device: str) -> Usage:
