@@ -80,7 +80,7 @@ class HostedSession(DraftingRounds):
 
     @torch.inference_mode()
     def warm_up(self) -> None:
-        """Runs the denoiser on an empty context; see `DraftingRounds.warm_up`. The log says that there are no CUDA graphs."""
+        """Runs the denoiser on an empty context, without CUDA graphs, as is logged; see `DraftingRounds.warm_up`."""
         denoiser = self.towers.denoiser
         if denoiser.device.type == "cuda":
             logger.info(
