@@ -37,6 +37,7 @@ def taken(*arguments: Any, **named: Any) -> None:
 WORK = (
     "twotower_spec.model.TwoTowerModel.from_pretrained",
     "twotower_spec.training.pipeline.sharing_cores",
+    "twotower_spec.cli.doctor.examine",
     "twotower_spec.cli.train.evaluate_side_by_side",
     "twotower_bench.cli.demo.run_demo",
     "twotower_bench.cli.demo.standalone_demo",

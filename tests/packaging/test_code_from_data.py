@@ -30,8 +30,8 @@ NETWORK = (
         "websockets",
         "zmq",
     ),
-    *("ftplib", "smtplib", "poplib", "imaplib", "telnetlib", "nntplib", "xmlrpc", "paramiko", "grpc", "pycurl"),
-    *("huggingface_hub", "datasets", "fsspec"),
+    *("ftplib", "smtplib", "poplib", "imaplib", "telnetlib", "nntplib", "xmlrpc", "paramiko", "grpc"),
+    *("huggingface_hub", "datasets", "fsspec", "openai", "pycurl"),
 )
 # These only take addresses apart, or are what is raised.
 HARMLESS = ("urllib.parse", "huggingface_hub.errors")
@@ -101,11 +101,27 @@ EXCEPTIONS = (
     ),
     ("the same kind of pipe", "twotower_bench/engines/worker.py", ("multiprocessing.connection.Connection",)),
     ("the same kind of pipe", "twotower_bench/servers/load_worker.py", ("multiprocessing.connection.Connection",)),
+    ("the same kind of pipe", "twotower_bench/faults/engine.py", ("multiprocessing.connection.Connection",)),
     ("lets vLLM fork what it spawns otherwise", "twotower_bench/servers/forked_server.py", ("multiprocessing",)),
     (
         "free ports and answers of the server that it has started, on 127.0.0.1",
         "twotower_bench/servers/server.py",
         ("socket", "urllib.request.ProxyHandler", "urllib.request.Request", "urllib.request.build_opener"),
+    ),
+    (
+        "answers of the servers that it has started",
+        "twotower_bench/soak/answers.py",
+        ("openai.AsyncOpenAI", "openai.DefaultAsyncHttpxClient", "openai.OpenAIError"),
+    ),
+    (
+        "answers of a server that it has started and will stop or kill",
+        "twotower_bench/faults/servers.py",
+        (
+            "urllib.error.HTTPError",
+            "urllib.request.ProxyHandler",
+            "urllib.request.Request",
+            "urllib.request.build_opener",
+        ),
     ),
 )
 
