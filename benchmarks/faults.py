@@ -70,7 +70,7 @@ def main(
 ) -> None:
     """Puts every fault into real engines and servers; exit code 1 where something does not hold."""
     json_file.parent.mkdir(parents=True, exist_ok=True)
-    file = MeasurementFile[Seen | Trial](["faults"], {"cell": Seen, "trial": Trial}, _key, VLLM)
+    file = MeasurementFile[Seen | Trial](["faults", commit()], {"cell": Seen, "trial": Trial}, _key, VLLM)
     console, wanted = Terminal(), [] if only_tables else part or list(Part)
     with ended_by_signals(), file.opened(json_file, overwrite):
         for one in wanted:

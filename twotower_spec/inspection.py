@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from twotower_kernels.experts import FOUR_BITS
 from twotower_spec.checkpoint import CheckpointIndex, compare_with_index, find_tokenizer, resolve_checkpoint
-from twotower_spec.checkpoint.index import part_of
+from twotower_spec.checkpoint.index import StoredTensor, part_of
+from twotower_spec.checkpoint.quantised import weight_of_scale
 from twotower_spec.config import DiffusionConfig, TwoTowerConfig, check_experts_dtype, read_config
 from twotower_spec.drafting.vocabulary import VocabularyComparison, compare_vocabularies
 from twotower_spec.errors import ArgumentError, CheckpointError, ConfigError, TwoTowerError
@@ -207,15 +209,22 @@ def _tokenizer_of(model: str | Path, revision: str | None = None) -> PreTrainedT
 def _summarise(index: CheckpointIndex) -> dict[str, PartSummary]:
     parts = {}
     for part in ("context", "denoiser", "other"):
-        tensors = [stored for name, stored in index.items() if (part_of(name) or "other") == part]
+        tensors = [(name, stored) for name, stored in index.items() if (part_of(name) or "other") == part]
         if tensors or part != "other":
             parts[part] = PartSummary(
                 num_tensors=len(tensors),
-                num_parameters=sum(torch.Size(t.shape).numel() for t in tensors),
-                num_bytes=sum(t.nbytes for t in tensors),
-                dtypes=dict(Counter(str(t.dtype).removeprefix("torch.") for t in tensors)),
+                num_parameters=sum(_num_parameters(name, stored) for name, stored in tensors),
+                num_bytes=sum(stored.nbytes for _, stored in tensors),
+                dtypes=dict(Counter(str(stored.dtype).removeprefix("torch.") for _, stored in tensors)),
             )
     return parts
+
+
+def _num_parameters(name: str, stored: StoredTensor) -> int:
+    """Weights in a stored tensor: two in a byte of four bits each, and none in scales."""
+    if weight_of_scale(name) is not None:
+        return 0
+    return torch.Size(stored.shape).numel() * (2 if stored.dtype == FOUR_BITS else 1)
 
 
 def _estimate(towers: TwoTowers, num_requests: int, context_length: int) -> MemoryEstimate:

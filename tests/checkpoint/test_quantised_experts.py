@@ -201,3 +201,10 @@ def test_a_configuration_says_how_experts_are_held_only_where_they_are_quantised
     assert "experts_dtype" not in tiny_config().to_dict()
     content = tiny_config(experts_dtype="int8").to_dict()
     assert content["experts_dtype"] == TwoTowerConfig.from_dict(content).experts_dtype == "int8"
+
+
+@pytest.mark.parametrize("experts_dtype", EXPERT_DTYPES)
+def test_parameters_of_a_saved_checkpoint_are_counted_as_weights(experts_dtype: str, tmp_path: Path) -> None:
+    wide, held = inspect_checkpoint(checkpoint("T1")), inspect_checkpoint(saved(tmp_path, "T1", experts_dtype))
+    for part in ("context", "denoiser"):
+        assert held.parts[part].num_parameters == wide.parts[part].num_parameters

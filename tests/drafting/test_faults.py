@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from twotower_spec.drafting import (
     FixedPolicy,
     ThresholdPolicy,
 )
+from twotower_spec.drafting.block_drafter import BlockDrafter
 from twotower_spec.drafting.policies import DraftPolicy
 from twotower_spec.generation.sampling import Sampler
 from twotower_spec.towers import ContextTower, DenoiserTower
@@ -69,6 +71,21 @@ def test_a_damaged_state_costs_only_its_own_request_a_round_of_drafts(
             expected[broken] = []
         assert actual == expected
     assert drafter.without_drafts["not finite"] == 1 and drafter.state.num_restarts == 1
+
+
+@pytest.mark.parametrize(("stray", "kept"), [("mask", 3), ("beyond", 0), ("negative", 0)])
+def test_an_id_that_is_no_token_is_no_draft(stray: str, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    session, real = make(), BlockDrafter.draft
+    (row,) = draft_rows(session, {"a": [5, 6, 7]}).rows()
+    ids = {"mask": session.drafter.picker.mask_token_id, "beyond": session.num_token_ids, "negative": -1}
+
+    def draft(self: BlockDrafter, *arguments: Any, **named: Any) -> Any:
+        done, probs = real(self, *arguments, **named)
+        done.token_ids[:, 3] = ids[stray]
+        return done, probs
+
+    monkeypatch.setattr(BlockDrafter, "draft", draft)
+    assert draft_rows(make(), {"a": [5, 6, 7]}).rows() == [row[:kept]]
 
 
 def test_a_request_whose_numbers_stay_damaged_is_read_ever_more_rarely() -> None:

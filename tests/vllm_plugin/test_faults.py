@@ -84,6 +84,7 @@ TOKENS = [17, 4, 1999, 3, 3, 250, 61, 8]
         str(TOKENS),
         str(torch.tensor(TOKENS)),
         str([np.int64(token) for token in TOKENS]),
+        str([torch.tensor(token) for token in TOKENS]),
         repr(np.array(TOKENS)),
         str(dict(enumerate(TOKENS))),
         str([str(token) for token in TOKENS]),

@@ -16,7 +16,6 @@ from urllib.request import Request, urlopen
 
 import psutil
 import pytest
-from prometheus_client.parser import text_string_to_metric_families
 
 from tests.vllm_plugin.fork_server import engine_environment
 from twotower_bench.servers.server import VllmServer, free_ports
@@ -57,6 +56,8 @@ def complete(server: VllmServer, prompt: str) -> None:
 
 def values(server: VllmServer, name: str, **labels: str) -> dict[str, float]:
     """Value of a metric by engine, as one of the API servers gives it."""
+    from prometheus_client.parser import text_string_to_metric_families  # comes with vLLM
+
     return {
         sample.labels["engine"]: sample.value
         for family in text_string_to_metric_families(server.endpoint.get("/metrics"))

@@ -339,17 +339,17 @@ class DraftingRounds(ABC):
         values = done.confidence[:, drafts].float(), done.token_ids[:, drafts], done.num_passes
         confidence, token_ids, passes = HostCopy(*values).read()
         # A target would embed whatever id it is given; positions that nobody wants are masked still.
-        is_token = ((token_ids >= 0) & (token_ids < self.num_token_ids)) | (
-            token_ids == self.drafter.picker.mask_token_id
-        )
-        finite: list[bool] = (confidence.isfinite() & is_token).all(1).tolist()
+        is_masked = token_ids == self.drafter.picker.mask_token_id
+        is_token = (token_ids >= 0) & (token_ids < self.num_token_ids) & ~is_masked
+        finite: list[bool] = (confidence.isfinite() & (is_token | is_masked)).all(1).tolist()
+        committed: list[int] = is_token.int().cumprod(1).sum(1).tolist()
         confidence = confidence.nan_to_num(nan=0.0)
         num_passes: list[int] = passes.tolist()
         width = confidence.shape[1]
         usable = self.policy.usable(plan, confidence, num_passes) if selects else [width] * len(drafted)
         counts = [
-            min(count, width, width if one.max_draft_tokens is None else one.max_draft_tokens) if fine else 0
-            for count, one, fine in zip(usable, drafted, finite, strict=True)
+            min(count, first_masked, width if one.max_draft_tokens is None else one.max_draft_tokens) if fine else 0
+            for count, first_masked, one, fine in zip(usable, committed, drafted, finite, strict=True)
         ]
         place = {request_id: row for row, request_id in enumerate(request_ids)}
         rows = [place[one.request_id] for one in drafted]

@@ -158,7 +158,7 @@ class ExtensionPass:
         query_lens = self.layout.query_lens
         self._slots = [self.mamba.index([self.slots[r] for r in group.requests]) for group in self.layout.groups]
         self._states = [
-            MambaAdvance(self.mamba, slots, len(group.requests))
+            None if self.provisional else MambaAdvance(self.mamba, slots, len(group.requests))
             for group, slots in zip(self.layout.groups, self._slots, strict=True)
         ]
         index: list[int] = []
@@ -177,7 +177,7 @@ class ExtensionPass:
         slot, outputs = self.layer_slot[layer], []
         for group, slots, states in zip(self.layout.groups, self._slots, self._states, strict=True):
             inputs = group.unpack(u), group.unpack(delta)
-            if self.provisional:
+            if states is None:
                 self.kept.setdefault(layer, []).append((*inputs, weights))
                 outputs.append(self.mamba.scan(slot, slots, *inputs, weights, group.lens))
             else:
@@ -190,8 +190,8 @@ class ExtensionPass:
 
     def finish(self) -> None:
         """Writes what the layers have left to the pass's end."""
-        if not self.provisional:
-            for states in self._states:
+        for states in self._states:
+            if states is not None:
                 states.finish()
 
     def replay(self, num_accepted: Sequence[int]) -> None:

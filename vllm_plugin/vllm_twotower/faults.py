@@ -16,7 +16,7 @@ from twotower_spec.drafting.backoff import Backoff
 logger = logging.getLogger("vllm.twotower.faults")
 
 # More numbers in a row than any shape has, however they are printed.
-_ROW_OF_NUMBERS = re.compile(r"(?<!\d)\d++(?:(?:\\n|\W)++(?:np\.\w+\()?\d++){5,}")
+_ROW_OF_NUMBERS = re.compile(r"(?<!\d)\d++(?:(?:\\n|\W)++(?:[A-Za-z_][\w.]*+\()?\d++){5,}")
 
 
 def without_tokens(text: str) -> str:

@@ -93,7 +93,8 @@ def end_with_server() -> None:
     processes (they are Linux's) nothing happens.
     """
     folder = inherited()
-    with suppress(OSError, ValueError, AttributeError):
+    # A RuntimeError where no further thread may be started.
+    with suppress(OSError, ValueError, AttributeError, RuntimeError):
         if folder is not None and (server := int((folder / LOCK).read_text())) != os.getpid():
             handle = os.pidfd_open(server)
             Thread(target=_end_after, args=(handle, folder), name="twotower-server-watch", daemon=True).start()

@@ -20,7 +20,7 @@ FULL_STOP, SPACE = 17, 224
 ANSWER = "Step"
 
 SENTENCE = r"[A-Z][a-z ]{5,20}(is|has) [0-9]{1,3}\."
-SUM = r'\s*\{\s*"left":\s*\d{1,2}\s*,\s*"sign":\s*"[-+*]"\s*,\s*"right":\s*\d{1,2}\s*\}\s*'
+SUM = r'\s*\{\s*"left"\s*:\s*\d{1,2}\s*,\s*"sign"\s*:\s*"[-+*]"\s*,\s*"right"\s*:\s*\d{1,2}\s*\}\s*'
 SCHEMA = TOOL["function"]["parameters"]
 FILTERS: Sequence[Mapping[str, Any]] = (
     {},

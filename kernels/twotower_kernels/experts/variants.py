@@ -91,7 +91,7 @@ _FOUR_BITS = "u8"
 # Of the dtypes of quantised weights: below sm_89 Triton does not convert float8_e4m3fn.
 _LEAST_CAPABILITY = {"fp8e4nv": 89, "i8": 80, _FOUR_BITS: 80}
 # Whether the launches of a kind of product compute the shared expert too: up to `MOST_TOKENS_WITH_SHARED` tokens.
-_WITH_SHARED = {"one": (True,), "few": (True, False), "float32": (True, False)}
+_WITH_SHARED = {"one": (True,), "few": (True, False), "some": (True, False), "float32": (True, False)}
 _EXPERTS, _TOP_K, _HIDDEN, _WIDTH, _SHARED_WIDTH = 128, 6, 2688, 1856, 3712
 
 
