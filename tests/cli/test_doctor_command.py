@@ -13,12 +13,13 @@ from tests.diagnosis.planted import with_config, with_permuted_tokens
 from tests.support.command_line import Command
 from twotower_spec.cli import doctor
 from twotower_spec.demo.trio import trio_path
-from twotower_spec.diagnosis import Case, Finding, computation, examination
+from twotower_spec.diagnosis import Case, Finding, computation, environment, examination
 
 
 @pytest.fixture(autouse=True)
-def _without_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+def _without_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(examination, "entry_points", lambda group: [])
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "no driver")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -40,6 +41,12 @@ def test_json_has_every_line_with_its_verdict_and_a_summary(command: Command) ->
     assert found["summary"] == {"ok": len(found["findings"]) - 1, "warning": 0, "fault": 0, "skipped": 1}
     assert all(set(one) == {"area", "looked_at", "verdict", "detail", "remedy"} for one in found["findings"])
     assert found["findings"][-1]["detail"] == "left out with --no-run"
+
+
+def test_experts_of_fewer_bits_are_looked_at_as_they_are_served(command: Command) -> None:
+    code, out, _ = command("doctor", "--json", "--experts-dtype", "int8")
+    found = json.loads(out)
+    assert code == 0 and found["summary"] == {"ok": len(found["findings"]), "warning": 0, "fault": 0, "skipped": 0}
 
 
 def test_a_fault_is_exit_code_1_with_its_remedy(command: Command, tmp_path: Path) -> None:
@@ -97,6 +104,7 @@ def test_a_check_that_fails_itself_is_a_finding_and_no_traceback(
         (["-k", 3], "No such option"),
         (["--num-speculative-tokens", 0], "--num-speculative-tokens 0 is not allowed"),
         (["--max-num-seqs", 0], "--max-num-seqs 0"),
+        (["--experts-dtype", "int3"], "experts_dtype 'int3' is not allowed; give one of float8_e4m3fn, int8, int4"),
         (["--memory-gib", 0], "--memory-gib 0.0"),
         (["--memory-gib", "nan"], "--memory-gib nan"),
         (["--memory-gib", "inf"], "--memory-gib inf"),

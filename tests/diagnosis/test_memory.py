@@ -81,5 +81,28 @@ def test_on_gpus_every_device_has_its_own_lines(tmp_path: Path, monkeypatch: pyt
     assert "by way of the host" in the(crossing, "cuda:1 to cuda:2", "warning").detail
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="the emulated device needs a compiler")
+def test_ranks_begin_at_the_device_and_those_without_a_gpu_are_one_fault() -> None:
+    with emulated_devices(3):
+        found = findings(memory.examine, verifier_device="cuda:1", tensor_parallel_size=2)
+        too_many = findings(memory.examine, verifier_device="cuda:1", tensor_parallel_size=4)
+        elsewhere = findings(memory.examine, verifier_device="cuda", tensor_parallel_size=4, memory_gib=80)
+    assert [one.looked_at for one in found] == ["cuda:1", "cuda:2", STATES]
+    assert "tower" in the(found, "cuda:1", "ok").detail and "tower" not in the(found, "cuda:2", "ok").detail
+    one = the(too_many, "ranks", "fault")
+    assert one.detail == "4 ranks of the verifier need cuda:3, cuda:4, this machine has 3 GPUs"
+    assert "--tensor-parallel-size" in one.remedy and "--memory-gib" in one.remedy
+    assert [one.looked_at for one in elsewhere if one.verdict == "ok"] == [*(f"cuda:{n}" for n in range(4)), STATES]
+
+
+def test_experts_of_fewer_bits_fit_where_those_that_are_stored_do_not(tmp_path: Path) -> None:
+    drafter = copy_of("twotower", tmp_path / "published")
+    (drafter / "config.json").write_text(PUBLISHED_SIZE.to_json())
+    for experts_dtype, verdict in ((None, "fault"), ("int8", "ok"), ("int4", "ok")):
+        options = {"verifier_device": "cpu", "memory_gib": 80, "experts_dtype": experts_dtype}
+        one = the(findings(memory.examine, drafter, **options), "cpu", verdict)
+        assert verdict == "ok" or "int4" in one.remedy
+
+
 def test_one_device_has_no_links() -> None:
     the(findings(links.examine, verifier_device="cpu"), "devices", "ok")

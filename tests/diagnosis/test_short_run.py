@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,18 @@ import pytest
 
 from tests.diagnosis.planted import (
     Tensors,
+    copy_of,
     findings,
     random_denoiser,
     the,
     verdicts,
+    with_config,
+    with_rows,
     with_weights,
 )
 from tests.diagnosis.test_memory import hybrid
 from twotower_spec.demo.trio import trio_path
-from twotower_spec.diagnosis import short_run
+from twotower_spec.diagnosis import Case, short_run
 
 ON_CPU: dict[str, Any] = {"verifier_device": "cpu"}
 
@@ -68,10 +72,32 @@ def test_a_verifier_with_mamba_layers_is_run(tmp_path: Path) -> None:
     the(found, "first token", "warning")  # its weights are random
 
 
+def test_prompts_of_tokens_that_the_drafter_does_not_have_are_left_out(tmp_path: Path) -> None:
+    for rows, num_left in ((2000, range(1, 9)), (300, range(1))):
+        drafter = with_rows(tmp_path / str(rows), rows)
+        for file in trio_path("twotower").glob("tokenizer*"):
+            shutil.copy(file, drafter)
+        found = findings(short_run.examine, drafter, **ON_CPU)
+        assert verdicts(found) <= ({"ok", "warning"} if num_left[-1] else {"skipped"})
+        assert len(short_run._prompts(Case(str(drafter), str(trio_path("verifier")), **ON_CPU))) in num_left
+
+
+def test_a_verifier_that_transformers_does_not_run_is_no_fault(tmp_path: Path) -> None:
+    verifier = with_config(tmp_path / "unknown", "verifier", model_type="unheard_of")
+    (one,) = findings(short_run.examine, verifier=verifier, **ON_CPU)
+    assert one.verdict == "skipped" and "ArgumentError" in one.detail and "bench acceptance" in one.remedy
+    broken = copy_of("verifier", tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"no tensors")
+    (one,) = findings(short_run.examine, verifier=broken, **ON_CPU)
+    assert one.verdict == "skipped" and "does not run outside of vLLM" in one.detail
+
+
 def test_models_that_are_not_small_are_run_only_if_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(short_run, "SMALL", 1 << 20)
     (one,) = findings(short_run.examine, **ON_CPU)
-    assert one.verdict == "skipped" and "64.7 MiB" in one.detail and "--run" in one.remedy
+    assert one.verdict == "skipped" and "129.5 MiB" in one.detail and "--run" in one.remedy
+    (shared,) = findings(short_run.examine, tensor_parallel_size=2, **ON_CPU)
+    assert shared.detail == one.detail
     (one,) = findings(short_run.examine, run=False, **ON_CPU)
     assert one.verdict == "skipped"
     assert len(findings(short_run.examine, run=True, **ON_CPU)) == 5

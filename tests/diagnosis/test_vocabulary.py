@@ -36,7 +36,7 @@ def test_rows_without_a_token_are_padding_and_no_harm(tmp_path: Path) -> None:
 
 def test_a_tokenizer_with_more_ids_than_rows_is_found(tmp_path: Path) -> None:
     drafter = with_config(tmp_path / "rows", vocab_size=2000)
-    assert "up to 2047" in the(findings(vocabulary.examine_drafter, drafter), "drafter's tokenizer", "fault").detail
+    assert "up to 2047" in the(findings(vocabulary.examine_drafter, drafter), "drafter's tokenizer", "warning").detail
 
 
 @pytest.mark.parametrize(
@@ -73,7 +73,9 @@ def test_without_a_tokenizer_sizes_decide(rows: int, verdict: Any, tmp_path: Pat
     the(findings(vocabulary.examine_drafter, drafter), "drafter's tokenizer", "warning")
 
 
-def test_a_tokenizer_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    verifier = copy_of("verifier", tmp_path / "verifier")
+@pytest.mark.parametrize(("rows", "verdict"), [(2048, "warning"), (2176, "fault")])
+def test_a_tokenizer_that_cannot_be_read_is_named_and_sizes_decide(rows: int, verdict: Any, tmp_path: Path) -> None:
+    verifier = with_config(tmp_path / "verifier", "verifier", vocab_size=rows)
     (verifier / "tokenizer.json").write_text(json.dumps({"model": 3}))
-    assert "cannot be read" in the(findings(vocabulary.examine_pair, verifier=verifier), "same tokens", "fault").detail
+    detail = the(findings(vocabulary.examine_pair, verifier=verifier), "same tokens", verdict).detail
+    assert "cannot be read" in detail and f"{rows} and 2048" in detail

@@ -17,7 +17,7 @@ from tests.diagnosis.test_memory import hybrid
 from tests.support.command_line import Command
 from tests.vllm_plugin.fork_server import TRITON_ON_CPU, results_of
 from twotower_spec.demo.trio import trio_path
-from twotower_spec.diagnosis import Finding
+from twotower_spec.diagnosis import Case, Finding, environment
 from vllm_twotower import diagnosis
 from vllm_twotower.compat import CHECKED_VERSIONS
 
@@ -86,6 +86,12 @@ def test_a_process_that_dies_is_a_finding(monkeypatch: pytest.MonkeyPatch) -> No
     assert "No module named no_such_module" in the(findings(diagnosis.examine), "start", "fault").detail
 
 
+def test_what_the_drafter_is_given_is_in_the_order() -> None:
+    placed = {"context_device": "cpu", "experts_dtype": "int4"}
+    order = diagnosis._order(Case("T", "V", verifier_device="cpu", **placed))
+    assert order["speculative_config"] == {"model": "T", "num_speculative_tokens": 7, "twotower": placed}
+
+
 def write_looks(order: str, output: str) -> None:
     looks = [[asdict(one) for one in diagnosis.look(arguments)] for arguments in json.loads(order)]
     Path(output).write_text(json.dumps(looks))
@@ -111,8 +117,14 @@ def looks(servers: Iterable[dict[str, Any]], **environment: str) -> list[list[Fi
 @needs_vllm
 def test_runner_repairs_and_drafter_are_named(tmp_path: Path) -> None:
     itself = trio_path("twotower")
-    plain, mamba, own, crowded = looks(
-        [{}, {"verifier": hybrid(tmp_path / "hybrid")}, {"verifier": itself}, {"max_num_seqs": 500}]
+    plain, mamba, own, crowded, ranks = looks(
+        [
+            {},
+            {"verifier": hybrid(tmp_path / "hybrid")},
+            {"verifier": itself},
+            {"max_num_seqs": 500},
+            {"tensor_parallel_size": 2, "max_num_seqs": 16},
+        ]
     )
     assert "V1: " in the(plain, "model runner", "ok").detail and "Triton" in the(plain, "model runner", "ok").detail
     assert "expand_batch_to_tokens" in the(plain, "repairs", "ok").detail
@@ -125,6 +137,8 @@ def test_runner_repairs_and_drafter_are_named(tmp_path: Path) -> None:
     assert "one context tower" in the(own, "drafter", "ok").detail
     the(own, "hooks of v1, hybrid, model, own state", "ok")
     assert "--max-num-batched-tokens 8500" in the(crowded, "tokens of a step", "warning").remedy
+    # The default of a server on a CPU is by rank; without one it is 2048 for whatever number.
+    assert the(ranks, "tokens of a step", "ok").detail.startswith("4096;")
 
 
 @needs_vllm
@@ -135,6 +149,7 @@ def test_what_a_server_refuses_at_start_is_a_fault(tmp_path: Path) -> None:
         ({"drafter": with_config(tmp_path / "zero", block_size=0)}, "settings", "block_size 0"),
         ({"drafter": tmp_path / "nowhere"}, "settings", "nowhere"),
         ({"verifier": with_permuted_tokens(tmp_path / "permuted", "verifier")}, "settings", "token id 301 is"),
+        ({"drafts": {"twotower": {"experts_dtype": "int3"}}}, "settings", "experts_dtype 'int3'"),
         ({"drafts": {"twotower": {"context_device": "cuda:5"}}}, "settings", "cuda:5"),
         ({"verifier": with_config(tmp_path / "none", "verifier", architectures=["Nowhere"])}, "settings", "Nowhere"),
         ({"verifier": with_config(tmp_path / "judge", "verifier", architectures=[judge])}, "verifier", "to write text"),
@@ -162,9 +177,10 @@ def test_v2_is_named_where_it_runs() -> None:
 @needs_vllm
 @pytest.mark.slow
 def test_the_command_finds_the_bundled_trio_healthy_vllm_included(
-    command: Command, monkeypatch: pytest.MonkeyPatch
+    command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(environment, "DRIVER", tmp_path / "no driver")
     code, out, _ = command("doctor", "--json")
     found = [Finding(**one) for one in json.loads(out)["findings"]]
     assert code == 0 and verdicts(found) == {"ok"}

@@ -33,6 +33,9 @@ def doctor(
     device: Annotated[str | None, typer.Option(help="The verifier's; default: cuda where there is any.")] = None,
     context_device: Annotated[str | None, typer.Option(help="The context tower's; default: the verifier's.")] = None,
     denoiser_device: Annotated[str | None, typer.Option(help="The denoiser's; default: the context tower's.")] = None,
+    experts_dtype: Annotated[
+        str | None, typer.Option(help="Of the drafter's experts: float8_e4m3fn, int8 or int4; default: as stored.")
+    ] = None,
     memory_gib: Annotated[
         float | None, typer.Option(help="Memory of each device, in place of what this machine has.")
     ] = None,
@@ -64,6 +67,7 @@ def doctor(
         verifier_device=device or default_device(),
         context_device=context_device,
         denoiser_device=denoiser_device,
+        experts_dtype=experts_dtype,
         memory_gib=memory_gib,
         run=run,
         is_bundled=is_bundled,

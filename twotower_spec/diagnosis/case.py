@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import CheckpointIndex, find_tokenizer, resolve_checkpoint
-from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_integer, read_config
+from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_experts_dtype, check_integer, read_config
 from twotower_spec.diagnosis.sample import Sample, load_sample
 from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
 from twotower_spec.errors import ArgumentError, ConfigError
@@ -43,12 +43,13 @@ class Case:
         revision: of the drafter's hub id.
         num_speculative_tokens, max_num_seqs, tensor_parallel_size, context_length: of the server.
         verifier_device, context_device, denoiser_device: where the models are; None for the verifier's.
+        experts_dtype: of the drafter's experts, quantised while they load; None for as they are stored.
         memory_gib: memory of each device, in place of what this machine has; None for that.
         run: whether the short run is made; None where both models are small.
         is_bundled: whether nobody named the models.
 
     Raises:
-        ArgumentError: a number is out of range, or a device is not there.
+        ArgumentError: a number is out of range, a dtype is unknown, or a device is not there.
     """
 
     drafter: str | None
@@ -61,17 +62,19 @@ class Case:
     verifier_device: str = field(default_factory=default_device)
     context_device: str | None = None
     denoiser_device: str | None = None
+    experts_dtype: str | None = None
     memory_gib: float | None = None
     run: bool | None = None
     is_bundled: bool = False
 
     def __post_init__(self) -> None:
-        """Refuses numbers out of range and devices that are not there."""
+        """Refuses numbers out of range, unknown dtypes and devices that are not there."""
         check_integer("--num-speculative-tokens", self.num_speculative_tokens, minimum=1, maximum=MOST_DRAFT_TOKENS)
         for name in ("max_num_seqs", "tensor_parallel_size", "context_length"):
             check_integer("--" + name.replace("_", "-"), getattr(self, name), minimum=1)
         if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
             raise ArgumentError(f"--memory-gib {self.memory_gib} is not allowed; give the GiB of a device, above 0")
+        check_experts_dtype(self.experts_dtype)
         for device in self.devices:
             usable_device(device)
 
@@ -91,8 +94,8 @@ class Case:
 
     @cached_property
     def config(self) -> TwoTowerConfig:
-        """Configuration of the drafter."""
-        return TwoTowerConfig.from_pretrained(self.directory)
+        """Configuration of the drafter as it is served, its experts quantised if they shall be."""
+        return TwoTowerConfig.from_pretrained(self.directory).with_experts_dtype(self.experts_dtype)
 
     @cached_property
     def index(self) -> CheckpointIndex:
@@ -129,5 +132,6 @@ class Case:
             max_num_seqs=self.max_num_seqs,
             tensor_parallel_size=self.tensor_parallel_size,
             context_length=self.context_length,
+            experts_dtype=self.experts_dtype,
             revision=self.revision,
         )

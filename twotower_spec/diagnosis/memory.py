@@ -28,8 +28,16 @@ def examine(case: Case) -> Iterator[Finding]:
     memory = case.memory
     if memory.unknown:
         yield note("verifier's cache", "warning", f"not counted: {memory.unknown}", "leave room for it by hand")
+    missing, num_gpus = [], torch.cuda.device_count()
     for device, lines in _lines_by_device(case).items():
-        yield _device(case, device, lines)
+        if case.memory_gib is None and torch.device(device).type == "cuda" and torch.device(device).index >= num_gpus:
+            missing.append(device)
+        else:
+            yield _device(case, device, lines)
+    if missing:
+        ranks = f"{case.tensor_parallel_size} ranks of the verifier"
+        detail = f"{ranks} need {', '.join(missing)}, this machine has {num_gpus} GPUs"
+        yield note("ranks", "fault", detail, "fewer --tensor-parallel-size, or --memory-gib for another machine's GPUs")
     state, (fewest, most) = memory.state_bytes, memory.num_drafts
     num_drafts = memory.num_speculative_tokens
     if not state:
@@ -46,8 +54,10 @@ def examine(case: Case) -> Iterator[Finding]:
 
 def _lines_by_device(case: Case) -> dict[str, list[MemoryLine]]:
     verifier, context, denoiser = case.devices
-    kind, found = torch.device(verifier).type, dict[str, list[MemoryLine]]()
-    ranks = [f"cuda:{rank}" if kind == "cuda" else verifier for rank in range(case.tensor_parallel_size)]
+    first, found = torch.device(verifier), dict[str, list[MemoryLine]]()
+    ranks = [
+        f"cuda:{first.index + rank}" if first.type == "cuda" else verifier for rank in range(case.tensor_parallel_size)
+    ]
     for line in case.memory.lines:
         if line.holder == "verifier":
             places = ranks if line.name not in LEFT_OUT else []
@@ -79,7 +89,9 @@ def _device(case: Case, device: str, lines: list[MemoryLine]) -> Finding:
         f"{byte_text(total)}, one {byte_text(one_request)} ({held}; graphs come on top)"
     )
     if one_request > total:
-        remedy = "give towers devices of their own, experts_dtype float8_e4m3fn or int8, or more ranks to the verifier"
+        remedy = (
+            "give towers devices of their own, experts_dtype int4, int8 or float8_e4m3fn, or the verifier more ranks"
+        )
         return note(device, "fault", f"a single request does not fit: {detail}", remedy)
     if all_requests > total:
         fitting = max(1, int(case.max_num_seqs * (total - one_request) / max(1, all_requests - one_request)))

@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from twotower_spec.cache_shape import dtype_of
 from twotower_spec.checkpoint import encode_texts, end_token_ids, resolve_checkpoint
 from twotower_spec.demo.trio import CATEGORIES, held_out_prompts, trio_directory
 from twotower_spec.diagnosis.case import Case
 from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting import FixedPolicy, speculative_loop
+from twotower_spec.errors import first_line
 from twotower_spec.generation import GenerationOptions, Mode
 from twotower_spec.inspection import num_token_ids
 from twotower_spec.model import TwoTowerModel
@@ -38,8 +40,7 @@ note = partial(Finding, "short run")
 
 def examine(case: Case) -> Iterator[Finding]:
     """Runs both models, where they are small or it was asked for."""
-    held = ("weights", "context tower", "denoiser tower")
-    sizes = [line.total for line in case.memory.lines if line.name in held]
+    sizes = _sizes(case)
     is_small = None not in sizes and sum(size or 0 for size in sizes) <= SMALL
     if case.run is False or (case.run is None and not is_small):
         reason = "left out with --no-run" if case.run is False else f"both models take {_together(sizes)}"
@@ -48,15 +49,26 @@ def examine(case: Case) -> Iterator[Finding]:
     if case.tokenizer is None:
         yield note("both models", "skipped", "prompts are text, and the drafter has no tokenizer")
         return
+    prompts = _prompts(case)
+    if not prompts:
+        yield note("both models", "skipped", f"no prompt is made of the drafter's {case.config.vocab_size} ids alone")
+        return
     device = torch.device(case.devices[1])
     towers = TwoTowerModel.from_pretrained(
         case.directory,
         dtype=torch.float32 if device.type == "cpu" else None,
         context_device=device,
         denoiser_device=case.devices[2],
+        experts_dtype=case.experts_dtype,
         progress=False,
     )
-    texts = _texts(case, towers)
+    try:
+        texts = _texts(case, towers, prompts)
+    # Anything may be raised: vLLM serves models that transformers cannot load or run, or not in this memory.
+    except Exception as error:
+        detail = f"the verifier does not run outside of vLLM ({type(error).__name__}: {first_line(error)})"
+        yield note("both models", "skipped", detail, "`twotower-spec bench acceptance` measures it in vLLM")
+        return
     if sum(len(text.text) for text in texts) < len(texts) * 2:
         detail = "the verifier ends its texts at once: it was made for other prompts than plain text"
         yield note("both models", "skipped", detail, "`twotower-spec bench acceptance` takes prompts of your own")
@@ -65,22 +77,42 @@ def examine(case: Case) -> Iterator[Finding]:
     yield _tokens_per_pass(towers, [text.prompt for text in texts])
 
 
-def _texts(case: Case, towers: TwoTowerModel) -> list[VerifierText]:
-    """Greedy texts of the verifier, which is run by transformers, or by us where it is a TwoTower checkpoint."""
-    from twotower_spec.training.quality import VerifierText
-    from twotower_spec.training.stages import load_verifier
+def _sizes(case: Case) -> list[int | None]:
+    """Bytes of all weights that the run loads, whatever ranks share in vLLM; on a CPU they are widened to float32."""
+    widening = max(1, torch.float32.itemsize // dtype_of(case.verifier_config).itemsize)
+    devices, ranks = case.devices, case.tensor_parallel_size
+    # By name of the line: the device that decides the dtype, and how many lines there are of it.
+    held = {"weights": (devices[0], ranks), "context tower": (devices[1], 1), "denoiser tower": (devices[1], 1)}
+    sizes: list[int | None] = []
+    for line in case.memory.lines:
+        if line.name in held:
+            device, count = held[line.name]
+            count *= widening if torch.device(device).type == "cpu" else 1
+            sizes.append(None if line.total is None else line.total * count)
+    return sizes
 
+
+def _prompts(case: Case) -> list[list[int]]:
+    """Token ids of the prompts that both models can read."""
     assert case.tokenizer is not None
     chosen = [
         row.prompt for category in CATEGORIES for row in held_out_prompts(category)[:: 72 // PROMPTS_PER_CATEGORY]
     ]
     prompts = [ids[:LONGEST_PROMPT] for ids in encode_texts(case.tokenizer, chosen)]
+    num_ids = min(case.config.vocab_size, num_token_ids(str(case.verifier)))
+    return [ids for ids in prompts if max(ids) < num_ids]
+
+
+def _texts(case: Case, towers: TwoTowerModel, prompts: list[list[int]]) -> list[VerifierText]:
+    """Greedy texts of the verifier, which is run by transformers, or by us where it is a TwoTower checkpoint."""
+    from twotower_spec.training.quality import VerifierText
+    from twotower_spec.training.stages import load_verifier
+
     directory = resolve_checkpoint(str(case.verifier))
     ends = end_token_ids(directory, case.tokenizer, num_token_ids(directory))
     if case.drafts_for_itself:
-        own = (
-            towers if directory.samefile(case.directory) else TwoTowerModel.from_pretrained(directory, towers="context")
-        )
+        is_loaded = directory.samefile(case.directory) and case.experts_dtype is None
+        own = towers if is_loaded else TwoTowerModel.from_pretrained(directory, towers="context", progress=False)
         written = own.generate(
             prompts, GenerationOptions(Mode.AR, max_new_tokens=NEW_TOKENS, eos_token_id=ends)
         ).token_ids

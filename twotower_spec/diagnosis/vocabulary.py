@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import find_tokenizer
 from twotower_spec.diagnosis.case import Case
-from twotower_spec.diagnosis.finding import Finding, refusal
+from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting.vocabulary import compare_vocabularies
 from twotower_spec.errors import TwoTowerError
 from twotower_spec.inspection import num_token_ids
@@ -29,8 +29,8 @@ def examine_drafter(case: Case) -> Iterator[Finding]:
         return
     highest = max(tokenizer.get_vocab().values())
     if highest >= rows:
-        detail = f"the tokenizer has ids up to {highest}, the embedding table {rows} rows"
-        yield note("drafter's tokenizer", "fault", detail, DOWNLOAD)
+        detail = f"the tokenizer has ids up to {highest}, the embedding table {rows} rows: ids from there on stay out"
+        yield note("drafter's tokenizer", "warning", detail, DOWNLOAD)
     else:
         padding = f", {rows - highest - 1} rows are padding" if highest + 1 < rows else ""
         yield note("drafter's tokenizer", "ok", f"{highest + 1} ids for {rows} rows{padding}")
@@ -59,15 +59,15 @@ def _mask_token(case: Case, tokenizer: PreTrainedTokenizerBase) -> Finding:
 
 def examine_pair(case: Case) -> Iterator[Finding]:
     """Looks at what the ids of both models mean, whatever their number."""
+    target, reason = None, f"{case.verifier} has no tokenizer"
     try:
         target = find_tokenizer(str(case.verifier))
     except TwoTowerError as error:
-        yield refusal("vocabulary", "same tokens", error)
-        return
+        reason = str(error).partition("; ")[0]
     rows, drafter_rows = num_token_ids(str(case.verifier)), case.config.vocab_size
     if target is None or case.tokenizer is None:
-        lacking = case.verifier if target is None else case.directory
-        detail = f"{lacking} has no tokenizer, and the models have {rows} and {drafter_rows} ids"
+        lacking = reason if target is None else f"{case.directory} has no tokenizer"
+        detail = f"{lacking}, and the models have {rows} and {drafter_rows} ids"
         remedy = "put the tokenizer.json of its model there"
         yield note("same tokens", "warning" if rows == drafter_rows else "fault", detail, remedy)
         return

@@ -103,12 +103,16 @@ def _order(case: Case) -> dict[str, Any]:
     """Arguments of an engine, None where nothing is to be served; as JSON."""
     if case.verifier is None or case.drafter is None:
         return {}
-    devices = {"context_device": case.context_device, "denoiser_device": case.denoiser_device}
+    knobs = {
+        "context_device": case.context_device,
+        "denoiser_device": case.denoiser_device,
+        "experts_dtype": case.experts_dtype,
+    }
     speculative = {
         "model": case.drafter,
         "revision": case.revision,
         "num_speculative_tokens": case.num_speculative_tokens,
-        KNOBS: {name: device for name, device in devices.items() if device is not None},
+        KNOBS: {name: knob for name, knob in knobs.items() if knob is not None},
     }
     return {
         "model": case.verifier,
@@ -153,10 +157,11 @@ def look(arguments: dict[str, Any]) -> Iterator[Finding]:
     said = _Said()
     try:
         from vllm.engine.arg_utils import EngineArgs
+        from vllm.usage.usage_lib import UsageContext
 
         engine_args = EngineArgs(**arguments)
         logging.getLogger("vllm.twotower").addHandler(said)  # only now: vLLM has set up its log
-        config = engine_args.create_engine_config()
+        config = engine_args.create_engine_config(UsageContext.OPENAI_API_SERVER)  # as `vllm serve` does
     except TwoTowerError as error:
         yield refusal(AREA, "settings", error)
         return
