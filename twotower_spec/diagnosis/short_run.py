@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -112,7 +112,8 @@ def _texts(case: Case, towers: TwoTowerModel, prompts: list[list[int]]) -> list[
     ends = end_token_ids(directory, case.tokenizer, num_token_ids(directory))
     if case.drafts_for_itself:
         is_loaded = directory.samefile(case.directory) and case.experts_dtype is None
-        own = towers if is_loaded else TwoTowerModel.from_pretrained(directory, towers="context", progress=False)
+        options: dict[str, Any] = {"towers": "context", "context_device": case.devices[0], "progress": False}
+        own = towers if is_loaded else TwoTowerModel.from_pretrained(directory, **options)
         written = own.generate(
             prompts, GenerationOptions(Mode.AR, max_new_tokens=NEW_TOKENS, eos_token_id=ends)
         ).token_ids
