@@ -11,7 +11,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 
-from twotower_spec.checkpoint.quantised import QUANTISED_DTYPES, may_be_quantised
+from twotower_spec.checkpoint.quantised import STORED_EXPERT_DTYPES, may_be_quantised
 from twotower_spec.errors import CheckpointError, FileError, first_line
 from twotower_spec.reading import is_directory, is_file, read_json
 
@@ -167,7 +167,7 @@ def _read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
                     continue
                 piece = opened.get_slice(name)
                 dtype = str(piece.get_dtype())
-                known = _DTYPES | QUANTISED_DTYPES if may_be_quantised(name) else _DTYPES
+                known = _DTYPES | STORED_EXPERT_DTYPES if may_be_quantised(name) else _DTYPES
                 if dtype not in known:
                     raise CheckpointError(
                         f"{name} in {shard.name} has dtype {dtype}, {_meaning(dtype)}; allowed are "

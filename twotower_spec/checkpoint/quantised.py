@@ -11,7 +11,7 @@ from torch import Tensor
 from twotower_kernels.experts import FOUR_BITS, quantise
 
 # Dtypes of quantised experts by the names that safetensors gives them.
-QUANTISED_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": FOUR_BITS}
+STORED_EXPERT_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "U8": FOUR_BITS}
 _SCALE = "_scale"
 _EXPERT = re.compile(r"\.experts\.\d+\.(up|down)_proj\.weight")
 
@@ -23,7 +23,7 @@ def may_be_quantised(name: str) -> bool:
 
 def is_quantised(dtype: torch.dtype) -> bool:
     """Whether numbers of a dtype are nothing without their scales."""
-    return dtype in QUANTISED_DTYPES.values()
+    return dtype in STORED_EXPERT_DTYPES.values()
 
 
 def scale_name(name: str) -> str:
