@@ -19,7 +19,7 @@ import typer
 from benchmarks.readme import markdown_table, write_section
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli.tables import print_table
-from twotower_bench.environment import engine_environment
+from twotower_bench.environment import engine_environment, on_runner
 from twotower_bench.faults.cells import Cell, Seen
 from twotower_bench.faults.disks import disk_trials
 from twotower_bench.faults.document import COLUMNS, TRIAL_COLUMNS, rows_of, summary, trial_rows
@@ -37,9 +37,6 @@ DOCUMENT = ROOT / "docs" / "faults.md"
 ROWS = ROOT / ".benchmarks" / "faults.jsonl"
 # vLLM's model runner V2 runs on a CPU in Triton's interpreter, with Triton told that there is a backend.
 TRITON_ON_CPU = {"PYTHONPATH": str(ROOT / "tests" / "support" / "v2_on_cpu"), "TRITON_INTERPRET": "1"}
-RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
-# Of V2, where a step takes a tenth of a second: the kinds that end differently from one another, during a load.
-KINDS_ON_V2, WHENS_ON_V2 = ("exception", "NaN", "wrong shape", "damaged state", "full pool"), ("during",)
 
 
 class Part(StrEnum):
@@ -103,12 +100,12 @@ def _found(part: Part, known: Mapping[Hashable, object], hang_s: float) -> Itera
         closing(ForkServer(Path(folder), environment)) as fork_server,
     ):
         if part is Part.SERVERS:
-            yield from server_trials(fork_server, {**environment, RUNNER_VARIABLE: "0"})
+            yield from server_trials(fork_server, {**environment, **on_runner("V1")})
             return
-        cells = cells_of("V1") if part is Part.V1 else cells_of("V2", None, KINDS_ON_V2, WHENS_ON_V2)
+        cells = cells_of(part.value)
         left: Sequence[Cell] = [one for one in cells if one not in known]
         if left:
-            variables = {**environment, RUNNER_VARIABLE: str(int(part is Part.V2))}
+            variables = {**environment, **on_runner("V2" if part is Part.V2 else "V1")}
             yield from run_cells(left, fork_server, variables, hang_s=hang_s)
 
 

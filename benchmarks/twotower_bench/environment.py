@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from typing import Literal
 
 import torch
+
+Runner = Literal["V1", "V2"]
 
 EVERYWHERE = {
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -27,3 +30,8 @@ def engine_environment() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()} | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0"
     }
+
+
+def on_runner(runner: Runner) -> dict[str, str]:
+    """Variables that have a process run this model runner of vLLM."""
+    return {"VLLM_USE_V2_MODEL_RUNNER": str(int(runner == "V2"))}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
@@ -24,10 +24,12 @@ class EngineSpec:
     Attributes:
         title: what errors call it.
         arguments: of `LLM()`.
+        environment: variables beside those of all engines.
     """
 
     title: str
     arguments: Mapping[str, Any]
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 class EnginePool:
@@ -73,7 +75,12 @@ class EnginePool:
                     if self._num_started == 0:
                         self._forks = self._stack.enter_context(running_fork_server())
                     self._engines[name] = EngineProcess(
-                        spec.title, spec.arguments, self._new_folder(), self._longest_silence_s, self._forks
+                        spec.title,
+                        spec.arguments,
+                        self._new_folder(),
+                        self._longest_silence_s,
+                        self._forks,
+                        spec.environment,
                     )
 
     def load(self, names: Collection[str]) -> None:

@@ -30,6 +30,7 @@ class EngineProcess:
         folder: Path,
         longest_silence_s: float = LONGEST_SILENCE_S,
         fork_server: ForkServer | None = None,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Starts the process and returns at once.
 
@@ -39,16 +40,17 @@ class EngineProcess:
             folder: for its output and temporary files, its own.
             longest_silence_s: after which it counts as dead, while it loads or works on an order.
             fork_server: forks the process; None for a fresh one, as one with workers of its own always is.
+            environment: variables beside those of all engines.
         """
         self.title, self._longest_silence_s = title, longest_silence_s
         self._has_workers = any(arguments.get(f"{kind}_parallel_size", 1) > 1 for kind in ("tensor", "pipeline"))
         self._ready: Ready | None = None
-        name, environment = f"the engine with {title}", engine_environment()
+        name, variables = f"the engine with {title}", {**engine_environment(), **(environment or {})}
         self._process: ConnectedProcess | ForkedProcess
         if fork_server is None or self._has_workers:
-            self._process = ConnectedProcess(name, WORKER, folder, environment)
+            self._process = ConnectedProcess(name, WORKER, folder, variables)
         else:
-            self._process = fork_server.fork(name, f"{WORKER}:serve", (), folder, environment, is_connected=True)
+            self._process = fork_server.fork(name, f"{WORKER}:serve", (), folder, variables, is_connected=True)
         assert self._process.connection is not None
         self._connection = self._process.connection
         self._send(dict(arguments))

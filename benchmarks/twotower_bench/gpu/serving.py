@@ -6,24 +6,22 @@ own, on both model runners. In float32 their texts are compared with that of no 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from twotower_bench.child_process import ChildError, ended_by_signals
 from twotower_bench.engines import EnginePool, EngineProcess
 from twotower_bench.engines.messages import Asked, Served, ServeOrder
+from twotower_bench.environment import Runner, on_runner
 from twotower_bench.gpu.rows import RowFile
 from twotower_bench.records import System
 from twotower_bench.systems import NGRAM, NO_SPECULATION, TRIO_ARGUMENTS, draft_model, engine_spec, two_tower
 from twotower_spec.demo import trio_path
 from twotower_spec.evaluation import Prompt, load_prompts
 
-RUNNERS = {"V1": "0", "V2": "1"}
-RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 DTYPES = ("float32", "bfloat16")
 NUM_PROMPTS, NEW_TOKENS, CONCURRENCY = 16, 64, 8
 # Small models side by side, and in float32 the attention that has it.
@@ -51,7 +49,7 @@ def arguments_of(dtype: str, on_cuda: bool) -> dict[str, Any]:
 
 def measure_runner(
     rows: RowFile,
-    runner: str,
+    runner: Runner,
     compared: Sequence[System],
     dtypes: Sequence[str],
     prompts: Sequence[Prompt],
@@ -62,7 +60,7 @@ def measure_runner(
 
     Args:
         rows: get one row for every engine and number of requests at once.
-        runner: of `RUNNERS`.
+        runner: model runner of vLLM.
         compared: systems, no speculation first.
         dtypes: of the verifier and its drafters.
         prompts: any number.
@@ -72,9 +70,10 @@ def measure_runner(
     Returns:
         Engines that failed, or whose text in float32 was another one.
     """
-    os.environ[RUNNER_VARIABLE] = RUNNERS[runner]  # engines inherit it
     specs = {
-        f"{system.name}, {dtype}": engine_spec(system, trio_path("verifier"), arguments_of(dtype, on_cuda))
+        f"{system.name}, {dtype}": replace(
+            engine_spec(system, trio_path("verifier"), arguments_of(dtype, on_cuda)), environment=on_runner(runner)
+        )
         for dtype in dtypes
         for system in compared
     }
@@ -148,7 +147,7 @@ def main(device: str, file: str) -> int:
             num_wrong = measure_runner(rows, "V1", systems(), ["float32"], one_text, new_tokens=16, on_cuda=False)
         else:
             prompts = load_prompts("trio", limit=NUM_PROMPTS)
-            num_wrong = sum(measure_runner(rows, runner, systems(), DTYPES, prompts) for runner in RUNNERS)
+            num_wrong = sum(measure_runner(rows, runner, systems(), DTYPES, prompts) for runner in get_args(Runner))
     return int(num_wrong > 0)
 
 

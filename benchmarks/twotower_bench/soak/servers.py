@@ -11,6 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
 from twotower_bench.child_process import signals_held
+from twotower_bench.environment import Runner, on_runner
 from twotower_bench.fork_server import ForkServer
 from twotower_bench.servers.server import VllmServer, free_ports
 from twotower_bench.soak.chats import chat_arguments
@@ -18,7 +19,6 @@ from twotower_spec.demo.trio import trio_path
 from twotower_spec.errors import ArgumentError
 
 Verifier = Literal["attention", "hybrid", "itself"]
-Runner = Literal["V1", "V2"]
 
 NUM_SPECULATIVE_TOKENS = 7
 # Parameters that end the engine of stock vLLM without a GPU: a seed where a prompt is read in pieces, which the plugin
@@ -139,7 +139,7 @@ def running_pair(
     Raises:
         ChildError: one of them could not be started.
     """
-    variables = {**ENVIRONMENT, "VLLM_USE_V2_MODEL_RUNNER": str(int(plan.runner == "V2")), **(environment or {})}
+    variables = {**ENVIRONMENT, **on_runner(plan.runner), **(environment or {})}
     drafting = ["--speculative-config", json.dumps(plan.speculative_config(knobs))]
     started: list[VllmServer] = []
     with TemporaryDirectory(prefix="soak-") as folder, ExitStack() as stack:
