@@ -73,9 +73,15 @@ def test_without_a_tokenizer_sizes_decide(rows: int, verdict: Any, tmp_path: Pat
     the(findings(vocabulary.examine_drafter, drafter), "drafter's tokenizer", "warning")
 
 
+@pytest.mark.parametrize("broken", ["drafter", "verifier"])
 @pytest.mark.parametrize(("rows", "verdict"), [(2048, "warning"), (2176, "fault")])
-def test_a_tokenizer_that_cannot_be_read_is_named_and_sizes_decide(rows: int, verdict: Any, tmp_path: Path) -> None:
+def test_a_tokenizer_that_cannot_be_read_is_named_and_sizes_decide(
+    rows: int, verdict: Any, broken: str, tmp_path: Path
+) -> None:
     verifier = with_config(tmp_path / "verifier", "verifier", vocab_size=rows)
-    (verifier / "tokenizer.json").write_text(json.dumps({"model": 3}))
-    detail = the(findings(vocabulary.examine_pair, verifier=verifier), "same tokens", verdict).detail
-    assert "cannot be read" in detail and f"{rows} and 2048" in detail
+    drafter = copy_of("twotower", tmp_path / "drafter")
+    (tmp_path / broken / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    detail = the(findings(vocabulary.examine_pair, drafter, verifier), "same tokens", verdict).detail
+    assert "cannot be read" in detail and f"{rows} and 2048" in detail and str(tmp_path / broken) in detail
+    of_drafter = "warning" if broken == "drafter" else "ok"
+    the(findings(vocabulary.examine_drafter, drafter, verifier), "drafter's tokenizer", of_drafter)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,7 +16,7 @@ from twotower_spec.checkpoint import CheckpointIndex, find_tokenizer, resolve_ch
 from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_experts_dtype, check_integer, read_config
 from twotower_spec.diagnosis.sample import Sample, load_sample
 from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
-from twotower_spec.errors import ArgumentError, ConfigError
+from twotower_spec.errors import ArgumentError, ConfigError, TwoTowerError
 from twotower_spec.serving_memory import CONFIGURATION, ServingMemory, serving_memory
 from twotower_spec.towers.model import usable_device
 
@@ -32,6 +32,22 @@ def holds_two_towers(name_or_path: str) -> bool:
         return ARCHITECTURE in (read_config(name_or_path).get("architectures") or ())
     except ConfigError:
         return False
+
+
+class FoundTokenizer(NamedTuple):
+    """Tokenizer of a model, or the reason why there is none."""
+
+    tokenizer: PreTrainedTokenizerBase | None
+    reason: str = ""
+
+    @classmethod
+    def of_model(cls, name_or_path: str | Path) -> FoundTokenizer:
+        """Reads that of a directory or hub id; one that cannot be read is none."""
+        try:
+            found = find_tokenizer(name_or_path)
+        except TwoTowerError as error:
+            return cls(None, str(error).partition("; ")[0])
+        return cls(found, "" if found else f"{name_or_path} has no tokenizer")
 
 
 @dataclass(frozen=True)
@@ -104,8 +120,13 @@ class Case:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """Tokenizer of the drafter."""
-        return find_tokenizer(self.directory)
+        """Tokenizer of the drafter; None where there is none that can be read."""
+        return self.drafter_tokenizer.tokenizer
+
+    @cached_property
+    def drafter_tokenizer(self) -> FoundTokenizer:
+        """Tokenizer of the drafter, or why there is none."""
+        return FoundTokenizer.of_model(self.directory)
 
     @cached_property
     def sample(self) -> Sample:

@@ -47,7 +47,7 @@ def examine(case: Case) -> Iterator[Finding]:
         yield note("both models", "skipped", reason, "--run, on a machine that holds both")
         return
     if case.tokenizer is None:
-        yield note("both models", "skipped", "prompts are text, and the drafter has no tokenizer")
+        yield note("both models", "skipped", f"prompts are text, and {case.drafter_tokenizer.reason}")
         return
     prompts = _prompts(case)
     if not prompts:

@@ -7,11 +7,9 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
-from twotower_spec.checkpoint import find_tokenizer
-from twotower_spec.diagnosis.case import Case
+from twotower_spec.diagnosis.case import Case, FoundTokenizer
 from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting.vocabulary import compare_vocabularies
-from twotower_spec.errors import TwoTowerError
 from twotower_spec.inspection import num_token_ids
 
 SHOWN_DIFFERENCES = 3
@@ -24,7 +22,7 @@ def examine_drafter(case: Case) -> Iterator[Finding]:
     """Looks at the drafter's tokenizer beside its embedding table, and at its mask token."""
     tokenizer, rows = case.tokenizer, case.config.vocab_size
     if tokenizer is None:
-        detail = f"{case.directory} has no tokenizer, so that nobody sees what its ids mean"
+        detail = f"{case.drafter_tokenizer.reason}, so that nobody sees what its ids mean"
         yield note("drafter's tokenizer", "warning", detail, "put the tokenizer.json of its model there")
         return
     highest = max(tokenizer.get_vocab().values())
@@ -59,15 +57,10 @@ def _mask_token(case: Case, tokenizer: PreTrainedTokenizerBase) -> Finding:
 
 def examine_pair(case: Case) -> Iterator[Finding]:
     """Looks at what the ids of both models mean, whatever their number."""
-    target, reason = None, f"{case.verifier} has no tokenizer"
-    try:
-        target = find_tokenizer(str(case.verifier))
-    except TwoTowerError as error:
-        reason = str(error).partition("; ")[0]
+    target, reason = FoundTokenizer.of_model(str(case.verifier))
     rows, drafter_rows = num_token_ids(str(case.verifier)), case.config.vocab_size
     if target is None or case.tokenizer is None:
-        lacking = reason if target is None else f"{case.directory} has no tokenizer"
-        detail = f"{lacking}, and the models have {rows} and {drafter_rows} ids"
+        detail = f"{reason or case.drafter_tokenizer.reason}, and the models have {rows} and {drafter_rows} ids"
         remedy = "put the tokenizer.json of its model there"
         yield note("same tokens", "warning" if rows == drafter_rows else "fault", detail, remedy)
         return
