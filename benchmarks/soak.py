@@ -33,7 +33,7 @@ ROOT = Path(__file__).parents[1]
 TRITON_ON_CPU = ROOT / "tests" / "support" / "v2_on_cpu"
 SHOWN_PER_PLAN = 10
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(rich_markup_mode="markdown", add_completion=False, pretty_exceptions_enable=False)
 
 
 @app.command()

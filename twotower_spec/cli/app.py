@@ -36,6 +36,7 @@ def build_app() -> typer.Typer:
     Packages above are imported only when the command line runs, so that importing this one imports none of them.
     """
     app = typer.Typer(
+        rich_markup_mode="markdown",  # joins the lines of a paragraph
         name="twotower-spec",
         help="Nemotron-Labs-TwoTower: generate and draft with it, look into its checkpoints, train small ones.",
         no_args_is_help=True,
