@@ -154,3 +154,26 @@ def test_a_machine_that_stood_still_for_five_seconds_costs_nothing_that_lasts(
     serve(policy, server, [GOOD], 200)
     serve(undisturbed, other, [GOOD], stalled + 200)
     assert rate(serve(policy, server, [GOOD], 300)) > 0.95 * rate(serve(undisturbed, other, [GOOD], 300))
+
+
+@pytest.mark.parametrize("phase", ["extend_s", "verify_s"])
+def test_a_look_in_which_a_machine_stood_still_does_not_end_all_looks(
+    phase: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy, server = started()
+    serve(policy, server, [BAD], 300)  # nothing is drafted any more, and rounds with drafts are looks
+    observe, stalled = policy.observe, list[bool]()
+
+    def observe_stalled(outcome: RoundOutcome) -> None:
+        if outcome.num_context_tokens > 1 and not stalled:
+            outcome = replace(outcome, **{phase: getattr(outcome, phase) + 5.0})
+            stalled.append(True)
+        observe(outcome)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(policy, "observe", observe_stalled)
+        serve(policy, server, [BAD], 500)
+    assert stalled
+    server.fill([])
+    serve(policy, server, [GOOD], 800)
+    assert rate(serve(policy, server, [GOOD], 300)) > 0.95 * server.best_fixed_rate([GOOD], policy.block_sizes)

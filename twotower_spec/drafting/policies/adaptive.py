@@ -170,16 +170,17 @@ class AdaptivePolicy:
         drafting_s = outcome.extend_s + outcome.denoise_s + outcome.host_s
         if look:
             spent_s = drafting_s + max(0.0, outcome.verify_s - self.costs.plain.at(num_reqs))
-            has_read = outcome.num_context_tokens > 1
+            expected_s, has_read = look.expected_s, outcome.num_context_tokens > 1
             if look.is_over(spent_s, bool(outcome.foreseen), has_read, any(outcome.num_draft_tokens)):
                 self._look = None if self._look is look else self._look
         else:  # a step that was taken to learn is a look too
             spent_s = outcome.denoise_s * tried / max(1, *outcome.num_denoiser_passes)
+            expected_s = self.costs.denoise(plan.block_size).at(num_ran) if plan else 0.0
         num_rounds = 1 + outcome.num_rested
         self._num_rounds += num_rounds
         here = (one for one in outcome.refused if one in self.acceptance)
         self._refused.update(dict.fromkeys(here, self._num_rounds + REFRESH))
-        self._budget.add(spent_s, outcome.verify_s * num_rounds + drafting_s, num_rounds)
+        self._budget.add(spent_s, expected_s, outcome.verify_s * num_rounds + drafting_s, num_rounds)
         size = plan.block_size if plan and not look else 0
         if load.refreshing == size != load.block_size:
             load.refreshing = None

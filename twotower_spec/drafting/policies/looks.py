@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 
 from twotower_spec.drafting.policies.acceptance import Acceptance
+from twotower_spec.drafting.policies.costs import ACCIDENT
 from twotower_spec.drafting.policies.policy import Candidate
 
 LOOK_SHARE, LOOK_ROUNDS = 0.01, 100
@@ -40,8 +41,20 @@ class LookBudget:
         """Saves for a look that would take so much."""
         self._wanted_s = max(self._wanted_s, seconds)
 
-    def add(self, spent_s: float, total_s: float, num_rounds: int = 1) -> None:
-        """Counts rounds, and what of them was a look."""
+    def add(self, spent_s: float, expected_s: float, total_s: float, num_rounds: int = 1) -> None:
+        """Counts rounds, and what of them was a look.
+
+        A look is paid for as an accident at most: a machine that stood still for seconds would end all looks for
+        hundreds of times as long.
+
+        Args:
+            spent_s: seconds of the look.
+            expected_s: those that were expected of it; 0 where nobody knew.
+            total_s: seconds of the rounds, the look included.
+            num_rounds: how many they were.
+        """
+        if expected_s:
+            spent_s = min(spent_s, ACCIDENT * expected_s)
         self._rounds.append((spent_s, total_s, num_rounds))
         self._count(spent_s, total_s, num_rounds)
         while self._num_rounds >= LOOK_ROUNDS:
@@ -62,12 +75,14 @@ class Look:
     Attributes:
         request_id: whose.
         num_tokens: drafts that end it; 0 for none.
+        expected_s: seconds that it should take.
         num_awaited: rounds in which the outcome of one of its own is waited for, before it goes on.
     """
 
     def __init__(self, request_id: Hashable, num_tokens: int, expected_s: float) -> None:
         """Begins one that is expected to take so long."""
-        self.request_id, self.num_tokens, self._left_s = request_id, num_tokens, LONGEST_OVERRUN * expected_s
+        self.request_id, self.num_tokens, self.expected_s = request_id, num_tokens, expected_s
+        self._left_s = LONGEST_OVERRUN * expected_s
         self.num_awaited = 0
 
     def is_over(self, spent_s: float, has_told: bool, has_read: bool, has_drafts: bool) -> bool:
