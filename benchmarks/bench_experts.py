@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import cache
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from benchmarks.harness import OURS, Case, Systems, one_by_one, side_by_side
 from benchmarks.shapes import MID_SIZE, REAL_SIZE
 from twotower_kernels.experts import ExpertChoice, ExpertScales, grouped_experts, quantise, route, route_tokens
-from twotower_kernels.experts.quantisation import dequantise
+from twotower_kernels.experts.quantisation import dequantise, quantised_shapes, scales_dtype
 from twotower_spec import TwoTowerConfig
+from twotower_spec.config import EXPERT_DTYPES
 
 # One bfloat16 rounding of hidden activations and one of outputs, in the Frobenius norm.
 AGREEMENT = 2e-2
@@ -34,7 +36,7 @@ def cases(device: torch.device) -> list[Case]:
         *(
             _quantised(REAL_SIZE, num_tokens, f"quantised_{kind}", device, dtype)
             for kind, num_tokens in (("one", 1), ("few", 16), ("few", 128), ("some", 1024), ("many", 8192))
-            for dtype in (torch.int8, torch.float8_e4m3fn)
+            for dtype in EXPERT_DTYPES
         ),
     ]
 
@@ -147,7 +149,8 @@ def _experts(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch
     return Case("experts", kernel, shape, moved, make)
 
 
-def _quantised(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch.device, dtype: torch.dtype) -> Case:
+def _quantised(config: TwoTowerConfig, num_tokens: int, kernel: str, device: torch.device, name: str) -> Case:
+    dtype = EXPERT_DTYPES[name]
     experts, top_k = config.n_routed_experts, config.num_experts_per_tok
     hidden, width = config.hidden_size, config.moe_intermediate_size
 
@@ -167,8 +170,12 @@ def _quantised(config: TwoTowerConfig, num_tokens: int, kernel: str, device: tor
         }
 
     visited = experts * (1 - (1 - top_k / experts) ** num_tokens)
-    moved = int(2 * visited * width * hidden + 4 * num_tokens * hidden)
-    name = str(dtype).removeprefix("torch.")
+    weights_of_an_expert = sum(
+        math.prod(shape) * kind.itemsize
+        for weight in ((width, hidden), (hidden, width))
+        for shape, kind in zip(quantised_shapes(weight, dtype), (dtype, scales_dtype(dtype)), strict=True)
+    )
+    moved = int(visited * weights_of_an_expert + 4 * num_tokens * hidden)
     shape = f"{num_tokens} tokens, {top_k} of {experts} experts [{hidden}, {width}] {name}"
     return Case("experts", kernel, shape, moved, make)
 

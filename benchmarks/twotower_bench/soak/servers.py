@@ -10,6 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, get_args
 
+import torch
+
 from twotower_bench.child_process import signals_held
 from twotower_bench.environment import Runner, on_runner
 from twotower_bench.fork_server import ForkServer
@@ -151,6 +153,8 @@ def running_pair(
                 server = VllmServer(title, plan.model, words, port, own, variables, fork_server)
                 stack.callback(server.kill)
             started.append(server)
+            if torch.cuda.is_available():  # each sizes its cache by the memory that it finds free
+                server.wait_until_ready()
         for server in started:
             server.wait_until_ready()
         yield started[0], started[1]
