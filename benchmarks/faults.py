@@ -8,24 +8,24 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Annotated
+from typing import Annotated, get_args
 
 import typer
 
 from benchmarks.readme import markdown_table, write_section
 from twotower_bench.child_process import ended_by_signals
 from twotower_bench.cli.tables import print_table
-from twotower_bench.environment import engine_environment, on_runner
-from twotower_bench.faults.cells import Cell, Seen
+from twotower_bench.environment import Runner, engine_environment, on_runner
+from twotower_bench.faults.cells import Seen
 from twotower_bench.faults.disks import disk_trials
 from twotower_bench.faults.document import COLUMNS, TRIAL_COLUMNS, rows_of, summary, trial_rows
 from twotower_bench.faults.engine import cells_of
 from twotower_bench.faults.matrix import run_cells
-from twotower_bench.faults.servers import server_trials
+from twotower_bench.faults.servers import process_trials, start_trials
 from twotower_bench.faults.trials import Trial
 from twotower_bench.fork_server import ForkServer
 from twotower_bench.measurement_file import VLLM, MeasurementFile
@@ -93,20 +93,30 @@ def _found(part: Part, known: Mapping[Hashable, object], hang_s: float) -> Itera
     if part is Part.DISKS:
         yield from disk_trials()
         return
-    imports = TRITON_ON_CPU if part is Part.V2 else {}
+    if part is Part.SERVERS:
+        for runner in get_args(Runner):
+            with _forking(runner) as (fork_server, environment):
+                yield from process_trials(fork_server, environment, runner)
+                if runner == "V1":  # drafters are read before a runner is made
+                    yield from start_trials(fork_server, environment)
+        return
+    left = [one for one in cells_of(part.value) if one not in known]
+    if left:
+        runner = "V2" if part is Part.V2 else "V1"
+        with _forking(runner) as (fork_server, environment):
+            yield from run_cells(left, fork_server, {**environment, **on_runner(runner)}, hang_s=hang_s)
+
+
+@contextmanager
+def _forking(runner: Runner) -> Iterator[tuple[ForkServer, dict[str, str]]]:
+    """A process that engines on a runner are forked from, and their variables."""
+    imports = TRITON_ON_CPU if runner == "V2" else {}
     environment = {**engine_environment(), **imports, "VLLM_LOGGING_LEVEL": "INFO", "HF_HUB_OFFLINE": "1"}
     with (
         TemporaryDirectory(prefix="faults-") as folder,
         closing(ForkServer(Path(folder), environment)) as fork_server,
     ):
-        if part is Part.SERVERS:
-            yield from server_trials(fork_server, {**environment, **on_runner("V1")})
-            return
-        cells = cells_of(part.value)
-        left: Sequence[Cell] = [one for one in cells if one not in known]
-        if left:
-            variables = {**environment, **on_runner("V2" if part is Part.V2 else "V1")}
-            yield from run_cells(left, fork_server, variables, hang_s=hang_s)
+        yield fork_server, environment
 
 
 def _line(found: Seen | Trial) -> str:

@@ -7,7 +7,14 @@ from importlib.util import find_spec
 import pytest
 
 from tests.vllm_plugin.fork_server import server_and_variables
-from twotower_bench.faults.servers import ENGINE_CORE, killed, serving, start_trial, stop_trial
+from twotower_bench.faults.servers import (
+    ENGINE_CORE,
+    full_disk_trial,
+    killed,
+    serving,
+    start_trial,
+    stop_trial,
+)
 from vllm_twotower.stats_folder import PREFIX
 
 pytestmark = [
@@ -26,6 +33,14 @@ def test_an_engine_goes_on_after_a_stop_and_leaves_nothing_when_it_is_killed() -
     assert all(isinstance(one, str) and one != "hang" for one in answers), answers
     # vLLM leaves its sockets and shared memory, whoever drafts.
     assert not {PREFIX, "the engine core", "a helper process"} & set(left), left
+
+
+def test_a_disk_that_is_full_costs_a_running_server_nothing() -> None:
+    fork_server, variables = server_and_variables()
+    with serving(fork_server, variables, drafts=False) as plain:
+        expected = plain.ask()
+    found = full_disk_trial(fork_server, variables, expected)
+    assert found.outcome in ("held", "n/a"), found
 
 
 @pytest.mark.parametrize("damage", ["its weights cut in half", "missing"])

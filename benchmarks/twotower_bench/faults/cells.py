@@ -19,8 +19,6 @@ KINDS: tuple[Kind, ...] = (
 WHENS: tuple[When, ...] = ("before", "during", "after")
 # What a sentence in the log must have: what happened, then what to do about it.
 REMEDY = ";"
-# That of the round from which there is something to recover, and its own, which may be of another kind.
-SENTENCES_OF_RESET = 2
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,15 @@ class Cell:
     stage: str
     kind: str
     when: str
+
+    @property
+    def most_sentences(self) -> int:
+        """How many sentences it may cost in the log: one for each way in which it shows.
+
+        A reset has that of the round from which there is something to recover, and its own. A wrong shape is noticed
+        where drafts are handed out or, by another error, where they are settled.
+        """
+        return 2 if self.stage == "reset" or self.kind == "wrong shape" else 1
 
 
 @dataclass(frozen=True)
@@ -83,7 +90,7 @@ class Seen:
             found.append(f"{self.num_answered - self.num_equal} of {self.num_answered} texts wrong")
         if not self.num_accepted_after:
             found.append("no draft was accepted afterwards")
-        if len(self.sentences) > (SENTENCES_OF_RESET if self.cell.stage == "reset" else 1):
+        if len(self.sentences) > self.cell.most_sentences:
             found.append(f"{len(self.sentences)} sentences in the log")
         found += [f"no remedy in: {one}" for one in self.sentences if REMEDY not in one]
         if self.cell.kind in ("exception", "out of memory") and not self.sentences:

@@ -42,7 +42,7 @@ def full_disk() -> Iterator[Path]:
     """A folder on a disk with hardly any room; a limit on the length of files where none can be mounted."""
     with TemporaryDirectory(prefix="full-") as name, ExitStack() as stack:
         folder = Path(name)
-        if not stack.enter_context(_mounted(folder, f"size={ROOM_BYTES}")):
+        if not stack.enter_context(mounted_disk(folder, f"size={ROOM_BYTES}")):
             stack.enter_context(_short_files())
         yield folder
 
@@ -56,7 +56,7 @@ def read_only_disk() -> Iterator[Path]:
     """
     with TemporaryDirectory(prefix="read-only-") as name, ExitStack() as stack:
         folder = Path(name)
-        if stack.enter_context(_mounted(folder, "ro")):
+        if stack.enter_context(mounted_disk(folder, "ro")):
             yield folder
         elif os.geteuid():
             folder.chmod(0o500)
@@ -67,7 +67,7 @@ def read_only_disk() -> Iterator[Path]:
 
 
 @contextmanager
-def _mounted(folder: Path, options: str) -> Iterator[bool]:
+def mounted_disk(folder: Path, options: str) -> Iterator[bool]:
     """Mounts a disk in memory; False where that is not allowed."""
     done = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)], capture_output=True, check=False

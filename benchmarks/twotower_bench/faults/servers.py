@@ -8,7 +8,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +19,8 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil
 
 from twotower_bench.child_process import ChildError
+from twotower_bench.environment import Runner, on_runner
+from twotower_bench.faults.disks import mounted_disk
 from twotower_bench.faults.matrix import DRAFTER
 from twotower_bench.faults.trials import Trial
 from twotower_bench.fork_server import ForkServer
@@ -30,6 +33,8 @@ NUM_REQUESTS, NUM_TOKENS = 6, 200
 STOPPED_FOR_S = 5.0
 # A request that takes longer counts as hanging, and a process that lives longer as left over.
 ANSWERED_WITHIN_S = ENDED_WITHIN_S = 120.0
+# Of a disk that is filled: what a server writes until it is ready fits.
+DISK_BYTES = 256 << 20
 SHARED_MEMORY = Path("/dev/shm")
 API_SERVER, ENGINE_CORE = "API server", "engine core"
 
@@ -106,17 +111,21 @@ class ServedTrio:
 
     def left_over(self) -> list[str]:
         """Processes, files and shared memory that are left some time after its end."""
-        _, alive = psutil.wait_procs(self._processes, timeout=ENDED_WITHIN_S)
-        alive = [one for one in alive if _is_alive(one)]
+        deadline, alive = time.monotonic() + ENDED_WITHIN_S, self._processes
+        while (alive := [one for one in alive if _is_alive(one)]) and time.monotonic() < deadline:
+            time.sleep(0.1)
         files = [path for path in sorted(self._folder.iterdir()) if path.name != "log"]
         shared = ["shared memory" for path in self._shared_memory if path.exists()]
         names = ["the engine core" if one == self._engine else "a helper process" for one in alive]
         return names + [_kind_of(file) for file in files] + shared
 
 
-def _is_alive(process: psutil.Process) -> bool:
+def _is_alive(one: psutil.Process) -> bool:
     """Whether it is more than an exit code that nobody has asked for."""
-    return bool(process.is_running()) and process.status() != psutil.STATUS_ZOMBIE
+    try:
+        return bool(one.is_running()) and one.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _kind_of(file: Path) -> str:
@@ -139,14 +148,24 @@ def serving(
         arguments: beside those that the trio needs.
     """
     # Sockets lie in it, whose paths have 107 characters at most.
-    with TemporaryDirectory(prefix="serve-") as name:
-        folder = Path(name)
-        server = start(fork_server, environment, folder, trio_path("twotower") if drafts else None, arguments)
-        try:
-            server.wait_until_ready()
-            yield ServedTrio(server, folder)
-        finally:
-            server.kill()
+    with (
+        TemporaryDirectory(prefix="serve-") as name,
+        serving_in(Path(name), fork_server, environment, drafts, arguments) as served,
+    ):
+        yield served
+
+
+@contextmanager
+def serving_in(
+    folder: Path, fork_server: ForkServer, environment: Mapping[str, str], drafts: bool, arguments: Sequence[str] = ()
+) -> Iterator[ServedTrio]:
+    """Starts a server with its log and temporary files in a folder, and ends what is left of it; see `serving`."""
+    server = start(fork_server, environment, folder, trio_path("twotower") if drafts else None, arguments)
+    try:
+        server.wait_until_ready()
+        yield ServedTrio(server, folder)
+    finally:
+        server.kill()
 
 
 def start(
@@ -297,15 +316,53 @@ def start_trial(fork_server: ForkServer, environment: Mapping[str, str], name: s
     )
 
 
-def server_trials(fork_server: ForkServer, environment: Mapping[str, str]) -> Iterator[Trial]:
-    """All faults of processes and of the drafter's files."""
-    with serving(fork_server, environment, drafts=False) as plain:
+def full_disk_trial(fork_server: ForkServer, environment: Mapping[str, str], expected: Sequence[Answer]) -> Trial:
+    """Fills the disk that a server has its log and temporary files on, while it serves."""
+    what = "full disk under the log and the temporary files of a server that runs"
+    must = "all answered with the same tokens, drafts go on and are counted"
+    with (
+        TemporaryDirectory(prefix="serve-") as name,
+        mounted_disk(Path(name), f"size={DISK_BYTES}") as is_mounted,
+    ):
+        if not is_mounted:
+            return Trial(what, must, reason="no disk can be mounted here")
+        with serving_in(Path(name), fork_server, environment, drafts=True) as served:
+            before = served.num_accepted()
+            fill(Path(name))
+            found = served.ask()
+            accepted = served.num_accepted() - before
+            left = shutil.disk_usage(name).free
+    faults = _differences(found, expected) + ([] if accepted else ["nothing was drafted"])
+    return Trial(
+        what,
+        must,
+        f"{_num_equal(found, expected)} of {NUM_REQUESTS} equal, {accepted:.0f} drafts accepted, {left} bytes free",
+        tuple(faults),
+    )
+
+
+def fill(folder: Path) -> None:
+    """Writes until there is no room."""
+    with suppress(OSError), (folder / "filling").open("wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+
+def process_trials(fork_server: ForkServer, environment: Mapping[str, str], runner: Runner) -> Iterator[Trial]:
+    """Stops and kills the processes of servers on a model runner, and fills the disk of one."""
+    variables = {**environment, **on_runner(runner)}
+    with serving(fork_server, variables, drafts=False) as plain:
         expected: Any = plain.ask()
-    with serving(fork_server, environment, drafts=True) as served:
-        for name in (API_SERVER, ENGINE_CORE):
-            yield stop_trial(served, name, expected)
-    for name in (ENGINE_CORE, API_SERVER):
-        yield kill_trial(fork_server, environment, name, expected)
+    trials: list[Trial] = []
+    with serving(fork_server, variables, drafts=True) as served:
+        trials += [stop_trial(served, name, expected) for name in (API_SERVER, ENGINE_CORE)]
+    trials += [kill_trial(fork_server, variables, name, expected) for name in (ENGINE_CORE, API_SERVER)]
+    trials.append(full_disk_trial(fork_server, variables, expected))
+    return (replace(one, what=f"{runner}: {one.what}") for one in trials)
+
+
+def start_trials(fork_server: ForkServer, environment: Mapping[str, str]) -> Iterator[Trial]:
+    """Starts servers whose drafters are damaged."""
     for damage in DAMAGES:
         yield start_trial(fork_server, environment, damage)
 
