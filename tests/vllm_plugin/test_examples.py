@@ -14,6 +14,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Thread
@@ -25,7 +26,7 @@ from tests.vllm_plugin.installed import tells_acceptance_per_request
 from twotower_bench.servers.forked_server import fork_workers
 from twotower_spec.demo import held_out_prompts, trio_path
 
-pytest.importorskip("vllm", reason="vLLM is not installed")
+pytestmark = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
 PROMPTS = [row.prompt for row in held_out_prompts("maths")[:2]]
 MAX_TOKENS = "64"
@@ -191,8 +192,8 @@ def test_the_serve_script_shows_why_a_server_did_not_start() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not find_spec("ray"), reason="ray is not installed; pip install 'twotower-spec[ray]'")
 def test_the_ray_script_writes_the_same_texts_to_a_file(drafted: tuple[str, list[str]], tmp_path: Path) -> None:
-    pytest.importorskip("ray", reason="ray is not installed; pip install 'twotower-spec[ray]'")
     prompts, results = tmp_path / "prompts.jsonl", tmp_path / "results.jsonl"
     prompts.write_text("".join(json.dumps({"name": i, "prompt": prompt}) + "\n" for i, prompt in enumerate(PROMPTS)))
     out = run("vllm_ray_data.py", "--input", str(prompts), "--output", str(results), "--max-tokens", MAX_TOKENS)
