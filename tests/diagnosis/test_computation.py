@@ -18,6 +18,7 @@ from twotower_kernels.block_scan import op as scan
 from twotower_kernels.experts import route
 from twotower_spec import TwoTowerModel
 from twotower_spec.diagnosis import computation, sample
+from twotower_spec.state import ContextState
 from twotower_spec.towers import backbone
 from twotower_spec.towers.layers import moe
 
@@ -52,6 +53,30 @@ def test_a_scan_that_forgets_the_state_it_begins_from_is_found(monkeypatch: pyte
     for looked_at in ("scan of the context tower", "scan of the denoiser"):
         assert "the state carried" in the(found, looked_at, "fault").detail
     the(found, "order of modulation", "ok")
+
+
+def test_rounding_that_sends_tokens_to_other_experts_is_no_fault(tmp_path: Path) -> None:
+    experts = {"n_routed_experts": 32, "num_experts_per_tok": 6, "moe_intermediate_size": 36}
+    experts["moe_shared_expert_intermediate_size"] = 36
+    config = tiny_config(hybrid_override_pattern="MEME*E" * 4, vocab_size=512, **experts)
+    model = TwoTowerModel.from_config(config, dtype="bfloat16")
+    with torch.inference_mode():
+        assert computation._error_of_parts(model, *computation.PARTS) > 0.1  # with their experts
+    model.save_pretrained(tmp_path)
+    assert verdicts(findings(computation.examine, tmp_path)) == {"ok"}
+
+
+@pytest.mark.parametrize("state", ["ssm", "conv", "keys"])
+def test_a_context_that_loses_a_state_is_found(state: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    extend = ContextState.extend
+
+    def forgetting(context: ContextState, *args: Any) -> Any:
+        held = context.kv_cache.keys if state == "keys" else getattr(context.mamba, state)
+        held.zero_()
+        return extend(context, *args)
+
+    monkeypatch.setattr(ContextState, "extend", forgetting)
+    the(findings(computation.examine), "context tower", "fault")
 
 
 def test_modulation_in_the_other_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
