@@ -388,11 +388,25 @@ def _is_required(f: Any) -> bool:
     return f.default is MISSING and f.default_factory is MISSING
 
 
-def _check_architecture(raw: Mapping[str, Any]) -> None:
-    architectures = raw.get("architectures") or [ARCHITECTURE]
-    if not isinstance(architectures, list | tuple) or ARCHITECTURE not in architectures:
+def architectures_of(raw: Mapping[str, Any]) -> tuple[str, ...]:
+    """Names of the architectures in a config.json; none where it names none.
+
+    Raises:
+        ConfigError: they are no list of names.
+    """
+    named = raw.get("architectures") or ()
+    if not isinstance(named, list | tuple) or not all(isinstance(one, str) for one in named):
         raise ConfigError(
-            f"architectures {architectures} is not a TwoTower checkpoint; config.json must name {ARCHITECTURE}"
+            f"architectures {named!r} in config.json is no list of names; give what its model was saved with"
+        )
+    return tuple(named)
+
+
+def _check_architecture(raw: Mapping[str, Any]) -> None:
+    architectures = architectures_of(raw) or (ARCHITECTURE,)
+    if ARCHITECTURE not in architectures:
+        raise ConfigError(
+            f"architectures {list(architectures)} is not a TwoTower checkpoint; config.json must name {ARCHITECTURE}"
         )
 
 

@@ -17,6 +17,7 @@ from twotower_spec.config import (
     DiffusionConfig,
     TwoTowerConfig,
     accumulation_dtype,
+    architectures_of,
     check_integer,
     read_config,
 )
@@ -150,7 +151,7 @@ def serving_memory(
 
 def _weights(raw: Mapping[str, Any], directory: Path, dtype: torch.dtype, num_ranks: int) -> int | None:
     """Bytes of the verifier's weights on one rank, as they are stored; None where only the shards would say it."""
-    if ARCHITECTURE in (raw.get("architectures") or ()):
+    if ARCHITECTURE in architectures_of(raw):
         context = towers_without_memory(TwoTowerConfig.from_dict(raw), dtype, with_denoiser=False).context
         return _bytes_of(context) // num_ranks
     total: Any = None

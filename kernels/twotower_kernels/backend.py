@@ -32,10 +32,15 @@ def _wants_gradient(*tensors: Tensor | None) -> bool:
 
 @cache
 def _triton_wanted() -> bool:
+    return check_switch() == "auto" and find_spec("triton") is not None
+
+
+def check_switch() -> str:
+    """What the variable says of kernels, "auto" or "torch"; a `ValueError` where it is neither."""
     chosen = os.environ.get(SWITCH, "auto")
     if chosen not in ("auto", "torch"):
         raise ValueError(f"{SWITCH}={chosen} is not allowed; give auto or torch")
-    return chosen == "auto" and find_spec("triton") is not None
+    return chosen
 
 
 def on_its_device(launch: Callable[Concatenate[Tensor, P], R]) -> Callable[Concatenate[Tensor, P], R]:

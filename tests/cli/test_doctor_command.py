@@ -68,7 +68,7 @@ def test_without_a_verifier_the_drafter_alone_is_looked_at(command: Command) -> 
     code, out, _ = command("doctor", "--json", "--drafter", trio_path("twotower"))
     found = json.loads(out)
     skipped = {one["area"]: one["detail"] for one in found["findings"] if one["verdict"] == "skipped"}
-    assert code == 0
+    assert code == 0 and found["can_serve"] is None
     assert set(skipped) == {"files", "vocabulary", "memory", "short run"}
     assert set(skipped.values()) == {"no verifier is named"}
     assert {"weights", "computation"} <= {one["area"] for one in found["findings"] if one["verdict"] == "ok"}
@@ -126,3 +126,34 @@ def test_text_of_a_checkpoint_is_shown_and_not_obeyed(command: Command, tmp_path
 
 def test_every_verdict_has_a_style() -> None:
     assert set(doctor.STYLES) == {"ok", "warning", "fault", "skipped"}
+
+
+def test_lines_that_are_short_keep_all_words_whole(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = command("doctor", "--no-run")
+    words = out.split()
+    assert code == 0 and {"computes;", "tokenizers", "warning,"} <= set(words)
+    assert max(map(len, out.splitlines()[3:-1])) <= 40
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--verifier", ""], "--verifier '' names no model"),
+        (["--device", "meta"], "device meta holds no numbers"),
+        (["--memory-gib", "1e300"], "--memory-gib 1e+300 is not allowed"),
+    ],
+)
+def test_what_names_nothing_is_refused(arguments: list[str], said: str, command: Command) -> None:
+    code, out, err = command("doctor", "--drafter", trio_path("twotower"), *arguments)
+    assert (code, out) == (2, "") and said in err
+
+
+@pytest.mark.parametrize("named", [5, "Qwen3ForCausalLM", [3]])
+def test_architectures_that_are_no_list_are_a_fault(named: object, command: Command, tmp_path: Path) -> None:
+    verifier = with_config(tmp_path / "verifier", "verifier", architectures=named)
+    for drafter in ([], ["--drafter", trio_path("twotower")]):
+        code, out, _ = command("doctor", "--json", "--no-run", "--verifier", verifier, *drafter)
+        faults = [one for one in json.loads(out)["findings"] if one["verdict"] == "fault"]
+        assert code == 1 and any("no list of names" in one["detail"] for one in faults), faults
+        assert not any("the check itself failed" in one["detail"] for one in faults)

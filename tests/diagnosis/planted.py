@@ -24,12 +24,26 @@ def copy_of(model: Model, folder: Path) -> Path:
     return Path(shutil.copytree(trio_path(model), folder))
 
 
-def with_weights(folder: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of the bundled drafter whose tensors were changed in place."""
-    file = copy_of("twotower", folder) / "model.safetensors"
+def with_weights(folder: Path, change: Callable[[Tensors], None], model: Model = "twotower") -> Path:
+    """A copy of a bundled model, by default the drafter, whose tensors were changed in place."""
+    file = copy_of(model, folder) / "model.safetensors"
     tensors = load_file(file)
     change(tensors)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, {"format": "pt"})
+    return folder
+
+
+def with_shards(folder: Path) -> Path:
+    """A copy of the bundled verifier in two shards with their index."""
+    file = copy_of("verifier", folder) / "model.safetensors"
+    tensors, listed = load_file(file), dict[str, str]()
+    names = sorted(tensors)
+    for number, half in enumerate((names[::2], names[1::2]), 1):
+        shard = f"model-0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in half}, folder / shard, {"format": "pt"})
+        listed |= dict.fromkeys(half, shard)
+    file.unlink()
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
     return folder
 
 

@@ -79,6 +79,14 @@ def test_a_context_that_loses_a_state_is_found(state: str, monkeypatch: pytest.M
     the(findings(computation.examine), "context tower", "fault")
 
 
+def test_numbers_that_are_none_are_the_weights_fault(tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors["context_tower.layers.0.mixer.A_log"].fill_(200.0)
+
+    one = the(findings(computation.examine, with_weights(tmp_path / "huge", plant)), "context tower", "fault")
+    assert "not finite" in one.detail and "weights" in one.remedy
+
+
 def test_modulation_in_the_other_order_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone, "norm_then_modulate", backbone.modulate_then_norm)
     found = findings(computation.examine)

@@ -12,7 +12,8 @@ from tests.diagnosis.planted import copy_of, findings, the, with_config
 from tests.support.cuda import emulated_devices
 from tests.support.nemotron_h import save_nemotron_h
 from twotower_bench.drafter_size import PUBLISHED_SIZE
-from twotower_spec.diagnosis import examination, examine, links, memory
+from twotower_spec.demo.trio import trio_path
+from twotower_spec.diagnosis import Case, examination, examine, links, memory
 
 STATES = "Mamba states per draft"
 
@@ -36,6 +37,26 @@ def test_more_requests_than_fit_at_once_are_found() -> None:
     fitting = int(one.remedy.split()[1].rstrip(","))
     assert "not all requests fit" in one.detail and 64 < fitting < 10**6
     the(findings(memory.examine, verifier_device="cpu", max_num_seqs=fitting), "cpu", "ok")
+
+
+def test_what_a_gpu_has_free_bounds_what_vllm_is_told_to_take_of_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"verifier_device": "cuda:0", "max_num_seqs": 64, "memory_gib": None}
+    with emulated_devices(1):
+        needed = memory_needed(the(findings(memory.examine, **case), "cuda:0", "ok").detail)
+        shares = []
+        for free, total in ((0.99, 1.03), (1.0, 1.05), (1.01, 1.02)):
+            here = memory.DeviceMemory(int(free * 1.02 * needed), int(total * needed))
+            monkeypatch.setattr(memory, "_memory_of", lambda device, here=here: here)
+            one = the(findings(memory.examine, **case), "cuda:0", "warning")
+            shares.append(float(one.remedy.removeprefix("--gpu-memory-utilization ")))
+            assert needed / here.total - 0.01 <= shares[-1] <= here.free / here.total
+    assert len(set(shares)) > 1
+
+
+def memory_needed(detail: str) -> float:
+    """Bytes that all requests take, in the words of a finding."""
+    number, unit = detail.partition(" tokens take ")[2].split()[:2]
+    return float(number) * 2 ** {"MiB": 20, "GiB": 30}[unit]
 
 
 def test_models_that_do_not_fit_are_found_and_nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,6 +114,26 @@ def test_ranks_begin_at_the_device_and_those_without_a_gpu_are_one_fault() -> No
     assert one.detail == "4 ranks of the verifier need cuda:3, cuda:4, this machine has 3 GPUs"
     assert "--tensor-parallel-size" in one.remedy and "--memory-gib" in one.remedy
     assert [one.looked_at for one in elsewhere if one.verdict == "ok"] == [*(f"cuda:{n}" for n in range(4)), STATES]
+
+
+def test_many_ranks_make_no_long_lines() -> None:
+    ranks = {"tensor_parallel_size": 100_000}
+    one = the(findings(memory.examine, verifier_device="cpu", memory_gib=10**6, **ranks), "cpu", "ok")
+    assert "100000 x verifier's weights" in one.detail and len(one.detail) < 500
+    with emulated_devices(1):
+        one = the(findings(memory.examine, verifier_device="cuda:0", **ranks), "ranks", "fault")
+    assert "need cuda:1 to cuda:99999, this" in one.detail
+
+
+def test_the_size_of_the_cache_is_that_of_one_rank_and_one_request(tmp_path: Path) -> None:
+    verifier = str(hybrid(tmp_path / "hybrid"))
+    one = memory.cache_size(Case(str(trio_path("twotower")), verifier, verifier_device="cpu", max_num_seqs=3))
+    (keys,) = [
+        line
+        for line in Case(str(trio_path("twotower")), verifier).memory.lines
+        if (line.holder, line.name) == ("verifier", "keys and values")
+    ]
+    assert one.per_token == keys.num_bytes and one.fixed > 47 * 2**20
 
 
 def test_experts_of_fewer_bits_fit_where_those_that_are_stored_do_not(tmp_path: Path) -> None:

@@ -73,15 +73,39 @@ def test_without_a_tokenizer_sizes_decide(rows: int, verdict: Any, tmp_path: Pat
     the(findings(vocabulary.examine_drafter, drafter), "drafter's tokenizer", "warning")
 
 
-@pytest.mark.parametrize("broken", ["drafter", "verifier"])
 @pytest.mark.parametrize(("rows", "verdict"), [(2048, "warning"), (2176, "fault")])
-def test_a_tokenizer_that_cannot_be_read_is_named_and_sizes_decide(
-    rows: int, verdict: Any, broken: str, tmp_path: Path
+def test_a_tokenizer_of_the_drafter_that_cannot_be_read_is_named_and_sizes_decide(
+    rows: int, verdict: Any, tmp_path: Path
 ) -> None:
     verifier = with_config(tmp_path / "verifier", "verifier", vocab_size=rows)
     drafter = copy_of("twotower", tmp_path / "drafter")
-    (tmp_path / broken / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    (drafter / "tokenizer.json").write_text(json.dumps({"model": 3}))
     detail = the(findings(vocabulary.examine_pair, drafter, verifier), "same tokens", verdict).detail
-    assert "cannot be read" in detail and f"{rows} and 2048" in detail and str(tmp_path / broken) in detail
-    of_drafter = "warning" if broken == "drafter" else "ok"
-    the(findings(vocabulary.examine_drafter, drafter, verifier), "drafter's tokenizer", of_drafter)
+    assert "cannot be read" in detail and f"{rows} and 2048" in detail and str(drafter) in detail
+    the(findings(vocabulary.examine_drafter, drafter, verifier), "drafter's tokenizer", "warning")
+
+
+@pytest.mark.parametrize(("is_there", "named"), [(True, "cannot be read"), (False, "has no tokenizer")])
+def test_a_verifier_whose_tokenizer_vllm_cannot_read_is_a_fault(is_there: bool, named: str, tmp_path: Path) -> None:
+    verifier = copy_of("verifier", tmp_path / "verifier")
+    for file in verifier.glob("tokenizer*"):
+        file.unlink()
+    if is_there:
+        (verifier / "tokenizer.json").write_text(json.dumps({"model": 3}))
+    one = the(findings(vocabulary.examine_pair, verifier=verifier), "same tokens", "fault")
+    assert named in one.detail and "vllm serve needs it" in one.detail and str(verifier) in one.detail
+    assert "--skip-tokenizer-init" in one.remedy
+
+
+@pytest.mark.parametrize(("rows", "verdict"), [(2048, "warning"), (2176, "fault")])
+@pytest.mark.parametrize("form", ["tekken.json", "tokenizer.model", "vocab.json", "tokenizer_config.json"])
+def test_a_tokenizer_of_the_verifier_in_another_form_is_left_to_vllm_and_sizes_decide(
+    form: str, rows: int, verdict: Any, tmp_path: Path
+) -> None:
+    verifier = with_config(tmp_path / "verifier", "verifier", vocab_size=rows)
+    for file in verifier.glob("tokenizer*"):
+        file.unlink()
+    own = {"tokenizer_class": "OwnTokenizer", "auto_map": {"AutoTokenizer": ["code.OwnTokenizer", None]}}
+    (verifier / form).write_text(json.dumps(own))
+    one = the(findings(vocabulary.examine_pair, verifier=verifier), "same tokens", verdict)
+    assert f"{rows} and 2048 ids" in one.detail

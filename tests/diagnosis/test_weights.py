@@ -35,6 +35,26 @@ def test_zeros_that_a_broken_download_leaves_are_found(tmp_path: Path) -> None:
     assert "context_tower.layers.1.mixer.o_proj.weight" in one.detail and "download" in one.remedy
 
 
+def test_rows_of_zeros_are_found_and_those_of_reserved_tokens_are_no_harm(tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        tensors["lm_head.weight"][1024:] = 0
+        tensors["context_lm_head.weight"][1900:] = 0
+
+    one = the(findings(weights.examine, with_weights(tmp_path / "part", plant)), "numbers", "warning")
+    assert "rows of lm_head.weight are zeros" in one.detail
+
+
+def test_first_layers_that_were_not_trained_are_no_fault(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def plant(tensors: Tensors) -> None:
+        for name in tensors:
+            if name.startswith(("denoiser_tower.layers.0.", "denoiser_tower.layers.1.", "denoiser_tower.layers.2.")):
+                tensors[name] = tensors[name.replace("denoiser", "context")].clone()
+
+    drafter = with_weights(tmp_path / "frozen", plant)
+    monkeypatch.setattr(sample, "SMALL", 0)
+    assert "layers 0, 1, 2 are the same in both" in the(findings(weights.examine, drafter), "towers", "ok").detail
+
+
 def test_a_head_that_overwrote_the_other_is_found(tmp_path: Path) -> None:
     def plant(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = tensors["context_lm_head.weight"].clone()

@@ -18,8 +18,10 @@ from tests.support.command_line import Command
 from tests.vllm_plugin.fork_server import TRITON_ON_CPU, results_of
 from twotower_spec.demo.trio import trio_path
 from twotower_spec.diagnosis import Case, Finding, environment
+from twotower_spec.diagnosis.memory import DeviceMemory
 from vllm_twotower import diagnosis
 from vllm_twotower.compat import CHECKED_VERSIONS
+from vllm_twotower.diagnosis import Asked
 
 needs_vllm = pytest.mark.skipif(not find_spec("vllm"), reason="needs vLLM")
 
@@ -93,7 +95,10 @@ def test_what_the_drafter_is_given_is_in_the_order() -> None:
 
 
 def write_looks(order: str, output: str) -> None:
-    looks = [[asdict(one) for one in diagnosis.look(arguments)] for arguments in json.loads(order)]
+    looks = []
+    for arguments in json.loads(order):
+        asked = Asked.from_dict(asdict(Asked()) | arguments.pop("asked", {}))
+        looks.append([asdict(one) for one in diagnosis.look(arguments, asked)])
     Path(output).write_text(json.dumps(looks))
 
 
@@ -157,6 +162,85 @@ def test_what_a_server_refuses_at_start_is_a_fault(tmp_path: Path) -> None:
     found = looks([dict(server) for server, _, _ in cases])
     for one, (_, looked_at, named) in zip(found, cases, strict=True):
         assert named in the(one, looked_at, "fault").detail
+        assert all(len(finding.detail) < 1100 and "ForCausalLM'" not in finding.detail for finding in one)
+
+
+@needs_vllm
+def test_what_vllm_and_its_libraries_refuse_is_told_in_full(tmp_path: Path) -> None:
+    wide = with_config(tmp_path / "wide", "verifier", hidden_size="wide")
+    none, refused = looks([{"max_num_seqs": 0}, {"verifier": wide}])
+    assert "max_num_batched_tokens: Input should be greater" in the(none, "settings", "fault").detail
+    assert "expected int, got str (value: 'wide')" in the(refused, "settings", "fault").detail
+
+
+@needs_vllm
+def test_a_drafter_without_two_towers_is_said_to_be_one() -> None:
+    plain, towers = str(trio_path("verifier")), str(trio_path("twotower"))
+    drafts = {"num_speculative_tokens": 3}
+    found, swapped = looks(
+        [{"drafter": plain, "drafts": drafts}, {"verifier": towers, "drafter": plain, "drafts": drafts}]
+    )
+    one = the(found, "drafter", "fault")
+    assert "ordinary draft model" in one.detail and "TwoTower checkpoint" in one.remedy
+    assert f"--verifier {plain} --drafter {towers}" in the(swapped, "drafter", "fault").remedy
+
+
+@needs_vllm
+def test_settings_that_cannot_be_read_are_a_finding() -> None:
+    (found,) = looks([{"asked": {"context_length": None}}])
+    assert "cannot be read (" in the(found, "server", "fault").detail
+
+
+@needs_vllm
+def test_requests_longer_than_the_model_or_the_memory_are_found(tmp_path: Path) -> None:
+    far = with_config(tmp_path / "far", "verifier", max_position_embeddings=4_000_000)
+    room = {"memory_bytes": 64 << 30, "cache": [16384, 1 << 30]}
+    default, longer, short, endless, enough = looks(
+        [
+            {},
+            {"asked": {"context_length": 100_000}},
+            {"asked": {"context_length": 1000}},
+            {"verifier": far, "asked": room},
+            {"verifier": far, "asked": room | {"context_length": 4_000_000}},
+        ],
+        VLLM_CPU_KVCACHE_SPACE="",
+    )
+    for found in (default, short):
+        assert the(found, "longest request", "ok").detail == "2048 tokens"
+    one = the(longer, "longest request", "fault")
+    assert "100000" in one.detail and "2048" in one.detail and "--context-length 2048" in one.remedy
+    one = the(endless, "longest request", "warning")
+    assert "61.04 GiB of 57.88 GiB" in one.detail and one.remedy == "set --max-model-len 4096"
+    the(enough, "longest request", "ok")  # what is asked for is for the area of memory
+    assert "free memory" not in {one.looked_at for one in endless}
+
+
+@pytest.mark.parametrize(("on_cpu", "verdict"), [(True, "warning"), (False, "fault")])
+def test_vllm_asks_for_its_share_of_all_memory_to_be_free(on_cpu: bool, verdict: Any) -> None:
+    some = diagnosis.of_free_memory(DeviceMemory(919 << 20, 1000 << 20), 0.92, on_cpu)
+    assert "while only 919.0 MiB of 1000.0 MiB are free" in the([some], "free memory", verdict).detail
+    assert "--gpu-memory-utilization 0.91" in some.remedy and ("VLLM_CPU_KVCACHE_SPACE=1" in some.remedy) == on_cpu
+    the([diagnosis.of_free_memory(DeviceMemory(920 << 20, 1000 << 20), 0.92, on_cpu)], "free memory", "ok")
+
+
+@needs_vllm
+def test_free_memory_is_looked_at_where_vllm_asks_for_it() -> None:
+    (unset,) = looks([{}], VLLM_CPU_KVCACHE_SPACE="")
+    assert [one.verdict for one in unset if one.looked_at == "free memory"] in (["ok"], ["warning"])
+    (given,) = looks([{}], VLLM_CPU_KVCACHE_SPACE="1")
+    assert "free memory" not in {one.looked_at for one in given}
+
+
+def test_memory_of_the_gpus_is_what_this_process_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = {"drafter": str(trio_path("twotower")), "verifier": str(trio_path("verifier"))}
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setattr(diagnosis, "memory_here", lambda case, device: DeviceMemory(9, 9))
+    asked = Asked.of_case(Case(**case, verifier_device="cpu"))
+    assert asked.gpus == () and asked.cache.per_token > 0 and asked.memory_bytes is None
+    assert Asked.from_dict(json.loads(json.dumps(asdict(asked)))) == asked
+    given = Asked.of_case(Case(**case, verifier_device="cpu", memory_gib=2))
+    assert given.gpus == () and given.memory_bytes == 9
+    assert Asked.of_case(Case("nowhere", "nowhere", verifier_device="cpu")).cache == diagnosis.NOT_KNOWN
 
 
 @needs_vllm
@@ -180,6 +264,7 @@ def test_the_command_finds_the_bundled_trio_healthy_vllm_included(
     command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")  # without it vLLM asks for most of a machine, which may be busy
     monkeypatch.setattr(environment, "DRIVER", tmp_path / "no driver")
     code, out, _ = command("doctor", "--json")
     found = [Finding(**one) for one in json.loads(out)["findings"]]

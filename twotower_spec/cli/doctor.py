@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Annotated, get_args
 
 import typer
+from rich.console import RenderableType
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
@@ -18,6 +19,8 @@ from twotower_spec.diagnosis import Case, Finding, Verdict, examine
 from twotower_spec.diagnosis.case import default_device, holds_two_towers
 from twotower_spec.terminal import Terminal, styled
 
+# Characters of a line below which what was found stands below what was looked at.
+NARROW = 70
 STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "fault": "bold red", "skipped": "dim"}
 
 
@@ -48,7 +51,8 @@ def doctor(
     """Look for everything that is known to go wrong: what was looked at, what was found, and what to do.
 
     Exit code 0: a server can be started. 1: there is a fault, with which it would not start or its drafts would be
-    worth nothing. Warnings (slower, fewer drafts accepted) and what was skipped leave it at 0.
+    worth nothing. 2: an argument is not allowed. Warnings (slower, fewer drafts accepted) and what was skipped leave it
+    at 0; with one model alone it speaks of that model, and `can_serve` in JSON is null.
     """
     disable_progress_bar()  # of transformers, in the midst of the table
     is_bundled = drafter is None and verifier is None
@@ -86,7 +90,7 @@ def _as_dict(case: Case, findings: Sequence[Finding]) -> dict[str, object]:
     return {
         "drafter": case.drafter,
         "verifier": case.verifier,
-        "can_serve": not counts["fault"],
+        "can_serve": False if counts["fault"] else True if case.is_pair else None,
         "summary": {verdict: counts[verdict] for verdict in get_args(Verdict)},
         "findings": [asdict(finding) for finding in findings],
     }
@@ -98,26 +102,33 @@ def _show(case: Case, console: Terminal) -> list[Finding]:
         console.print(f"{what:<9}{model or 'none'}", soft_wrap=True, highlight=False)
     shown: list[Finding] = []
     for area, group in groupby(examine(case), key=lambda finding: finding.area):
+        is_narrow = console.width < NARROW
         table = Table.grid(padding=(0, 2))
         table.add_column(width=7)
-        table.add_column(width=24, overflow="fold")
-        table.add_column(overflow="fold")
+        table.add_column(width=None if is_narrow else 24, overflow="fold")
+        if not is_narrow:
+            table.add_column(overflow="fold")
         for finding in group:
             shown.append(finding)
             style = STYLES[finding.verdict]
-            table.add_row(styled(finding.verdict, style), finding.looked_at, finding.detail)
+            told: list[RenderableType] = [finding.detail]
             if finding.remedy:
-                table.add_row("", "", styled(f"remedy: {finding.remedy}", style))
+                told.append(styled(f"remedy: {finding.remedy}", style))
+            first: list[RenderableType] = [] if is_narrow else [told.pop(0)]
+            table.add_row(styled(finding.verdict, style), finding.looked_at, *first)
+            for text in told:
+                table.add_row(*[""] * len(first), "", text)
         console.print()
         console.print(styled(area, "bold"))
         console.print(table)
     counts = Counter(finding.verdict for finding in shown)
     says = ", ".join(f"{counts[verdict]} {verdict}" for verdict in get_args(Verdict))
-    outcome = (
-        "a server would not start, or its drafts would be worth nothing"
-        if counts["fault"]
-        else "nothing stands against a server"
-    )
+    if counts["fault"]:
+        outcome = "a server would not start, or its drafts would be worth nothing"
+    elif case.is_pair:
+        outcome = "nothing stands against a server"
+    else:
+        outcome = "name both models to see whether a server can be started"
     console.print()
     console.print(styled(f"{says}: {outcome}", STYLES["fault" if counts["fault"] else "ok"]), soft_wrap=True)
     return shown

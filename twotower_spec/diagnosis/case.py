@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -13,12 +12,22 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import CheckpointIndex, find_tokenizer, resolve_checkpoint
-from twotower_spec.config import ARCHITECTURE, TwoTowerConfig, check_experts_dtype, check_integer, read_config
+from twotower_spec.config import (
+    ARCHITECTURE,
+    TwoTowerConfig,
+    architectures_of,
+    check_experts_dtype,
+    check_integer,
+    read_config,
+)
 from twotower_spec.diagnosis.sample import Sample, load_sample
 from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
 from twotower_spec.errors import ArgumentError, ConfigError, TwoTowerError
 from twotower_spec.serving_memory import CONFIGURATION, ServingMemory, serving_memory
 from twotower_spec.towers.model import usable_device
+
+# Of one device: a pebibyte.
+MOST_GIB = 1 << 20
 
 
 def default_device() -> str:
@@ -29,7 +38,7 @@ def default_device() -> str:
 def holds_two_towers(name_or_path: str) -> bool:
     """Whether a directory or hub id holds a TwoTower checkpoint, by its config.json; False where none can be read."""
     try:
-        return ARCHITECTURE in (read_config(name_or_path).get("architectures") or ())
+        return ARCHITECTURE in architectures_of(read_config(name_or_path))
     except ConfigError:
         return False
 
@@ -88,11 +97,17 @@ class Case:
         check_integer("--num-speculative-tokens", self.num_speculative_tokens, minimum=1, maximum=MOST_DRAFT_TOKENS)
         for name in ("max_num_seqs", "tensor_parallel_size", "context_length"):
             check_integer("--" + name.replace("_", "-"), getattr(self, name), minimum=1)
-        if self.memory_gib is not None and not 0 < self.memory_gib < math.inf:
-            raise ArgumentError(f"--memory-gib {self.memory_gib} is not allowed; give the GiB of a device, above 0")
+        for name in ("drafter", "verifier"):
+            if getattr(self, name) == "":
+                raise ArgumentError(f"--{name} '' names no model; give a directory or a hub id")
+        if self.memory_gib is not None and not 0 < self.memory_gib <= MOST_GIB:
+            raise ArgumentError(
+                f"--memory-gib {self.memory_gib} is not allowed; give the GiB of a device, above 0 and up to {MOST_GIB}"
+            )
         check_experts_dtype(self.experts_dtype)
         for device in self.devices:
-            usable_device(device)
+            if usable_device(device).type == "meta":
+                raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
 
     @property
     def devices(self) -> tuple[str, str, str]:
@@ -137,6 +152,11 @@ class Case:
     def verifier_config(self) -> Mapping[str, Any]:
         """Content of the verifier's config.json; of hub ids nothing else is downloaded."""
         return read_config(resolve_checkpoint(str(self.verifier), files=CONFIGURATION))
+
+    @property
+    def is_pair(self) -> bool:
+        """Whether both models are named, so that a server of them is examined."""
+        return self.drafter is not None and self.verifier is not None
 
     @property
     def drafts_for_itself(self) -> bool:

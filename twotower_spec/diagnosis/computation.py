@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import copy
@@ -38,7 +39,9 @@ PARTS, LONG_PARTS = (17, 24), (24, LONG_SCAN)
 # Of the whole tower: a prompt in pieces, and a single token, which convolutions and states know best.
 CONTEXT_PARTS = (PARTS, (40, 1))
 NUM_TOKENS = 64
-REMEDY = "set TWOTOWER_KERNELS=torch; if that mends it, report the GPU and the versions of torch and triton"
+OF_KERNELS = "set TWOTOWER_KERNELS=torch; if that mends it, report the GPU and the versions of torch and triton"
+OF_TORCH = "run it with another version of torch; if that mends it, report both"
+OF_WEIGHTS = "download the checkpoint again: numbers that are too large come from its weights, or from a narrow dtype"
 
 note = partial(Finding, "computation")
 
@@ -81,8 +84,10 @@ def _scans(name: str, tower: Backbone, layers: list[Layer]) -> Finding:
                 pool_scan(u[:, tokens], delta[:, tokens], conv, ssm, slice(0, 1), weights, new_conv=new_conv)
             )
             conv = new_conv
-        worst = max(worst, _error(torch.cat(outputs, dim=1), expected), _error(ssm, expected_ssm))
-    return _compared(f"scan of the {name}", worst, tower.dtype, "two parts with the state carried, token by token")
+        errors = _error(torch.cat(outputs, dim=1), expected), _error(ssm, expected_ssm)
+        worst = _worst(worst, *errors)
+    what = "two parts with the state carried, token by token"
+    return _compared(f"scan of the {name}", worst, what, tower.device, tower.dtype)
 
 
 def _routers(name: str, tower: Backbone, layers: list[Layer], stored: list[tuple[Tensor, Tensor]]) -> Finding:
@@ -105,7 +110,7 @@ def _routers(name: str, tower: Backbone, layers: list[Layer], stored: list[tuple
     num_tokens = NUM_TOKENS * len(layers)
     if num_wrong:
         detail = f"{num_wrong} of {num_tokens} tokens visit other experts than in float64, or weigh them otherwise"
-        return note(looked_at, "fault", detail, f"the published router computes in float64; {REMEDY}")
+        return note(looked_at, "fault", detail, f"the published router computes in float64; {_remedy(tower.device)}")
     if num_tied:
         detail = (
             f"for {num_tied} of {num_tokens} tokens the last expert and the next one score the same: chance decides"
@@ -143,9 +148,9 @@ def _modulation(sample: Sample) -> Finding:
             right = modulate_reference(rms_norm_reference(wide[0], wide[3], layer.eps), *wide[1:3])
         else:
             right = rms_norm_reference(modulate_reference(*wide[:3]), wide[3], layer.eps)
-        worst = max(worst, _error(found, right))
+        worst = _worst(worst, _error(found, right))
     orders = "after the norm before experts and MLPs, before it elsewhere"
-    return _compared("order of modulation", worst, denoiser.dtype, orders)
+    return _compared("order of modulation", worst, orders, denoiser.device, denoiser.dtype)
 
 
 def _context_in_parts(sample: Sample) -> Finding:
@@ -155,9 +160,9 @@ def _context_in_parts(sample: Sample) -> Finding:
     """
     towers, tolerance = sample.towers, STACK_TOLERANCES[sample.towers.dtype]
     with _without_experts(towers.context):
-        worst = max(_error_of_parts(towers, *parts) for parts in CONTEXT_PARTS)
+        worst = _worst(*(_error_of_parts(towers, *parts) for parts in CONTEXT_PARTS))
     what = "texts in two parts, and at once, without experts"
-    return _compared("context tower", worst, towers.dtype, what, tolerance)
+    return _compared("context tower", worst, what, towers.context.device, towers.dtype, tolerance)
 
 
 @contextmanager
@@ -183,18 +188,29 @@ def _error_of_parts(towers: TwoTowers, first: int, second: int) -> float:
     return _error(found, right)
 
 
-def _compared(looked_at: str, error: float, dtype: torch.dtype, what: str, tolerance: float | None = None) -> Finding:
+def _compared(
+    looked_at: str, error: float, what: str, device: torch.device, dtype: torch.dtype, tolerance: float | None = None
+) -> Finding:
     allowed = tolerance or TOLERANCES[dtype]
+    if not math.isfinite(error):
+        return note(looked_at, "fault", f"{what}: there are numbers that are not finite", OF_WEIGHTS)
     detail = f"{what}: they differ by {error:.1e} in {str(dtype).removeprefix('torch.')}, {allowed:.0e} is rounding"
-    if error <= allowed:  # NaN is not
-        return note(looked_at, "ok", detail)
-    return note(looked_at, "fault", detail, REMEDY)
+    return note(looked_at, "fault", detail, _remedy(device)).unless(error <= allowed)
+
+
+def _remedy(device: torch.device) -> str:
+    return OF_KERNELS if device.type == "cuda" else OF_TORCH
 
 
 def _error(found: Tensor, right: Tensor) -> float:
     """Norm of the difference, relative to that of what is right."""
     right = right.double()
     return float((found.double() - right).norm() / right.norm().clamp(min=1e-30))
+
+
+def _worst(*errors: float) -> float:
+    """The largest error; NaN where one is, which `max` would lose."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors)
 
 
 def _hidden(tower: Backbone, layer: Layer, num_tokens: int) -> Tensor:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from packaging.requirements import Requirement
 
-from twotower_kernels.backend import SWITCH, use_triton
+from twotower_kernels.backend import SWITCH, check_switch, use_triton
 from twotower_spec.diagnosis.case import Case
 from twotower_spec.diagnosis.finding import Finding
 
@@ -95,13 +95,14 @@ def _threads() -> Finding:
 
 
 def _kernels(device: torch.device) -> Finding:
-    looked_at = f"kernels on {device}"
-    if device.type != "cuda":
-        return note(looked_at, "ok", "PyTorch computes; Triton kernels are for CUDA")
+    looked_at, on_cuda = f"kernels on {device}", device.type == "cuda"
     try:
-        runs = use_triton(torch.empty(0, device=device))
+        check_switch()
     except ValueError as error:
-        return note(looked_at, "fault", str(error), f"unset {SWITCH}")
+        return note(looked_at, "fault" if on_cuda else "warning", str(error), f"unset {SWITCH}")
+    if not on_cuda:
+        return note(looked_at, "ok", "PyTorch computes; Triton kernels are for CUDA")
+    runs = use_triton(torch.empty(0, device=device))
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     name = f"{torch.cuda.get_device_name(device)}, compute capability {capability}"
     if runs:

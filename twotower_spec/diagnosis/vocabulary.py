@@ -7,12 +7,17 @@ from functools import partial
 
 from transformers import PreTrainedTokenizerBase
 
+from twotower_spec.checkpoint import resolve_checkpoint
 from twotower_spec.diagnosis.case import Case, FoundTokenizer
 from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting.vocabulary import compare_vocabularies
+from twotower_spec.errors import FileError
 from twotower_spec.inspection import num_token_ids
+from twotower_spec.reading import is_file, read_json
 
 SHOWN_DIFFERENCES = 3
+# Tokenizers that vLLM reads without a tokenizer.json.
+OTHER_FORMS = ("tekken.json", "vocab.*", "*.model", "*.tiktoken")
 DOWNLOAD = "use the config.json and the tokenizer that the weights were made with"
 
 note = partial(Finding, "vocabulary")
@@ -55,10 +60,27 @@ def _mask_token(case: Case, tokenizer: PreTrainedTokenizerBase) -> Finding:
     )
 
 
+def _may_be_served(case: Case) -> bool:
+    """Whether vLLM may read a tokenizer of the verifier that is not read here: another form, or code of its own."""
+    directory = resolve_checkpoint(str(case.verifier), files=("tokenizer*.json", *OTHER_FORMS))
+    if is_file(directory / "tokenizer.json"):
+        return False
+    if any(any(directory.glob(form)) for form in OTHER_FORMS):
+        return True
+    try:
+        return "auto_map" in read_json(directory / "tokenizer_config.json")
+    except (FileError, TypeError):
+        return False
+
+
 def examine_pair(case: Case) -> Iterator[Finding]:
     """Looks at what the ids of both models mean, whatever their number."""
     target, reason = FoundTokenizer.of_model(str(case.verifier))
     rows, drafter_rows = num_token_ids(str(case.verifier)), case.config.vocab_size
+    if target is None and not _may_be_served(case):
+        remedy = "put the tokenizer files of its model there, or serve token ids alone with --skip-tokenizer-init"
+        yield note("same tokens", "fault", f"{reason}, and vllm serve needs it", remedy)
+        return
     if target is None or case.tokenizer is None:
         detail = f"{reason or case.drafter_tokenizer.reason}, and the models have {rows} and {drafter_rows} ids"
         remedy = "put the tokenizer.json of its model there"
