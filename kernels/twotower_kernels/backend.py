@@ -36,7 +36,7 @@ def _triton_wanted() -> bool:
 
 
 def check_switch() -> str:
-    """What the variable says of kernels, "auto" or "torch"; a `ValueError` where it is neither."""
+    """Choice of kernels in the environment, "auto" or "torch"; a `ValueError` where it is neither."""
     chosen = os.environ.get(SWITCH, "auto")
     if chosen not in ("auto", "torch"):
         raise ValueError(f"{SWITCH}={chosen} is not allowed; give auto or torch")
