@@ -48,7 +48,7 @@ note = partial(Finding, AREA)
 
 @dataclass(frozen=True)
 class Asked:
-    """What is asked about a server beside the arguments of its engine, which vLLM is not told.
+    """Questions about a server beside the arguments of its engine, which vLLM is not told.
 
     Attributes:
         context_length: tokens per request.
