@@ -162,7 +162,7 @@ def _loaded(case: Case, towers: TwoTowerModel, directory: Path) -> TwoTowerModel
         options: dict[str, Any] = {"towers": "context", "context_device": case.devices[0], "progress": False}
         return towers if is_loaded else TwoTowerModel.from_pretrained(directory, **options)
     device = torch.device(case.devices[0])
-    return load_verifier(directory, device, torch.float32 if device.type == "cpu" else towers.dtype)
+    return load_verifier(directory, device, torch.float32 if device.type == "cpu" else dtype_of(case.verifier_config))
 
 
 def _fault_of_weights(error: Exception, directory: Path, is_quantised: bool) -> str:
