@@ -10,7 +10,6 @@ from itertools import groupby
 from typing import Annotated, get_args
 
 import typer
-from rich.console import RenderableType
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
@@ -111,10 +110,10 @@ def _show(case: Case, console: Terminal) -> list[Finding]:
         for finding in group:
             shown.append(finding)
             style = STYLES[finding.verdict]
-            told: list[RenderableType] = [finding.detail]
+            told = [styled(finding.detail)]
             if finding.remedy:
                 told.append(styled(f"remedy: {finding.remedy}", style))
-            first: list[RenderableType] = [] if is_narrow else [told.pop(0)]
+            first = [] if is_narrow else [told.pop(0)]
             table.add_row(styled(finding.verdict, style), finding.looked_at, *first)
             for text in told:
                 table.add_row(*[""] * len(first), "", text)

@@ -28,6 +28,7 @@ from twotower_spec.model import TwoTowerModel
 from twotower_spec.printable import byte_text
 from twotower_spec.state import ContextState
 from twotower_spec.state.context_state import DEFAULT_PAGE_SIZE
+from twotower_spec.state.transfer import moved
 
 if TYPE_CHECKING:  # imports transformers' models, which take seconds
     from transformers import PreTrainedModel
@@ -187,7 +188,7 @@ def _are_finite(verifier: TwoTowerModel | PreTrainedModel, prompt: list[int]) ->
         state = ContextState(verifier.config, 1, pages, verifier.dtype, verifier.context.device)
         logits = state.extend_in_chunks(verifier.context, {0: prompt})[0]
     else:
-        logits = verifier(input_ids=torch.tensor([prompt], device=verifier.device)).logits
+        logits = verifier(input_ids=moved(torch.tensor([prompt]), verifier.device)).logits
     return bool(logits.amax(-1).isfinite().all())
 
 
