@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -96,7 +97,8 @@ def _found(part: Part, known: Mapping[Hashable, object], hang_s: float) -> Itera
     if part is Part.SERVERS:
         for runner in get_args(Runner):
             with _forking(runner) as (fork_server, environment):
-                yield from process_trials(fork_server, environment, runner)
+                for trial in process_trials(fork_server, environment):
+                    yield replace(trial, what=f"{runner}: {trial.what}")
                 if runner == "V1":  # drafters are read before a runner is made
                     yield from start_trials(fork_server, environment)
         return
@@ -104,7 +106,7 @@ def _found(part: Part, known: Mapping[Hashable, object], hang_s: float) -> Itera
     if left:
         runner = "V2" if part is Part.V2 else "V1"
         with _forking(runner) as (fork_server, environment):
-            yield from run_cells(left, fork_server, {**environment, **on_runner(runner)}, hang_s=hang_s)
+            yield from run_cells(left, fork_server, environment, hang_s=hang_s)
 
 
 @contextmanager
@@ -116,7 +118,7 @@ def _forking(runner: Runner) -> Iterator[tuple[ForkServer, dict[str, str]]]:
         TemporaryDirectory(prefix="faults-") as folder,
         closing(ForkServer(Path(folder), environment)) as fork_server,
     ):
-        yield fork_server, environment
+        yield fork_server, {**environment, **on_runner(runner)}
 
 
 def _line(found: Seen | Trial) -> str:

@@ -24,7 +24,7 @@ from twotower_spec.diagnosis.sample import Sample, load_sample
 from twotower_spec.drafting.session import MOST_DRAFT_TOKENS
 from twotower_spec.errors import ArgumentError, ConfigError, TwoTowerError
 from twotower_spec.serving_memory import CONFIGURATION, ServingMemory, serving_memory
-from twotower_spec.towers.model import usable_device
+from twotower_spec.towers.model import computing_device
 
 # Of one device: a pebibyte.
 MOST_GIB = 1 << 20
@@ -106,8 +106,7 @@ class Case:
             )
         check_experts_dtype(self.experts_dtype)
         for device in self.devices:
-            if usable_device(device).type == "meta":
-                raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
+            computing_device(device)
 
     @property
     def devices(self) -> tuple[str, str, str]:
@@ -142,6 +141,11 @@ class Case:
     def drafter_tokenizer(self) -> FoundTokenizer:
         """Tokenizer of the drafter, or why there is none."""
         return FoundTokenizer.of_model(self.directory)
+
+    @cached_property
+    def verifier_tokenizer(self) -> FoundTokenizer:
+        """Tokenizer of the verifier, or why there is none."""
+        return FoundTokenizer.of_model(str(self.verifier))
 
     @cached_property
     def sample(self) -> Sample:

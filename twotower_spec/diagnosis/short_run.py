@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from twotower_spec.cache_shape import dtype_of
 from twotower_spec.checkpoint import encode_texts, end_token_ids, resolve_checkpoint
 from twotower_spec.demo.trio import CATEGORIES, held_out_prompts, trio_directory
-from twotower_spec.diagnosis.case import Case, FoundTokenizer
+from twotower_spec.diagnosis.case import Case
 from twotower_spec.diagnosis.files import weight_files
 from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting import FixedPolicy, speculative_loop
@@ -63,7 +63,7 @@ def examine(case: Case) -> Iterator[Finding]:
         reason = "left out with --no-run" if case.run is False else reason
         yield note("both models", "skipped", reason, "--run, on a machine that holds both")
         return
-    own = FoundTokenizer.of_model(str(case.verifier))
+    own = case.verifier_tokenizer
     # A server reads prompts with the verifier's.
     tokenizer = own.tokenizer or case.tokenizer
     if tokenizer is None:

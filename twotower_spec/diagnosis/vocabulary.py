@@ -8,7 +8,7 @@ from functools import partial
 from transformers import PreTrainedTokenizerBase
 
 from twotower_spec.checkpoint import resolve_checkpoint
-from twotower_spec.diagnosis.case import Case, FoundTokenizer
+from twotower_spec.diagnosis.case import Case
 from twotower_spec.diagnosis.finding import Finding
 from twotower_spec.drafting.vocabulary import compare_vocabularies
 from twotower_spec.errors import FileError
@@ -75,7 +75,7 @@ def _may_be_served(case: Case) -> bool:
 
 def examine_pair(case: Case) -> Iterator[Finding]:
     """Looks at what the ids of both models mean, whatever their number."""
-    target, reason = FoundTokenizer.of_model(str(case.verifier))
+    target, reason = case.verifier_tokenizer
     rows, drafter_rows = num_token_ids(str(case.verifier)), case.config.vocab_size
     if target is None and not _may_be_served(case):
         remedy = "put the tokenizer files of its model there, or serve token ids alone with --skip-tokenizer-init"

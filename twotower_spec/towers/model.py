@@ -160,6 +160,18 @@ def usable_device(device: torch.device | str) -> torch.device:
     return wanted
 
 
+def computing_device(device: torch.device | str) -> torch.device:
+    """Looks up a device that holds numbers, which `meta` does not.
+
+    Raises:
+        ArgumentError: it is `meta`, or none that is usable.
+    """
+    wanted = usable_device(device)
+    if wanted.type == "meta":
+        raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
+    return wanted
+
+
 def _check_experts_on(device: torch.device, config: TwoTowerConfig) -> None:
     """Refuses experts that a device does not multiply by.
 

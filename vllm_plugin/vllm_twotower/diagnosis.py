@@ -122,7 +122,7 @@ def examine(case: Case) -> Iterator[Finding]:
     with TemporaryDirectory() as folder:
         output = Path(folder, "findings.json")
         command = [sys.executable, "-m", __name__, json.dumps(_order(case)), str(output)]
-        command.append(json.dumps(asdict(Asked.of_case(case))) if case.verifier and case.drafter else "")
+        command.append(json.dumps(asdict(Asked.of_case(case))) if case.is_pair else "")
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -148,7 +148,7 @@ def _metadata() -> Iterator[Finding]:
 
 def _order(case: Case) -> dict[str, Any]:
     """Arguments of an engine, None where nothing is to be served; as JSON."""
-    if case.verifier is None or case.drafter is None:
+    if not case.is_pair:
         return {}
     knobs = {
         "context_device": case.context_device,

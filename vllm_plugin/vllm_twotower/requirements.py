@@ -14,7 +14,7 @@ from twotower_spec.drafting import shared_token_ids
 from twotower_spec.drafting.block_drafter import block_size_of
 from twotower_spec.errors import ArgumentError, CheckpointError
 from twotower_spec.inspection import inspect_checkpoint
-from twotower_spec.towers.model import LEAST_CAPABILITY_OF_FLOAT8, usable_device
+from twotower_spec.towers.model import LEAST_CAPABILITY_OF_FLOAT8, computing_device
 from vllm_twotower import compat
 from vllm_twotower.config import FOUND, DrafterKnobs, FoundAtStart, knobs_in
 from vllm_twotower.hook_table import SPECULATORS, hooks_of
@@ -166,8 +166,8 @@ def _check_devices(knobs: DrafterKnobs) -> None:
     for name in ("context_device", "denoiser_device"):
         device = getattr(knobs, name)
         try:
-            if device is not None and usable_device(device).type == "meta":
-                raise ArgumentError("device meta holds no numbers; give cpu, cuda or cuda:N")
+            if device is not None:
+                computing_device(device)
         except ArgumentError as error:
             raise ArgumentError(f"twotower knob {name}: {error}") from error
 

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,7 +18,6 @@ from urllib.request import ProxyHandler, Request, build_opener
 import psutil
 
 from twotower_bench.child_process import ChildError
-from twotower_bench.environment import Runner, on_runner
 from twotower_bench.faults.disks import mounted_disk
 from twotower_bench.faults.matrix import DRAFTER
 from twotower_bench.faults.trials import Trial
@@ -348,17 +346,16 @@ def fill(folder: Path) -> None:
             pass
 
 
-def process_trials(fork_server: ForkServer, environment: Mapping[str, str], runner: Runner) -> Iterator[Trial]:
-    """Stops and kills the processes of servers on a model runner, and fills the disk of one."""
-    variables = {**environment, **on_runner(runner)}
-    with serving(fork_server, variables, drafts=False) as plain:
+def process_trials(fork_server: ForkServer, environment: Mapping[str, str]) -> Iterator[Trial]:
+    """Stops and kills the processes of servers, and fills the disk of one."""
+    with serving(fork_server, environment, drafts=False) as plain:
         expected: Any = plain.ask()
-    trials: list[Trial] = []
-    with serving(fork_server, variables, drafts=True) as served:
-        trials += [stop_trial(served, name, expected) for name in (API_SERVER, ENGINE_CORE)]
-    trials += [kill_trial(fork_server, variables, name, expected) for name in (ENGINE_CORE, API_SERVER)]
-    trials.append(full_disk_trial(fork_server, variables, expected))
-    return (replace(one, what=f"{runner}: {one.what}") for one in trials)
+    with serving(fork_server, environment, drafts=True) as served:
+        for name in (API_SERVER, ENGINE_CORE):
+            yield stop_trial(served, name, expected)
+    for name in (ENGINE_CORE, API_SERVER):
+        yield kill_trial(fork_server, environment, name, expected)
+    yield full_disk_trial(fork_server, environment, expected)
 
 
 def start_trials(fork_server: ForkServer, environment: Mapping[str, str]) -> Iterator[Trial]:
